@@ -1,0 +1,217 @@
+"""From a file of questions and answers to batches: read, recognise the fields, tokenise, order, pad."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minibalora.errors import InputError
+from minibalora.objective import IGNORED
+from minibalora.text import Tokenizer
+
+# Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
+)
+
+# Rows are recognised by the first pair of fields that they have.
+FIELDS = [
+    ("query", "response"),  # MetaMathQA
+    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set; with an optional "input"
+    ("query", "answer"),  # CodeFeedback
+    ("question", "answer"),  # GSM8K
+    ("prompt", "completion"),
+]
+CONVERSATIONS = (
+    "conversations",
+    "messages",
+)  # first user turn, first reply; ShareGPT's and OpenAI's spelling
+USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt")
+
+
+@dataclass(frozen=True)
+class Example:
+    prompt: str  # the whole prompt, template included
+    response: str
+    kind: str  # the row's "type", or ""
+    line: int  # where it stands in its file, from 1 (in a JSON array: which item)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised example: ids = prompt with BOS, then response with EOS; ids[prompt_length:] is what is learned."""
+
+    ids: np.ndarray
+    prompt_length: int
+    line: int
+
+
+def read_examples(
+    path: str | Path,
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+    limit: int | None = None,
+) -> list[Example]:
+    """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
+    examples = []
+    for line, row in _read_rows(Path(path)):
+        if limit is not None and len(examples) == limit:
+            break
+        examples.append(example_from(row, line, f"{path}, line {line}", prompt_field, response_field))
+    if not examples:
+        raise InputError(f"{path}: has no rows: give JSON Lines or a JSON array with prompts and responses")
+    return examples
+
+
+def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        with open(path, "rb") as file:
+            is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+            file.seek(0)
+            if is_array:
+                yield from enumerate(_parse(file.read(), path, 1), start=1)
+            else:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        yield number, _parse(line, path, number)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: give --data a JSON Lines file") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: give --data a JSON Lines file") from None
+
+
+def _parse(raw: bytes, path: Path, line: int) -> object:
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line += raw.count(b"\n", 0, error.start)
+        raise InputError(f"{path}, line {line}: not valid UTF-8: convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): mend the line") from None
+    except RecursionError:
+        raise InputError(f"{path}, line {line}: JSON nested too deeply: mend the line") from None
+
+
+def example_from(
+    row: object,
+    line: int,
+    where: str = "built-in data",
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+) -> Example:
+    """A row as an example, its prompt template filled in; InputError, beginning with `where`, if it is no such row."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
+    if prompt_field or response_field:
+        fields = (prompt_field or _guess(row, where)[0], response_field or _guess(row, where)[1])
+    elif key := next((key for key in CONVERSATIONS if key in row), None):
+        turns = _turns(row[key], f"{where}: {key}")
+        row, fields = turns | {"type": row.get("type")}, ("user", "reply")
+    else:
+        fields = _guess(row, where)
+    question, response = (_string(row, field, where) for field in fields)
+    context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
+    template = PROMPT_WITH_INPUT if context else PROMPT
+    prompt = template.format(instruction=question, input=context)
+    kind = row.get("type")
+    return Example(prompt, response, kind if isinstance(kind, str) else "", line)
+
+
+def _guess(row: dict, where: str) -> tuple[str, str]:
+    for prompt, response in FIELDS:
+        if prompt in row and response in row:
+            return prompt, response
+    known = ", ".join(f"{prompt}/{response}" for prompt, response in FIELDS)
+    fields = ", ".join(map(str, row)) or "none"
+    raise InputError(f"{where}: has fields {fields}, none of {known}: name yours with --prompt-field, --response-field")
+
+
+def _string(row: dict, field: str, where: str) -> str:
+    if field not in row:
+        raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
+    if not isinstance(row[field], str):
+        raise InputError(f"{where}: the field {field!r} is {type(row[field]).__name__}, not a string: mend the row")
+    return row[field]
+
+
+def _turns(turns: object, where: str) -> dict:
+    """The first user turn and the reply that follows it."""
+    found = {}
+    for turn in turns if isinstance(turns, list) else []:
+        turn = turn if isinstance(turn, dict) else {}
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role in USER_ROLES and not found:
+            found["user"] = content
+        if role in REPLY_ROLES and found:
+            return found | {"reply": content}
+    raise InputError(f"{where}: has no user turn followed by a reply: mend the row")
+
+
+def encode_examples(examples: list[Example], tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
+    """Tokenised rows, how many responses were cut to max_length tokens, and how many rows were dropped.
+
+    Prompt and response are tokenised apart, so no token straddles the boundary and a prompt has the ids at training
+    that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
+    is dropped if its prompt leaves no room for one response token.
+    """
+    prompts = tok.encode_many([example.prompt for example in examples])
+    responses = tok.continue_many([example.response for example in examples])
+    rows, truncated, dropped = [], 0, 0
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        ids = prompt + response + ([] if tok.eos_id is None else [tok.eos_id])
+        if len(prompt) >= min(max_length, len(ids)):
+            dropped += 1
+            continue
+        truncated += len(ids) > max_length
+        rows.append(Row(np.array(ids[:max_length], dtype=np.int32), len(prompt), example.line))
+    return rows, truncated, dropped
+
+
+def rows_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which of `count` rows the optimisation step takes: a pure function, so that a resumed run sees the same rows.
+
+    Every epoch is a new permutation; its last step takes what is left.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(count, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size].tolist()
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    return -(-count // batch_size)
+
+
+def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
+    """Cut a step's rows into micro-batches of neighbours in length, so that little is padding."""
+    ordered = sorted(rows, key=lambda row: (len(row.ids), row.line))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+def collate(rows: list[Row], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere."""
+    width = max(len(row.ids) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.ids)] = row.ids
+        labels[index, row.prompt_length : len(row.ids)] = row.ids[row.prompt_length :]
+    return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)
+
+
+def examples_digest(examples: list[Example]) -> str:
+    """SHA-256, in hex, of everything that is learned from."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.prompt, example.response]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,45 @@
+"""Reading JSON with errors that a user can act on; writing files that are never half there."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minibalora.errors import InputError
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file; InputError if it is missing, not UTF-8, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: give a folder as Hugging Face hands it out") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: download it again")
+    return value
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        with open(temporary, "rb+") as file:
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors makes files that only their owner may read
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

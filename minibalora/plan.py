@@ -1,0 +1,79 @@
+"""What a run is going to do and to take, said before its first step."""
+
+from argparse import Namespace
+
+import torch
+
+from minibalora.data import Row
+from minibalora.lowrank import adapted_layers
+from minibalora.models.decoder import Decoder, DecoderConfig
+from minibalora.objective import Objective
+
+
+def print_plan(
+    args: Namespace, model: Decoder, rows: list[Row], truncated: int, dropped: int, steps: int, objective: Objective
+) -> None:
+    parameters = sum(parameter.numel() for parameter in base_parameters(model))
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    tokens = sum(len(row.ids) for row in rows)
+    learned = tokens - sum(row.prompt_length for row in rows)
+    layers = adapted_layers(model)
+    adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
+    memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
+    dtype = str(args.dtype).removeprefix("torch.")
+    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}")
+    print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
+    print(f"terms   cross-entropy{_terms(objective)}")
+    print(f"data    {args.data or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned; "
+          f"{truncated:,} responses cut, {dropped:,} rows dropped as too long")  # fmt: skip
+    print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
+          f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
+    print(f"memory  about {memory / 1e9:.1f} GB on {args.device}")
+    print(f"out     {args.out}", flush=True)
+
+
+def base_parameters(model: Decoder) -> list[torch.Tensor]:
+    own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
+    return [parameter for parameter in model.parameters() if id(parameter) not in own]
+
+
+def expected_memory(
+    model: Decoder, rows: list[Row], micro_batch_size: int, grad_checkpoint: bool, objective: Objective
+) -> int:
+    """Bytes at the peak of a step: weights, gradients and Adam's moments, and what the backward pass keeps.
+
+    Counted from the shapes for the largest micro-batch possible, so rather too much than too little.
+    """
+    config, element = model.config, model.model.embed_tokens.weight.element_size()
+    fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+
+    longest = sorted(rows, key=lambda row: len(row.ids))[-micro_batch_size:]
+    tokens = len(longest) * len(longest[-1].ids)
+    predicted = sum(len(row.ids) - row.prompt_length for row in longest)
+    ranks = sum(layer.A.shape[1] * (1 if layer.A0 is None else 2) for _, layer in adapted_layers(model))
+    block = element * ranks // config.num_hidden_layers + block_bytes(config, element)
+    kept = element * config.hidden_size if grad_checkpoint else block
+    activations = tokens * (config.num_hidden_layers * kept + block)
+
+    # float32 copies of the (M, V) logits: log-probabilities, their gradient, and those of each further term
+    regularizers = (objective.lambda1, objective.lambda2, objective.lambda3, objective.non_target_kl)
+    copies = 4 + 3 * sum(weight > 0 for weight in regularizers)
+    return fixed + activations + predicted * config.vocab_size * 4 * copies
+
+
+def block_bytes(config: DecoderConfig, element: int) -> int:
+    """What autograd keeps of one block for one token: norms in float32, inputs of linears, q, k, v, gate and up."""
+    heads = config.num_attention_heads * config.head_dim
+    return 2 * 4 * config.hidden_size + element * (4 * config.hidden_size + 6 * heads + 4 * config.intermediate_size)
+
+
+def _terms(objective: Objective) -> str:
+    weights = {
+        f"KL at T = {objective.temperature:g}": objective.lambda1,
+        f"entropy of {'all' if objective.top_k is None else objective.top_k}": objective.lambda2,
+        f"{objective.svd_norm} share of {objective.svd_k} singular values": objective.lambda3,
+        "non-target KL": objective.non_target_kl,
+    }
+    moving = ", λ on the iclr2026 schedule" if objective.moving_lambdas else ""
+    return "".join(f" + {weight:g} · {name}" for name, weight in weights.items() if weight > 0) + moving

@@ -1,0 +1,81 @@
+"""A checkpoint's own tokenizer, from tokenizer.json, adding the special tokens that it adds by itself."""
+
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+
+from minibalora.errors import InputError
+from minibalora.files import read_json_object
+
+
+class Tokenizer:
+    """encode(str) -> ids with BOS (and EOS) as the model's own tokenizer adds them; decode(ids) -> str without them.
+
+    bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0; only to fill a rectangle with.
+    """
+
+    def __init__(self, backend: Backend, settings: dict, where: Path):
+        self.backend = backend
+        self.bos_id = self._special(settings.get("bos_token"), where)
+        self.eos_id = self._special(settings.get("eos_token"), where)
+        pad_id = self._special(settings.get("pad_token"), where)
+        self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
+        # tokenizer_config.json overrules the post-processor in tokenizer.json, as it does in transformers.
+        self.add_bos, self.add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
+
+    def _special(self, token: str | dict | None, where: Path) -> int | None:
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is None:
+            return None
+        token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
+        if token_id is None:
+            raise InputError(f"{where}: the special token {content!r} is not in tokenizer.json: download both again")
+        return token_id
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text that starts a sequence."""
+        return self._with_specials(self.backend.encode(text).ids)
+
+    def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores."""
+        return [self._with_specials(encoding.ids) for encoding in self.backend.encode_batch_fast(texts)]
+
+    def continue_many(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that continue a sequence: no special token."""
+        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.backend.get_vocab_size()
+
+    def _with_specials(self, ids: list[int]) -> list[int]:
+        starts, ends = ids[:1] == [self.bos_id], ids[-1:] == [self.eos_id]
+        if self.bos_id is not None and self.add_bos is not None and starts != self.add_bos:
+            ids = [self.bos_id, *ids] if self.add_bos else ids[1:]
+        if self.eos_id is not None and self.add_eos is not None and ends != self.add_eos:
+            ids = [*ids, self.eos_id] if self.add_eos else ids[:-1]
+        return ids
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in the folder `path`; InputError if tokenizer.json is missing or broken.
+
+    The names of the special tokens come from tokenizer_config.json, which Hugging Face writes beside it.
+    """
+    folder = Path(path)
+    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.exists():
+        raise InputError(
+            f"{file}: no such file: download it, or make it with transformers, "
+            'AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained("new folder")'
+        )
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for every kind of broken file
+        raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return Tokenizer(backend, read_json_object(settings_file) if settings_file.exists() else {}, settings_file)

@@ -1,0 +1,127 @@
+"""The program that made `llama/`: `python -m minibalora.toy.pretrain --out folder`, a BPE tokenizer and a tiny LLaMA.
+
+Both are trained from scratch on `flawed_problems`. Prompts are learned like responses: this is pre-training.
+"""
+
+import argparse
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import nn
+from tqdm import tqdm
+
+from minibalora.adapter_io import save_model
+from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
+from minibalora.models.decoder import Decoder
+from minibalora.objective import predicted_rows
+from minibalora.text import load_tokenizer
+from minibalora.toy.problems import flawed_problems
+from minibalora.weights import read_config
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 352,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+}
+CORPUS_ROWS, CORPUS_SEED = 200_000, 0
+BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
+
+
+def train_tokenizer(texts: list[str], folder: Path) -> None:
+    """Byte-level BPE with every digit a token of its own, so that arithmetic has something to hold on to."""
+    tokenizer = Tokenizer(models.BPE())
+    digits, byte_level = (
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def new_model(folder: Path, seed: int) -> Decoder:
+    """Random weights as GPT-2 draws them: normal, 0.02, and smaller by √(2 · layers) where a block ends."""
+    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    torch.manual_seed(seed)
+    model = Decoder(read_config(folder))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            ends_block = name.endswith(("o_proj", "down_proj"))
+            nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * CONFIG["num_hidden_layers"]) if ends_block else 1))
+    model.source = folder
+    return model
+
+
+def learning_rate(step: int, steps: int) -> float:
+    warm = min(1.0, (step + 1) / WARM_UP)
+    return LEARNING_RATE * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+
+
+def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
+    """Mean cross-entropy of every token but the first, prompts included."""
+    whole_texts = [replace(row, prompt_length=1) for row in rows]
+    input_ids, labels = collate(whole_texts, 0, next(model.parameters()).device)
+    states, targets = predicted_rows(model.hidden(input_ids), labels)
+    return F.cross_entropy(model.head(states), targets)
+
+
+def train(model: Decoder, rows: list[Row], steps: int) -> None:
+    """AdamW with the settings usual for small LLaMAs, on every parameter."""
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
+    bar = tqdm(range(steps))
+    for step in bar:
+        loss = pretraining_loss(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
+    parser.add_argument("--steps", type=int, default=3000, help=f"optimisation steps of {BATCH_SIZE} problems")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    corpus = [example_from(row, line) for line, row in enumerate(flawed_problems(CORPUS_ROWS, CORPUS_SEED), start=1)]
+    train_tokenizer([example.prompt + example.response for example in corpus[:20_000]], args.out)
+    tok = load_tokenizer(args.out)
+    rows, _, _ = encode_examples(corpus, tok, CONFIG["max_position_embeddings"])
+    model = new_model(args.out, CORPUS_SEED).to(args.device)
+    tokens = sum(len(row.ids) for row in rows) / len(rows)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a problem")
+    train(model, rows, args.steps)
+    save_model(model.to(torch.bfloat16), args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""What the training scripts share: exit status, learning rate, stop signals, the run's folder, checkpoints."""
+
+import errno
+import json
+import math
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy
+import safetensors
+import tokenizers
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from minibalora.errors import InputError
+from minibalora.files import read_json_object, replacing, write_json
+from minibalora.lowrank import adapted_layers
+
+OURS = ("run.json", "log.jsonl", "checkpoint", "adapter_config.json", "adapter_model.safetensors", "model")
+# Settings that may differ on resume: they move the work elsewhere or cut it otherwise, and leave the method as it is.
+# Model and data may have moved, too: their digests are compared instead.
+FREE = {"model", "data", "eval", "out", "resume", "save_every", "device", "grad_checkpoint", "compile"}
+
+
+def run_script(main: Callable[[], int]) -> None:
+    """Exit with main's status; 2 and one line for what the user can mend, 1 and one line for a full disk or memory."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
+    try:
+        sys.exit(main())
+    except InputError as error:
+        _exit_with_line(2, error)
+    except KeyboardInterrupt:
+        _exit_with_line(130, "interrupted before the first step: nothing to save")
+    except torch.OutOfMemoryError:
+        _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or --max-length, or add --grad-checkpoint")
+    except (OSError, SafetensorError) as error:
+        if not _is_full_disk(error):
+            raise
+        _exit_with_line(1, f"the disk is full ({error}): make room and go on with --resume; the checkpoint is intact")
+
+
+def _exit_with_line(status: int, message: object) -> None:
+    line = " ".join(str(message).split())
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    """safetensors reports the system's error as text only."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """The rate of `step` (from 0) of `steps`: a linear rise over the first share, then cosine or linear down to 0."""
+    warm = math.ceil(warmup_ratio * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return peak * ((1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress)
+
+
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM arrives; a second signal acts at once, as it did before."""
+    received = []
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _) -> None:
+        received.append(number)
+        signal.signal(number, previous[number])
+
+    for number in previous:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """InputError if `out` can't hold this run: not writable, used by another run, or, to resume, without one."""
+    if resume and not (out / "run.json").is_file():
+        raise InputError(f"{out}: holds no run to resume: leave --resume out to start one")
+    used = [name for name in OURS if os.path.lexists(out / name)]
+    if used and not resume:
+        raise InputError(f"{out}: holds a run already ({used[0]}): go on with it by --resume, or give another --out")
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
+
+
+def open_run(out: Path, settings: dict, resume: bool) -> None:
+    """Write run.json with settings and versions, or, to resume, compare it; InputError names the first difference."""
+    if resume:
+        recorded = read_json_object(out / "run.json").get("settings")
+        recorded = recorded if isinstance(recorded, dict) else {}
+        for name, value in settings.items():
+            if name not in FREE and recorded.get(name) != value:
+                flag = name if "digest" in name else f"--{name.replace('_', '-')}"
+                was = recorded.get(name)
+                raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {"python": platform.python_version()}
+        versions |= {module.__name__: str(module.__version__) for module in (torch, numpy, safetensors, tokenizers)}
+        write_json(out / "run.json", {"settings": settings, "versions": versions})
+    except OSError as error:
+        if _is_full_disk(error):
+            raise
+        raise InputError(f"{out}: can't write there ({error.strerror}): give another --out") from None
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """checkpoint/state.safetensors: trained parameters and Adam's moments after `step` steps, in one atomic file.
+
+    Step 0 also writes checkpoint/initial.safetensors, the factors A₀ and B₀, which never change.
+    """
+    folder = out / "checkpoint"
+    folder.mkdir(exist_ok=True)
+    if step == 0:
+        with replacing(folder / "initial.safetensors") as temporary:
+            save_file(_initial_factors(model), temporary)
+    tensors = {}
+    for name, parameter in trained_parameters(model).items():
+        tensors[f"parameter/{name}"] = parameter.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            if parameter in optimizer.state:
+                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
+    with replacing(folder / "state.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step)})
+
+
+@torch.no_grad()
+def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put the checkpoint into model and optimizer; return its step, 0 if the run was stopped before the first one."""
+    state_file, initial_file = out / "checkpoint" / "state.safetensors", out / "checkpoint" / "initial.safetensors"
+    if not state_file.exists():
+        return 0
+    parameters = trained_parameters(model)
+    try:
+        with safe_open(initial_file, "pt") as initial, safe_open(state_file, "pt") as state:
+            step = int(state.metadata()["step"])
+            for name, buffer in _initial_factors(model).items():
+                buffer.copy_(initial.get_tensor(name))
+            for name, parameter in parameters.items():
+                parameter.copy_(state.get_tensor(f"parameter/{name}"))
+            if step > 0:
+                moments = {
+                    index: {moment: state.get_tensor(f"{moment}/{name}") for moment in ("exp_avg", "exp_avg_sq")}
+                    | {"step": torch.tensor(float(step))}
+                    for index, name in enumerate(parameters)
+                }
+                groups = optimizer.state_dict()["param_groups"]
+                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"{state_file.parent}: not a readable checkpoint ({error}): start anew") from None
+    return step
+
+
+def _initial_factors(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = adapted_layers(model)
+    return {f"{name}.{leaf}": buffer for name, layer in layers for leaf, buffer in layer.named_buffers()}
+
+
+@contextmanager
+def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
+    """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
+    path = out / "log.jsonl"
+    if path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_logged_by(line, step)]
+        with replacing(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with open(path, "a", encoding="utf-8") as file:
+
+        def log(entry: dict) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        yield log
+
+
+def _is_logged_by(line: str, step: int) -> bool:
+    """False for a later step's line and for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"] <= step
+    except ValueError:
+        return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU so far; on a CPU, the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows, where only GPUs report
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
