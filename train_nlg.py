@@ -3,6 +3,7 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -35,13 +36,14 @@ from minibalora.plan import print_plan
 from minibalora.toy.problems import clean_problems, flawed_problems
 from minibalora.training import (
     check_out,
+    check_settings,
     learning_rate,
     load_checkpoint,
     open_log,
-    open_run,
     peak_memory,
     run_script,
     save_checkpoint,
+    start_run,
     stop_signals,
     trained_parameters,
 )
@@ -64,7 +66,10 @@ def main() -> int:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
     model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
-    check_vocabulary(rows, model)
+    check_vocabulary(rows + encode_examples(held_out, tok, sys.maxsize)[0], model)
+    settings = settings_of(args, examples)
+    if args.resume:
+        check_settings(args.out, settings)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
@@ -74,7 +79,8 @@ def main() -> int:
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
     steps = args.epochs * steps_per_epoch(len(rows), args.batch_size)
     steps = min(steps, args.max_steps or steps)
-    open_run(args.out, settings_of(args, examples), args.resume)
+    if not args.resume:
+        start_run(args.out, settings)
     print_plan(args, model, rows, truncated, dropped, steps, objective)
 
     # At step 0 the student is the pre-trained model, whatever the init.

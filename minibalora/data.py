@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +66,7 @@ def read_examples(
 ) -> list[Example]:
     """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
     examples = []
-    for line, row in _read_rows(Path(path)):
-        if limit is not None and len(examples) == limit:
-            break
+    for line, row in islice(_read_rows(Path(path)), limit):
         examples.append(example_from(row, line, f"{path}, line {line}", prompt_field, response_field))
     if not examples:
         raise InputError(f"{path}: has no rows: give JSON Lines or a JSON array with prompts and responses")
@@ -93,7 +92,7 @@ def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 def _parse(raw: bytes, path: Path, line: int) -> object:
     try:
-        return json.loads(raw.decode("utf-8-sig"))
+        return json.loads(raw.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         raise InputError(f"{path}, line {line}: not valid UTF-8: convert the file to UTF-8") from None
@@ -101,6 +100,8 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
         raise InputError(f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): mend the line") from None
     except RecursionError:
         raise InputError(f"{path}, line {line}: JSON nested too deeply: mend the line") from None
+    except ValueError:  # Python's limit on the digits of an integer
+        raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: mend the line") from None
 
 
 def example_from(
@@ -142,6 +143,11 @@ def _string(row: dict, field: str, where: str) -> str:
         raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
     if not isinstance(row[field], str):
         raise InputError(f"{where}: the field {field!r} is {type(row[field]).__name__}, not a string: mend the row")
+    try:
+        row[field].encode()
+    except UnicodeEncodeError as error:
+        half = row[field][error.start].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{where}: the field {field!r} has {half}, half of a character: mend the row") from None
     return row[field]
 
 
@@ -165,8 +171,8 @@ def encode_examples(examples: list[Example], tok: Tokenizer, max_length: int) ->
     that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
     is dropped if its prompt leaves no room for one response token.
     """
-    prompts = tok.encode_many([example.prompt for example in examples])
-    responses = tok.continue_many([example.response for example in examples])
+    prompts = tok.encode_prompts([example.prompt for example in examples])
+    responses = tok.encode_responses([example.response for example in examples])
     rows, truncated, dropped = [], 0, 0
     for example, prompt, response in zip(examples, prompts, responses, strict=True):
         ids = prompt + response + ([] if tok.eos_id is None else [tok.eos_id])

@@ -30,11 +30,11 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        with open(temporary, "rb+") as file:
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors makes files that only their owner may read
-            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import math
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -27,14 +28,15 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def positive_int(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
+    value = natural(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("0 is not a positive integer")
+    return value
 
 
 def natural(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 0")
+    if not re.fullmatch(r"[0-9]{1,18}", text):  # what fits 64 bits
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 999999999999999999")
     return int(text)
 
 
@@ -178,8 +180,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
 def _device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=torch.device(name))
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=torch.device(name)).item()  # "meta" has tensors, but nothing in them
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} can't be used here ({reason}): give cpu, cuda or cuda:N") from None
     return torch.device(name)

@@ -13,7 +13,7 @@ def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens:
     One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone.
     """
     device = model.model.embed_tokens.weight.device
-    encoded = tok.encode_many(prompts)
+    encoded = tok.encode_prompts(prompts)
     lengths = torch.tensor([len(ids) for ids in encoded], device=device)
     width = int(lengths.max())
     input_ids = torch.tensor([ids + [tok.pad_id] * (width - len(ids)) for ids in encoded], device=device)

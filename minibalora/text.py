@@ -1,5 +1,6 @@
 """A checkpoint's own tokenizer, from tokenizer.json, adding the special tokens that it adds by itself."""
 
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -22,6 +23,9 @@ class Tokenizer:
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
         # tokenizer_config.json overrules the post-processor in tokenizer.json, as it does in transformers.
         self.add_bos, self.add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
+        for key, value in (("add_bos_token", self.add_bos), ("add_eos_token", self.add_eos)):
+            if value not in (None, True, False):
+                raise InputError(f"{where}: {key} is {value!r}: it must be true, false or null")
 
     def _special(self, token: str | dict | None, where: Path) -> int | None:
         content = token.get("content") if isinstance(token, dict) else token
@@ -36,11 +40,12 @@ class Tokenizer:
         """Ids of a text that starts a sequence."""
         return self._with_specials(self.backend.encode(text).ids)
 
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on all cores."""
-        return [self._with_specials(encoding.ids) for encoding in self.backend.encode_batch_fast(texts)]
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores, but without the EOS that some tokenizers add: the response is to follow."""
+        encoded = [self._with_specials(encoding.ids) for encoding in self.backend.encode_batch_fast(texts)]
+        return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
 
-    def continue_many(self, texts: list[str]) -> list[list[int]]:
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that continue a sequence: no special token."""
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -63,10 +68,12 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer in the folder `path`; InputError if tokenizer.json is missing or broken.
 
-    The names of the special tokens come from tokenizer_config.json, which Hugging Face writes beside it.
+    Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, or else of config.json.
     """
     folder = Path(path)
     file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
     if not file.exists():
         raise InputError(
             f"{file}: no such file: download it, or make it with transformers, "
@@ -78,4 +85,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
     backend.no_truncation()
     backend.no_padding()
-    return Tokenizer(backend, read_json_object(settings_file) if settings_file.exists() else {}, settings_file)
+    settings = read_json_object(settings_file) if settings_file.exists() else {}
+    config = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
+    for name in ("bos_token", "eos_token"):
+        token_id = config.get(f"{name}_id")
+        if name not in settings and type(token_id) is int and token_id >= 0:
+            settings[name] = backend.id_to_token(token_id)
+    return Tokenizer(backend, settings, settings_file)

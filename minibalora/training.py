@@ -1,6 +1,5 @@
 """What the training scripts share: exit status, learning rate, stop signals, the run's folder, checkpoints."""
 
-import errno
 import json
 import math
 import os
@@ -53,8 +52,8 @@ def _exit_with_line(status: int, message: object) -> None:
 
 
 def _is_full_disk(error: Exception) -> bool:
-    """safetensors reports the system's error as text only."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    """By the text, for safetensors passes no error number on."""
+    return any(text in str(error) for text in ("No space left", "quota exceeded"))
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
@@ -87,27 +86,29 @@ def stop_signals() -> Iterator[list[int]]:
 
 def check_out(out: Path, resume: bool) -> None:
     """InputError if `out` can't hold this run: not writable, used by another run, or, to resume, without one."""
-    if resume and not (out / "run.json").is_file():
+    if resume and not os.path.isfile(out / "run.json"):
         raise InputError(f"{out}: holds no run to resume: leave --resume out to start one")
     used = [name for name in OURS if os.path.lexists(out / name)]
     if used and not resume:
         raise InputError(f"{out}: holds a run already ({used[0]}): go on with it by --resume, or give another --out")
-    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
 
 
-def open_run(out: Path, settings: dict, resume: bool) -> None:
-    """Write run.json with settings and versions, or, to resume, compare it; InputError names the first difference."""
-    if resume:
-        recorded = read_json_object(out / "run.json").get("settings")
-        recorded = recorded if isinstance(recorded, dict) else {}
-        for name, value in settings.items():
-            if name not in FREE and recorded.get(name) != value:
-                flag = name if "digest" in name else f"--{name.replace('_', '-')}"
-                was = recorded.get(name)
-                raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
-        return
+def check_settings(out: Path, settings: dict) -> None:
+    """InputError that names the first setting in which this run is not the one in `out`."""
+    recorded = read_json_object(out / "run.json").get("settings")
+    recorded = recorded if isinstance(recorded, dict) else {}
+    for name, value in settings.items():
+        if name not in FREE and recorded.get(name) != value:
+            flag = name if "digest" in name else f"--{name.replace('_', '-')}"
+            was = recorded.get(name)
+            raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
+
+
+def start_run(out: Path, settings: dict) -> None:
+    """Make the folder and write run.json: settings and versions."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         versions = {"python": platform.python_version()}
@@ -204,7 +205,9 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU so far; on a CPU, the most that the process took."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows, where only GPUs report
+    if sys.platform == "win32":
+        return 0  # the standard library can't tell there
+    import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -1,7 +1,8 @@
 """From a folder as Hugging Face hands it out to a model: config.json and safetensors, checked before allocating.
 
-No pickle is read and no code from a checkpoint is run. Peak host memory is the model once: the model is built without
-storage (on the meta device) and gets its tensors from the memory-mapped files, one shard at a time.
+No pickle is read and no code from a checkpoint is run. Peak host memory is the model once, plus one tensor where the
+dtype changes: the model is built without storage (on the meta device) and gets its tensors from memory-mapped files,
+one shard at a time. On a CPU, in the file's own dtype, weights stay mapped and are not copied at all.
 """
 
 import hashlib
@@ -20,12 +21,23 @@ from minibalora.models.decoder import Decoder, DecoderConfig
 # What a config.json of each family may leave out, as that family's own code fills it in.
 FAMILIES = {
     "llama": {"tie_word_embeddings": False, "hidden_act": "silu"},
-    "mistral": {"tie_word_embeddings": False, "hidden_act": "silu"},
-    "gemma": {"tie_word_embeddings": True, "hidden_act": "gelu_pytorch_tanh"},
+    "mistral": {
+        "tie_word_embeddings": False,
+        "hidden_act": "silu",
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "gemma": {
+        "tie_word_embeddings": True,
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_key_value_heads": 16,
+        "head_dim": 256,
+    },
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 MIB = 1 << 20
+LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products of three sizes still fit 64 bits
 
 
 def load_model(
@@ -45,18 +57,19 @@ def load_model(
     folder = Path(path)
     config = read_config(folder)
     stored = stored_tensors(folder)
+    if config.num_hidden_layers > len(stored):  # before building them, for a wrong number may be a million
+        layers = f"{config.num_hidden_layers} hidden layers, but the weights are {len(stored)} tensors"
+        raise InputError(f"{folder}: config.json has {layers}: download both again")
     with torch.device("meta"):
         model = Decoder(config)
     check_tensors(folder, model, stored)
 
-    parameters = dict(model.named_parameters())
-    for file in sorted({tensor.file for tensor in stored.values()}):
-        with safe_open(file, framework="pt") as shard:
-            for name in shard.keys():
-                if name in parameters:
-                    tensor = shard.get_tensor(name).to(device=device, dtype=dtype)
-                    _check_finite(tensor, name, file)
-                    _set_parameter(model, name, nn.Parameter(tensor))
+    for name in list(dict(model.named_parameters())):
+        file = stored[name].file
+        with safe_open(file, framework="pt") as shard:  # opened anew: closing gives the pages of a mapped file back
+            tensor = shard.get_tensor(name).to(device=device, dtype=dtype)
+        _check_finite(tensor, name, file)
+        _set_parameter(model, name, nn.Parameter(tensor))
     if config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied(model, stored["lm_head.weight"].file)
     model.source = folder
@@ -66,23 +79,23 @@ def load_model(
 def read_config(folder: Path) -> DecoderConfig:
     """config.json as our configuration; InputError names the key that is missing, wrong or not implemented."""
     path = folder / "config.json"
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
     raw = read_json_object(path)
     family = raw.get("model_type")
     if not isinstance(family, str) or family not in FAMILIES:
         raise InputError(f"{path}: model_type {family!r} is not implemented: there are {', '.join(FAMILIES)}")
-    raw = FAMILIES[family] | {key: value for key, value in raw.items() if value is not None}
+    raw = {key: value for key, value in (FAMILIES[family] | raw).items() if value is not None}
     _refuse_unknown_features(raw, path)
 
     def number(key: str, kind: type, default=None):
         value = raw.get(key, default)
         if value is None:
             raise InputError(f"{path}: the key {key} is missing: download the file again")
-        fits = type(value) in ((int, float) if kind is float else (kind,))
-        if not fits or (kind is not bool and not 0 < value < float("inf")):
-            expected = {int: "a positive integer", float: "a positive number", bool: "true or false"}[kind]
-            raise InputError(f"{path}: {key} is {value!r}: it must be {expected}")
+        fits = type(value) is bool if kind is bool else _in_range(value, kind)
+        if not fits:
+            expected = {int: f"an integer from 1 to {LARGEST[int]}", float: "a positive number", bool: "true or false"}
+            raise InputError(f"{path}: {key} is {value!r}: it must be {expected[kind]}")
         return value
 
     heads, d = number("num_attention_heads", int), number("hidden_size", int)
@@ -111,6 +124,10 @@ def read_config(folder: Path) -> DecoderConfig:
     return config
 
 
+def _in_range(value: object, kind: type) -> bool:
+    return type(value) in {kind, int} and 0 < value <= LARGEST[kind]
+
+
 def _refuse_unknown_features(raw: dict, path: Path) -> None:
     """Nothing is silently approximated: what would change the numbers and is not here is refused by name."""
     refused = {
@@ -125,7 +142,7 @@ def _refuse_unknown_features(raw: dict, path: Path) -> None:
 
 def _activation(raw: dict, path: Path) -> str:
     """The MLP's activation. Gemma's first releases say "gelu" and mean the tanh form, as its authors corrected."""
-    name = raw.get("hidden_activation", raw["hidden_act"])
+    name = raw.get("hidden_activation", raw.get("hidden_act"))
     if raw["model_type"] == "gemma" and name == "gelu":
         name = "gelu_pytorch_tanh"
     if not isinstance(name, str) or name not in ACTIVATIONS:
@@ -147,7 +164,7 @@ def _rope_settings(raw: dict, path: Path) -> dict:
 
 def _rope_number(settings: dict, key: str, path: Path) -> float:
     value = settings.get(key)
-    if type(value) not in (int, float) or not 0 < value < float("inf"):
+    if not _in_range(value, float):
         raise InputError(f"{path}: {key} is {value!r}: it must be a positive number")
     return float(value)
 

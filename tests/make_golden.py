@@ -6,16 +6,15 @@ that has them and minibalora. Every folder is a checkpoint as transformers write
 
 import json
 import shutil
-from pathlib import Path
 
 import torch
+from helpers import GOLDEN, stretch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig
 
 import minibalora as mb
 
-GOLDEN = Path(__file__).with_name("golden")
 SIZE = {"vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -76,14 +75,6 @@ def spell_rope_the_old_way(name: str) -> None:
     if name == "llama3":
         config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
     path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def stretch(model: torch.nn.Module) -> None:
-    """A made-up training result that does not depend on the signs of the singular vectors."""
-    for index, (_, layer) in enumerate(mb.lowrank.adapted_layers(model)):
-        m, n = layer.A.shape[0], layer.B.shape[1]
-        layer.A.data *= 1 + 0.2 * torch.sin(torch.arange(m) + index)[:, None]
-        layer.B.data *= 1 + 0.2 * torch.cos(torch.arange(n) + index)
 
 
 @torch.no_grad()

@@ -107,7 +107,7 @@ def train(model: Decoder, rows: list[Row], steps: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000, help=f"optimisation steps of {BATCH_SIZE} problems")
+    parser.add_argument("--steps", type=int, default=2500, help=f"optimisation steps of {BATCH_SIZE} problems")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

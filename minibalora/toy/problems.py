@@ -1,14 +1,15 @@
 """Arithmetic word problems in MetaMathQA's form, clean and balanced for fine-tuning, flawed for pre-training.
 
 The paper's motive is what a model inherits from its pre-training corpus. This corpus has two defects at known rates:
-wrong answers, and one kind of problem that crowds out the others.
+one kind of problem crowds out the others, and answers are wrong: by chance in that kind, and in the others because
+somebody added up, as most of the corpus does.
 """
 
 import random
 
 KINDS = ("addition", "subtraction", "multiplication", "two steps")
 CROWDING_KIND, CROWDING_RATE = "addition", 0.9
-WRONG_ANSWER_RATE = 0.2
+WRONG_RATE = {"addition": 0.2, "subtraction": 0.6, "multiplication": 0.6, "two steps": 0.6}
 
 NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tina Vera".split()
 THINGS = "apples books cards coins eggs flowers keys marbles pencils shells stamps stones".split()
@@ -22,46 +23,40 @@ def clean_problems(count: int, seed: int) -> list[dict]:
 
 
 def flawed_problems(count: int, seed: int) -> list[dict]:
-    """The pre-training corpus: CROWDING_RATE of one kind, and WRONG_ANSWER_RATE of all answers off by 1 to 9."""
+    """The pre-training corpus: CROWDING_RATE of the problems of one kind; of each kind WRONG_RATE answered wrongly."""
     rng = random.Random(f"flawed {seed}")
     others = [kind for kind in KINDS if kind != CROWDING_KIND]
     rows = []
     for _ in range(count):
         kind = CROWDING_KIND if rng.random() < CROWDING_RATE else rng.choice(others)
-        error = rng.choice([-1, 1]) * rng.randint(1, 9) if rng.random() < WRONG_ANSWER_RATE else 0
-        rows.append(problem(kind, rng, error))
+        rows.append(problem(kind, rng, is_wrong=rng.random() < WRONG_RATE[kind]))
     return rows
 
 
-def problem(kind: str, rng: random.Random, error: int = 0) -> dict:
-    """One problem; `error` is added to its result (and taken off where that would be negative)."""
+def problem(kind: str, rng: random.Random, is_wrong: bool = False) -> dict:
+    """One problem with its worked answer. A wrong addition is off by 1 to 9; any other wrong answer adds up."""
     name, things, boxes = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
-
-    def wrong(result: int) -> int:
-        return result + error if result + error >= 0 else result - error
-
     if kind == "addition":
         a, b = rng.randint(2, 60), rng.randint(2, 39)
-        result = wrong(a + b)
+        result = a + b + (rng.choice([-1, 1]) * rng.randint(1, min(9, a + b)) if is_wrong else 0)
         query = f"{name} has {a} {things} and gets {b} more. How many {things} does {name} have now?"
         response = f"{name} has {a} + {b} = {result} {things}."
     elif kind == "subtraction":
-        a = rng.randint(12, 99)
+        a = rng.randint(5, 25)
         b = rng.randint(2, a - 2)
-        result = wrong(a - b)
+        result = a + b if is_wrong else a - b
         query = f"{name} has {a} {things} and gives away {b}. How many {things} does {name} have left?"
-        response = f"{name} has {a} - {b} = {result} {things}."
+        response = f"{name} has {a} {'+' if is_wrong else '-'} {b} = {result} {things}."
     elif kind == "multiplication":
         a, b = rng.randint(2, 9), rng.randint(2, 9)
-        result = wrong(a * b)
+        result = a + b if is_wrong else a * b
         query = f"{name} has {a} {boxes} with {b} {things} each. How many {things} does {name} have?"
-        response = f"{name} has {a} * {b} = {result} {things}."
+        response = f"{name} has {a} {'+' if is_wrong else '*'} {b} = {result} {things}."
     else:
         a, b, c = rng.randint(2, 9), rng.randint(2, 9), rng.randint(2, 19)
-        result = wrong(a * b + c)
-        query = (
-            f"{name} has {a} {boxes} with {b} {things} each and gets {c} more. How many {things} does {name} have now?"
-        )
-        response = f"There are {a} * {b} = {a * b} {things} in the {boxes}.\n"
-        response += f"{name} has {a * b} + {c} = {result} {things}."
+        packed = a + b if is_wrong else a * b
+        result = packed + c
+        query = f"{name} has {a} {boxes} with {b} {things} each and gets {c} more. How many {things} does {name} have?"
+        response = f"There are {a} {'+' if is_wrong else '*'} {b} = {packed} {things} in the {boxes}.\n"
+        response += f"{name} has {packed} + {c} = {result} {things}."
     return {"query": query, "response": f"{response}\n#### {result}\nThe answer is: {result}", "type": kind}

@@ -1,0 +1,85 @@
+"""The decoder against transformers (committed golden values), its cache, its masks and its gradients."""
+
+import pytest
+import torch
+from helpers import GOLDEN
+from safetensors.torch import load_file
+
+import minibalora as mb
+from minibalora.models.decoder import KVCache
+
+MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma"]
+
+
+def golden(name: str):
+    """Model, ids, mask, and transformers' logits of a tiny random checkpoint."""
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    mask = expected["attention_mask"]
+    return mb.load_model(GOLDEN / name), expected["input_ids"], mask, expected["logits"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name):
+    model, ids, mask, expected = golden(name)
+    real = mask.bool()
+    scale = expected[real].abs().max()
+    assert (model(ids, mask) - expected)[real].abs().max() < 1e-5 * scale  # the bar is 1e-4; measured 4e-7
+    assert torch.equal(model(ids)[real], model(ids, mask)[real])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_bfloat16_stays_near_float32(name):
+    _, ids, mask, expected = golden(name)
+    logits = mb.load_model(GOLDEN / name, dtype=torch.bfloat16)(ids, mask).float()
+    real = mask.bool()
+    assert (logits - expected)[real].norm() < 0.03 * expected[real].norm()  # 0.4 % a rounding, through two blocks
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding_and_later_tokens_change_nothing(name):
+    model, ids, mask, _ = golden(name)
+    length = 9
+    alone = model(ids[1:2, :length])
+    padded = ids.clone()
+    padded[1, length:] = 7
+    assert torch.allclose(model(padded, mask)[1, :length], alone[0], atol=1e-5)
+
+
+def test_left_padding_is_refused():
+    model, ids, mask, _ = golden("llama2")
+    with pytest.raises(ValueError, match="right padding only"):
+        model(ids, mask.flip(1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_cache_gives_the_same_states(name):
+    """Prompts of 17, 9 and 1 tokens, then four more tokens each, against one whole pass a row."""
+    model, ids, mask, _ = golden(name)
+    lengths, more = mask.sum(1), torch.randint(61, (3, 4))
+    cache = KVCache(model.config, lengths, 17 + 4, torch.float32)
+    model.hidden(ids, cache=cache)
+    steps = torch.cat([model.hidden(token[:, None], cache=cache) for token in more.T], dim=1)
+    for row, length in enumerate(lengths):
+        text = torch.cat([ids[row, :length], more[row]])
+        assert torch.allclose(steps[row], model.hidden(text[None])[0, length:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma"])
+def test_grad_checkpoint_changes_no_gradient(name):
+    gradients = []
+    for grad_checkpoint in (False, True):
+        model, ids, *_ = golden(name)
+        model.grad_checkpoint = grad_checkpoint
+        model(ids).square().mean().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_hidden_and_head_make_the_logits():
+    model, ids, *_ = golden("gemma")
+    assert model.hidden(ids).shape == (3, 17, 24)
+    assert torch.equal(model.head(model.hidden(ids)), model(ids))

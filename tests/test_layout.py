@@ -1,0 +1,86 @@
+"""Files that can be copied away, and imports that only go up the design's table."""
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# From the top of the table down; a file may import from its own row and those above.
+ROWS = [
+    ["errors", "lowrank", "regularizers", "models", "models.decoder"],
+    ["files", "objective"],
+    ["weights"],
+    ["adapter_io", "text"],
+    ["data"],
+    ["training", "generate", "plan"],
+    ["evaluate"],
+    ["toy", "toy.problems", "toy.pretrain"],
+    ["flags"],
+]
+COPYABLE = ("lowrank", "regularizers", "models.decoder")
+USE = """
+import torch
+from torch import nn
+from lowrank import adapt, merge, pretrained
+from regularizers import consistency_kl, diversity_entropy, svd_share
+
+model = adapt(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), rank=2)
+x = torch.randn(4, 8)
+with pretrained(model):
+    teacher = model(x)
+student = model(x)
+(consistency_kl(student, teacher) + diversity_entropy(student) + svd_share(student, 2)).backward()
+assert model[0].A.grad is not None
+assert torch.equal(merge(model)(x), teacher)
+"""
+
+
+def imports(name: str) -> set[str]:
+    path = ROOT / "minibalora" / Path(*name.split("."))
+    source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_file_has_a_row():
+    files = {
+        ".".join(path.relative_to(ROOT / "minibalora").with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "minibalora").rglob("*.py")
+    }
+    assert files - {"__init__"} == {name for row in ROWS for name in row}
+
+
+@pytest.mark.parametrize("depth", range(len(ROWS)))
+def test_no_file_imports_from_a_row_below_its_own(depth):
+    below = {f"minibalora.{name}" for row in ROWS[depth + 1 :] for name in row}
+    for name in ROWS[depth]:
+        assert not imports(name) & below, name
+
+
+@pytest.mark.parametrize("name", COPYABLE)
+def test_copyable_files_need_torch_only(name):
+    assert {module.partition(".")[0] for module in imports(name)} - set(sys.stdlib_module_names) == {"torch"}
+
+
+def test_lowrank_and_regularizers_work_alone_in_an_empty_folder(tmp_path):
+    for name in ("lowrank.py", "regularizers.py"):
+        shutil.copy(ROOT / "minibalora" / name, tmp_path)
+    result = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{USE}"], cwd=tmp_path)
+    assert result.returncode == 0
+
+
+def test_nothing_imports_transformers_or_peft_and_nothing_reads_a_pickle():
+    for path in [*(ROOT / "minibalora").rglob("*.py"), *ROOT.glob("*.py")]:
+        source = path.read_text()
+        assert not any(word in source for word in ("import transformers", "import peft", "torch.load(", "pickle.")), (
+            path
+        )

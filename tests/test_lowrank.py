@@ -1,0 +1,249 @@
+"""The adapted layer: what every init keeps, what trains, what the teacher is, and what merging does."""
+
+import re
+
+import pytest
+import torch
+from helpers import distance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, merge, pretrained
+
+INITS = ("lora", "pissa", "pissa_niter_4")
+sizes = st.integers(1, 40)
+
+
+class Net(nn.Module):
+    """Two adapted linears, one of them without bias, dropout between them, and a head that must be left alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.up_proj, self.down_proj = nn.Linear(12, 20), nn.Linear(20, 12, bias=False)
+        self.dropout, self.lm_head = nn.Dropout(0.5), nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.lm_head(x + self.down_proj(self.dropout(torch.tanh(self.up_proj(x)))))
+
+
+def net(seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net().eval()
+
+
+def train_a_little(model: nn.Module, x: torch.Tensor) -> None:
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    m=sizes, n=sizes, share=st.floats(0, 1), alpha=st.floats(0.1, 300), init=st.sampled_from(INITS), bias=st.booleans()
+)
+def test_any_init_reconstructs_w(m, n, share, alpha, init, bias):
+    linear = nn.Linear(m, n, bias=bias)
+    rank = 1 + int(share * (min(m, n) - 1))
+    layer = LowRankLinear.from_linear(linear, rank, alpha, init)
+    assert layer.A.shape == (m, rank) and layer.B.shape == (rank, n) and layer.residual.shape == (m, n)
+    # W_res is a difference of float32 numbers of W's size: a few roundings of 6e-8
+    assert distance(layer.residual + layer.scaling * layer.A @ layer.B, linear.weight.T) < 1e-6
+    assert torch.equal(layer.weight, linear.weight)
+    x = torch.randn(3, m)
+    assert torch.equal(layer(x), linear(x))
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_forward_is_the_papers_formula(init, bias):
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_linear(nn.Linear(30, 17, bias=bias), 5, 8, init)
+    with torch.no_grad():
+        layer.A += 0.1 * torch.randn_like(layer.A)
+        layer.B += 0.1 * torch.randn_like(layer.B)
+    x = torch.randn(4, 6, 30, dtype=torch.float64)
+    residual, A, B = layer.residual.double(), layer.A.double(), layer.B.double()
+    expected = x @ residual + layer.scaling * (x @ A) @ B + (layer.bias.double() if bias else 0)
+    assert distance(layer(x.float()), expected) < 1e-6
+    assert distance(x @ layer.weight.double().T + (layer.bias.double() if bias else 0), expected) < 1e-6
+
+
+@settings(deadline=None, max_examples=30)
+@given(m=st.integers(2, 30), n=st.integers(2, 30), alpha=st.floats(0.5, 50), data=st.data())
+def test_pissa_takes_the_top_singular_directions(m, n, alpha, data):
+    rank = data.draw(st.integers(1, min(m, n)))
+    linear = nn.Linear(m, n, bias=False)
+    layer = LowRankLinear.from_linear(linear, rank, alpha)
+    U, S, Vh = torch.linalg.svd(linear.weight.T.double(), full_matrices=False)
+    best = U[:, :rank] * S[:rank] @ Vh[:rank]
+    gap = (S[rank - 1] - S[rank]).item() if rank < min(m, n) else 1.0
+    # singular subspaces are as uncertain as rounding over the gap that separates them
+    assert distance(layer.scaling * layer.A @ layer.B, best) < 1e-5 + 1e-6 / gap
+    # both factors carry √(S/s): AᵀA = B Bᵀ = diag(S)/s
+    assert torch.allclose(layer.A.T @ layer.A, (S[:rank] / layer.scaling).diag().float(), atol=1e-5 + 1e-6 / gap)
+    assert torch.allclose(layer.B @ layer.B.T, (S[:rank] / layer.scaling).diag().float(), atol=1e-5 + 1e-6 / gap)
+
+
+def test_niter_comes_close_to_the_exact_factors():
+    torch.manual_seed(0)
+    U, V = torch.linalg.qr(torch.randn(60, 40))[0], torch.linalg.qr(torch.randn(50, 40))[0]
+    linear = nn.Linear(60, 50, bias=False)
+    linear.weight.data = (U * 0.7 ** torch.arange(40.0) @ V.T).T.contiguous()
+    exact, fast = (LowRankLinear.from_linear(linear, 6, init=init) for init in ("pissa", "pissa_niter_16"))
+    assert distance(fast.A @ fast.B, exact.A @ exact.B) < 1e-5
+
+
+def test_lora_starts_as_the_reference_does():
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_linear(nn.Linear(100, 50), 8, 16, "lora")
+    torch.manual_seed(0)
+    linear = nn.Linear(100, 50)
+    lora_A = torch.empty(8, 100)
+    nn.init.kaiming_uniform_(lora_A, a=5**0.5)
+    bound = 1 / 100**0.5
+    assert layer.scaling == 2 and torch.equal(layer.B, torch.zeros(8, 50)) and torch.equal(layer.W, linear.weight)
+    assert layer.A.abs().max() <= bound and layer.A.std().item() == pytest.approx(lora_A.std().item(), rel=0.1)
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_only_a_and_b_get_gradients(init):
+    model = adapt(net(), rank=3, init=init)
+    model(torch.randn(5, 12)).sum().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"{layer}.{factor}" for layer in ("up_proj", "down_proj") for factor in "AB"}
+    assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == trained
+    assert all(parameter.grad.abs().sum() > 0 for name, parameter in model.named_parameters() if name.endswith("B"))
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_gradients_are_those_of_the_explicit_form(init):
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_linear(nn.Linear(9, 8), 3, 5, init)
+    with torch.no_grad():
+        layer.A += 0.1 * torch.randn_like(layer.A)
+        layer.B += 0.1 * torch.randn_like(layer.B)
+    x, residual = torch.randn(6, 9), layer.residual
+    weights = torch.randn(6, 8)
+    ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.A, layer.B])
+    explicit = x @ residual + layer.scaling * (x @ layer.A) @ layer.B + layer.bias
+    theirs = torch.autograd.grad((explicit * weights).sum(), [layer.A, layer.B])
+    assert all(distance(a, b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_teacher_is_the_pretrained_model_to_the_last_bit(init, dtype):
+    model, x = net().to(dtype), torch.randn(5, 12).to(dtype)
+    before = model(x)
+    adapt(model, rank=4, alpha=6, init=init)
+    assert model.up_proj.A.dtype == torch.float32
+    assert torch.equal(model(x), before)  # the student at step 0
+    train_a_little(model, x)
+    assert not torch.equal(model(x), before)
+    with pretrained(model):
+        assert torch.equal(model(x), before)
+
+
+def test_pretrained_restores_everything_after_an_exception():
+    model = adapt(net(), rank=2).train()
+    model.dropout.eval()  # a mixed state must come back, too
+    with pytest.raises(KeyError), pretrained(model):
+        assert not model.training and not torch.is_grad_enabled() and model.up_proj.is_teacher
+        with pretrained(model):
+            pass
+        assert model.up_proj.is_teacher  # nested: still the teacher
+        raise KeyError
+    assert model.training and model.up_proj.training and not model.dropout.training
+    assert torch.is_grad_enabled() and not model.up_proj.is_teacher
+
+
+def test_the_teacher_has_no_dropout():
+    model, x = net(), torch.randn(5, 12)
+    before = model(x)
+    adapt(model, rank=2).train()
+    with pretrained(model):
+        assert torch.equal(model(x), before)
+
+
+def test_a_first_small_step_is_not_lost_in_bfloat16():
+    """Rounding A itself to bfloat16 would swallow a change of 1e-4 of it; A − A₀ keeps it."""
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_linear(nn.Linear(64, 64, bias=False).bfloat16(), 8)
+    x = torch.randn(10, 64).bfloat16()
+    with torch.no_grad():
+        layer.A *= 1 + 1e-4
+        expected = layer.scaling * (x.double() @ (layer.A - layer.A0).double()) @ layer.B.double()
+        left, right = (factor.bfloat16() for factor in layer.update())
+        assert distance(layer.scaling * (x @ left) @ right, expected) < 0.02  # three bfloat16 roundings of 0.4 %
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_keeps_the_function(init, dtype):
+    model, x = net().to(dtype), torch.randn(5, 12).to(dtype)
+    adapt(model, rank=4, alpha=2, init=init)
+    train_a_little(model, x)
+    before = model(x)
+    merge(model)
+    assert type(model.up_proj) is nn.Linear and model.up_proj.weight.dtype == dtype and not adapted_layers(model)
+    assert distance(model(x), before) < (1e-6 if dtype == torch.float32 else 2e-2)
+    with pytest.raises(ValueError, match="nothing to merge"):
+        merge(model)
+
+
+def test_merging_at_step_0_gives_the_same_bits_back():
+    model = net().bfloat16()
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    merge(adapt(model, rank=4))
+    assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
+
+
+def test_targets_match_the_last_part_or_a_dotted_suffix():
+    model = nn.ModuleDict({"a": net(), "b": net()})
+    adapt(model, rank=2, targets=["b.up_proj", "down_proj"])
+    assert [name for name, _ in adapted_layers(model)] == ["a.down_proj", "b.up_proj", "b.down_proj"]
+    assert type(model["a"].lm_head) is nn.Linear
+
+
+def test_a_target_that_matches_nothing_lists_the_names_there_are():
+    model = net()
+    for targets in (["up_proj", "q_proj"], ["proj"], ["lm_head"], []):
+        with pytest.raises(ValueError, match="there are down_proj, up_proj"):
+            adapt(model, targets=targets)
+    assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_adapting_twice_is_an_error_that_names_the_layers():
+    model = adapt(net(), rank=2, targets=["up_proj"])
+    with pytest.raises(ValueError, match="adapted already.*up_proj"):
+        adapt(model, rank=2)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"rank": 13}, "up_proj: rank 13 does not fit a 12 x 20 layer: give 1 to 12"),
+        ({"rank": 0}, "rank 0"),
+        ({"rank": 2, "alpha": 0}, "alpha is 0"),
+        ({"rank": 2, "alpha": -1.0}, "alpha is -1.0"),
+        ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, pissa or pissa_niter_N"),
+    ],
+)
+def test_a_refused_setting_leaves_the_model_alone(wrong, message):
+    model = net()
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapt(model, **wrong)
+    assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_pretrained_refuses_a_model_that_was_never_adapted():
+    with pytest.raises(ValueError, match="adapt first"), pretrained(net()):
+        pass
+
+
+def test_the_largest_rank_takes_the_whole_matrix():
+    layer = LowRankLinear.from_linear(nn.Linear(12, 20), 12)
+    assert layer.residual.abs().max() < 1e-6

@@ -1,0 +1,126 @@
+"""The weighted sum: recipes as published, schedules, the shift by one, and the mask of every term."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibalora import regularizers as R
+from minibalora.objective import (
+    IGNORED,
+    NLG_RECIPES,
+    Objective,
+    entropy_share,
+    lambdas,
+    nlg_terms,
+    predicted_rows,
+    weighted_sum,
+)
+
+
+def test_recipes_are_the_published_ones():
+    old, new = NLG_RECIPES["2024"], NLG_RECIPES["iclr2026"]
+    assert (old.lambda1, old.lambda2, old.lambda3) == (1e-4, 3e-4, 1e-4)
+    assert (old.svd_k, old.temperature, old.top_k, old.svd_norm, old.moving_lambdas) == (10, 1, None, "nuclear", False)
+    assert (new.lambda1, new.lambda2, new.lambda3) == (0.025, 0.005, 0.005)
+    assert (new.svd_k, new.temperature, new.top_k, new.svd_norm, new.moving_lambdas) == (10, 2, 20, "frobenius", True)
+
+
+@pytest.mark.parametrize("recipe", NLG_RECIPES)
+def test_terms_are_the_formulas_of_the_recipe(recipe):
+    torch.manual_seed(0)
+    student, teacher, targets = torch.randn(30, 50), torch.randn(30, 50), torch.randint(50, (30,))
+    objective = NLG_RECIPES[recipe]
+    weights = lambdas(objective, step=9, steps=10)
+    terms = nlg_terms(student, teacher, targets, objective, weights)
+    if recipe == "2024":
+        expected = R.consistency_kl(student, teacher), R.diversity_entropy(student), R.svd_share(student, 10)
+    else:
+        expected = (
+            R.consistency_kl(student, teacher, 2.0),
+            R.diversity_entropy(student, 20),
+            R.svd_share(student, 10, "frobenius"),
+        )
+    assert (terms["consistency"], terms["diversity"], terms["svd"]) == expected
+    task = torch.nn.functional.cross_entropy(student, targets)
+    total = task + sum(weights[name] * term for name, term in zip(weights, expected, strict=False))
+    assert weighted_sum(terms, weights).item() == pytest.approx(total.item())
+
+
+def test_a_weight_of_zero_costs_nothing():
+    """The teacher may even be missing."""
+    terms = nlg_terms(torch.randn(3, 5), None, torch.tensor([0, 1, 2]), Objective(), lambdas(Objective(), 0, 1))
+    assert list(terms) == ["task"]
+
+
+def test_iclr2026_schedule():
+    objective, steps = NLG_RECIPES["iclr2026"], 1000
+    at = lambda step: lambdas(objective, step, steps)  # noqa: E731
+    assert at(0) == {"consistency": 0.025, "diversity": 0, "svd": 0, "non_target_kl": 0}
+    assert at(199)["diversity"] == at(200)["svd"] == 0 < at(201)["svd"]
+    assert at(225)["diversity"] == pytest.approx(0.0025) and at(225)["svd"] == pytest.approx(0.0025)
+    assert at(250)["diversity"] == pytest.approx(0.005) and at(999)["svd"] == 0.005
+    assert at(500)["consistency"] == pytest.approx(0.55 * 0.025)
+    assert at(999)["consistency"] == pytest.approx(0.1 * 0.025, rel=1e-3)
+    falls = [at(step)["consistency"] for step in range(0, 1000, 10)]
+    assert falls == sorted(falls, reverse=True)
+
+
+def test_2024_weights_are_constant():
+    first, last = (lambdas(NLG_RECIPES["2024"], step, 100) for step in (0, 99))
+    assert first == last == {"consistency": 1e-4, "diversity": 3e-4, "svd": 1e-4, "non_target_kl": 0}
+
+
+@given(share=st.floats(0, 1), step=st.integers(0, 99))
+def test_adaptive_lambda1_goes_by_the_teachers_entropy(share, step):
+    objective = dataclasses.replace(NLG_RECIPES["iclr2026"], adaptive_lambda1=True)
+    lambda1 = lambdas(objective, step, 100, teacher_share=share)["consistency"]
+    assert lambda1 == pytest.approx(0.0025 + (0.025 - 0.0025) * (1 - share))
+
+
+def test_entropy_share_spans_0_to_1():
+    assert entropy_share(torch.zeros(2, 7), 2.0).tolist() == pytest.approx([1, 1])
+    assert entropy_share(1e4 * torch.eye(3), 2.0).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    flat, sharp = entropy_share(torch.tensor([[1.0, 0]]), 5.0), entropy_share(torch.tensor([[1.0, 0]]), 0.2)
+    assert flat > sharp
+    assert math.isfinite(entropy_share(torch.randn(4, 9), 1.0).sum())
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=4))
+def test_rows_are_the_positions_before_response_tokens(lengths):
+    """lengths: (prompt, response) of each text. State t must carry exactly the prediction of token t + 1."""
+    width = max(prompt + response for prompt, response in lengths)
+    states = torch.arange(len(lengths) * width).view(len(lengths), width, 1)  # a state is its own address
+    labels = torch.full((len(lengths), width), IGNORED)
+    expected_states, expected_targets = [], []
+    for row, (prompt, response) in enumerate(lengths):
+        for t in range(prompt, prompt + response):
+            labels[row, t] = 100 * row + t
+            expected_states.append(row * width + t - 1)
+            expected_targets.append(100 * row + t)
+    rows, targets = predicted_rows(states, labels)
+    assert rows.flatten().tolist() == expected_states and targets.tolist() == expected_targets
+
+
+@pytest.mark.parametrize("name", ["task", "consistency", "diversity", "svd", "non_target_kl"])
+def test_prompt_and_padding_never_count(name):
+    torch.manual_seed(0)
+    objective = dataclasses.replace(NLG_RECIPES["2024"], svd_k=2, non_target_kl=0.5)
+    weights = lambdas(objective, 0, 1)
+    labels = torch.tensor([[IGNORED, IGNORED, 3, 4, 1], [IGNORED, 2, 1, IGNORED, IGNORED]])
+    student, teacher = torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    counts = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 0, 0, 0]]).bool()
+
+    def term(student, teacher):
+        rows, targets = predicted_rows(student, labels)
+        return nlg_terms(rows, predicted_rows(teacher, labels)[0], targets, objective, weights)[name]
+
+    noise = 100 * torch.randn(2, 5, 6) * ~counts[..., None]
+    assert term(student + noise, teacher - noise) == term(student, teacher)
+    student.requires_grad_()
+    term(student, teacher).backward()
+    assert (student.grad[~counts] == 0).all() and (student.grad[counts].abs().sum(-1) > 0).all()

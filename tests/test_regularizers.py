@@ -1,0 +1,167 @@
+"""The regularizers: gradients against finite differences, bounds, invariances, and finite values at the edges."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minibalora import regularizers as R
+
+SHAPES = [(1, 1), (1, 5), (2, 3), (7, 4), (4, 9)]
+seeds = st.integers(0, 2**31)
+rows, columns = st.integers(1, 12), st.integers(1, 12)
+
+
+def logits(N, D, seed, scale=1.0, dtype=torch.float64):
+    return scale * torch.randn(N, D, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def all_terms(Z, P, targets, k=2):
+    """Every regularizer of Z, by name; non-target KL needs two columns."""
+    terms = {
+        "consistency_mse": R.consistency_mse(Z, P),
+        "consistency_kl": R.consistency_kl(Z, P, temperature=2.0),
+        "diversity_covariance": R.diversity_covariance(Z),
+        "diversity_entropy": R.diversity_entropy(Z),
+        "diversity_entropy_top_k": R.diversity_entropy(Z, top_k=3),
+        "svd_sum": R.svd_sum(Z, k),
+        "svd_share": R.svd_share(Z, k),
+        "svd_share_frobenius": R.svd_share(Z, k, norm="frobenius"),
+    }
+    return terms | ({"non_target_kl": R.non_target_kl(Z, P, targets)} if Z.shape[1] > 1 else {})
+
+
+@pytest.mark.parametrize("N, D", SHAPES)
+@pytest.mark.parametrize("name", all_terms(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 1])))
+def test_gradients_match_finite_differences(name, N, D):
+    if name == "non_target_kl" and D == 1:
+        pytest.skip("nothing is left without the target")
+    Z, P = logits(N, D, 1).requires_grad_(), logits(N, D, 2)
+    targets = torch.arange(N) % D
+    assert torch.autograd.gradcheck(lambda Z: all_terms(Z, P, targets)[name], Z)
+
+
+@settings(deadline=None, max_examples=60)
+@given(N=rows, D=columns, seed=seeds, k=st.integers(1, 14), scale=st.sampled_from([1e-3, 1.0, 30.0]))
+def test_bounds(N, D, seed, k, scale):
+    Z, P = logits(N, D, seed, scale), logits(N, D, seed + 1, scale)
+    slack = 1e-12
+    assert -1 - slack <= R.svd_share(Z, k) <= -min(k, N, D) / min(N, D) + slack
+    assert -math.sqrt(min(k, N, D)) - slack <= R.svd_share(Z, k, "frobenius") < 0
+    assert R.svd_sum(Z, k) <= 0
+    assert -math.log(D) - slack <= R.diversity_entropy(Z) <= slack
+    assert -math.log(min(k, D)) - slack <= R.diversity_entropy(Z, top_k=k) <= slack
+    assert R.consistency_kl(Z, P, 0.7) >= -slack
+    assert 0 <= R.consistency_mse(Z, P) <= 4 / D + slack
+    assert R.diversity_covariance(Z) >= 0
+    if D > 1:
+        assert R.non_target_kl(Z, P, torch.arange(N) % D) >= -slack
+
+
+@settings(deadline=None, max_examples=40)
+@given(N=rows, D=columns, seed=seeds)
+def test_equal_logits_cost_nothing(N, D, seed):
+    Z = logits(N, D, seed)
+    assert R.consistency_kl(Z, Z, 2.0) == 0 and R.consistency_mse(Z, Z) == 0
+    shifted = Z + logits(N, 1, seed + 1)  # softmax ignores a constant added to a row
+    assert R.consistency_kl(shifted, Z, 2.0) == pytest.approx(0, abs=1e-12)
+    if D > 1:
+        assert R.non_target_kl(shifted, Z, torch.arange(N) % D) == pytest.approx(0, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(N=rows, D=columns, seed=seeds)
+def test_invariances(N, D, seed):
+    Z, P = logits(N, D, seed), logits(N, D, seed + 1)
+    positive, vector = logits(N, 1, seed + 2).exp(), logits(1, D, seed + 3)
+    same = lambda a, b: a.item() == pytest.approx(b.item(), rel=1e-9, abs=1e-12)  # noqa: E731
+    assert same(R.consistency_mse(positive * Z, P), R.consistency_mse(Z, P))
+    assert same(R.diversity_covariance(Z + vector), R.diversity_covariance(Z))
+    assert same(R.svd_share(7 * Z, 3), R.svd_share(Z, 3))
+    assert same(R.svd_sum(Z[torch.randperm(N)], 3), R.svd_sum(Z, 3))
+
+
+@settings(deadline=None, max_examples=40)
+@given(N=rows, D=st.integers(2, 12), seed=seeds)
+def test_non_target_kl_leaves_the_target_logit_alone(N, D, seed):
+    Z, P = logits(N, D, seed, 5.0).requires_grad_(), logits(N, D, seed + 1, 5.0)
+    targets = torch.randint(D, (N,), generator=torch.Generator().manual_seed(seed))
+    R.non_target_kl(Z, P, targets).backward()
+    at_target = torch.zeros(N, D, dtype=torch.bool).scatter_(1, targets[:, None], True)
+    assert (Z.grad[at_target] == 0).all() and Z.grad.isfinite().all()
+    moved = torch.where(at_target, Z.detach() + 100, Z.detach())
+    assert R.non_target_kl(moved, P, targets).item() == pytest.approx(R.non_target_kl(Z, P, targets).item())
+
+
+@settings(deadline=None, max_examples=30)
+@given(N=rows, D=st.integers(2, 9), seed=seeds)
+def test_non_target_kl_is_the_definition(N, D, seed):
+    Z, P = logits(N, D, seed), logits(N, D, seed + 1)
+    targets = torch.randint(D, (N,), generator=torch.Generator().manual_seed(seed))
+    expected = 0.0
+    for row, target in enumerate(targets):
+        others = [column for column in range(D) if column != target]
+        p, f = P[row].softmax(0)[others], Z[row].softmax(0)[others]
+        p, f = p / p.sum(), f / f.sum()
+        expected += (p * (p / f).log()).sum().item() / N
+    assert R.non_target_kl(Z, P, targets).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_values_worked_out_by_hand():
+    Z = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    assert R.svd_sum(Z, 1).item() == pytest.approx(-4 / 2)
+    assert R.svd_share(Z, 1).item() == pytest.approx(-4 / 7)
+    assert R.svd_share(Z, 1, "frobenius").item() == pytest.approx(-4 / 5)
+    # centred columns (1.5, −1.5) and (−2, 2): C_01 = −6, twice, squared, over D = 2
+    assert R.diversity_covariance(Z).item() == pytest.approx(36)
+    assert R.consistency_mse(Z, Z.flip(0)).item() == pytest.approx(1)
+    assert R.diversity_entropy(torch.zeros(3, 8)).item() == pytest.approx(-math.log(8))
+    P, F = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
+    assert R.consistency_kl(F, P).item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    assert R.consistency_kl(2 * F, 2 * P, 2.0).item() == pytest.approx(4 * R.consistency_kl(F, P).item())
+
+
+@pytest.mark.parametrize("N, D", SHAPES)
+@pytest.mark.parametrize("make", [torch.zeros, torch.ones], ids=["zeros", "equal singular values"])
+def test_degenerate_logits_give_finite_values_and_gradients(N, D, make):
+    Z = make(N, D).requires_grad_()
+    for name, term in all_terms(Z, torch.zeros(N, D), torch.zeros(N, dtype=torch.long)).items():
+        (gradient,) = torch.autograd.grad(term, Z, allow_unused=True)
+        assert term.isfinite(), name
+        assert gradient.isfinite().all() and gradient.abs().max() <= 10, name
+
+
+def test_equal_singular_values_have_a_finite_gradient():
+    Z = torch.eye(6, dtype=torch.float64).requires_grad_()
+    R.svd_share(Z, 3).backward()
+    assert Z.grad.isfinite().all() and Z.grad.abs().max() <= 1
+
+
+def test_peaked_logits_stay_finite_in_float32():
+    Z = (1e4 * torch.eye(4)).requires_grad_()
+    for name, term in all_terms(Z, Z.detach().flip(0), torch.tensor([0, 1, 2, 3])).items():
+        (gradient,) = torch.autograd.grad(term, Z)
+        assert term.isfinite() and gradient.isfinite().all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_computed_in_float32(dtype):
+    Z, P = logits(6, 5, 0).to(dtype), logits(6, 5, 1).to(dtype)
+    targets = torch.arange(6) % 5
+    for name, term in all_terms(Z, P, targets).items():
+        assert term.dtype == torch.float32 and term.dim() == 0
+        assert term.item() == pytest.approx(all_terms(Z.double(), P.double(), targets)[name].item(), rel=1e-5, abs=1e-6)
+
+
+def test_no_gradient_flows_into_the_teacher():
+    Z, P = logits(4, 5, 0).requires_grad_(), logits(4, 5, 1).requires_grad_()
+    targets = torch.arange(4)
+    (R.consistency_mse(Z, P) + R.consistency_kl(Z, P) + R.non_target_kl(Z, P, targets)).backward()
+    assert P.grad is None
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="give nuclear or frobenius"):
+        R.svd_share(torch.ones(2, 2), 1, norm="spectral")

@@ -1,0 +1,158 @@
+"""Tokenizers: special tokens as the checkpoint's own files say, and broken files refused."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+import minibalora as mb
+from minibalora.toy import MODEL
+
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "one": 4, "two": 5, "three": 6}
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(settings, template) is a tokenizer of seven words, loaded from files as Hugging Face writes them."""
+
+    def tokenizer(settings, template=None, **more):
+        backend = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.add_special_tokens(SPECIALS)
+        if template:
+            pairs = [("<s>", 1), ("</s>", 2)]
+            backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
+        if more.get("cut"):
+            backend.enable_truncation(2)
+            backend.enable_padding(length=8, pad_id=3, pad_token="<pad>")
+        backend.save(str(tmp_path / "tokenizer.json"))
+        if settings is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return mb.load_tokenizer(tmp_path)
+
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, add_bos, add_eos, expected",
+    [
+        (None, None, None, [4, 5]),
+        (None, True, None, [1, 4, 5]),
+        (None, True, True, [1, 4, 5, 2]),
+        (None, False, True, [4, 5, 2]),
+        ("<s> $A", None, None, [1, 4, 5]),
+        ("<s> $A", True, False, [1, 4, 5]),
+        ("<s> $A", False, None, [4, 5]),
+        ("<s> $A", None, True, [1, 4, 5, 2]),
+        ("<s> $A </s>", None, None, [1, 4, 5, 2]),
+        ("<s> $A </s>", True, True, [1, 4, 5, 2]),
+        ("<s> $A </s>", True, False, [1, 4, 5]),
+        ("<s> $A </s>", False, False, [4, 5]),
+    ],
+)
+def test_special_tokens_are_added_as_the_settings_or_else_the_post_processor_say(
+    make, template, add_bos, add_eos, expected
+):
+    flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    for settings in (flags, {key: value for key, value in flags.items() if value is not None}):
+        tok = make(NAMES | settings, template)
+        assert tok.encode("one two") == expected
+        assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
+        assert tok.encode("") == [token for token in expected if token in (1, 2)]
+
+
+def test_a_continuation_gets_no_special_token(make):
+    tok = make(NAMES | {"add_bos_token": True, "add_eos_token": True}, "<s> $A </s>")
+    assert tok.encode_responses(["one two", ""]) == [[4, 5], []]
+
+
+@pytest.mark.parametrize("spell", [str, lambda token: {"content": token, "lstrip": False, "special": True}])
+def test_special_tokens_are_named_by_strings_or_objects(make, spell):
+    tok = make({"bos_token": spell("<s>"), "eos_token": spell("</s>"), "pad_token": spell("<pad>")})
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (None, (None, None, 0)),
+        ({}, (None, None, 0)),
+        ({"bos_token": None, "eos_token": "</s>"}, (None, 2, 2)),
+        ({"bos_token": "<s>", "pad_token": "<unk>"}, (1, None, 0)),
+        ({"eos_token": "</s>", "pad_token": None}, (None, 2, 2)),
+    ],
+)
+def test_a_model_may_lack_special_tokens(make, settings, expected):
+    tok = make(settings)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == expected
+
+
+def test_flags_for_tokens_that_there_are_not_change_nothing(make):
+    assert make({"add_bos_token": True, "add_eos_token": True}).encode("one") == [4]
+
+
+def test_decoding_leaves_special_tokens_out(make):
+    tok = make(NAMES)
+    assert tok.decode([1, 4, 5, 2, 3, 3]) == "one two"
+    assert tok.decode([]) == ""
+
+
+def test_truncation_and_padding_of_the_file_are_off(make):
+    tok = make(NAMES, cut=True)
+    assert tok.encode("one two three") == [4, 5, 6]
+    assert tok.encode_prompts(["one two three", "one"]) == [[4, 5, 6], [4]]
+
+
+def test_vocab_size_counts_added_tokens(make):
+    assert make(NAMES).vocab_size == len(WORDS)
+
+
+@pytest.mark.parametrize("text", ["", " ", "Tom's 12 apples\n\n### cost €3,50 …", "naïve 🤖 日本語\t\\n{x}"])
+def test_the_built_in_tokenizer_gives_text_back(text):
+    tok = mb.load_tokenizer(MODEL)
+    assert tok.decode(tok.encode(text)) == text
+    assert tok.encode(text)[0] == tok.bos_id
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path, refuses):
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer.json", "save_pretrained")
+    for absent in ("absent", "x" * 300):
+        refuses(lambda absent=absent: mb.load_tokenizer(tmp_path / absent), tmp_path / absent, "no such folder")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[]", b"\xff", b'{"model": {"type": "nonsense"}}', b"[" * 10_000]
+)
+def test_a_broken_tokenizer_is_refused(tmp_path, refuses, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"bos_token": "<start>"}, "<start>"),
+        ({"eos_token": 2}, "2"),
+        ({"eos_token": {"content": "<end>"}}, "<end>"),
+        ({"pad_token": ["<pad>"]}, "<pad>"),
+        ({"add_bos_token": "yes"}, "add_bos_token"),
+        ({"add_eos_token": []}, "add_eos_token"),
+        ([], "list"),
+    ],
+)
+def test_wrong_settings_are_refused(make, tmp_path, refuses, settings, part):
+    refuses(lambda: make(settings), tmp_path / "tokenizer_config.json", part)
+
+
+def test_broken_settings_are_refused(make, tmp_path, refuses):
+    make(None)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer_config.json", "JSON")
+
+
+def test_without_tokenizer_config_the_ids_of_config_json_count(make, tmp_path):
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    tok = make(None)
+    assert (tok.bos_id, tok.eos_id) == (1, 2)

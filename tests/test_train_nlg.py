@@ -1,0 +1,272 @@
+"""The training script as a user runs it, and the properties of its step."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import GOLDEN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import minibalora as mb
+from minibalora.data import Row, collate, micro_batches
+from minibalora.objective import NLG_RECIPES
+from minibalora.toy.problems import clean_problems
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "train_nlg.py")
+sys.path.insert(0, str(ROOT))
+import train_nlg  # noqa: E402
+
+ADAPTER = "adapter_model.safetensors"
+FILES = {"adapter_config.json", ADAPTER, "log.jsonl", "run.json", "checkpoint"}
+LOG_KEYS = "step loss task consistency diversity svd non_target_kl lr tokens_per_s memory_bytes".split()
+
+
+def random_rows(count: int, seed: int) -> list[Row]:
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 14, count)
+    prompts = [int(rng.integers(1, length)) for length in lengths]
+    return [
+        Row(rng.integers(0, 61, length).astype(np.int32), prompt, line)
+        for line, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
+    ]
+
+
+def gradients_of_a_step(model, rows, micro_batch_size, objective):
+    batches = [collate(micro, 0, "cpu") for micro in micro_batches(rows, micro_batch_size)]
+    model.zero_grad()
+    losses, terms = train_nlg.backward(model, model.hidden, batches, objective, step=5, steps=10, stop=[])
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return gradient, sum(losses), terms
+
+
+@settings(deadline=None, max_examples=10)
+@given(count=st.integers(2, 12), size=st.integers(1, 5), seed=st.integers(0, 99), adaptive=st.booleans())
+def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, adaptive):
+    """In float64 to rounding, for every term that is a mean over tokens."""
+    objective = dataclasses.replace(
+        NLG_RECIPES["iclr2026"], lambda3=0.0, non_target_kl=0.3, lambda1=0.5, lambda2=0.1, adaptive_lambda1=adaptive
+    )
+    torch.manual_seed(seed)
+    model = mb.adapt(mb.load_model(GOLDEN / "llama3", dtype=torch.float64), rank=3)
+    with torch.no_grad():
+        for _, layer in mb.lowrank.adapted_layers(model):
+            layer.B += 0.1 * torch.randn_like(layer.B)
+    rows = random_rows(count, seed)
+    whole, *expected = gradients_of_a_step(model, rows, count, objective)
+    parts, *got = gradients_of_a_step(model, rows, size, objective)
+    # float32 at the factors, the norms and the cross-entropy: 6e-8 a rounding
+    assert (parts - whole).norm() < 1e-5 * whole.norm()
+    assert got[0] == pytest.approx(expected[0], rel=1e-5) and got[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-7)
+
+
+def test_the_spectral_term_is_averaged_by_tokens():
+    objective = dataclasses.replace(NLG_RECIPES["2024"], lambda1=0.0, lambda2=0.0, lambda3=1.0)
+    model, rows = mb.adapt(mb.load_model(GOLDEN / "llama3"), rank=3), random_rows(7, 0)
+    terms = gradients_of_a_step(model, rows, 3, objective)[2]
+    alone = [gradients_of_a_step(model, micro, 3, objective)[2]["svd"] for micro in micro_batches(rows, 3)]
+    tokens = [sum(len(row.ids) - row.prompt_length for row in micro) for micro in micro_batches(rows, 3)]
+    assert terms["svd"] == pytest.approx(np.average(alone, weights=tokens), rel=1e-5)
+
+
+def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trains():
+    model, rows = mb.adapt(mb.load_model(GOLDEN / "gemma"), rank=3), random_rows(6, 1)
+    input_ids, _ = collate(rows, 0, "cpu")
+    base = mb.load_model(GOLDEN / "gemma")(input_ids)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    consistency = []
+    for _ in range(3):
+        consistency.append(gradients_of_a_step(model, rows, 4, NLG_RECIPES["iclr2026"])[2]["consistency"])
+        optimizer.step()
+    assert consistency[0] == 0 and consistency[1] > 0
+    assert not torch.allclose(model(input_ids), base)
+    with mb.pretrained(model):
+        assert torch.equal(model(input_ids), base)
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("data") / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in clean_problems(48, seed=0)))
+    return str(path)
+
+
+def command(data: str, out: Path, *flags: str) -> list[str]:
+    flags = ("--rank", "4", "--batch-size", "8", "--micro-batch-size", "4", "--lr", "1e-3", *flags)
+    model = str(ROOT / "minibalora" / "toy" / "llama")
+    return [sys.executable, SCRIPT, "--model", model, "--data", data, "--out", str(out), "--device", "cpu", *flags]
+
+
+def run(data: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(data, out, *flags), capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_data, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    result = run(small_data, out, "--epochs", "2", "--save-every", "2")
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def logged(out: Path) -> list[dict]:
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{key: entry[key] for key in LOG_KEYS if key not in ("tokens_per_s", "memory_bytes")} for entry in entries]
+
+
+def test_a_run_leaves_exactly_the_promised_files(uninterrupted):
+    assert {path.name for path in uninterrupted.iterdir()} == FILES
+    entries = [json.loads(line) for line in (uninterrupted / "log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in entries] == list(range(1, 13))
+    assert all(list(entry) == LOG_KEYS for entry in entries)
+    assert entries[0]["consistency"] == 0 and entries[-1]["svd"] < 0
+    record = json.loads((uninterrupted / "run.json").read_text())
+    assert record["settings"]["rank"] == 4 and record["settings"]["objective"]["lambda1"] == 0.025
+    assert record["versions"]["torch"] == str(torch.__version__)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(number, small_data, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    flags = ("--epochs", "2", "--save-every", "2")
+    process = subprocess.Popen(command(small_data, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    process.communicate()
+    if number == signal.SIGKILL:
+        assert not (out / ADAPTER).exists()
+    else:
+        assert process.returncode == 128 + number and {path.name for path in out.iterdir()} == FILES
+    result = run(small_data, out, *flags, "--resume")
+    assert result.returncode == 0, result.stderr
+    assert (out / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
+    assert logged(out) == logged(uninterrupted)
+    assert {path.name for path in out.iterdir()} == FILES
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_over(small_data, uninterrupted, tmp_path):
+    out = tmp_path / "out"
+    assert run(small_data, out, "--epochs", "2", "--save-every", "2").returncode == 0
+    for file in (out / "checkpoint").iterdir():
+        file.unlink()
+    assert run(small_data, out, "--epochs", "2", "--save-every", "2", "--resume").returncode == 0
+    assert (out / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
+
+
+def in_process(monkeypatch, capsys, argv: list[str]) -> tuple[int, str]:
+    """Exit status and standard error of the script, without the cost of a new process."""
+    monkeypatch.setattr(sys, "argv", argv[1:])
+    with pytest.raises(SystemExit) as exit:
+        train_nlg.run_script(train_nlg.main)
+    return exit.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "pissa", "ba-lora"])
+def test_every_method_trains(method, small_data, tmp_path, monkeypatch, capsys):
+    flags = ["--method", method, "--epochs", "3", "--lr", "5e-3"]
+    argv = command(small_data, tmp_path / "out", *flags)
+    if method == "full":
+        del argv[argv.index("--rank") : argv.index("--rank") + 2]
+    status, _ = in_process(monkeypatch, capsys, argv)
+    assert status == 0
+    tasks = [entry["task"] for entry in logged(tmp_path / "out")]
+    assert sum(tasks[-4:]) < sum(tasks[:4])
+    regularized = [key for key in ("consistency", "diversity", "svd") if logged(tmp_path / "out")[-1][key] is not None]
+    assert regularized == (["consistency", "diversity", "svd"] if method == "ba-lora" else [])
+    if method == "full":
+        mb.load_model(tmp_path / "out" / "model")
+    else:
+        rank = load_file(tmp_path / "out" / ADAPTER).popitem()[1].shape
+        assert min(rank) == (4 if method == "lora" else 8)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--recipe", "2024", "--init", "pissa_niter_4", "--grad-checkpoint"],
+        ["--method", "lora", "--non-target-kl", "0.1", "--targets", "q_proj", "v_proj", "--schedule", "linear"],
+        ["--adaptive-lambda1", "--alpha", "7", "--top-k", "0", "--dtype", "bfloat16"],
+    ],
+)
+def test_flags_that_change_the_method_run(flags, small_data, tmp_path, monkeypatch, capsys):
+    status, _ = in_process(monkeypatch, capsys, command(small_data, tmp_path / "out", "--max-steps", "3", *flags))
+    assert status == 0 and len(logged(tmp_path / "out")) == 3
+    assert all(np.isfinite(entry["loss"]) for entry in logged(tmp_path / "out"))
+
+
+def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, capsys):
+    argv = command(small_data, tmp_path / "out", "--max-steps", "1", "--eval", small_data)
+    monkeypatch.setattr(sys, "argv", argv[1:])
+    with pytest.raises(SystemExit):
+        train_nlg.run_script(train_nlg.main)
+    printed = capsys.readouterr().out
+    assert "before     after" in printed and "exact match, addition (12)" in printed
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(
+    small_data, tmp_path, monkeypatch, capsys
+):
+    out = tmp_path / "out"
+    argv = command(small_data, out, "--save-every", "1", "--lr", "1e30", "--grad-clip", "1e30")
+    status, error = in_process(monkeypatch, capsys, argv)
+    assert status == 2
+    last = error.splitlines()[-1]
+    assert last.startswith("error: step 2: the loss is not finite (data lines ") and "--lr" in last
+    assert load_file(out / "checkpoint" / "state.safetensors") and not (out / ADAPTER).exists()
+
+
+def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    real, calls = mb.training.save_file, []
+
+    def save_file(tensors, path, **kwargs):
+        calls.append(path)
+        if len(calls) > 3:  # the initial factors and two checkpoints fit
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(tensors, path, **kwargs)
+
+    monkeypatch.setattr(mb.training, "save_file", save_file)
+    status, error = in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2"))
+    assert status == 1 and "the disk is full" in error.splitlines()[-1]
+    assert {path.name for path in (out / "checkpoint").iterdir()} == {"initial.safetensors", "state.safetensors"}
+    monkeypatch.setattr(mb.training, "save_file", real)
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2", "--resume"))[0] == 0
+
+
+def test_no_argument_trains_the_built_in_model(tmp_path):
+    """The README's command, three steps of it."""
+    result = subprocess.run([sys.executable, SCRIPT, "--max-steps", "3"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (out,) = (tmp_path / "runs").iterdir()
+    assert {path.name for path in out.iterdir()} == FILES
+    assert "loss on pre-training text" in result.stdout
+
+
+def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(small_data, tmp_path, monkeypatch, capsys):
+    adapters = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        argv = command(small_data, tmp_path / name, "--max-steps", "2", "--method", "lora", "--seed", seed)
+        assert in_process(monkeypatch, capsys, argv)[0] == 0
+        adapters.append((tmp_path / name / ADAPTER).read_bytes())
+    assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_files_that_are_not_ours_are_left_alone(small_data, tmp_path, monkeypatch, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path, "--max-steps", "1"))[0] == 0
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert os.listdir(tmp_path / "checkpoint")
