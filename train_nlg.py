@@ -15,38 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import evaluate
-from minibalora.data import (
-    Example,
-    Row,
-    collate,
-    encode_examples,
-    example_from,
-    examples_digest,
-    micro_batches,
-    read_examples,
-    rows_of_step,
-    steps_per_epoch,
-)
+from minibalora import data, evaluate, training
+from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.models.decoder import Decoder
 from minibalora.objective import IGNORED, Objective, entropy_share, lambdas, nlg_terms, predicted_rows, weighted_sum
 from minibalora.plan import print_plan
 from minibalora.toy.problems import clean_problems, flawed_problems
-from minibalora.training import (
-    check_out,
-    check_settings,
-    learning_rate,
-    load_checkpoint,
-    open_log,
-    peak_memory,
-    run_script,
-    save_checkpoint,
-    start_run,
-    stop_signals,
-    trained_parameters,
-)
 from minibalora.weights import weights_digest
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
@@ -55,58 +31,58 @@ TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 def main() -> int:
     args = parse_nlg_flags()
     objective = nlg_objective(args)
-    check_out(args.out, args.resume)
+    training.check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
 
     # Load: data, tokenizer, model.
     examples, held_out, pretraining = read_data(args)
     tok = mb.load_tokenizer(args.model)
-    rows, truncated, dropped = encode_examples(examples, tok, args.max_length)
+    rows, truncated, dropped = data.encode_examples(examples, tok, args.max_length)
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
     model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
-    check_vocabulary(rows + encode_examples(held_out, tok, sys.maxsize)[0], model)
+    check_vocabulary(rows + data.encode_examples(held_out, tok, sys.maxsize)[0], model)
     settings = settings_of(args, examples)
     if args.resume:
-        check_settings(args.out, settings)
+        training.check_settings(args.out, settings)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
         adapt(model, args)
     model.grad_checkpoint = args.grad_checkpoint
-    parameters = list(trained_parameters(model).values())
+    parameters = list(training.trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
-    steps = args.epochs * steps_per_epoch(len(rows), args.batch_size)
+    steps = args.epochs * data.steps_per_epoch(len(rows), args.batch_size)
     steps = min(steps, args.max_steps or steps)
     if not args.resume:
-        start_run(args.out, settings)
+        training.start_run(args.out, settings)
     print_plan(args, model, rows, truncated, dropped, steps, objective)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.max_length, batch_size=64)
+    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.max_length, 4 * args.micro_batch_size)
     before = judge()
-    step = load_checkpoint(args.out, model, optimizer) if args.resume else 0
+    step = training.load_checkpoint(args.out, model, optimizer) if args.resume else 0
     if step == 0:
-        save_checkpoint(args.out, model, optimizer, 0)
+        training.save_checkpoint(args.out, model, optimizer, 0)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
     model.train()
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
     bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
-    with open_log(args.out, step) as log, stop_signals() as stop, bar:
+    with training.open_log(args.out, step) as log, training.stop_signals() as stop, bar:
         while step < steps and not stop:
             started = time.perf_counter()
-            batch = [rows[index] for index in rows_of_step(len(rows), args.batch_size, args.seed, step)]
-            micro = micro_batches(batch, args.micro_batch_size)
-            batches = [collate(rows, tok.pad_id, args.device) for rows in micro]
+            batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
+            micro = data.micro_batches(batch, args.micro_batch_size)
+            batches = [data.collate(rows, tok.pad_id, args.device) for rows in micro]
             with torch.autocast(args.device.type, args.dtype, enabled=full and args.dtype != torch.float32):
                 losses, terms = backward(model, hidden, batches, objective, step, steps, stop)
             if stop:
                 break  # within a step: its gradients are dropped, so the model is that of the last whole step
             norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             check_finite(losses, norm, step, micro)
-            rate = learning_rate(step, steps, args.lr, args.warmup_ratio, args.schedule)
+            rate = training.learning_rate(step, steps, args.lr, args.warmup_ratio, args.schedule)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
@@ -114,14 +90,14 @@ def main() -> int:
 
             speed = sum(len(row.ids) for row in batch) / (time.perf_counter() - started)
             entry = {"step": step, "loss": sum(losses)} | dict.fromkeys(TERMS) | terms | {"lr": rate}
-            entry |= {"tokens_per_s": round(speed), "memory_bytes": peak_memory(args.device)}
+            entry |= {"tokens_per_s": round(speed), "memory_bytes": training.peak_memory(args.device)}
             log(entry)
             show(bar, entry)
             if step % args.save_every == 0:
-                save_checkpoint(args.out, model, optimizer, step)
+                training.save_checkpoint(args.out, model, optimizer, step)
 
     # Save: the checkpoint for --resume, and the adapter for the original base, in PEFT's format.
-    save_checkpoint(args.out, model, optimizer, step)
+    training.save_checkpoint(args.out, model, optimizer, step)
     if full:
         mb.save_model(model.to(args.dtype), args.out / "model")
     else:
@@ -190,9 +166,13 @@ def read_data(args: Namespace) -> tuple[list[Example], list[Example], list[Examp
     if args.is_toy:
         clean = clean_problems(args.max_rows, seed=args.seed)
         sets = clean, clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
-        return tuple([example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets)
+        return tuple([data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets)
     fields = args.prompt_field, args.response_field
-    return read_examples(args.data, *fields, args.max_rows), read_examples(args.eval, *fields) if args.eval else [], []
+    return (
+        data.read_examples(args.data, *fields, args.max_rows),
+        data.read_examples(args.eval, *fields) if args.eval else [],
+        [],
+    )
 
 
 def adapt(model: Decoder, args: Namespace) -> None:
@@ -208,7 +188,7 @@ def settings_of(args: Namespace, examples: list[Example]) -> dict:
     plain = {name: value if value is None or isinstance(value, int | float | list) else str(value)
              for name, value in vars(args).items()}  # fmt: skip
     plain["objective"] = asdict(nlg_objective(args))
-    return plain | {"data_digest": examples_digest(examples), "model_digest": weights_digest(args.model)}
+    return plain | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 
 def check_vocabulary(rows: list[Row], model: Decoder) -> None:
@@ -242,4 +222,4 @@ def show(bar: tqdm, entry: dict) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    training.run_script(main)

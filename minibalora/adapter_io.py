@@ -4,6 +4,7 @@ PEFT's lora_A is (r, m) and lora_B is (n, r): the transposes of the paper's A (m
 converts.
 """
 
+import math
 import shutil
 from pathlib import Path
 
@@ -38,14 +39,15 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
     first = layers[0][1]
     rank = first.update()[0].shape[1]
+    alpha = first.scaling * rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
         "r": rank,
-        "lora_alpha": first.scaling * rank,
+        "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted({name.rpartition(".")[2] for name, _ in layers}),
+        "target_modules": _target_modules(model),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": False,
@@ -61,6 +63,15 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", config)
+
+
+def _target_modules(model: nn.Module) -> list[str]:
+    """The last parts of the adapted names; whole names where a last part would match a layer that is not adapted."""
+    names = {name for name, _ in adapted_layers(model)}
+    last_parts = {name.rpartition(".")[2] for name in names}
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    is_ambiguous = any(name.rpartition(".")[2] in last_parts for name in linears)
+    return sorted(names if is_ambiguous else last_parts)
 
 
 def save_model(model: nn.Module, folder: str | Path) -> None:

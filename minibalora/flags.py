@@ -172,6 +172,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"--{name.replace('_', '-')} has no meaning with --method {args.method}: leave one out")
     if args.method == "full" and args.non_target_kl > 0:
         raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
+    if args.adaptive_lambda1 and args.lambda1 == 0:
+        raise InputError("--adaptive-lambda1 has no meaning with --lambda1 0: leave one out")
     if args.init is not None and args.method in ("lora", "pissa"):
         if not args.init.startswith(args.method):
             raise InputError(f"--init {args.init} contradicts --method {args.method}: leave one out")

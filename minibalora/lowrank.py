@@ -64,7 +64,7 @@ class LowRankLinear(nn.Module):
         if self.is_teacher:
             return y
         left, right = self.update()
-        return y + self.scaling * ((x @ left.to(x.dtype)) @ right.to(x.dtype))
+        return y + (self.scaling * (x @ left.to(x.dtype))) @ right.to(x.dtype)
 
     def update(self) -> tuple[Tensor, Tensor]:
         """The learned change as two factors, W_now = W + s · left @ right; (m, R) and (R, n), R = r or 2r, float32.

@@ -36,7 +36,7 @@ def run_script(main: Callable[[], int]) -> None:
     except InputError as error:
         _exit_with_line(2, error)
     except KeyboardInterrupt:
-        _exit_with_line(130, "interrupted before the first step: nothing to save")
+        _exit_with_line(130, "interrupted outside the training loop: a run that has begun goes on with --resume")
     except torch.OutOfMemoryError:
         _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or --max-length, or add --grad-checkpoint")
     except (OSError, SafetensorError) as error:

@@ -73,6 +73,15 @@ def test_what_is_saved_is_the_change_from_the_original_base(init, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_target_modules_name_the_adapted_layers_and_no_other(tmp_path):
+    for targets, expected in [
+        (["q_proj"], ["q_proj"]),
+        (["0.self_attn.q_proj"], ["model.layers.0.self_attn.q_proj"]),
+    ]:
+        mb.save_adapter(mb.adapt(mb.load_model(GOLDEN / "llama3"), rank=2, targets=targets), tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == expected
+
+
 def test_there_is_nothing_to_save_without_an_adapter(tmp_path):
     with pytest.raises(ValueError, match="nothing to save"):
         mb.save_adapter(mb.load_model(GOLDEN / "llama3"), tmp_path / "out")

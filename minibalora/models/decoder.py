@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, d, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None"):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None") -> Tensor:
         q, k, v = (
             projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
@@ -102,7 +102,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps, offset)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None"):
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None") -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
