@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,10 @@ from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.models.decoder import Decoder
-from minibalora.objective import IGNORED, Objective, entropy_share, lambdas, nlg_terms, predicted_rows, weighted_sum
+from minibalora.objective import Objective, entropy_share, lambdas, nlg_terms, predicted_rows, weighted_sum
 from minibalora.plan import print_plan
 from minibalora.toy.problems import clean_problems, flawed_problems
-from minibalora.weights import weights_digest
+from minibalora.weights import read_config, weights_digest
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 
@@ -35,21 +36,22 @@ def main() -> int:
     torch.manual_seed(args.seed)
 
     # Load: data, tokenizer, model.
-    examples, held_out, pretraining = read_data(args)
+    examples, unanswered, held_out, pretraining = read_data(args)
     tok = mb.load_tokenizer(args.model)
     rows, truncated, dropped = data.encode_examples(examples, tok, args.max_length)
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
-    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
-    check_vocabulary(rows + data.encode_examples(held_out, tok, sys.maxsize)[0], model)
+    check_vocabulary(rows + data.encode_examples(held_out, tok, sys.maxsize)[0], args.model)
     settings = settings_of(args, examples)
     if args.resume:
         training.check_settings(args.out, settings)
+    resumed_step = training.checkpoint_step(args.out) if args.resume else None
+    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
-        adapt(model, args)
+        adapt(model, args, args.init if resumed_step is None or args.init == "lora" else "pissa_niter_0")
     model.grad_checkpoint = args.grad_checkpoint
     parameters = list(training.trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
@@ -57,14 +59,17 @@ def main() -> int:
     steps = min(steps, args.max_steps or steps)
     if not args.resume:
         training.start_run(args.out, settings)
-    print_plan(args, model, rows, truncated, dropped, steps, objective)
+    left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
+    print_plan(args, model, rows, left_out, steps, objective)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.max_length, 4 * args.micro_batch_size)
+    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.max_length, args.micro_batch_size)
     before = judge()
-    step = training.load_checkpoint(args.out, model, optimizer) if args.resume else 0
-    if step == 0:
+    if resumed_step is None:
         training.save_checkpoint(args.out, model, optimizer, 0)
+    else:
+        training.load_checkpoint(args.out, model, optimizer)
+    step = resumed_step or 0
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
     model.train()
@@ -75,9 +80,10 @@ def main() -> int:
             started = time.perf_counter()
             batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
             micro = data.micro_batches(batch, args.micro_batch_size)
-            batches = [data.collate(rows, tok.pad_id, args.device) for rows in micro]
+            batches = [data.collate(part, args.device) for part in micro]
+            tokens = sum(len(row.ids) - row.prompt_length for row in batch)
             with torch.autocast(args.device.type, args.dtype, enabled=full and args.dtype != torch.float32):
-                losses, terms = backward(model, hidden, batches, objective, step, steps, stop)
+                losses, terms = backward(model, hidden, batches, tokens, objective, step, steps, stop)
             if stop:
                 break  # within a step: its gradients are dropped, so the model is that of the last whole step
             norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
@@ -93,11 +99,12 @@ def main() -> int:
             entry |= {"tokens_per_s": round(speed), "memory_bytes": training.peak_memory(args.device)}
             log(entry)
             show(bar, entry)
-            if step % args.save_every == 0:
+            if step % args.save_every == 0 or step == steps:
                 training.save_checkpoint(args.out, model, optimizer, step)
 
-    # Save: the checkpoint for --resume, and the adapter for the original base, in PEFT's format.
-    training.save_checkpoint(args.out, model, optimizer, step)
+    # Save: the adapter for the original base, in PEFT's format.
+    if stop:
+        training.save_checkpoint(args.out, model, optimizer, step)
     if full:
         mb.save_model(model.to(args.dtype), args.out / "model")
     else:
@@ -115,18 +122,18 @@ def backward(
     model: Decoder,
     hidden: Callable[[Tensor], Tensor],
     batches: list[tuple[Tensor, Tensor]],
+    tokens: int,
     objective: Objective,
     step: int,
     steps: int,
     stop: list[int],
 ) -> tuple[list[float], dict[str, float]]:
-    """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over the step's tokens.
+    """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response `tokens`.
 
     Returns each micro-batch's part of L and the step's terms. Dividing is done once, by the tokens of the whole step,
     so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
     with gradients of no use, once `stop` is not empty.
     """
-    tokens = sum(int((labels[:, 1:] != IGNORED).sum()) for _, labels in batches)
     teachers = teacher_states(model, hidden, batches) if objective.needs_teacher else [None] * len(batches)
     weights = lambdas(objective, step, steps, mean_entropy_share(model, teachers, objective, tokens))
     losses, totals = [], {}
@@ -142,7 +149,6 @@ def backward(
         losses.append(loss.detach())
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + share * term.detach()
-    # Only here does the host wait for a GPU.
     return torch.stack(losses).tolist(), {name: float(total) for name, total in totals.items()}
 
 
@@ -161,26 +167,27 @@ def mean_entropy_share(model: Decoder, teachers: list[Tensor], objective: Object
     return float(sum(shares)) / tokens
 
 
-def read_data(args: Namespace) -> tuple[list[Example], list[Example], list[Example]]:
-    """Examples to train on, held-out ones, and some of the pre-training text, which only the built-in model has."""
+def read_data(args: Namespace) -> tuple[list[Example], int, list[Example], list[Example]]:
+    """Examples to train on, how many conversations without a reply were left out, held-out examples, and some of the
+    pre-training text, which only the built-in model has."""
     if args.is_toy:
-        clean = clean_problems(args.max_rows, seed=args.seed)
-        sets = clean, clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
-        return tuple([data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets)
+        sets = clean_problems(args.max_rows, args.seed), clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
+        train, held_out, pretraining = (
+            [data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
+        )
+        return train, 0, held_out, pretraining
     fields = args.prompt_field, args.response_field
-    return (
-        data.read_examples(args.data, *fields, args.max_rows),
-        data.read_examples(args.eval, *fields) if args.eval else [],
-        [],
-    )
+    train, unanswered = data.read_examples(args.data, *fields, args.max_rows)
+    return train, unanswered, data.read_examples(args.eval, *fields)[0] if args.eval else [], []
 
 
-def adapt(model: Decoder, args: Namespace) -> None:
+def adapt(model: Decoder, args: Namespace, init: str) -> None:
+    """A resumed run gets its factors from the checkpoint, so it is adapted by the `init` that takes no time."""
     bar = partial(tqdm, desc=args.init, unit="layer", dynamic_ncols=True, leave=False)
     try:
-        mb.adapt(model, args.rank, args.alpha, args.init, args.targets, progress=bar)
+        mb.adapt(model, args.rank, args.alpha, init, args.targets, progress=bar)
     except ValueError as error:
-        raise InputError(f"--rank, --init or --targets: {error}") from None
+        raise InputError(f"--rank or --targets: {error}") from None
 
 
 def settings_of(args: Namespace, examples: list[Example]) -> dict:
@@ -191,12 +198,12 @@ def settings_of(args: Namespace, examples: list[Example]) -> dict:
     return plain | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 
-def check_vocabulary(rows: list[Row], model: Decoder) -> None:
-    size = model.config.vocab_size
+def check_vocabulary(rows: list[Row], folder: str) -> None:
+    size = read_config(Path(folder)).vocab_size
     for row in rows:
         if row.ids.max() >= size:
-            which = f"token {row.ids.max()} of line {row.line}, the model {size} tokens"
-            raise InputError(f"{model.source}: the tokenizer gives {which}: they do not belong together")
+            which = f"token {row.ids.max()} for line {row.line}, the model has {size} tokens"
+            raise InputError(f"{folder}: the tokenizer gives {which}: they do not belong together")
 
 
 def check_finite(losses: list[float], norm: Tensor, step: int, micro: list[list[Row]]) -> None:

@@ -12,11 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from minibalora.errors import InputError
 from minibalora.files import read_json_object, replacing, write_json
 from minibalora.lowrank import LowRankLinear, adapted_layers
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
 SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model "
     "chat_template.jinja generation_config.json"
@@ -74,77 +76,65 @@ def _target_modules(model: nn.Module) -> list[str]:
     return sorted(names if is_ambiguous else last_parts)
 
 
+@torch.no_grad()
 def save_model(model: nn.Module, folder: str | Path) -> None:
     """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
 
     Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. `model.source`
-    is the folder that config and tokenizer are copied from.
+    is the folder that config and tokenizer are copied from. Raises InputError if `folder` holds other weight files.
     """
     folder, source = Path(folder), Path(model.source)
+    tensors = _checkpoint_tensors(model)
+    shards = _shards(tensors)
+    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    others = {path.name for path in folder.glob("model*.safetensors*")} - {*files, INDEX if len(shards) > 1 else ""}
+    if others:
+        raise InputError(f"{folder}: holds other weights ({min(others)}), which would be read instead: empty it")
+
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = next(model.parameters()).dtype
-    shards = _shards(model)
-    weight_map = {}
-    for index, names in enumerate(shards, start=1):
-        file = f"model-{index:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+    for file, names in zip(files, shards, strict=True):
+        merged = {name: _merged(*tensors[name]) for name in names}
         with replacing(folder / file) as temporary:
-            save_file({name: _merged(model, name) for name in names}, temporary, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(names, file)
+            save_file(merged, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
-        size = sum(_bytes(model, name) for name in weight_map)
-        write_json(
-            folder / "model.safetensors.index.json",
-            {"metadata": {"total_size": size}, "weight_map": weight_map},
-        )
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        size = sum(stored.nbytes for stored, _ in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = read_json_object(source / "config.json")
-    config.pop("torch_dtype", None)
-    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})  # transformers 5's and 4's key
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
 
 
-def _shards(model: nn.Module) -> list[list[str]]:
-    """The checkpoint's tensor names, in groups of at most SHARD_BYTES."""
+def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:
+    """Every tensor of the base model by its name in a checkpoint, and the layer that changed it, if one did."""
+    layers = dict(adapted_layers(model))
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in layers or leaf == "bias":
+            tensors[name] = parameter, None
+        elif leaf == "W":
+            tensors[f"{owner}.weight"] = parameter, layers[owner]
+    return tensors
+
+
+def _merged(stored: Tensor, layer: LowRankLinear | None) -> Tensor:
+    tensor = stored if layer is None else layer.weight.to(stored.dtype)
+    return tensor.detach().cpu().contiguous()
+
+
+def _shards(tensors: dict[str, tuple[Tensor, LowRankLinear | None]]) -> list[list[str]]:
+    """The names, in order, in groups of at most SHARD_BYTES."""
     shards, filled = [[]], 0
-    for name in _names(model):
-        size = _bytes(model, name)
-        if shards[-1] and filled + size > SHARD_BYTES:
+    for name, (stored, _) in tensors.items():
+        if shards[-1] and filled + stored.nbytes > SHARD_BYTES:
             shards.append([])
             filled = 0
         shards[-1].append(name)
-        filled += size
+        filled += stored.nbytes
     return shards
-
-
-def _names(model: nn.Module) -> list[str]:
-    """Parameter names as in the base model: an adapted layer counts as its weight and bias."""
-    own = ("A", "B")
-    layers = {name for name, _ in adapted_layers(model)}
-    names = []
-    for name, _ in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in layers:
-            names.append(name)
-        elif leaf not in own:
-            names.append(f"{owner}.weight" if leaf == "W" else name)
-    return names
-
-
-def _bytes(model: nn.Module, name: str) -> int:
-    return _stored(model, name).nbytes
-
-
-def _stored(model: nn.Module, name: str) -> Tensor:
-    """The frozen tensor behind a checkpoint's name."""
-    owner, _, leaf = name.rpartition(".")
-    module = model.get_submodule(owner)
-    return getattr(module, "W" if isinstance(module, LowRankLinear) and leaf == "weight" else leaf)
-
-
-@torch.no_grad()
-def _merged(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    tensor = getattr(model.get_submodule(owner), leaf)
-    return tensor.detach().to(_stored(model, name).dtype).cpu().contiguous()

@@ -38,7 +38,7 @@ CONVERSATIONS = (
     "conversations",
     "messages",
 )  # first user turn, first reply; ShareGPT's and OpenAI's spelling
-USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt")
+USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt", "chatgpt", "bing", "bard")
 
 
 @dataclass(frozen=True)
@@ -63,14 +63,17 @@ def read_examples(
     prompt_field: str | None = None,
     response_field: str | None = None,
     limit: int | None = None,
-) -> list[Example]:
-    """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
-    examples = []
-    for line, row in islice(_read_rows(Path(path)), limit):
-        examples.append(example_from(row, line, f"{path}, line {line}", prompt_field, response_field))
+) -> tuple[list[Example], int]:
+    """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one.
+
+    Conversations in which no user is answered are left out, for published collections have many, and counted.
+    """
+    rows = islice(_read_rows(Path(path)), limit)
+    found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field) for line, row in rows]
+    examples = [example for example in found if example is not None]
     if not examples:
         raise InputError(f"{path}: has no rows: give JSON Lines or a JSON array with prompts and responses")
-    return examples
+    return examples, len(found) - len(examples)
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -91,13 +94,17 @@ def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _parse(raw: bytes, path: Path, line: int) -> object:
+    if raw.startswith(b"PAR1"):
+        raise InputError(f"{path}: a Parquet file: convert it to JSON Lines")
     try:
         return json.loads(raw.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         raise InputError(f"{path}, line {line}: not valid UTF-8: convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): mend the line") from None
+        raise InputError(
+            f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): give an object a line, or an array"
+        ) from None
     except RecursionError:
         raise InputError(f"{path}, line {line}: JSON nested too deeply: mend the line") from None
     except ValueError:  # Python's limit on the digits of an integer
@@ -110,14 +117,19 @@ def example_from(
     where: str = "built-in data",
     prompt_field: str | None = None,
     response_field: str | None = None,
-) -> Example:
-    """A row as an example, its prompt template filled in; InputError, beginning with `where`, if it is no such row."""
+) -> Example | None:
+    """A row as an example, its prompt template filled in; None for a conversation in which no user is answered.
+
+    InputError, beginning with `where`, if it is no such row.
+    """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
     if prompt_field or response_field:
         fields = (prompt_field or _guess(row, where)[0], response_field or _guess(row, where)[1])
     elif key := next((key for key in CONVERSATIONS if key in row), None):
-        turns = _turns(row[key], f"{where}: {key}")
+        turns = _first_turns(row[key], f"{where}: {key}")
+        if turns is None:
+            return None
         row, fields = turns | {"type": row.get("type")}, ("user", "reply")
     else:
         fields = _guess(row, where)
@@ -151,17 +163,18 @@ def _string(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def _turns(turns: object, where: str) -> dict:
-    """The first user turn and the reply that follows it."""
+def _first_turns(turns: object, where: str) -> dict | None:
+    """The first user turn and the reply that follows it; None if there is no such pair."""
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InputError(f"{where} is no list of turns, each an object with role and content: mend the row")
     found = {}
-    for turn in turns if isinstance(turns, list) else []:
-        turn = turn if isinstance(turn, dict) else {}
+    for turn in turns:
         role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if role in USER_ROLES and not found:
             found["user"] = content
         if role in REPLY_ROLES and found:
             return found | {"reply": content}
-    raise InputError(f"{where}: has no user turn followed by a reply: mend the row")
+    return None
 
 
 def encode_examples(examples: list[Example], tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
@@ -204,10 +217,13 @@ def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
-def collate(rows: list[Row], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere."""
+def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere.
+
+    What pads is never looked at, so it is 0 and not the pad token: that may lie beyond the model's vocabulary.
+    """
     width = max(len(row.ids) for row in rows)
-    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
     labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
     for index, row in enumerate(rows):
         input_ids[index, : len(row.ids)] = row.ids

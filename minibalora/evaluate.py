@@ -46,7 +46,7 @@ def mean_loss(model: Decoder, rows: list[Row], batch_size: int) -> float:
     """Mean cross-entropy of the rows' response tokens, in nats."""
     device, total, tokens = model.model.embed_tokens.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
-        input_ids, labels = collate(batch, pad_id=0, device=device)
+        input_ids, labels = collate(batch, device)
         states, targets = predicted_rows(model.hidden(input_ids), labels)
         total += F.cross_entropy(model.head(states).float(), targets, reduction="sum").item()
         tokens += len(targets)

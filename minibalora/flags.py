@@ -19,7 +19,7 @@ BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperatur
 PUBLISHED = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
-TOY = PUBLISHED | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 2400, "max_length": 256}
+TOY = PUBLISHED | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -57,6 +57,12 @@ def positive_rate(text: str) -> float:
     return value
 
 
+def init(text: str) -> str:
+    if not re.fullmatch(r"lora|pissa|pissa_niter_[0-9]{1,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa or pissa_niter_N")
+    return text
+
+
 def nlg_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlg.py",
@@ -72,7 +78,7 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
     add(
-        "--max-rows", type=positive_int, help="use the first N rows of --data (published: 100000; built-in model: 2400)"
+        "--max-rows", type=positive_int, help="use the first N rows of --data (published: 100000; built-in model: 3200)"
     )
     add(
         "--max-length",
@@ -86,7 +92,7 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--recipe", choices=sorted(NLG_RECIPES), help="the paper's version (default: iclr2026); sets λ, k, T and K")
     add("--rank", type=positive_int, help="rank r of the adapters (published: 128; built-in model: 16)")
     add("--alpha", type=positive_rate, help="s = alpha / rank scales the product (default: the rank, as published)")
-    add("--init", help="lora, pissa (exact SVD, published) or pissa_niter_N (N subspace iterations: faster)")
+    add("--init", type=init, help="lora, pissa (exact SVD, published) or pissa_niter_N (N subspace iterations: faster)")
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
     add("--lambda1", type=rate, help="weight of consistency (2024: 1e-4, iclr2026: 0.025)")
     add("--lambda2", type=rate, help="weight of diversity (2024: 3e-4, iclr2026: 0.005)")
@@ -132,6 +138,9 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if (args.model is None) != (args.data is None):
         given, missing = ("--model", "--data") if args.data is None else ("--data", "--model")
         raise InputError(f"{given} is given without {missing}: give both, or neither for the built-in ones")
+    for name in ("eval", "prompt_field", "response_field"):
+        if args.model is None and getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} goes with --model and --data: give both")
     _refuse_contradictions(args)
     for name, value in (TOY if args.model is None else PUBLISHED).items():
         if getattr(args, name) is None:
@@ -158,7 +167,7 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def nlg_objective(args: argparse.Namespace) -> Objective:
     """The recipe with what the flags change; for a baseline, cross-entropy and at most the non-target KL."""
     if args.method != "ba-lora":
-        return Objective(non_target_kl=args.non_target_kl, temperature=1.0)
+        return Objective(non_target_kl=args.non_target_kl)
     given = {name: getattr(args, name) for name in BA_LORA_FLAGS[1:] if getattr(args, name) is not None}
     if "top_k" in given:
         given["top_k"] = given["top_k"] or None

@@ -16,7 +16,7 @@ def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens:
     encoded = tok.encode_prompts(prompts)
     lengths = torch.tensor([len(ids) for ids in encoded], device=device)
     width = int(lengths.max())
-    input_ids = torch.tensor([ids + [tok.pad_id] * (width - len(ids)) for ids in encoded], device=device)
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded], device=device)
     cache = KVCache(model.config, lengths, width + max_new_tokens, model.model.embed_tokens.weight.dtype)
 
     hidden = model.hidden(input_ids, cache=cache)[torch.arange(len(prompts), device=device), lengths - 1]

@@ -5,13 +5,13 @@ from argparse import Namespace
 import torch
 
 from minibalora.data import Row
-from minibalora.lowrank import adapted_layers
+from minibalora.lowrank import LowRankLinear, adapted_layers
 from minibalora.models.decoder import Decoder, DecoderConfig
 from minibalora.objective import Objective
 
 
 def print_plan(
-    args: Namespace, model: Decoder, rows: list[Row], truncated: int, dropped: int, steps: int, objective: Objective
+    args: Namespace, model: Decoder, rows: list[Row], left_out: str, steps: int, objective: Objective
 ) -> None:
     parameters = sum(parameter.numel() for parameter in base_parameters(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -24,8 +24,8 @@ def print_plan(
     print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}")
     print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
     print(f"terms   cross-entropy{_terms(objective)}")
-    print(f"data    {args.data or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned; "
-          f"{truncated:,} responses cut, {dropped:,} rows dropped as too long")  # fmt: skip
+    print(f"data    {args.data or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned")
+    print(f"        {left_out}")
     print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
           f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
     print(f"memory  about {memory / 1e9:.1f} GB on {args.device}")
@@ -40,18 +40,21 @@ def base_parameters(model: Decoder) -> list[torch.Tensor]:
 def expected_memory(
     model: Decoder, rows: list[Row], micro_batch_size: int, grad_checkpoint: bool, objective: Objective
 ) -> int:
-    """Bytes at the peak of a step: weights, gradients and Adam's moments, and what the backward pass keeps.
+    """Bytes at the peak of a step: weights, gradients, Adam's moments, and what the backward pass keeps.
 
     Counted from the shapes for the largest micro-batch possible, so rather too much than too little.
     """
     config, element = model.config, model.model.embed_tokens.weight.element_size()
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    fixed += sum(
+        element * ranks_of(layer) * (layer.in_features + layer.out_features) for _, layer in adapted_layers(model)
+    )
 
     longest = sorted(rows, key=lambda row: len(row.ids))[-micro_batch_size:]
     tokens = len(longest) * len(longest[-1].ids)
     predicted = sum(len(row.ids) - row.prompt_length for row in longest)
-    ranks = sum(layer.A.shape[1] * (1 if layer.A0 is None else 2) for _, layer in adapted_layers(model))
+    ranks = sum(ranks_of(layer) for _, layer in adapted_layers(model))
     block = element * ranks // config.num_hidden_layers + block_bytes(config, element)
     kept = element * config.hidden_size if grad_checkpoint else block
     activations = tokens * (config.num_hidden_layers * kept + block)
@@ -60,6 +63,11 @@ def expected_memory(
     regularizers = (objective.lambda1, objective.lambda2, objective.lambda3, objective.non_target_kl)
     copies = 4 + 3 * sum(weight > 0 for weight in regularizers)
     return fixed + activations + predicted * config.vocab_size * 4 * copies
+
+
+def ranks_of(layer: LowRankLinear) -> int:
+    """Columns of the factors in `LowRankLinear.update`."""
+    return layer.A.shape[1] * (1 if layer.A0 is None else 2)
 
 
 def block_bytes(config: DecoderConfig, element: int) -> int:

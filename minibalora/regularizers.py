@@ -97,5 +97,9 @@ def _unit_rows(logits: Tensor) -> Tensor:
 
 
 def _singular_values(logits: Tensor) -> Tensor:
-    """σ_1 ≥ σ_2 ≥ ...; the gradient U Vᵀ has no division by gaps, so equal or zero singular values are harmless."""
-    return torch.linalg.svdvals(_wide(logits))
+    """σ_1 ≥ σ_2 ≥ ...; the gradient U Vᵀ has no division by gaps, so equal or zero singular values are harmless.
+
+    NaN or infinity in, NaN out, as in every other term: svdvals itself would raise, and hide which rows it was.
+    """
+    Z = _wide(logits)
+    return torch.linalg.svdvals(Z) if Z.isfinite().all() else Z.sum() * Z.new_full((min(Z.shape),), torch.nan)

@@ -10,59 +10,44 @@ from minibalora.files import read_json_object
 
 
 class Tokenizer:
-    """encode(str) -> ids with BOS (and EOS) as the model's own tokenizer adds them; decode(ids) -> str without them.
+    """encode(str) -> ids with BOS (and EOS) as the post-processor in tokenizer.json adds them; decode(ids) -> str.
 
-    bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0; only to fill a rectangle with.
+    That file alone decides, as in transformers 5: `add_bos_token` in tokenizer_config.json is the slow tokenizers'.
+    bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
     """
 
     def __init__(self, backend: Backend, settings: dict, where: Path):
         self.backend = backend
-        self.bos_id = self._special(settings.get("bos_token"), where)
-        self.eos_id = self._special(settings.get("eos_token"), where)
-        pad_id = self._special(settings.get("pad_token"), where)
+        self.bos_id, self.eos_id = (self._special(settings, name, where) for name in ("bos_token", "eos_token"))
+        pad_id = self._special(settings, "pad_token", where)
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
-        # tokenizer_config.json overrules the post-processor in tokenizer.json, as it does in transformers.
-        self.add_bos, self.add_eos = settings.get("add_bos_token"), settings.get("add_eos_token")
-        for key, value in (("add_bos_token", self.add_bos), ("add_eos_token", self.add_eos)):
-            if value not in (None, True, False):
-                raise InputError(f"{where}: {key} is {value!r}: it must be true, false or null")
 
-    def _special(self, token: str | dict | None, where: Path) -> int | None:
+    def _special(self, settings: dict, name: str, where: Path) -> int | None:
+        token = settings.get(name)
         content = token.get("content") if isinstance(token, dict) else token
         if content is None:
             return None
         token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
-        if token_id is None:
-            raise InputError(f"{where}: the special token {content!r} is not in tokenizer.json: download both again")
+        if token_id is None and name != "pad_token":  # nothing here depends on what pads
+            raise InputError(f"{where}: {name} {content!r} is not in tokenizer.json: download both again")
         return token_id
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that starts a sequence."""
-        return self._with_specials(self.backend.encode(text).ids)
+        return self.backend.encode(text).ids
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on all cores, but without the EOS that some tokenizers add: the response is to follow."""
-        encoded = [self._with_specials(encoding.ids) for encoding in self.backend.encode_batch_fast(texts)]
+        encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
         return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts that continue a sequence: no special token."""
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: list[int]) -> str:
+        """The text without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.backend.get_vocab_size()
-
-    def _with_specials(self, ids: list[int]) -> list[int]:
-        starts, ends = ids[:1] == [self.bos_id], ids[-1:] == [self.eos_id]
-        if self.bos_id is not None and self.add_bos is not None and starts != self.add_bos:
-            ids = [self.bos_id, *ids] if self.add_bos else ids[1:]
-        if self.eos_id is not None and self.add_eos is not None and ends != self.add_eos:
-            ids = [*ids, self.eos_id] if self.add_eos else ids[:-1]
-        return ids
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:

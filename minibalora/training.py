@@ -22,10 +22,11 @@ from minibalora.errors import InputError
 from minibalora.files import read_json_object, replacing, write_json
 from minibalora.lowrank import adapted_layers
 
-OURS = ("run.json", "log.jsonl", "checkpoint", "adapter_config.json", "adapter_model.safetensors", "model")
-# Settings that may differ on resume: they move the work elsewhere or cut it otherwise, and leave the method as it is.
-# Model and data may have moved, too: their digests are compared instead.
-FREE = {"model", "data", "eval", "out", "resume", "save_every", "device", "grad_checkpoint", "compile"}
+RUN_FILES = ("run.json", "log.jsonl", "checkpoint", "adapter_config.json", "adapter_model.safetensors", "model")
+# These move the work or cut it otherwise, which a user short of memory must be free to do, and leave the method as it
+# is. Model and data may have moved, too: their digests are compared instead.
+MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "out", "resume", "save_every"}
+MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -38,7 +39,7 @@ def run_script(main: Callable[[], int]) -> None:
     except KeyboardInterrupt:
         _exit_with_line(130, "interrupted outside the training loop: a run that has begun goes on with --resume")
     except torch.OutOfMemoryError:
-        _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or --max-length, or add --grad-checkpoint")
+        _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or add --grad-checkpoint, with --resume")
     except (OSError, SafetensorError) as error:
         if not _is_full_disk(error):
             raise
@@ -88,7 +89,7 @@ def check_out(out: Path, resume: bool) -> None:
     """InputError if `out` can't hold this run: not writable, used by another run, or, to resume, without one."""
     if resume and not os.path.isfile(out / "run.json"):
         raise InputError(f"{out}: holds no run to resume: leave --resume out to start one")
-    used = [name for name in OURS if os.path.lexists(out / name)]
+    used = [name for name in RUN_FILES if os.path.lexists(out / name)]
     if used and not resume:
         raise InputError(f"{out}: holds a run already ({used[0]}): go on with it by --resume, or give another --out")
     existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
@@ -101,7 +102,7 @@ def check_settings(out: Path, settings: dict) -> None:
     recorded = read_json_object(out / "run.json").get("settings")
     recorded = recorded if isinstance(recorded, dict) else {}
     for name, value in settings.items():
-        if name not in FREE and recorded.get(name) != value:
+        if name not in MAY_CHANGE_ON_RESUME and recorded.get(name) != value:
             flag = name if "digest" in name else f"--{name.replace('_', '-')}"
             was = recorded.get(name)
             raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
@@ -144,31 +145,45 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
         save_file(tensors, temporary, metadata={"step": str(step)})
 
 
+def checkpoint_step(out: Path) -> int | None:
+    """The step of the checkpoint, None if the run was stopped before its first; InputError if it can't be read."""
+    if not (out / "checkpoint" / "state.safetensors").exists():
+        return None
+    with _open_checkpoint(out) as (_, state):
+        return int(state.metadata()["step"])
+
+
 @torch.no_grad()
-def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put the checkpoint into model and optimizer; return its step, 0 if the run was stopped before the first one."""
-    state_file, initial_file = out / "checkpoint" / "state.safetensors", out / "checkpoint" / "initial.safetensors"
-    if not state_file.exists():
-        return 0
+def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Put the checkpoint into model and optimizer; InputError if it does not fit them."""
     parameters = trained_parameters(model)
+    with _open_checkpoint(out) as (initial, state):
+        for name, buffer in _initial_factors(model).items():
+            buffer.copy_(initial.get_tensor(name))
+        for name, parameter in parameters.items():
+            parameter.copy_(state.get_tensor(f"parameter/{name}"))
+        step = int(state.metadata()["step"])
+        if step > 0:
+            moments = {
+                index: {moment: state.get_tensor(f"{moment}/{name}") for moment in ("exp_avg", "exp_avg_sq")}
+                | {"step": torch.tensor(float(step))}
+                for index, name in enumerate(parameters)
+            }
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+@contextmanager
+def _open_checkpoint(out: Path) -> Iterator[tuple]:
+    folder = out / "checkpoint"
     try:
-        with safe_open(initial_file, "pt") as initial, safe_open(state_file, "pt") as state:
-            step = int(state.metadata()["step"])
-            for name, buffer in _initial_factors(model).items():
-                buffer.copy_(initial.get_tensor(name))
-            for name, parameter in parameters.items():
-                parameter.copy_(state.get_tensor(f"parameter/{name}"))
-            if step > 0:
-                moments = {
-                    index: {moment: state.get_tensor(f"{moment}/{name}") for moment in ("exp_avg", "exp_avg_sq")}
-                    | {"step": torch.tensor(float(step))}
-                    for index, name in enumerate(parameters)
-                }
-                groups = optimizer.state_dict()["param_groups"]
-                optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        with (
+            safe_open(folder / "initial.safetensors", "pt") as initial,
+            safe_open(folder / "state.safetensors", "pt") as state,
+        ):
+            yield initial, state
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{state_file.parent}: not a readable checkpoint ({error}): start anew") from None
-    return step
+        raise InputError(f"{folder}: not a readable checkpoint ({error}): start anew") from None
 
 
 def _initial_factors(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -35,7 +35,7 @@ FAMILIES = {
     },
 }
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
+DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 MIB = 1 << 20
 LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products of three sizes still fit 64 bits
 
@@ -43,7 +43,7 @@ LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products 
 def load_model(
     path: str | Path,
     head: str = "lm",
-    *,
+    num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> Decoder:
@@ -52,8 +52,10 @@ def load_model(
     model(input_ids) -> logits (B, T, V). `model.source` is the folder. Raises InputError, naming file and tensor, for
     anything missing, superfluous, misshapen, not finite, or not implemented.
     """
-    if head != "lm":
-        raise InputError(f"head {head!r} is not implemented: give 'lm'")
+    if head != "lm" or num_labels is not None:
+        raise InputError(
+            f"head {head!r} with num_labels {num_labels} is not implemented: there is 'lm', without labels"
+        )
     folder = Path(path)
     config = read_config(folder)
     stored = stored_tensors(folder)
@@ -141,10 +143,10 @@ def _refuse_unknown_features(raw: dict, path: Path) -> None:
 
 
 def _activation(raw: dict, path: Path) -> str:
-    """The MLP's activation. Gemma's first releases say "gelu" and mean the tanh form, as its authors corrected."""
-    name = raw.get("hidden_activation", raw.get("hidden_act"))
-    if raw["model_type"] == "gemma" and name == "gelu":
-        name = "gelu_pytorch_tanh"
+    """The MLP's activation. Gemma's first releases say "gelu" in hidden_act and mean the tanh form."""
+    name = raw.get("hidden_act")
+    if raw["model_type"] == "gemma":
+        name = raw.get("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
     if not isinstance(name, str) or name not in ACTIVATIONS:
         raise InputError(f"{path}: activation {name!r} is not implemented: there are {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]
@@ -282,13 +284,15 @@ def _some(names: set[str]) -> str:
 
 
 def weights_digest(folder: str | Path) -> str:
-    """SHA-256 over config.json and, of each weight file, its size, first and last MiB: which checkpoint it is.
+    """SHA-256 over config, tokenizer and, of each weight file, its size, first and last MiB: which checkpoint it is.
 
     It reads a few MiB where a digest of every byte would read gigabytes; a fine-tuned copy differs in it, a single
     flipped bit may not.
     """
     folder = Path(folder)
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
     for path in sorted(_weight_files(folder)):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)

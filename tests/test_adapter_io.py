@@ -109,3 +109,13 @@ def test_saving_the_base_gives_its_bits_back(tmp_path):
     mb.save_model(mb.adapt(model, rank=2), tmp_path)
     saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / "llama_bias_tied"))
     assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in original)
+
+
+def test_a_model_is_not_saved_beside_weights_that_would_be_read_instead(tmp_path, monkeypatch):
+    model = mb.load_model(GOLDEN / "llama3")
+    mb.save_model(model, tmp_path)
+    mb.save_model(model, tmp_path)  # the same files: replaced
+    monkeypatch.setattr(adapter_io, "SHARD_BYTES", 5000)
+    with pytest.raises(mb.InputError, match="holds other weights"):
+        mb.save_model(model, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}

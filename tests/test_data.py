@@ -130,23 +130,23 @@ def test_the_kind_is_the_row_s_type():
     ],
 )
 def test_json_lines_and_arrays_are_read_with_or_without_bom(write, content):
-    assert read_examples(write(content)) == [example_from(ROW, 1), example_from(ROW, 2)]
+    assert read_examples(write(content)) == ([example_from(ROW, 1), example_from(ROW, 2)], 0)
 
 
 def test_empty_lines_are_skipped_but_counted(write):
-    assert [example.line for example in read_examples(write(b"\n" + lines(ROW) + b" \t\n\n" + lines(ROW)))] == [2, 5]
+    assert [example.line for example in read_examples(write(b"\n" + lines(ROW) + b" \t\n\n" + lines(ROW)))[0]] == [2, 5]
 
 
 def test_text_beyond_ascii_is_kept(write):
     row = {"query": "¿Cuánto es 2 + 3? 🤖\u2028", "response": "日本語\r\n"}
     raw = json.dumps(row, ensure_ascii=False).encode() + b"\n" + lines(row)
-    assert read_examples(write(raw)) == [example_from(row, 1), example_from(row, 2)]
+    assert read_examples(write(raw)) == ([example_from(row, 1), example_from(row, 2)], 0)
 
 
 def test_a_limit_stops_reading(write):
     path = write(lines(ROW, ROW) + b"broken")
-    assert len(read_examples(path, limit=2)) == 2
-    assert len(read_examples(write(lines(ROW, ROW)), limit=5)) == 2
+    assert len(read_examples(path, limit=2)[0]) == 2
+    assert len(read_examples(write(lines(ROW, ROW)), limit=5)[0]) == 2
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,10 @@ def test_a_limit_stops_reading(write):
         (lines(ROW, {"query": None, "response": "a"}), ["line 2", "'query'", "NoneType"]),
         (lines(ROW, {"instruction": "q", "output": "a", "input": 5}), ["line 2", "'input'", "int"]),
         (lines(ROW, {"query": "\ud800", "response": "a"}), ["line 2", "'query'", "\\ud800"]),
-        (lines(ROW, {"messages": []}), ["line 2", "messages"]),
-        (lines(ROW, {"messages": "hi"}), ["line 2", "messages"]),
-        (lines(ROW, {"messages": [5]}), ["line 2", "messages"]),
-        (lines(ROW, {"messages": TURNS[:2]}), ["line 2", "messages"]),
-        (lines(ROW, {"conversations": TURNS[2:]}), ["line 2", "conversations"]),
+        (lines(ROW, {"messages": "hi"}), ["line 2", "messages", "no list of turns"]),
+        (lines(ROW, {"conversations": [5]}), ["line 2", "conversations", "no list of turns"]),
+        (lines({"conversations": []}), ["has no rows"]),
+        (b"PAR1\x15\x04", ["Parquet", "convert it to JSON Lines"]),
         (lines(ROW, {"messages": [{"role": "user"}, *TURNS[2:]]}), ["line 2", "user", "NoneType"]),
         (lines(ROW) + b"[" * 100_000, ["line 2", "nested"]),
         (lines(ROW) + b'{"query": %s}' % (b"9" * 5000), ["line 2", "digits"]),
@@ -285,21 +284,28 @@ def test_micro_batches_are_a_partition_sorted_by_length(lengths, size):
     ]
 
 
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6), st.sampled_from([0, 101]))
-def test_collate_pads_on_the_right_and_labels_exactly_the_response(parts, pad_id):
-    rows = [row_of(prompt + response, prompt) for prompt, response in parts]  # a pad id may be a real token, too
-    input_ids, labels = collate(rows, pad_id, "cpu")
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
+def test_collate_pads_on_the_right_and_labels_exactly_the_response(parts):
+    rows = [row_of(prompt + response, prompt) for prompt, response in parts]
+    input_ids, labels = collate(rows, "cpu")
     assert input_ids.dtype == labels.dtype == torch.int64
     assert input_ids.shape == labels.shape == (len(rows), max(prompt + response for prompt, response in parts))
     for (prompt, response), row, ids, label in zip(parts, rows, input_ids.tolist(), labels.tolist(), strict=True):
         padding = len(ids) - prompt - response
-        assert ids == row.ids.tolist() + [pad_id] * padding
+        assert ids == row.ids.tolist() + [0] * padding
         assert label == [IGNORED] * prompt + row.ids[prompt:].tolist() + [IGNORED] * padding
 
 
 def test_the_predicted_tokens_are_those_of_the_response():
     rows = [row_of(7, 3), row_of(4, 3), row_of(5, 1)]
-    input_ids, labels = collate(rows, 0, "cpu")
+    input_ids, labels = collate(rows, "cpu")
     states, targets = predicted_rows(input_ids[..., None].float(), labels)
     assert targets.tolist() == [103, 104, 105, 106, 103, 101, 102, 103, 104]
     assert states[:, 0].tolist() == [target - 1 for target in targets.tolist()]  # the position before
+
+
+def test_conversations_without_an_answered_user_are_counted(write):
+    human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
+    conversations = [[], [human], [gpt], [gpt, human], [human, gpt], [human, {"from": "bing", "value": "b"}]]
+    examples, unanswered = read_examples(write(lines(*({"conversations": turns} for turns in conversations))))
+    assert [(example.line, example.response) for example in examples] == [(5, "a"), (6, "b")] and unanswered == 4

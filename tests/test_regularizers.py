@@ -165,3 +165,10 @@ def test_no_gradient_flows_into_the_teacher():
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="give nuclear or frobenius"):
         R.svd_share(torch.ones(2, 2), 1, norm="spectral")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_logits_that_are_not_finite_give_nan_and_no_exception(bad):
+    Z = torch.tensor([[1.0, bad, 2.0], [0.0, 1.0, 3.0]])
+    for name, term in all_terms(Z, torch.zeros(2, 3), torch.tensor([0, 0])).items():
+        assert not term.isfinite(), name

@@ -36,35 +36,19 @@ def make(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "template, add_bos, add_eos, expected",
-    [
-        (None, None, None, [4, 5]),
-        (None, True, None, [1, 4, 5]),
-        (None, True, True, [1, 4, 5, 2]),
-        (None, False, True, [4, 5, 2]),
-        ("<s> $A", None, None, [1, 4, 5]),
-        ("<s> $A", True, False, [1, 4, 5]),
-        ("<s> $A", False, None, [4, 5]),
-        ("<s> $A", None, True, [1, 4, 5, 2]),
-        ("<s> $A </s>", None, None, [1, 4, 5, 2]),
-        ("<s> $A </s>", True, True, [1, 4, 5, 2]),
-        ("<s> $A </s>", True, False, [1, 4, 5]),
-        ("<s> $A </s>", False, False, [4, 5]),
-    ],
+    "template, expected", [(None, [4, 5]), ("<s> $A", [1, 4, 5]), ("<s> $A </s>", [1, 4, 5, 2]), ("$A </s>", [4, 5, 2])]
 )
-def test_special_tokens_are_added_as_the_settings_or_else_the_post_processor_say(
-    make, template, add_bos, add_eos, expected
-):
-    flags = {"add_bos_token": add_bos, "add_eos_token": add_eos}
-    for settings in (flags, {key: value for key, value in flags.items() if value is not None}):
-        tok = make(NAMES | settings, template)
-        assert tok.encode("one two") == expected
-        assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
-        assert tok.encode("") == [token for token in expected if token in (1, 2)]
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_special_tokens_are_added_as_the_post_processor_says(make, template, expected, flag):
+    """Whatever add_bos_token says: transformers 5.23 ignores it, too, where there is a tokenizer.json."""
+    tok = make(NAMES | {"add_bos_token": flag, "add_eos_token": flag}, template)
+    assert tok.encode("one two") == expected
+    assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
+    assert tok.encode("") == [token for token in expected if token in (1, 2)]
 
 
 def test_a_continuation_gets_no_special_token(make):
-    tok = make(NAMES | {"add_bos_token": True, "add_eos_token": True}, "<s> $A </s>")
+    tok = make(NAMES, "<s> $A </s>")
     assert tok.encode_responses(["one two", ""]) == [[4, 5], []]
 
 
@@ -89,10 +73,6 @@ def test_a_model_may_lack_special_tokens(make, settings, expected):
     assert (tok.bos_id, tok.eos_id, tok.pad_id) == expected
 
 
-def test_flags_for_tokens_that_there_are_not_change_nothing(make):
-    assert make({"add_bos_token": True, "add_eos_token": True}).encode("one") == [4]
-
-
 def test_decoding_leaves_special_tokens_out(make):
     tok = make(NAMES)
     assert tok.decode([1, 4, 5, 2, 3, 3]) == "one two"
@@ -103,10 +83,6 @@ def test_truncation_and_padding_of_the_file_are_off(make):
     tok = make(NAMES, cut=True)
     assert tok.encode("one two three") == [4, 5, 6]
     assert tok.encode_prompts(["one two three", "one"]) == [[4, 5, 6], [4]]
-
-
-def test_vocab_size_counts_added_tokens(make):
-    assert make(NAMES).vocab_size == len(WORDS)
 
 
 @pytest.mark.parametrize("text", ["", " ", "Tom's 12 apples\n\n### cost €3,50 …", "naïve 🤖 日本語\t\\n{x}"])
@@ -136,9 +112,6 @@ def test_a_broken_tokenizer_is_refused(tmp_path, refuses, content):
         ({"bos_token": "<start>"}, "<start>"),
         ({"eos_token": 2}, "2"),
         ({"eos_token": {"content": "<end>"}}, "<end>"),
-        ({"pad_token": ["<pad>"]}, "<pad>"),
-        ({"add_bos_token": "yes"}, "add_bos_token"),
-        ({"add_eos_token": []}, "add_eos_token"),
         ([], "list"),
     ],
 )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from safetensors.torch import load_file
 import minibalora as mb
 from minibalora.data import Row, collate, micro_batches
 from minibalora.objective import NLG_RECIPES
+from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 from minibalora.training import run_script
 
@@ -44,9 +46,10 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    batches = [collate(micro, 0, "cpu") for micro in micro_batches(rows, micro_batch_size)]
+    batches = [collate(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
     model.zero_grad()
-    losses, terms = train_nlg.backward(model, model.hidden, batches, objective, step=5, steps=10, stop=[])
+    tokens = sum(len(row.ids) - row.prompt_length for row in rows)
+    losses, terms = train_nlg.backward(model, model.hidden, batches, tokens, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
@@ -82,7 +85,7 @@ def test_the_spectral_term_is_averaged_by_tokens():
 
 def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trains():
     model, rows = mb.adapt(mb.load_model(GOLDEN / "gemma"), rank=3), random_rows(6, 1)
-    input_ids, _ = collate(rows, 0, "cpu")
+    input_ids, _ = collate(rows, "cpu")
     base = mb.load_model(GOLDEN / "gemma")(input_ids)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     consistency = []
@@ -104,8 +107,7 @@ def small_data(tmp_path_factory) -> str:
 
 def command(data: str, out: Path, *flags: str) -> list[str]:
     flags = ("--rank", "4", "--batch-size", "8", "--micro-batch-size", "4", "--lr", "1e-3", *flags)
-    model = str(ROOT / "minibalora" / "toy" / "llama")
-    return [sys.executable, SCRIPT, "--model", model, "--data", data, "--out", str(out), "--device", "cpu", *flags]
+    return [sys.executable, SCRIPT, "--model", str(MODEL), "--data", data, "--out", str(out), "--device", "cpu", *flags]
 
 
 def run(data: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -217,11 +219,12 @@ def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, c
     assert "before     after" in printed and "exact match, addition (12)" in printed
 
 
+@pytest.mark.parametrize("recipe", ["2024", "iclr2026"])  # with the spectral term from the first step on, and without
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(
-    small_data, tmp_path, monkeypatch, capsys
+    recipe, small_data, tmp_path, monkeypatch, capsys
 ):
     out = tmp_path / "out"
-    argv = command(small_data, out, "--save-every", "1", "--lr", "1e30", "--grad-clip", "1e30")
+    argv = command(small_data, out, "--save-every", "1", "--lr", "1e30", "--grad-clip", "1e30", "--recipe", recipe)
     status, error = in_process(monkeypatch, capsys, argv)
     assert status == 2
     last = error.splitlines()[-1]
@@ -264,6 +267,42 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(small_data, t
         assert in_process(monkeypatch, capsys, argv)[0] == 0
         adapters.append((tmp_path / name / ADAPTER).read_bytes())
     assert adapters[0] == adapters[1] != adapters[2]
+
+
+def test_a_pad_token_beyond_the_vocabulary_is_harmless(small_data, tmp_path, monkeypatch, capsys):
+    """Copies of LLaMA-2 with an added <pad> = 32000 and 32000 embeddings are about."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    first = len(tokenizer["model"]["vocab"])
+    contents = [f"<extra {n}>" for n in range(first, 512)] + ["<pad>"]
+    tokenizer["added_tokens"] += [
+        tokenizer["added_tokens"][0] | {"id": first + index, "content": content}
+        for index, content in enumerate(contents)
+    ]
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert mb.load_tokenizer(model).pad_id == 512
+    argv = command(small_data, tmp_path / "out", "--model", str(model), "--max-steps", "2", "--eval", small_data)
+    assert in_process(monkeypatch, capsys, argv)[0] == 0
+
+
+def test_a_resumed_run_may_take_smaller_micro_batches_and_needs_no_second_svd(
+    small_data, tmp_path, monkeypatch, capsys
+):
+    def small_svd(matrix, full_matrices):
+        assert min(matrix.shape) <= 4, "the checkpoint has the factors"
+        return real(matrix, full_matrices=full_matrices)
+
+    real = torch.linalg.svd
+    out = tmp_path / "out"
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--recipe", "2024"))[0] == 0
+    monkeypatch.setattr(torch.linalg, "svd", small_svd)
+    argv = command(small_data, out, "--recipe", "2024", "--micro-batch-size", "2", "--resume")
+    before = (out / ADAPTER).read_bytes()
+    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    assert (out / ADAPTER).read_bytes() == before  # it had ended; its adapter is written once more
 
 
 def test_files_that_are_not_ours_are_left_alone(small_data, tmp_path, monkeypatch, capsys):

@@ -215,7 +215,7 @@ class KVCache:
 
     def __init__(self, config: DecoderConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
         """lengths (B,): tokens of each prompt; capacity: slots, the longest prompt plus what will be generated."""
-        self.lengths, self.capacity, self.prompt_is_in = lengths, capacity, False
+        self.lengths, self.capacity, self.positions = lengths, capacity, None
         shape = (
             config.num_hidden_layers,
             len(lengths),
@@ -228,8 +228,7 @@ class KVCache:
 
     def advance(self, count: int) -> Tensor:
         """Positions (B, T) of the tokens about to be written: first the padded prompts, then one token at a time."""
-        if not self.prompt_is_in:
-            self.prompt_is_in = True
+        if self.positions is None:
             self.positions = torch.arange(count, device=self.lengths.device).expand(len(self.lengths), -1)
         else:
             self.positions = self.lengths[:, None]

@@ -6,7 +6,6 @@ Both are trained from scratch on `flawed_problems`. Prompts are learned like res
 import argparse
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from tqdm import tqdm
 
 from minibalora.adapter_io import save_model
 from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
+from minibalora.evaluate import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.objective import predicted_rows
 from minibalora.text import load_tokenizer
@@ -84,8 +84,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
     """Mean cross-entropy of every token but the first, prompts included."""
-    whole_texts = [replace(row, prompt_length=1) for row in rows]
-    input_ids, labels = collate(whole_texts, 0, next(model.parameters()).device)
+    input_ids, labels = collate(whole_text(rows), next(model.parameters()).device)
     states, targets = predicted_rows(model.hidden(input_ids), labels)
     return F.cross_entropy(model.head(states), targets)
 
