@@ -1,26 +1,25 @@
 """How to store the frozen part of a PiSSA layer: `python tests/bench_storage.py` compares error, memory and speed.
 
-Four ways of computing Y = X W_res + s (X A) B next to a teacher X W_res + s (X A₀) B₀, on one layer in bfloat16 whose
-spectrum decays as a trained one's does. The truth is the same formula in float64. Errors are given as multiples of the
-error that the pre-trained layer itself has in bfloat16, except for the first small step, whose own size is the unit.
+Four ways of computing Y = X W_res + s (X A) B, on one layer whose spectrum decays as a trained one's does. The truth is
+the same formula in float64. At step 0, where student and teacher coincide, the unit is the error that the pre-trained
+layer itself has in that dtype; of a first small step (A changed by 1e-3 of itself), the unit is that step's own size.
 """
 
 import statistics
 import time
 
 import torch
-import torch.nn.functional as F
 
 from minibalora.lowrank import pissa_factors
 
 SIZE, RANK, BATCH = 2048, 128, 512
 
 
-def residual_bf16(x, W, R, A, B, A0, B0):
+def residual_as_w(x, W, R, A, B, A0, B0):
     return x @ R.to(x.dtype) + (x @ A.to(x.dtype)) @ B.to(x.dtype)
 
 
-def residual_f32(x, W, R, A, B, A0, B0):
+def residual_float32(x, W, R, A, B, A0, B0):
     return (x.float() @ R + (x.float() @ A) @ B).to(x.dtype)
 
 
@@ -36,29 +35,30 @@ def differences_first(x, W, R, A, B, A0, B0):
 
 def main() -> None:
     torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float32):
+        compare(dtype)
+
+
+def compare(dtype: torch.dtype) -> None:
     U, V = (torch.linalg.qr(torch.randn(SIZE, SIZE))[0] for _ in range(2))
-    W = (U * (torch.arange(SIZE) + 1.0) ** -0.5 @ V.T).bfloat16()
+    W = (U * (torch.arange(SIZE) + 1.0) ** -0.5 @ V.T).to(dtype)
     A0, B0 = pissa_factors(W.T, RANK, 1.0, "pissa")
     R = W.float() - A0 @ B0
-    A = A0 * (1 + 1e-3 * torch.randn_like(A0))  # a first small step
-    x = torch.randn(BATCH, SIZE).bfloat16()
-    truth, moved = x.double() @ W.double(), x.double() @ (R.double() + A.double() @ B0.double())
-    error = lambda y, target, unit: ((y.double() - target).norm() / unit).item()  # noqa: E731
-    unit = (F.linear(x, W.T).double() - truth).norm()
-    print(f"pre-trained layer in bfloat16: relative error {unit / truth.norm():.1e}")
+    A = A0 * (1 + 1e-3 * torch.randn_like(A0))
+    x = torch.randn(BATCH, SIZE).to(dtype)
+    truth, moved = x.double() @ W.double(), x.double() @ (W.double() + (A - A0).double() @ B0.double())
+    unit, step = ((x @ W).double() - truth).norm(), (moved - truth).norm()
 
-    frozen = {"residual_bf16": R.bfloat16(), "residual_f32": R, "subtracted": W, "differences_first": W}
-    print(f"{'':18}  at step 0  small step  frozen bytes/weight  ms forward + backward (median, min)")
-    for form in (residual_bf16, residual_f32, subtracted, differences_first):
-        R_stored = frozen[form.__name__] if form.__name__.startswith("residual") else None
-        start = form(x, W, R_stored, A0, B0, A0, B0)
-        step = form(x, W, R_stored, A, B0, A0, B0)
-        seconds = [timed(form, x, W, R_stored, A, B0, A0, B0) for _ in range(15)]
-        figures = f"{error(start, truth, unit):9.2f}  "
-        figures += f"{error(step.double() - start.double(), moved - truth, (moved - truth).norm()):10.2f}"
-        bytes_per_weight = frozen[form.__name__].element_size()
-        median, least = (1000 * f(seconds) for f in (statistics.median, min))
-        print(f"{form.__name__:18}  {figures}  {bytes_per_weight:19}  {median:6.0f} {least:5.0f}")
+    print(f"{dtype}: the pre-trained layer's own error is {unit / truth.norm():.1e}")
+    print(f"{'':18}  at step 0  small step  bytes a frozen weight  ms forward + backward")
+    for form in (residual_as_w, residual_float32, subtracted, differences_first):
+        frozen = {residual_as_w: R.to(dtype), residual_float32: R}.get(form, W)
+        R_stored = frozen if form in (residual_as_w, residual_float32) else None
+        before, after = form(x, W, R_stored, A0, B0, A0, B0), form(x, W, R_stored, A, B0, A0, B0)
+        error = (before.double() - truth).norm() / unit
+        step_error = (after.double() - before.double() - (moved - truth)).norm() / step
+        ms = 1000 * statistics.median(timed(form, x, W, R_stored, A, B0, A0, B0) for _ in range(15))
+        print(f"{form.__name__:18}  {error:9.2f}  {step_error:10.1e}  {frozen.element_size():21}  {ms:21.0f}")
 
 
 def timed(form, x, W, R, A, B, A0, B0) -> float:
