@@ -77,19 +77,13 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--eval", metavar="FILE", help="held-out rows for the before / after table")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
-    add(
-        "--max-rows", type=positive_int, help="use the first N rows of --data (published: 100000; built-in model: 3200)"
-    )
-    add(
-        "--max-length",
-        type=positive_int,
-        help="tokens of prompt and response, longer responses are cut (published: 512)",
-    )
+    add("--max-rows", type=positive_int, help="use the first N rows (published: 100000; built-in model: 3200)")
+    add("--max-length", type=positive_int, help="tokens of prompt and response, what is beyond is cut (published: 512)")
 
     group = parser.add_argument_group("method")
     add = group.add_argument
     add("--method", choices=METHODS, default="ba-lora", help="what to train (default: ba-lora)")
-    add("--recipe", choices=sorted(NLG_RECIPES), help="the paper's version (default: iclr2026); sets λ, k, T and K")
+    add("--recipe", choices=sorted(NLG_RECIPES), help="the paper's version (default: iclr2026): lambdas, k, T and K")
     add("--rank", type=positive_int, help="rank r of the adapters (published: 128; built-in model: 16)")
     add("--alpha", type=positive_rate, help="s = alpha / rank scales the product (default: the rank, as published)")
     add("--init", type=init, help="lora, pissa (exact SVD, published) or pissa_niter_N (N subspace iterations: faster)")
@@ -101,8 +95,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--svd-k", type=positive_int, help="leading singular values k (published: 10)")
     add("--temperature", type=positive_rate, help="T of the consistency term (2024: 1, iclr2026: 2)")
     add("--top-k", type=natural, help="K largest logits of the entropy, 0 = all (2024: 0, iclr2026: 20)")
-    add("--adaptive-lambda1", action="store_true", default=None, help="λ1 by the teacher's entropy (iclr2026's option)")
-    add("--non-target-kl", type=rate, default=0.0, metavar="λ", help='weight of "Mask the Target" (default: 0, off)')
+    add("--adaptive-lambda1", action="store_true", default=None, help="by the teacher's entropy (iclr2026's option)")
+    add("--non-target-kl", type=rate, default=0.0, help='weight of "Mask the Target", arXiv 2605.29498 (default: 0)')
 
     group = parser.add_argument_group("optimisation")
     add = group.add_argument

@@ -38,7 +38,7 @@ class LowRankLinear(nn.Module):
         X W − s (X A₀) B₀ + s (X A) B        1.00   3.8    2 B   14 ms      1.00   5e-4   4 B   61 ms
         differences first, as here           1.00   0.84   2 B   15 ms      1.00   3e-5   4 B   64 ms
 
-    (0.84 is the rounding of Y itself.) Autograd keeps both factors, 2 r (m + n) numbers of X's dtype, until the backward.
+    (0.84 is the rounding of Y itself.) Autograd keeps both factors, 2 r (m + n) numbers of X's dtype.
     """
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float, keep_initial: bool):
@@ -137,17 +137,16 @@ def adapt(
     Raises ValueError, with the model unchanged, if it is adapted already, if a target matches nothing (the message
     lists the names there are), or if a layer refuses (see LowRankLinear.from_linear).
     """
-    if done := [name for name, _ in adapted_layers(model)]:
-        raise ValueError(f"the model is adapted already ({len(done)} layers, {done[0]} ...): merge it first")
+    if done := _last_parts(name for name, _ in adapted_layers(model)):
+        raise ValueError(f"the model is adapted already, in {', '.join(done)}: merge it first")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
     linears = {name: module for name, module in linears.items() if not set(HEADS) & set(name.split("."))}
-    names = sorted({name.rpartition(".")[2] for name in linears})
     wanted = list(linears) if targets is None else list(targets)
     chosen = [name for name in linears if any(_matches(name, target) for target in wanted)]
     unknown = [target for target in wanted if not any(_matches(name, target) for name in linears)]
     if unknown or not chosen:
         missing = ", ".join(unknown) or "an empty list"
-        raise ValueError(f"no linear layer is named {missing}: there are {', '.join(names) or 'none'}")
+        raise ValueError(f"no linear layer is named {missing}: there are {', '.join(_last_parts(linears)) or 'none'}")
 
     for name in chosen:
         try:
@@ -224,6 +223,10 @@ def _check_settings(linear: nn.Linear, rank: int, alpha: float | None, init: str
 def _frozen(parameter: Tensor) -> nn.Parameter:
     """The same storage, without gradient."""
     return nn.Parameter(parameter.detach(), requires_grad=False)
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _matches(name: str, target: str) -> bool:

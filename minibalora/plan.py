@@ -83,5 +83,5 @@ def _terms(objective: Objective) -> str:
         f"{objective.svd_norm} share of {objective.svd_k} singular values": objective.lambda3,
         "non-target KL": objective.non_target_kl,
     }
-    moving = ", λ on the iclr2026 schedule" if objective.moving_lambdas else ""
-    return "".join(f" + {weight:g} · {name}" for name, weight in weights.items() if weight > 0) + moving
+    moving = ", weights on the iclr2026 schedule" if objective.moving_lambdas else ""
+    return "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving

@@ -34,13 +34,11 @@ def all_terms(Z, P, targets, k=2):
 
 
 @pytest.mark.parametrize("N, D", SHAPES)
-@pytest.mark.parametrize("name", all_terms(torch.ones(2, 2), torch.ones(2, 2), torch.tensor([0, 1])))
-def test_gradients_match_finite_differences(name, N, D):
-    if name == "non_target_kl" and D == 1:
-        pytest.skip("nothing is left without the target")
+def test_gradients_match_finite_differences(N, D):
     Z, P = logits(N, D, 1).requires_grad_(), logits(N, D, 2)
     targets = torch.arange(N) % D
-    assert torch.autograd.gradcheck(lambda Z: all_terms(Z, P, targets)[name], Z)
+    for name in all_terms(Z, P, targets):
+        assert torch.autograd.gradcheck(lambda Z, name=name: all_terms(Z, P, targets)[name], Z), name
 
 
 @settings(deadline=None, max_examples=60)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 import minibalora as mb
+from minibalora.models.decoder import Decoder
 from minibalora.weights import read_config, weights_digest
 
 ABSENT = object()
@@ -383,3 +386,25 @@ def test_the_digest_tells_checkpoints_apart(copy):
     edit_tensors(folder, {NORM: torch.ones(24, dtype=torch.bfloat16)})
     assert weights_digest(folder) != digest
     assert len({weights_digest(GOLDEN / name) for name in ("llama2", "llama3", "gemma")}) == 3
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_loading_takes_the_model_once_in_memory(tmp_path, dtype):
+    """34 M parameters, 135 MB as float32; where the dtype changes, the largest tensor (4 MB) comes on top."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 500}
+    config = json.loads((GOLDEN / "llama2" / "config.json").read_text()) | sizes | {"head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Decoder(read_config(tmp_path)).named_parameters()}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
+    program = f"""
+import torch, minibalora as mb
+peak = lambda: int(open("/proc/self/status").read().partition("VmHWM:")[2].split()[0]) * 1024
+mb.load_model({str(GOLDEN / "llama2")!r}, dtype=torch.{dtype})  # what torch itself takes at first use
+before = peak()
+model = mb.load_model({str(tmp_path)!r}, dtype=torch.{dtype})
+print((peak() - before) / sum(p.nbytes for p in model.parameters()))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0.5 < float(result.stdout) < 1.25
