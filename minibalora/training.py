@@ -165,10 +165,10 @@ def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
         step = int(state.metadata()["step"])
         if step > 0:
             moments = {
-                index: {moment: state.get_tensor(f"{moment}/{name}") for moment in ("exp_avg", "exp_avg_sq")}
+                index: {moment: state.get_tensor(f"{moment}/{name}").clone() for moment in ("exp_avg", "exp_avg_sq")}
                 | {"step": torch.tensor(float(step))}
                 for index, name in enumerate(parameters)
-            }
+            }  # cloned, for a tensor of safetensors is a view of its file, which the next checkpoint replaces
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
