@@ -287,13 +287,13 @@ def weights_digest(folder: str | Path) -> str:
     """SHA-256 over config, tokenizer and, of each weight file, its size, first and last MiB: which checkpoint it is.
 
     It reads a few MiB where a digest of every byte would read gigabytes; a fine-tuned copy differs in it, a single
-    flipped bit may not.
+    flipped bit may not. Raises InputError as `load_model` does where a header can't be read.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
-    for path in sorted(_weight_files(folder)):
+    for path in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
             for start in (0, max(0, size - MIB)):

@@ -159,6 +159,20 @@ def test_a_truncated_model_is_refused(train, small_model, name):
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: (path.unlink(), path.mkdir())], ids=["missing", "a folder"]
+)
+def test_a_missing_shard_is_refused(train, small_model, damage):
+    shard = "model-00002-of-00002.safetensors"
+    (small_model / "model.safetensors").unlink()
+    index = {"weight_map": {"model.norm.weight": shard}}
+    (small_model / "model.safetensors.index.json").write_text(json.dumps(index))
+    (small_model / shard).touch()
+    damage(small_model / shard)
+    assert_refused(*train(*given("--out", "out", model="small")), f"small/{shard}")
+    assert not Path("out").exists()
+
+
 def test_a_tokenizer_of_another_model_is_refused(train, small_model):
     for file in (GOLDEN / "llama2").iterdir():
         shutil.copy(file, small_model)
