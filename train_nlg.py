@@ -51,24 +51,27 @@ def main() -> int:
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
-        adapt(model, args, args.init if resumed_step is None or args.init == "lora" else "pissa_niter_0")
+        adapt(model, args, is_resumed=resumed_step is not None)
     model.grad_checkpoint = args.grad_checkpoint
     parameters = list(training.trained_parameters(model).values())
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
     steps = args.epochs * data.steps_per_epoch(len(rows), args.batch_size)
     steps = min(steps, args.max_steps or steps)
+    if resumed_step is not None and not 0 <= resumed_step <= steps:
+        raise InputError(f"{args.out}: its checkpoint is of step {resumed_step}, but the run has {steps}: start anew")
     if not args.resume:
         training.start_run(args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     print_plan(args, model, rows, left_out, steps, objective)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.max_length, args.micro_batch_size)
+    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.micro_batch_size)
     before = judge()
     if resumed_step is None:
         training.save_checkpoint(args.out, model, optimizer, 0)
     else:
         training.load_checkpoint(args.out, model, optimizer)
+        print(f"resumed at step {resumed_step}")
     step = resumed_step or 0
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
@@ -81,9 +84,9 @@ def main() -> int:
             batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
             micro = data.micro_batches(batch, args.micro_batch_size)
             batches = [data.collate(part, args.device) for part in micro]
-            tokens = sum(len(row.ids) - row.prompt_length for row in batch)
+            response_tokens = sum(len(row.ids) - row.prompt_length for row in batch)
             with torch.autocast(args.device.type, args.dtype, enabled=full and args.dtype != torch.float32):
-                losses, terms = backward(model, hidden, batches, tokens, objective, step, steps, stop)
+                losses, terms = backward(model, hidden, batches, response_tokens, objective, step, steps, stop)
             if stop:
                 break  # within a step: its gradients are dropped, so the model is that of the last whole step
             norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
@@ -110,7 +113,7 @@ def main() -> int:
     else:
         mb.save_adapter(model, args.out)
     if stop:
-        print(f"stopped after step {step} of {steps}; saved to {args.out}, go on with --resume")
+        print(f"stopped after step {step} of {steps}; saved to {args.out}; go on with the same command and --resume")
         return 128 + stop[0]
     print(f"saved to {args.out}")
     if before:
@@ -122,20 +125,20 @@ def backward(
     model: Decoder,
     hidden: Callable[[Tensor], Tensor],
     batches: list[tuple[Tensor, Tensor]],
-    tokens: int,
+    response_tokens: int,
     objective: Objective,
     step: int,
     steps: int,
     stop: list[int],
 ) -> tuple[list[float], dict[str, float]]:
-    """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response `tokens`.
+    """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
     Returns each micro-batch's part of L and the step's terms. Dividing is done once, by the tokens of the whole step,
     so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
     with gradients of no use, once `stop` is not empty.
     """
     teachers = teacher_states(model, hidden, batches) if objective.needs_teacher else [None] * len(batches)
-    weights = lambdas(objective, step, steps, mean_entropy_share(model, teachers, objective, tokens))
+    weights = lambdas(objective, step, steps, mean_entropy_share(model, teachers, objective, response_tokens))
     losses, totals = [], {}
     for (input_ids, labels), teacher in zip(batches, teachers, strict=True):
         if stop:
@@ -143,7 +146,7 @@ def backward(
         states, targets = predicted_rows(hidden(input_ids), labels)  # (M, d), (M,)
         teacher_logits = None if teacher is None else model.head(teacher)
         terms = nlg_terms(model.head(states), teacher_logits, targets, objective, weights)
-        share = len(targets) / tokens
+        share = len(targets) / response_tokens
         loss = share * weighted_sum(terms, weights)
         loss.backward()
         losses.append(loss.detach())
@@ -158,19 +161,21 @@ def teacher_states(model: Decoder, hidden: Callable[[Tensor], Tensor], batches: 
         return [predicted_rows(hidden(input_ids), labels)[0] for input_ids, labels in batches]
 
 
-def mean_entropy_share(model: Decoder, teachers: list[Tensor], objective: Objective, tokens: int) -> float | None:
+def mean_entropy_share(
+    model: Decoder, teachers: list[Tensor], objective: Objective, response_tokens: int
+) -> float | None:
     """H̄ / ln V of the teacher over the whole step, which the adaptive λ1 goes by."""
     if not objective.adaptive_lambda1:
         return None
     with torch.no_grad():
         shares = [entropy_share(model.head(teacher), objective.temperature).sum() for teacher in teachers]
-    return float(sum(shares)) / tokens
+    return float(sum(shares)) / response_tokens
 
 
 def read_data(args: Namespace) -> tuple[list[Example], int, list[Example], list[Example]]:
     """Examples to train on, how many conversations without a reply were left out, held-out examples, and some of the
     pre-training text, which only the built-in model has."""
-    if args.is_toy:
+    if args.is_toy:  # --seed is never negative, so what is held out is drawn apart
         sets = clean_problems(args.max_rows, args.seed), clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
         train, held_out, pretraining = (
             [data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
@@ -181,9 +186,10 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Example], list[
     return train, unanswered, data.read_examples(args.eval, *fields)[0] if args.eval else [], []
 
 
-def adapt(model: Decoder, args: Namespace, init: str) -> None:
-    """A resumed run gets its factors from the checkpoint, so it is adapted by the `init` that takes no time."""
-    bar = partial(tqdm, desc=args.init, unit="layer", dynamic_ncols=True, leave=False)
+def adapt(model: Decoder, args: Namespace, is_resumed: bool) -> None:
+    """mb.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD."""
+    init = "pissa_niter_0" if is_resumed and args.init != "lora" else args.init
+    bar = iter if is_resumed else partial(tqdm, desc=init, unit="layer", dynamic_ncols=True, leave=False)
     try:
         mb.adapt(model, args.rank, args.alpha, init, args.targets, progress=bar)
     except ValueError as error:

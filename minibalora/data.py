@@ -72,7 +72,9 @@ def read_examples(
     found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field) for line, row in rows]
     examples = [example for example in found if example is not None]
     if not examples:
-        raise InputError(f"{path}: has no rows: give JSON Lines or a JSON array with prompts and responses")
+        raise InputError(
+            f"{path}: has no rows with a response: give JSON Lines or a JSON array with prompts and responses"
+        )
     return examples, len(found) - len(examples)
 
 
@@ -88,9 +90,9 @@ def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
                     if line.strip():
                         yield number, _parse(line, path, number)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give --data a JSON Lines file") from None
+        raise InputError(f"{path}: no such file: give a JSON Lines file") from None
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give --data a JSON Lines file") from None
+        raise InputError(f"{path}: {error.strerror}: give a JSON Lines file") from None
 
 
 def _parse(raw: bytes, path: Path, line: int) -> object:

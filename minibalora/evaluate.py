@@ -1,10 +1,12 @@
 """What a model knows before and after training: exact match of final answers, and loss."""
 
+import sys
 from collections import defaultdict
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minibalora.data import Example, Row, collate, encode_examples, micro_batches
 from minibalora.generate import generate
@@ -32,7 +34,7 @@ def exact_match(
     problems = sorted(
         (example for example in examples if final_answer(example.response)), key=lambda example: len(example.prompt)
     )
-    for start in range(0, len(problems), batch_size):
+    for start in tqdm(range(0, len(problems), batch_size), desc="exact match", dynamic_ncols=True, leave=False):
         batch = problems[start : start + batch_size]
         texts = generate(model, tok, [example.prompt for example in batch], max_new_tokens)
         for example, text in zip(batch, texts, strict=True):
@@ -59,18 +61,14 @@ def whole_text(rows: list[Row]) -> list[Row]:
 
 
 def scores(
-    model: Decoder,
-    tok: Tokenizer,
-    held_out: list[Example],
-    pretraining: list[Example],
-    max_length: int,
-    batch_size: int,
+    model: Decoder, tok: Tokenizer, held_out: list[Example], pretraining: list[Example], batch_size: int
 ) -> dict[str, float]:
     """One column of the before / after table: exact match per kind in percent, and losses. The mode is restored."""
     was_training = model.training
     model.eval()
-    rows, _, _ = encode_examples(held_out, tok, max_length)
+    rows, _, _ = encode_examples(held_out, tok, sys.maxsize)
     longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
+    # Who has not stopped at twice the length of the longest reference has no answer.
     matches = exact_match(model, tok, held_out, max_new_tokens=2 * longest, batch_size=batch_size)
     column = {f"exact match, {kind} ({n})": 100 * right / n for kind, (right, n) in matches.items() if kind}
     if matches:
@@ -79,7 +77,7 @@ def scores(
     if rows:
         column["loss on held-out responses"] = mean_loss(model, rows, batch_size)
     if pretraining:
-        rows, _, _ = encode_examples(pretraining, tok, max_length)
+        rows, _, _ = encode_examples(pretraining, tok, sys.maxsize)
         column["loss on pre-training text"] = mean_loss(model, whole_text(rows), batch_size)
     model.train(was_training)
     return column

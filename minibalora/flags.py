@@ -16,10 +16,11 @@ from minibalora.objective import NLG_RECIPES, Objective
 METHODS = ("full", "lora", "pissa", "ba-lora")
 ADAPTER_FLAGS = ("rank", "alpha", "init", "targets")
 BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
-PUBLISHED = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
+# As published, but for micro_batch_size, which was 1.
+DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
-TOY = PUBLISHED | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256}
+TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,6 +62,12 @@ def init(text: str) -> str:
     if not re.fullmatch(r"lora|pissa|pissa_niter_[0-9]{1,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa or pissa_niter_N")
     return text
+
+
+def folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name is empty: name a folder")
+    return Path(text)
 
 
 def nlg_parser() -> argparse.ArgumentParser:
@@ -106,7 +113,7 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--grad-clip", type=positive_rate, default=1.0, help="largest norm of the gradient (default: 1)")
     add("--epochs", type=positive_int, help="passes over the data (published: 1)")
     add("--max-steps", type=positive_int, help="stop after N steps; the schedules end there, too")
-    add("--batch-size", type=positive_int, help="rows a step (2024: 128, iclr2026: 32)")
+    add("--batch-size", type=positive_int, help="rows a step (2024: 128; iclr2026 and baselines: 32)")
     add("--micro-batch-size", type=positive_int, help="rows at a time, bounded by memory (default: 4; built-in: 32)")
     add("--seed", type=natural, default=42, help="order of rows and random inits (published: 42, 1024, 2024)")
 
@@ -120,7 +127,9 @@ def nlg_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("output")
     add = group.add_argument
-    add("--out", type=Path, metavar="DIR", help="folder for adapter, log and checkpoint (default: runs/nlg-DATE-TIME)")
+    add(
+        "--out", type=folder, metavar="DIR", help="folder for adapter, log and checkpoint (default: runs/nlg-DATE-TIME)"
+    )
     add("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints (default: 100)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     return parser
@@ -136,12 +145,12 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
         if args.model is None and getattr(args, name) is not None:
             raise InputError(f"--{name.replace('_', '-')} goes with --model and --data: give both")
     _refuse_contradictions(args)
-    for name, value in (TOY if args.model is None else PUBLISHED).items():
+    for name, value in (TOY if args.model is None else DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if args.recipe is None:
-        args.recipe = "iclr2026"
-    args.batch_size = args.batch_size or BATCH_SIZE[args.recipe]
+    if args.method == "ba-lora":
+        args.recipe = args.recipe or "iclr2026"
+    args.batch_size = args.batch_size or BATCH_SIZE[args.recipe or "iclr2026"]
     args.micro_batch_size = min(args.micro_batch_size, args.batch_size)
     args.init = args.init or ("lora" if args.method == "lora" else "pissa")
     args.alpha = args.alpha or args.rank

@@ -12,6 +12,8 @@ def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens:
 
     One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone.
     """
+    if not prompts:
+        return []
     device = model.model.embed_tokens.weight.device
     encoded = tok.encode_prompts(prompts)
     lengths = torch.tensor([len(ids) for ids in encoded], device=device)

@@ -127,7 +127,7 @@ def adapt(
     rank: int = 8,
     alpha: float | None = None,
     init: str = "pissa",
-    targets: Iterable[str] | None = None,
+    targets: str | Iterable[str] | None = None,
     progress: Callable[[list], Iterable] = iter,
 ) -> nn.Module:
     """Replace linears of `model` by LowRankLinear, in place; freeze everything but their A and B; return the model.
@@ -141,7 +141,7 @@ def adapt(
         raise ValueError(f"the model is adapted already, in {', '.join(done)}: merge it first")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
     linears = {name: module for name, module in linears.items() if not set(HEADS) & set(name.split("."))}
-    wanted = list(linears) if targets is None else list(targets)
+    wanted = list(linears) if targets is None else [targets] if isinstance(targets, str) else list(targets)
     chosen = [name for name in linears if any(_matches(name, target) for target in wanted)]
     unknown = [target for target in wanted if not any(_matches(name, target) for name in linears)]
     if unknown or not chosen:
@@ -157,7 +157,6 @@ def adapt(
     model.requires_grad_(False)
     for name, layer in layers.items():
         layer.train(linears[name].training)
-        layer.A.requires_grad_(True), layer.B.requires_grad_(True)
         _replace(model, name, layer)
     return model
 

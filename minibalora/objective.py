@@ -94,7 +94,7 @@ def nlg_terms(
 
 def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """L of the given terms; the task counts once."""
-    return sum((weights[name] * term for name, term in terms.items() if name != "task"), terms["task"])
+    return terms["task"] + sum(weights[name] * term for name, term in terms.items() if name != "task")
 
 
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:

@@ -28,7 +28,7 @@ def print_plan(
     print(f"        {left_out}")
     print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
           f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
-    print(f"memory  about {memory / 1e9:.1f} GB on {args.device}")
+    print(f"memory  about {memory / 1e9:.1f} GB on {args.device}, beside what Python and torch take")
     print(f"out     {args.out}", flush=True)
 
 
@@ -42,7 +42,7 @@ def expected_memory(
 ) -> int:
     """Bytes at the peak of a step: weights, gradients, Adam's moments, and what the backward pass keeps.
 
-    Counted from the shapes for the largest micro-batch possible, so rather too much than too little.
+    Counted from the shapes, for the largest micro-batch possible.
     """
     config, element = model.config, model.model.embed_tokens.weight.element_size()
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])

@@ -23,8 +23,8 @@ from minibalora.files import read_json_object, replacing, write_json
 from minibalora.lowrank import adapted_layers
 
 RUN_FILES = ("run.json", "log.jsonl", "checkpoint", "adapter_config.json", "adapter_model.safetensors", "model")
-# These move the work or cut it otherwise, which a user short of memory must be free to do, and leave the method as it
-# is. Model and data may have moved, too: their digests are compared instead.
+# These move the work or cut it otherwise, which a user short of memory must be free to do; with micro_batch_size the
+# spectral term changes a little. Model and data may have moved, too: their digests are compared instead.
 MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "out", "resume", "save_every"}
 MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
 
@@ -101,6 +101,8 @@ def check_settings(out: Path, settings: dict) -> None:
     """InputError that names the first setting in which this run is not the one in `out`."""
     recorded = read_json_object(out / "run.json").get("settings")
     recorded = recorded if isinstance(recorded, dict) else {}
+    if recorded.get("is_toy") is False and settings["is_toy"]:
+        raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
     for name, value in settings.items():
         if name not in MAY_CHANGE_ON_RESUME and recorded.get(name) != value:
             flag = name if "digest" in name else f"--{name.replace('_', '-')}"
@@ -196,7 +198,11 @@ def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
     """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
     path = out / "log.jsonl"
     if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _is_logged_by(line, step)]
+        kept = [
+            line
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if _is_logged_by(line, step)
+        ]
         with replacing(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     with open(path, "a", encoding="utf-8") as file:
@@ -209,10 +215,10 @@ def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
 
 
 def _is_logged_by(line: str, step: int) -> bool:
-    """False for a later step's line and for one that a kill cut short."""
+    """False for a later step's line and for one that is damaged, as by a kill."""
     try:
         return json.loads(line)["step"] <= step
-    except ValueError:
+    except (ValueError, TypeError, KeyError):
         return False
 
 

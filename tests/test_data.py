@@ -195,7 +195,7 @@ def test_a_named_field_that_is_missing_is_refused(write, refuses, fields):
 def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300), tmp_path / "file" / "below"):
-        refuses(lambda path=path: read_examples(path), path, "--data")
+        refuses(lambda path=path: read_examples(path), path, "give a JSON Lines file")
 
 
 def test_the_digest_is_of_what_is_learned_from():

@@ -83,7 +83,7 @@ def test_mean_loss_is_per_token_whatever_the_batch(toy):
 def test_scores_restore_the_mode_and_name_every_kind(toy):
     model, tok = toy
     model.train()
-    column = scores(model, tok, EXAMPLES, EXAMPLES[:2], 512, 4)
+    column = scores(model, tok, EXAMPLES, EXAMPLES[:2], 4)
     assert model.training
     model.eval()
     assert len([name for name in column if name.startswith("exact match")]) == 5

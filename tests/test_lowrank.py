@@ -208,6 +208,10 @@ def test_targets_match_the_last_part_or_a_dotted_suffix():
     assert type(model["a"].lm_head) is nn.Linear
 
 
+def test_one_target_may_be_a_string():
+    assert [name for name, _ in adapted_layers(adapt(net(), rank=2, targets="up_proj"))] == ["up_proj"]
+
+
 def test_a_target_that_matches_nothing_lists_the_names_there_are():
     model = net()
     for targets in (["up_proj", "q_proj"], ["proj"], ["lm_head"], []):

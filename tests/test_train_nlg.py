@@ -16,7 +16,7 @@ import torch
 from helpers import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minibalora as mb
 from minibalora.data import Row, collate, micro_batches
@@ -303,6 +303,32 @@ def test_a_resumed_run_may_take_smaller_micro_batches_and_needs_no_second_svd(
     before = (out / ADAPTER).read_bytes()
     assert in_process(monkeypatch, capsys, argv)[0] == 0
     assert (out / ADAPTER).read_bytes() == before  # it had ended; its adapter is written once more
+
+
+def test_a_damaged_log_is_cut_back_on_resume(small_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "3"))[0] == 0
+    expected = logged(out)
+    with open(out / "log.jsonl", "ab") as file:
+        file.write(b'3\n\xff\n{"a": 1}\n{"step": 9, "lo')
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "3", "--resume"))[0] == 0
+    assert logged(out) == expected
+
+
+def test_resuming_without_the_rest_of_the_command_says_so(small_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1"))[0] == 0
+    status, error = in_process(monkeypatch, capsys, ["python", SCRIPT, "--out", str(out), "--resume"])
+    assert status == 2 and "was given --model and --data" in error and len(error.splitlines()) == 1
+
+
+def test_a_checkpoint_beyond_the_run_is_refused(small_data, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1"))[0] == 0
+    state = out / "checkpoint" / "state.safetensors"
+    save_file(load_file(state), state, metadata={"step": "400"})
+    status, error = in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1", "--resume"))
+    assert status == 2 and "step 400" in error and len(error.splitlines()) == 1
 
 
 def test_files_that_are_not_ours_are_left_alone(small_data, tmp_path, monkeypatch, capsys):
