@@ -39,9 +39,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         left, right = (factor.detach().cpu() for factor in layer.update())
         tensors[f"{PREFIX}{name}.lora_A.weight"] = left.T.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
-    first = layers[0][1]
-    rank = first.update()[0].shape[1]
-    alpha = first.scaling * rank
+    rank = left.shape[1]  # one rank and one scaling for all, as `adapt` makes them
+    alpha = layers[0][1].scaling * rank
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

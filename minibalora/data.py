@@ -127,7 +127,8 @@ def example_from(
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
     if prompt_field or response_field:
-        fields = (prompt_field or _guess(row, where)[0], response_field or _guess(row, where)[1])
+        guessed = (None, None) if prompt_field and response_field else _guess(row, where)
+        fields = prompt_field or guessed[0], response_field or guessed[1]
     elif key := next((key for key in CONVERSATIONS if key in row), None):
         turns = _first_turns(row[key], f"{where}: {key}")
         if turns is None:

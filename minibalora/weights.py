@@ -101,6 +101,7 @@ def read_config(folder: Path) -> DecoderConfig:
         return value
 
     heads, d = number("num_attention_heads", int), number("hidden_size", int)
+    rope = _rope_settings(raw, path)
     config = DecoderConfig(
         vocab_size=number("vocab_size", int),
         hidden_size=d,
@@ -110,8 +111,8 @@ def read_config(folder: Path) -> DecoderConfig:
         num_key_value_heads=number("num_key_value_heads", int, heads),
         head_dim=number("head_dim", int, d // heads),
         rms_norm_eps=number("rms_norm_eps", float),
-        rope_theta=_rope_theta(raw, path),
-        rope_scaling=_rope_scaling(raw, path),
+        rope_theta=_rope_number(rope, "rope_theta", path),
+        rope_scaling=_rope_scaling(rope, path),
         sliding_window=number("sliding_window", int) if family == "mistral" and "sliding_window" in raw else None,
         attention_bias=number("attention_bias", bool, False),
         mlp_bias=number("mlp_bias", bool, False),
@@ -171,13 +172,8 @@ def _rope_number(settings: dict, key: str, path: Path) -> float:
     return float(value)
 
 
-def _rope_theta(raw: dict, path: Path) -> float:
-    return _rope_number(_rope_settings(raw, path), "rope_theta", path)
-
-
-def _rope_scaling(raw: dict, path: Path) -> dict | None:
+def _rope_scaling(settings: dict, path: Path) -> dict | None:
     """None for plain RoPE, or the four numbers of the llama3 type."""
-    settings = _rope_settings(raw, path)
     if settings["rope_type"] not in ("default", "llama3") or settings["partial_rotary_factor"] != 1:
         kind = f"{settings['rope_type']!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
         raise InputError(f"{path}: rope_type {kind} is not implemented: there are default and llama3, both with 1")
