@@ -6,6 +6,7 @@ converts.
 
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,23 +16,34 @@ from torch import Tensor, nn
 from minibalora.errors import InputError
 from minibalora.files import read_json_object, replacing, write_json
 from minibalora.lowrank import LowRankLinear, adapted_layers
+from minibalora.weights import is_stored_transposed
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model "
-    "chat_template.jinja generation_config.json"
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
+    "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
 ).split()
+CLASSES = {  # transformers' spelling of a model_type
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "gemma": "Gemma",
+    "gpt2": "GPT2",
+    "bert": "Bert",
+    "roberta": "Roberta",
+    "deberta-v2": "DebertaV2",
+}
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors: ΔW of every adapted layer, for the ORIGINAL base.
 
     A PiSSA-initialised adapter of rank r becomes a plain LoRA of rank 2r (see LowRankLinear.update), so that PEFT and
-    vLLM need neither the residual nor the initial factors. Raises ValueError if nothing is adapted.
+    vLLM need neither the residual nor the initial factors. A classifier's trained head is saved whole, as PEFT's
+    modules_to_save. Raises ValueError if nothing is adapted.
     """
-    layers = adapted_layers(model)
+    layers, head = adapted_layers(model), list(getattr(model, "own_head", []))
     if not layers:
         raise ValueError("nothing to save: the model has no adapted layer")
     tensors = {}
@@ -39,23 +51,26 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         left, right = (factor.detach().cpu() for factor in layer.update())
         tensors[f"{PREFIX}{name}.lora_A.weight"] = left.T.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
+    for module in head:
+        for name, parameter in model.get_submodule(module).named_parameters():
+            tensors[f"{PREFIX}{module}.{name}"] = parameter.detach().cpu().contiguous()
     rank = left.shape[1]  # one rank and one scaling for all, as `adapt` makes them
     alpha = layers[0][1].scaling * rank
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
         "r": rank,
         "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(model),
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(is_stored_transposed(model, f"{name}.weight") for name, _ in layers),
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
-        "modules_to_save": None,
+        "modules_to_save": head or None,
         "rank_pattern": {},
         "alpha_pattern": {},
     }
@@ -76,11 +91,12 @@ def _target_modules(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def save_model(model: nn.Module, folder: str | Path) -> None:
+def save_model(model: nn.Module, folder: str | Path, label_names: Sequence[str] | None = None) -> None:
     """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
 
     Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. `model.source`
-    is the folder that config and tokenizer are copied from. Raises InputError if `folder` holds other weight files.
+    is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for its config.
+    Raises InputError if `folder` holds other weight files.
     """
     folder, source = Path(folder), Path(model.source)
     tensors = _checkpoint_tensors(model)
@@ -94,6 +110,10 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in zip(files, shards, strict=True):
         merged = {name: _merged(*tensors[name]) for name in names}
+        merged = {
+            name: tensor.T.contiguous() if is_stored_transposed(model, name) else tensor
+            for name, tensor in merged.items()
+        }
         with replacing(folder / file) as temporary:
             save_file(merged, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -101,12 +121,23 @@ def save_model(model: nn.Module, folder: str | Path) -> None:
         size = sum(stored.nbytes for stored, _ in tensors.values())
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = read_json_object(source / "config.json")
-    write_json(folder / "config.json", config | {"dtype": dtype, "torch_dtype": dtype})  # transformers 5's and 4's key
+    config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
+    write_json(folder / "config.json", config | _classifier_config(model, config["model_type"], label_names))
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+
+
+def _classifier_config(model: nn.Module, model_type: str, label_names: Sequence[str] | None) -> dict:
+    """What makes a config.json that of a classifier; nothing for a language model."""
+    count = getattr(model, "num_labels", None)
+    if count is None:
+        return {}
+    names = dict(enumerate(label_names or [f"LABEL_{index}" for index in range(count)]))
+    label2id = {name: index for index, name in names.items()}
+    architecture = f"{CLASSES[model_type]}ForSequenceClassification"
+    return {"architectures": [architecture], "num_labels": count, "id2label": names, "label2id": label2id}
 
 
 def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:

@@ -46,7 +46,7 @@ def exact_match(
 @torch.no_grad()
 def mean_loss(model: Decoder, rows: list[Row], batch_size: int) -> float:
     """Mean cross-entropy of the rows' response tokens, in nats."""
-    device, total, tokens = model.model.embed_tokens.weight.device, 0.0, 0
+    device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
         input_ids, labels = collate(batch, device)
         states, targets = predicted_rows(model.hidden(input_ids), labels)

@@ -14,12 +14,14 @@ def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens:
     """
     if not prompts:
         return []
-    device = model.model.embed_tokens.weight.device
+    device, limit = model.embedding.weight.device, model.config.max_position_embeddings
     encoded = tok.encode_prompts(prompts)
     lengths = torch.tensor([len(ids) for ids in encoded], device=device)
     width = int(lengths.max())
     input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded], device=device)
-    cache = KVCache(model.config, lengths, width + max_new_tokens, model.model.embed_tokens.weight.dtype)
+    if limit is not None:
+        max_new_tokens = min(max_new_tokens, limit - width)
+    cache = KVCache(model.config, lengths, width + max_new_tokens, model.embedding.weight.dtype)
 
     hidden = model.hidden(input_ids, cache=cache)[torch.arange(len(prompts), device=device), lengths - 1]
     generated, finished = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)

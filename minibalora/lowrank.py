@@ -132,6 +132,9 @@ def adapt(
 ) -> nn.Module:
     """Replace linears of `model` by LowRankLinear, in place; freeze everything but their A and B; return the model.
 
+    A model may name modules in `model.own_head`, as a classifier does with its new head: they stay trainable, in
+    float32, and their initial values are kept for the teacher.
+
     targets: the last part of the names of linears ("q_proj") or a dotted suffix ("mlp.up_proj"); None = every linear
     but the heads. progress wraps the list of layers, for instance `tqdm`: an SVD of a large model takes minutes.
     Raises ValueError, with the model unchanged, if it is adapted already, if a target matches nothing (the message
@@ -158,6 +161,10 @@ def adapt(
     for name, layer in layers.items():
         layer.train(linears[name].training)
         _replace(model, name, layer)
+    for module in _own_head(model):
+        module.float().requires_grad_(True)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            module.register_buffer(f"{leaf}0", parameter.detach().clone())
     return model
 
 
@@ -166,27 +173,38 @@ def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLinear]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
 
 
+def initial_values(model: nn.Module) -> dict[str, Tensor]:
+    """What was trained, as it was before: buffers named like their parameter and 0, A0 of A and weight0 of weight."""
+    trained = dict(model.named_parameters())
+    return {name: buffer for name, buffer in model.named_buffers() if name.removesuffix("0") in trained}
+
+
 @contextmanager
 def pretrained(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, `model` is the pre-trained model: the teacher of the consistency terms, on the student's own weights.
 
-    No gradient, no dropout; every module's training mode comes back afterwards, also after an exception. Raises
-    ValueError if the model has no adapted layer, for then nothing remembers what it was before training.
+    A trained head is the initial one. No gradient, no dropout; head and training modes come back afterwards, also after
+    an exception. Raises ValueError if the model has no adapted layer, for then nothing remembers what it was before.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
         raise ValueError("the model has no adapted layer, so there is no record of the pre-trained one: adapt first")
     modes = [(module, module.training) for module in model.modules()]
     roles = [(layer, layer.is_teacher) for layer in layers]
+    head = [(parameter, parameter.data, initial) for parameter, initial in _head_with_initial(model)]
     try:
         model.eval()
         for layer in layers:
             layer.is_teacher = True
+        for parameter, _, initial in head:
+            parameter.data = initial
         with torch.no_grad():
             yield model
     finally:
         for layer, role in roles:
             layer.is_teacher = role
+        for parameter, trained, _ in head:
+            parameter.data = trained
         for module, mode in modes:
             module.training = mode
 
@@ -195,7 +213,7 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every LowRankLinear by the plain nn.Linear that it acts as, in place, in W's dtype; return the model.
 
-    The sum is taken in float32 and rounded once. Everything stays frozen. Raises ValueError if nothing is adapted.
+    The sum is taken in float32 and rounded once; a trained head stays. Raises ValueError if nothing is adapted.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -205,6 +223,9 @@ def merge(model: nn.Module) -> nn.Module:
         linear.weight = nn.Parameter(layer.weight.to(layer.W.dtype), requires_grad=False)
         linear.bias = layer.bias
         _replace(model, name, linear.train(layer.training))
+    for module in _own_head(model):
+        for leaf in list(dict(module.named_buffers(recurse=False))):
+            delattr(module, leaf)
     return model
 
 
@@ -217,6 +238,15 @@ def _check_settings(linear: nn.Linear, rank: int, alpha: float | None, init: str
         raise ValueError(f"alpha is {alpha}: give a positive number")
     if not re.fullmatch(r"lora|pissa|pissa_niter_\d+", init):
         raise ValueError(f"unknown init {init!r}: give lora, pissa or pissa_niter_N")
+
+
+def _own_head(model: nn.Module) -> list[nn.Module]:
+    return [inner for name in getattr(model, "own_head", ()) for inner in model.get_submodule(name).modules()]
+
+
+def _head_with_initial(model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+    modules = _own_head(model)
+    return [(p, getattr(m, f"{leaf}0")) for m in modules for leaf, p in m.named_parameters(recurse=False)]
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:

@@ -1,4 +1,4 @@
-"""From a folder as Hugging Face hands it out to a model: config.json and safetensors, checked before allocating.
+"""From a folder as Hugging Face hands it out to a model: safetensors, checked before allocating.
 
 No pickle is read and no code from a checkpoint is run. Peak host memory is the model once, plus one tensor where the
 dtype changes: the model is built without storage (on the meta device) and gets its tensors from memory-mapped files,
@@ -7,37 +7,54 @@ one shard at a time. On a CPU, in the file's own dtype, weights stay mapped and 
 
 import hashlib
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minibalora.config import read_config
 from minibalora.errors import InputError
 from minibalora.files import read_json_object
-from minibalora.models.decoder import Decoder, DecoderConfig
+from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
+from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig, RobertaClassifier
 
-# What a config.json of each family may leave out, as that family's own code fills it in.
-FAMILIES = {
-    "llama": {"tie_word_embeddings": False, "hidden_act": "silu"},
-    "mistral": {
-        "tie_word_embeddings": False,
-        "hidden_act": "silu",
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "gemma": {
-        "tie_word_embeddings": True,
-        "hidden_act": "gelu_pytorch_tanh",
-        "num_key_value_heads": 16,
-        "head_dim": 256,
-    },
-}
-ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+ENCODERS = {"bert": BertClassifier, "roberta": RobertaClassifier, "deberta-v2": DebertaClassifier}
+LAST_OF_HEAD = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # one row a class
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 MIB = 1 << 20
-LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products of three sizes still fit 64 bits
+NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
+HEAD_STD = 0.02  # of a new head: initializer_range in the configs of all these families
+
+
+@dataclass(frozen=True)
+class Names:
+    """How a family's files name what is not simply named as in our model."""
+
+    head: str  # the classifier's own module
+    pooler: str | None = None  # a module between backbone and head, which a file may lack as it may lack the head
+    ignored: str = "$^"  # regular expression: buffers, and heads of other tasks
+    transposed: str = "$^"  # stored as (in, out)
+
+
+# By the name of the backbone, which is the prefix of its tensors, too.
+NAMES = {
+    "model": Names("score", ignored=r".*rotary_emb\.inv_freq|lm_head\.weight"),
+    "transformer": Names(
+        "score",
+        ignored=r".*\.attn\.(masked_)?bias|lm_head\.weight",
+        transposed=r".*\.(c_attn|c_fc|c_proj)\.weight",
+    ),
+    "bert": Names("classifier", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"),
+    "roberta": Names("classifier", ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*"),
+    "deberta": Names(
+        "classifier",
+        "pooler",
+        ignored=r"(lm_predictions|mask_predictions|cls|qa_outputs)\..*|.*\.position_(ids|embeddings.*)",
+    ),
+}
 
 
 def load_model(
@@ -46,150 +63,68 @@ def load_model(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Decoder:
+) -> Decoder | BertClassifier | RobertaClassifier | DebertaClassifier:
     """The model in the folder `path`, in eval mode, its parameters in `dtype` on `device`.
 
-    model(input_ids) -> logits (B, T, V). `model.source` is the folder. Raises InputError, naming file and tensor, for
-    anything missing, superfluous, misshapen, not finite, or not implemented.
+    head "lm": model(input_ids) -> logits (B, T, V). "classifier": (B, num_labels); None means as many as the stored
+    head has, or 2. A head that the file lacks is drawn from torch's generator: `model.new_modules` names it, and
+    `model.own_head` what `adapt` is to leave trainable. `model.source` is the folder. Raises InputError, naming file
+    and tensor, for anything missing, superfluous, misshapen, not finite, or not implemented.
     """
-    if head != "lm" or num_labels is not None:
-        raise InputError(
-            f"head {head!r} with num_labels {num_labels} is not implemented: there is 'lm', without labels"
-        )
     folder = Path(path)
+    if head not in ("lm", "classifier") or (head == "lm" and num_labels is not None):
+        raise InputError(f"head {head!r} with num_labels {num_labels}: give 'lm', without labels, or 'classifier'")
+    if num_labels is not None and num_labels < 1:
+        raise InputError(f"num_labels is {num_labels}: give at least 1 (1 is regression)")
     config = read_config(folder)
     stored = stored_tensors(folder)
     if config.num_hidden_layers > len(stored):  # before building them, for a wrong number may be a million
         layers = f"{config.num_hidden_layers} hidden layers, but the weights are {len(stored)} tensors"
         raise InputError(f"{folder}: config.json has {layers}: download both again")
+    if head == "classifier" and num_labels is None:
+        shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
+        num_labels = next((shape[0] for shape in shapes if shape), 2)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = build(config, num_labels, folder)
+    names = NAMES[backbone_of(model)]
+    stored = by_our_names(stored, model)
+    parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
+    model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
+    model.own_head = [part for part in parts if part == names.head or part in model.new_modules]
     check_tensors(folder, model, stored)
 
-    for name in list(dict(model.named_parameters())):
-        file = stored[name].file
-        with safe_open(file, framework="pt") as shard:  # opened anew: closing gives the pages of a mapped file back
-            tensor = shard.get_tensor(name).to(device=device, dtype=dtype)
-        _check_finite(tensor, name, file)
-        _set_parameter(model, name, nn.Parameter(tensor))
-    if config.tie_word_embeddings and "lm_head.weight" in stored:
+    for name in [name for name, _ in model.named_parameters() if name in stored]:
+        _set_parameter(model, name, nn.Parameter(_read(stored[name], name, dtype, device)))
+    for name in model.new_modules:
+        _draw(model.get_submodule(name), dtype, device)
+    if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied(model, stored["lm_head.weight"].file)
     model.source = folder
     return model.eval()
 
 
-def read_config(folder: Path) -> DecoderConfig:
-    """config.json as our configuration; InputError names the key that is missing, wrong or not implemented."""
-    path = folder / "config.json"
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
-    raw = read_json_object(path)
-    family = raw.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise InputError(f"{path}: model_type {family!r} is not implemented: there are {', '.join(FAMILIES)}")
-    raw = {key: value for key, value in (FAMILIES[family] | raw).items() if value is not None}
-    _refuse_unknown_features(raw, path)
-
-    def number(key: str, kind: type, default=None):
-        value = raw.get(key, default)
-        if value is None:
-            raise InputError(f"{path}: the key {key} is missing: download the file again")
-        fits = type(value) is bool if kind is bool else _in_range(value, kind)
-        if not fits:
-            expected = {int: f"an integer from 1 to {LARGEST[int]}", float: "a positive number", bool: "true or false"}
-            raise InputError(f"{path}: {key} is {value!r}: it must be {expected[kind]}")
-        return value
-
-    heads, d = number("num_attention_heads", int), number("hidden_size", int)
-    rope = _rope_settings(raw, path)
-    config = DecoderConfig(
-        vocab_size=number("vocab_size", int),
-        hidden_size=d,
-        intermediate_size=number("intermediate_size", int),
-        num_hidden_layers=number("num_hidden_layers", int),
-        num_attention_heads=heads,
-        num_key_value_heads=number("num_key_value_heads", int, heads),
-        head_dim=number("head_dim", int, d // heads),
-        rms_norm_eps=number("rms_norm_eps", float),
-        rope_theta=_rope_number(rope, "rope_theta", path),
-        rope_scaling=_rope_scaling(rope, path),
-        sliding_window=number("sliding_window", int) if family == "mistral" and "sliding_window" in raw else None,
-        attention_bias=number("attention_bias", bool, False),
-        mlp_bias=number("mlp_bias", bool, False),
-        tie_word_embeddings=number("tie_word_embeddings", bool),
-        activation=_activation(raw, path),
-        norm_offset=1.0 if family == "gemma" else 0.0,
-        embedding_scale=d**0.5 if family == "gemma" else 1.0,
-    )
-    if heads % config.num_key_value_heads or config.head_dim % 2 or ("head_dim" not in raw and d % heads):
-        shape = f"hidden_size {d}, {heads} heads, {config.num_key_value_heads} key-value heads"
-        raise InputError(f"{path}: {shape} of size {config.head_dim} do not fit together: download the file again")
-    return config
+def build(config: DecoderConfig | GPT2Config | EncoderConfig, num_labels: int | None, folder: Path) -> nn.Module:
+    """The model of a configuration, a language model if num_labels is None; with torch's own initial values."""
+    if isinstance(config, EncoderConfig):
+        if num_labels is None:
+            raise InputError(f"{folder}: {config.family} is an encoder, which has no language model here: "
+                             "give head='classifier', or use train_nlu.py")  # fmt: skip
+        return ENCODERS[config.family](config, num_labels)
+    return Decoder(config, num_labels)
 
 
-def _in_range(value: object, kind: type) -> bool:
-    return type(value) in {kind, int} and 0 < value <= LARGEST[kind]
-
-
-def _refuse_unknown_features(raw: dict, path: Path) -> None:
-    """Nothing is silently approximated: what would change the numbers and is not here is refused by name."""
-    refused = {
-        "quantization_config": "quantised weights are",
-        "use_bidirectional_attention": "bidirectional attention is",
-        "attention_dropout": "dropout in attention is",
-    }
-    for key, what in refused.items():
-        if raw.get(key):
-            raise InputError(f"{path}: {key} is {raw[key]!r}, but {what} not implemented: use a checkpoint without")
-
-
-def _activation(raw: dict, path: Path) -> str:
-    """The MLP's activation. Gemma's first releases say "gelu" in hidden_act and mean the tanh form."""
-    name = raw.get("hidden_act")
-    if raw["model_type"] == "gemma":
-        name = raw.get("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise InputError(f"{path}: activation {name!r} is not implemented: there are {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]
-
-
-def _rope_settings(raw: dict, path: Path) -> dict:
-    """Both spellings: rope_theta and rope_scaling at the top level, or all inside rope_parameters (transformers 5)."""
-    settings = {"rope_theta": raw.get("rope_theta", 10000.0)}  # LLaMA 2's config.json leaves the theta out
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(raw.get(key, {}), dict):
-            raise InputError(f"{path}: {key} is {raw[key]!r}: it must be an object or null")
-        settings |= raw.get(key, {})
-    settings["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
-    settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
-    return settings
-
-
-def _rope_number(settings: dict, key: str, path: Path) -> float:
-    value = settings.get(key)
-    if not _in_range(value, float):
-        raise InputError(f"{path}: {key} is {value!r}: it must be a positive number")
-    return float(value)
-
-
-def _rope_scaling(settings: dict, path: Path) -> dict | None:
-    """None for plain RoPE, or the four numbers of the llama3 type."""
-    if settings["rope_type"] not in ("default", "llama3") or settings["partial_rotary_factor"] != 1:
-        kind = f"{settings['rope_type']!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
-        raise InputError(f"{path}: rope_type {kind} is not implemented: there are default and llama3, both with 1")
-    if settings["rope_type"] == "default":
-        return None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {key: _rope_number(settings, key, path) for key in keys}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
-        raise InputError(f"{path}: low_freq_factor must be below high_freq_factor: download the file again")
-    return scaling
+def backbone_of(model: nn.Module) -> str:
+    """The name of everything below the head."""
+    return next(name for name, _ in model.named_children() if name in NAMES)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
     file: Path
-    shape: tuple[int, ...]
+    name: str  # in that file
+    dtype: str
+    shape: tuple[int, ...]  # as the model has it
+    is_transposed: bool = False
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -207,11 +142,9 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         if absent := promised - headers.keys():
             raise InputError(f"{file}: lacks {_some(absent)}, which the index promises: download it again")
         for name, (dtype, shape) in headers.items():
-            if dtype not in DTYPES:
-                raise InputError(f"{file}: {name} is stored as {dtype}: use a checkpoint in {', '.join(DTYPES)}")
             if name in stored:
                 raise InputError(f"{file}: {name} is also in {stored[name].file.name}: download the folder again")
-            stored[name] = StoredTensor(file, shape)
+            stored[name] = StoredTensor(file, name, dtype, shape)
     return stored
 
 
@@ -238,31 +171,73 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     return files
 
 
+def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor]:
+    """The stored tensors by their names in our model.
+
+    Files of a backbone alone leave its prefix out; old ones call LayerNorm's weight gamma and its bias beta, as
+    TensorFlow does; GPT-2 stores its linears transposed.
+    """
+    backbone = backbone_of(model)
+    expected, names = dict(model.named_parameters()), NAMES[backbone]
+    is_bare = not any(name.startswith(f"{backbone}.") for name in stored)
+    ours = {}
+    for name, tensor in stored.items():
+        name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NEW_LAYER_NORM[m[1]]}", name)
+        if is_bare and name not in expected:
+            name = f"{backbone}.{name}"
+        if re.fullmatch(names.transposed, name):
+            tensor = replace(tensor, shape=tensor.shape[::-1], is_transposed=True)
+        ours[name] = tensor
+    return ours
+
+
 def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
     """Every name and shape against the model that config.json describes; InputError names the first that differ."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    if missing := expected.keys() - stored.keys():
+    new = tuple(f"{module}." for module in model.new_modules)
+    if missing := {name for name in expected.keys() - stored.keys() if not name.startswith(new)}:
         files = ", ".join(sorted({tensor.file.name for tensor in stored.values()}))
         raise InputError(f"{folder}: {files or 'no file'} lacks {_some(missing)}: download the weights again")
+    names = NAMES[backbone_of(model)]
     for name, tensor in stored.items():
+        if name in expected and tensor.dtype not in DTYPES:
+            known = ", ".join(DTYPES)
+            raise InputError(f"{tensor.file}: {name} is stored as {tensor.dtype}: use a checkpoint in {known}")
         if name in expected and tensor.shape != expected[name]:
+            if name.startswith(f"{names.head}.") and tensor.shape[1:] == expected[name][1:]:
+                labels = f"{tensor.shape[0]} classes, but {expected[name][0]} are asked for"
+                raise InputError(f"{tensor.file}: its head {name} has {labels}: use the base checkpoint or that task")
             shapes = f"{list(tensor.shape)}, but config.json asks for {list(expected[name])}"
             raise InputError(f"{tensor.file}: {name} has shape {shapes}: config and weights are of different models")
-    allowed = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    buffers = {name for name in stored if name.endswith("rotary_emb.inv_freq")}  # old files; computed from config.json
-    if superfluous := stored.keys() - expected.keys() - allowed - buffers:
-        file = stored[min(superfluous)].file
-        raise InputError(f"{file}: holds {_some(superfluous)}, which a model of this config.json does not have")
+    if superfluous := {name for name in stored.keys() - expected.keys() if not re.fullmatch(names.ignored, name)}:
+        tensor = stored[min(superfluous)]
+        raise InputError(f"{tensor.file}: holds {_some(superfluous)}, which a model of this config.json does not have")
 
 
-def _check_finite(tensor: Tensor, name: str, file: Path) -> None:
+def is_stored_transposed(model: nn.Module, name: str) -> bool:
+    """Whether checkpoints of this model hold the tensor as (in, out), as GPT-2's Conv1D does."""
+    children = dict(model.named_children())
+    return any(re.fullmatch(names.transposed, name) for backbone, names in NAMES.items() if backbone in children)
+
+
+def _read(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    with safe_open(stored.file, framework="pt") as shard:  # opened anew: closing gives a mapped file's pages back
+        tensor = shard.get_tensor(stored.name).to(device=device, dtype=dtype)
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # aminmax allocates nothing and passes NaN on
-        raise InputError(f"{file}: {name} has NaN or infinite values in {tensor.dtype}: download the file again")
+        raise InputError(f"{stored.file}: {name} has NaN or infinite values in {dtype}: download the file again")
+    return tensor.T.contiguous() if stored.is_transposed else tensor
+
+
+def _draw(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Normal weights and zero biases, as transformers begins a new head; drawn on the CPU, the same everywhere."""
+    for name, parameter in list(module.named_parameters()):
+        values = torch.zeros(parameter.shape) if name.endswith("bias") else HEAD_STD * torch.randn(parameter.shape)
+        _set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
 def _check_tied(model: Decoder, file: Path) -> None:
     """Some files repeat the tied head; if it differs from the embedding, one of the two would be silently lost."""
-    embedding = model.model.embed_tokens.weight
+    embedding = model.embedding.weight
     with safe_open(file, framework="pt") as shard:
         head = shard.get_tensor("lm_head.weight").to(embedding)
     if head.shape != embedding.shape or not torch.equal(head, embedding):
@@ -287,7 +262,7 @@ def weights_digest(folder: str | Path) -> str:
     """
     folder = Path(folder)
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "spm.model"):
         digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
     for path in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         with open(path, "rb") as file:

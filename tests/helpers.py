@@ -1,13 +1,34 @@
 """What several tests, and the program that makes the golden values, share."""
 
+import re
+import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minibalora.lowrank import adapted_layers
 
 GOLDEN = Path(__file__).with_name("golden")
+
+
+def golden_example(name: str) -> list[torch.Tensor]:
+    """The arguments of a model of `tests/golden/`, BERT's token types included, and the logits of transformers."""
+    expected = load_file(GOLDEN / name / "expected.safetensors")
+    names = ("input_ids", "attention_mask", "token_type_ids", "logits")
+    return [expected[name] for name in names if name in expected]
+
+
+def headless(name: str, folder: Path) -> Path:
+    """A copy of a golden checkpoint without pooler and classifier, as a base checkpoint is."""
+    folder.mkdir(exist_ok=True)
+    tensors = load_file(GOLDEN / name / "model.safetensors")
+    is_head = re.compile(r"(.*\.)?(pooler|classifier|score)\.")
+    kept = {name: tensor for name, tensor in tensors.items() if not is_head.match(name)}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    shutil.copy(GOLDEN / name / "config.json", folder)
+    return folder
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -6,12 +6,24 @@ that has them and minibalora. Every folder is a checkpoint as transformers write
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import torch
-from helpers import GOLDEN, stretch
+from helpers import GOLDEN, golden_example, headless, stretch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GemmaConfig, LlamaConfig, MistralConfig
+from safetensors.torch import save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    RobertaConfig,
+)
 
 import minibalora as mb
 
@@ -42,29 +54,86 @@ CONFIGS = {
         **SIZE, num_attention_heads=4, num_key_value_heads=2, head_dim=10, sliding_window=5
     ),
     "gemma": GemmaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=1, head_dim=12),
+    "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=3, n_positions=40),
+}
+DEBERTA_V3 = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "pos_att_type": "p2c|c2p",
+    "position_buckets": 6,  # 17 tokens: far distances share a bucket, and the furthest are clamped
+    "max_relative_positions": -1,
+    "max_position_embeddings": 12,
+    "type_vocab_size": 0,
+}
+CLASSIFIERS = {
+    "bert": BertConfig(**SIZE, num_attention_heads=3, max_position_embeddings=20, num_labels=3),
+    "bert_relu": BertConfig(
+        **SIZE, num_attention_heads=2, max_position_embeddings=32, type_vocab_size=4, hidden_act="relu", num_labels=1
+    ),
+    "roberta": RobertaConfig(
+        **SIZE, num_attention_heads=4, max_position_embeddings=22, type_vocab_size=1, pad_token_id=1, num_labels=2
+    ),
+    "deberta": DebertaV2Config(**SIZE, num_attention_heads=3, **DEBERTA_V3, num_labels=2),
+    "deberta_tanh": DebertaV2Config(
+        **SIZE,
+        num_attention_heads=2,
+        **(DEBERTA_V3 | {"position_buckets": 9, "max_relative_positions": 30, "hidden_act": "gelu_new"}),
+        num_labels=3,
+    ),
+    "gpt2_classifier": GPT2Config(
+        vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=20, num_labels=3, pad_token_id=0
+    ),
+    "llama_classifier": LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=2, num_labels=2, pad_token_id=0),
+}
+ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
+    "adapter_pissa": ("llama3", "pissa", False),
+    "adapter_lora": ("llama3", "lora", False),
+    "adapter_gpt2": ("gpt2_classifier", "pissa", False),
+    "adapter_bert": ("bert", "lora", False),
+    "adapter_roberta": ("roberta", "lora", True),
+    "adapter_deberta": ("deberta", "pissa", True),
 }
 
 
-def random_batch(vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three rows of 17, 9 and 1 tokens, padded on the right."""
-    ids = torch.randint(vocab_size, (3, 17))
+def random_batch(vocab_size: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three rows of 17, 9 and 1 tokens, padded on the right; no real token is 0 or 1, which transformers pads with."""
+    ids = torch.randint(2, vocab_size, (3, 17))
     mask = torch.arange(17) < torch.tensor([[17], [9], [1]])
-    return ids.masked_fill(~mask, 0), mask.long()
+    return ids.masked_fill(~mask, padding), mask.long()
 
 
 @torch.no_grad()
-def make_model(name: str, config) -> None:
+def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
     """Weights are rounded to bfloat16, which keeps the files small, and large enough that attention is not flat."""
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = auto_class.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter).mul(0.3).bfloat16())
     folder = GOLDEN / name
     model.bfloat16().save_pretrained(folder, max_shard_size="20KB" if name == "llama3" else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+@torch.no_grad()
+def make_model(name: str, config) -> None:
+    model = make_checkpoint(name, config, AutoModelForCausalLM)
     ids, mask = random_batch(config.vocab_size)
     logits = model(ids, attention_mask=mask).logits
-    save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, folder / "expected.safetensors")
+    save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, GOLDEN / name / "expected.safetensors")
+
+
+@torch.no_grad()
+def make_classifier(name: str, config) -> None:
+    """BERT gets a second text, token type 1, in its first row."""
+    model = make_checkpoint(name, config, AutoModelForSequenceClassification)
+    ids, mask = random_batch(config.vocab_size, padding=config.pad_token_id)
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if name.startswith("bert"):
+        inputs["token_type_ids"] = ((torch.arange(17) > 8) & (mask.sum(1, keepdim=True) > 9)).long()
+    logits = model(**inputs).logits
+    save_file(inputs | {"logits": logits}, GOLDEN / name / "expected.safetensors")
 
 
 def spell_rope_the_old_way(name: str) -> None:
@@ -78,45 +147,64 @@ def spell_rope_the_old_way(name: str) -> None:
 
 
 @torch.no_grad()
-def make_adapter(base: str, init: str) -> None:
-    """An adapter that we save, and what PEFT makes of it on transformers' own model of the untouched base."""
-    folder = GOLDEN / f"adapter_{init}"
+def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
+    """An adapter that we save, and what PEFT makes of it on transformers' own model of the untouched base.
+
+    is_headless: the base is a checkpoint without pooler and classifier, which are then new, trained and saved.
+    """
+    folder = GOLDEN / name
     torch.manual_seed(1)
-    model = mb.adapt(mb.load_model(GOLDEN / base), rank=3, alpha=5, init=init)
-    if init == "lora":
-        for _, layer in mb.lowrank.adapted_layers(model):
-            layer.B.data.normal_(std=0.1)
-    stretch(model)
-    mb.save_adapter(model, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}, indent=2) + "\n")
+    is_classifier = base in CLASSIFIERS
+    with tempfile.TemporaryDirectory() as temporary:
+        path = headless(base, Path(temporary)) if is_headless else GOLDEN / base
+        labels = CLASSIFIERS[base].num_labels if is_classifier else None
+        model = mb.load_model(path, "classifier" if is_classifier else "lm", labels)
+        mb.adapt(model, rank=3, alpha=5, init=init)
+        if init == "lora":
+            for _, layer in mb.lowrank.adapted_layers(model):
+                layer.B.data.normal_(std=0.1)
+        for module in model.own_head:
+            for parameter in model.get_submodule(module).parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        stretch(model)
+        mb.save_adapter(model, folder)
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        theirs = auto_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        theirs = PeftModel.from_pretrained(theirs, folder).eval()
 
-    theirs = AutoModelForCausalLM.from_pretrained(GOLDEN / base, dtype=torch.float32, attn_implementation="eager")
-    theirs = PeftModel.from_pretrained(theirs, folder).eval()
-    expected = load_file(GOLDEN / base / "expected.safetensors")
-    logits = theirs(expected["input_ids"], attention_mask=expected["attention_mask"]).logits
+    *inputs, _ = golden_example(base)
+    logits = theirs(*inputs[:2], **({"token_type_ids": inputs[2]} if len(inputs) > 2 else {})).logits
     save_file({"logits": logits}, folder / "expected.safetensors")
-    ours = model(expected["input_ids"])[expected["attention_mask"].bool()]
-    error = (ours - logits[expected["attention_mask"].bool()]).abs().max() / logits.abs().max()
-    print(f"adapter_{init}: largest difference from PEFT {error:.1e} of the logits' scale")
+    real = ... if is_classifier else inputs[1].bool()
+    report(name, model(*inputs)[real], logits[real])
 
 
+def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    error = (ours - theirs).abs().max() / theirs.abs().max()
+    print(f"{name}: largest difference from transformers {error:.1e} of the logits' scale")
+
+
+@torch.no_grad()
 def main() -> None:
-    shutil.rmtree(GOLDEN, ignore_errors=True)
+    for name in (*CONFIGS, *CLASSIFIERS, *ADAPTERS):
+        shutil.rmtree(GOLDEN / name, ignore_errors=True)
     torch.manual_seed(0)
     for name, config in CONFIGS.items():
         make_model(name, config)
+    for name, config in CLASSIFIERS.items():
+        make_classifier(name, config)
     for name in ("llama2", "llama3"):
         spell_rope_the_old_way(name)
-    for init in ("pissa", "lora"):
-        make_adapter("llama3", init)
+    for name, arguments in ADAPTERS.items():
+        make_adapter(name, *arguments)
     for name in CONFIGS:
-        expected = load_file(GOLDEN / name / "expected.safetensors")
-        with torch.no_grad():
-            logits = mb.load_model(GOLDEN / name)(expected["input_ids"], expected["attention_mask"])
-        real = expected["attention_mask"].bool()
-        error = (logits - expected["logits"])[real].abs().max() / expected["logits"][real].abs().max()
-        print(f"{name}: largest difference from transformers {error:.1e} of the logits' scale")
+        ids, mask, logits = golden_example(name)
+        report(name, mb.load_model(GOLDEN / name)(ids, mask)[mask.bool()], logits[mask.bool()])
+    for name in CLASSIFIERS:
+        *inputs, logits = golden_example(name)
+        report(name, mb.load_model(GOLDEN / name, head="classifier")(*inputs), logits)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""A decoder-only transformer that is LLaMA 2 and 3, Mistral or Gemma, depending on its config.
+"""Decoder-only transformers: LLaMA 2 and 3, Mistral and Gemma, which are one model with several settings, and GPT-2.
 
-Pre-norm blocks of causal self-attention with rotary positions and a gated MLP. Modules are named as in Hugging Face
-checkpoints, so a checkpoint's tensor names are this file's attribute names and nothing has to be translated.
+Pre-norm blocks of causal self-attention and an MLP; rotary positions and a gated MLP, or, in GPT-2, learned positions
+and a plain one. On top is a language-model head or a classifier that reads the last token. Modules are named as in
+Hugging Face checkpoints, so a checkpoint's tensor names are this file's attribute names.
 
-LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Mistral: arXiv 2310.06825. Gemma: arXiv 2403.08295.
+LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Mistral: arXiv 2310.06825. Gemma: arXiv 2403.08295. GPT-2: Radford et
+al., Language Models are Unsupervised Multitask Learners, 2019.
 """
 
 import math
@@ -12,7 +14,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,32 @@ class DecoderConfig:
     activation: str  # "silu" or "gelu_tanh"
     norm_offset: float  # Gemma stores w and multiplies by 1 + w
     embedding_scale: float  # Gemma multiplies embeddings by √d
+    max_position_embeddings: None = None  # rotary positions have no end
+
+
+@dataclass(frozen=True)
+class GPT2Config:
+    """The names are DecoderConfig's, where both have the thing; config.json says n_embd, n_layer and the like."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int  # positions are learned, so there is no token beyond
+    layer_norm_eps: float
+    embedding_dropout: float
+    attention_dropout: float
+    residual_dropout: float
+    tie_word_embeddings: bool
+
+    @property
+    def num_key_value_heads(self) -> int:
+        return self.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
 
 
 class RMSNorm(nn.Module):
@@ -112,30 +139,119 @@ class Backbone(nn.Module):
 
     def __init__(self, config: DecoderConfig):
         super().__init__()
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
+    def forward(self, input_ids: Tensor, cache: "KVCache | None") -> Tensor:
+        positions, mask = positions_and_mask(input_ids, cache, self.config.sliding_window)
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's dtype, as Gemma does
+        rotary = rotary_table(positions, self.config, x.dtype)
+        for layer in self.layers:
+            x = layer(x, rotary, mask, cache)
+        return self.norm(x)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self, config: GPT2Config, index: int):
+        super().__init__()
+        self.head_dim, self.index, self.dropout = config.head_dim, index, config.attention_dropout
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.resid_dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        if cache is not None:
+            k, v = cache.extend(self.index, k, v)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))  # (B, T, d)
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.c_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.residual_dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config: GPT2Config, index: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = GPT2Attention(config, index)
+        self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = GPT2MLP(config)
+
+    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+        x = x + self.attn(self.ln_1(x), mask, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2Backbone(nn.Module):
+    """GPT-2 below its head. Checkpoints prefix its tensors with `transformer.` and store its linears transposed."""
+
+    def __init__(self, config: GPT2Config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wpe = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.drop = nn.Dropout(config.embedding_dropout)
+        self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.num_hidden_layers))
+        self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, input_ids: Tensor, cache: "KVCache | None") -> Tensor:
+        length = input_ids.shape[1] if cache is None else cache.capacity
+        if length > self.wpe.num_embeddings:
+            raise ValueError(f"{length} tokens do not fit: the model has {self.wpe.num_embeddings} positions")
+        positions, mask = positions_and_mask(input_ids, cache, window=None)
+        x = self.drop(self.wte(input_ids) + self.wpe(positions))
+        for block in self.h:
+            x = block(x, mask, cache)
+        return self.ln_f(x)
+
 
 class Decoder(nn.Module):
-    """input_ids (B, T) -> logits (B, T, V). Set `grad_checkpoint` to recompute each block in the backward pass."""
+    """input_ids (B, T) -> logits: (B, T, V) of a language model, (B, num_labels) of a classifier."""
 
-    def __init__(self, config: DecoderConfig):
+    def __init__(self, config: DecoderConfig | GPT2Config, num_labels: int | None = None):
         super().__init__()
-        self.config = config
-        self.model = Backbone(config)
-        if not config.tie_word_embeddings:
+        self.config, self.num_labels = config, num_labels
+        if isinstance(config, GPT2Config):
+            self.transformer = GPT2Backbone(config)
+        else:
+            self.model = Backbone(config)
+        if num_labels is not None:
+            self.score = nn.Linear(config.hidden_size, num_labels, bias=False)
+        elif not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.grad_checkpoint = False
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.transformer.wte if isinstance(self.config, GPT2Config) else self.model.embed_tokens
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, T, V); those at t predict token t + 1. The arguments are those of `hidden`."""
-        return self.head(self.hidden(input_ids, attention_mask))
+        """Logits; a language model's at t predict token t + 1. The arguments are those of `hidden`."""
+        if self.num_labels is None:
+            return self.head(self.hidden(input_ids, attention_mask))
+        return self.head(self.features(input_ids, attention_mask))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., d) states after the final norm -> (..., V) logits."""
+        """(..., d) states after the final norm -> (..., V) or (..., num_labels) logits."""
+        if self.num_labels is not None:
+            return self.score(hidden.to(self.score.weight.dtype))
         tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.model.embed_tokens.weight if tied else self.lm_head.weight)
+        return F.linear(hidden, self.embedding.weight if tied else self.lm_head.weight)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
         """States (B, T, d) after the final norm, before the head.
@@ -145,23 +261,26 @@ class Decoder(nn.Module):
         """
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask has a 0 before a 1: the decoder takes right padding only")
-        if cache is None:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)[None]  # (1, T)
-            mask = causal_mask(positions, input_ids.shape[1], self.config.sliding_window)
-        else:
-            positions = cache.advance(input_ids.shape[1])  # (B, T)
-            mask = cache_mask(positions, cache.capacity, self.config.sliding_window)
+        backbone = self.transformer if isinstance(self.config, GPT2Config) else self.model
+        return backbone(input_ids, cache)
 
-        x = self.model.embed_tokens(input_ids)
-        if self.config.embedding_scale != 1:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's dtype, as Gemma does
-        rotary = rotary_table(positions, self.config, x.dtype)
-        for layer in self.model.layers:
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(layer, x, rotary, mask, cache, use_reentrant=False)
-            else:
-                x = layer(x, rotary, mask, cache)
-        return self.model.norm(x)
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The state (B, d) of each row's last real token: the only one that has seen the whole row."""
+        states = self.hidden(input_ids, attention_mask)
+        if attention_mask is None:
+            return states[:, -1]
+        last = attention_mask.sum(1).clamp_min(1) - 1
+        return states[torch.arange(len(states), device=states.device), last]
+
+
+def positions_and_mask(input_ids: Tensor, cache: "KVCache | None", window: int | None) -> tuple[Tensor, Tensor | None]:
+    """Positions (1, T), or (B, T) with a cache, of the tokens given, and which keys each may see."""
+    length = input_ids.shape[1]
+    if cache is None:
+        positions = torch.arange(length, device=input_ids.device)[None]
+        return positions, causal_mask(positions, length, window)
+    positions = cache.advance(length)
+    return positions, cache_mask(positions, cache.capacity, window)
 
 
 def causal_mask(positions: Tensor, length: int, window: int | None) -> Tensor | None:
@@ -213,7 +332,7 @@ class KVCache:
     always contiguous and its positions are those it would have alone.
     """
 
-    def __init__(self, config: DecoderConfig, lengths: Tensor, capacity: int, dtype: torch.dtype):
+    def __init__(self, config: DecoderConfig | GPT2Config, lengths: Tensor, capacity: int, dtype: torch.dtype):
         """lengths (B,): tokens of each prompt; capacity: slots, the longest prompt plus what will be generated."""
         self.lengths, self.capacity, self.positions = lengths, capacity, None
         shape = (

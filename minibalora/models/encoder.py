@@ -1,0 +1,325 @@
+"""Bidirectional transformers as classifiers: BERT, RoBERTa and DeBERTa-v2/v3.
+
+Post-norm blocks, x = LayerNorm(x + f(x)), of full self-attention and an MLP. BERT adds learned positions and token
+types to its embeddings; RoBERTa is BERT whose positions begin after the padding index; DeBERTa has no positions in its
+embeddings but relative ones in its attention. Modules are named as in Hugging Face checkpoints, so a checkpoint's
+tensor names are this file's attribute names; the heads are those of transformers' ForSequenceClassification classes.
+
+BERT: arXiv 1810.04805. RoBERTa: arXiv 1907.11692. DeBERTa: arXiv 2006.03654 (v2 and v3: 2111.09543).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Field names are config.json's, where it has them."""
+
+    family: str  # "bert", "roberta" or "deberta-v2"
+    vocab_size: int
+    hidden_size: int  # d
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    activation: str  # of the MLP: "gelu", "gelu_tanh" or "relu"
+    layer_norm_eps: float
+    hidden_dropout: float
+    attention_dropout: float
+    classifier_dropout: float
+    # BERT and RoBERTa
+    max_position_embeddings: int | None = None  # tokens that a text may have; None: no limit
+    type_vocab_size: int = 0
+    first_position: int = 0  # RoBERTa: the padding index + 1
+    # DeBERTa
+    position_buckets: int = 0  # distances are put into 2 · buckets classes, far ones more coarsely
+    max_relative_positions: int = 0  # the distance that the last bucket begins at
+    pooler_dropout: float = 0.0
+
+
+class Residual(nn.Module):
+    """LayerNorm(x + dropout(y W + b)): how both halves of a block end."""
+
+    def __init__(self, config: EncoderConfig, width: int):
+        super().__init__()
+        self.dense = nn.Linear(width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.LayerNorm(x + self.dropout(self.dense(y)))
+
+
+class Layer(nn.Module):
+    """One block; `attention` is the only part in which the families differ."""
+
+    def __init__(self, config: EncoderConfig, attention: nn.Module):
+        super().__init__()
+        self.attention = nn.ModuleDict({"self": attention, "output": Residual(config, config.hidden_size)})
+        self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+        self.output = Residual(config, config.intermediate_size)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor, *context: Tensor | None) -> Tensor:
+        x = self.attention["output"](self.attention["self"](x, *context), x)
+        return self.output(activate(self.intermediate["dense"](x), self.activation), x)
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    return F.relu(x) if name == "relu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
+def key_mask(attention_mask: Tensor | None) -> Tensor | None:
+    """(B, T), 1 = real token -> (B, 1, 1, T) bool: every token sees every real one. ValueError for left padding."""
+    if attention_mask is None:
+        return None
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has a 0 before a 1: the encoder takes right padding only")
+    return attention_mask[:, None, None, :].bool()
+
+
+# BERT and RoBERTa
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.head_dim, self.dropout = d // config.num_attention_heads, config.attention_dropout
+        self.query, self.key, self.value = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        q, k, v = (split_heads(part(x), self.head_dim) for part in (self.query, self.key, self.value))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return y.transpose(1, 2).flatten(-2)  # (B, T, d)
+
+
+def split_heads(x: Tensor, head_dim: int) -> Tensor:
+    """(..., T, d) -> (..., heads, T, head_dim)."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
+
+
+class Embeddings(nn.Module):
+    """LayerNorm(word + position + token type)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d, self.first_position = config.hidden_size, config.first_position
+        self.word_embeddings = nn.Embedding(config.vocab_size, d)
+        self.position_embeddings = nn.Embedding(config.first_position + config.max_position_embeddings, d)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, d)
+        self.LayerNorm = nn.LayerNorm(d, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: Tensor, token_types: Tensor | None) -> Tensor:
+        length, limit = input_ids.shape[1], self.position_embeddings.num_embeddings - self.first_position
+        if length > limit:
+            raise ValueError(f"{length} tokens do not fit: the model has {limit} positions")
+        positions = self.first_position + torch.arange(length, device=input_ids.device)
+        types = torch.zeros_like(input_ids) if token_types is None else token_types
+        x = self.word_embeddings(input_ids) + self.position_embeddings(positions) + self.token_type_embeddings(types)
+        return self.dropout(self.LayerNorm(x))
+
+
+class Bert(nn.Module):
+    """input_ids (B, T) -> states (B, T, d): BERT and RoBERTa below their heads."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        layers = [Layer(config, SelfAttention(config)) for _ in range(config.num_hidden_layers)]
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
+        if config.family == "bert":
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
+        mask = key_mask(attention_mask)
+        x = self.embeddings(input_ids, token_types)
+        for layer in self.encoder["layer"]:
+            x = layer(x, mask)
+        return x
+
+
+class BertClassifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels): dense, tanh and a linear on the state of [CLS], the first token."""
+
+    def __init__(self, config: EncoderConfig, num_labels: int):
+        super().__init__()
+        self.config, self.num_labels = config, num_labels
+        self.bert = Bert(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text."""
+        return self.head(self.features(input_ids, attention_mask, token_types))
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """The last hidden state (B, d) of the token that the head reads."""
+        return self.bert(input_ids, attention_mask, token_types)[:, 0]
+
+    def head(self, features: Tensor) -> Tensor:
+        x = torch.tanh(in_dtype_of(self.bert.pooler["dense"], features))
+        return in_dtype_of(self.classifier, self.dropout(x))
+
+
+class RobertaHead(nn.Module):
+    def __init__(self, config: EncoderConfig, num_labels: int):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(in_dtype_of(self.dense, self.dropout(x)))
+        return self.out_proj(self.dropout(x))
+
+
+class RobertaClassifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels): dense, tanh and a linear on the state of <s>, the first token."""
+
+    def __init__(self, config: EncoderConfig, num_labels: int):
+        super().__init__()
+        self.config, self.num_labels = config, num_labels
+        self.roberta = Bert(config)
+        self.classifier = RobertaHead(config, num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only. RoBERTa has no token types."""
+        return self.head(self.features(input_ids, attention_mask))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The last hidden state (B, d) of the token that the head reads."""
+        return self.roberta(input_ids, attention_mask, token_types=None)[:, 0]
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.classifier(features)
+
+
+# DeBERTa
+
+
+class DisentangledAttention(nn.Module):
+    """softmax((Q Kᵀ + Q K_rᵀ + K Q_rᵀ) / √(3 head_dim)) V: content to content, to position, and position to content.
+
+    Q_r and K_r are made of the embedding of the distance i − j by the same projections as Q and K, as v3 shares them
+    (arXiv 2006.03654, equation 4).
+    """
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d = config.hidden_size
+        self.head_dim, self.dropout = d // config.num_attention_heads, config.attention_dropout
+        self.query_proj, self.key_proj, self.value_proj = nn.Linear(d, d), nn.Linear(d, d), nn.Linear(d, d)
+        self.pos_dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None, relative: Tensor, which: Tensor) -> Tensor:
+        """relative: (R, d) embeddings of the distances that occur; which: (T, T), the row of `relative` for i − j."""
+        q, k, v = (split_heads(part(x), self.head_dim) for part in (self.query_proj, self.key_proj, self.value_proj))
+        relative = self.pos_dropout(relative)
+        q_r, k_r = (split_heads(part(relative), self.head_dim) for part in (self.query_proj, self.key_proj))
+        which = which.expand(*q.shape[:2], -1, -1)  # (B, heads, T, T)
+        to_position = (q @ k_r.mT).gather(-1, which)  # (B, heads, T, R) -> [i, j] by the distance i − j
+        from_position = (k @ q_r.mT).gather(-1, which.mT).mT  # a row is a key: [j, i], turned round
+        scale = (3 * self.head_dim) ** -0.5
+        bias = scale * (to_position + from_position)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, -torch.inf)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return y.transpose(1, 2).flatten(-2)  # (B, T, d)
+
+
+def bucket(distance: Tensor, buckets: int, furthest: int) -> Tensor:
+    """Distances up to buckets/2 as they are, further ones on a logarithmic scale that reaches `buckets` at `furthest`.
+
+    The order of the float32 operations is the original's: at a boundary rounding decides.
+    """
+    middle = buckets // 2
+    far = distance.abs().clamp_min(middle) / middle
+    steps = torch.ceil(torch.log(far) / torch.log(torch.tensor((furthest - 1) / middle)) * (middle - 1))
+    return torch.where(distance.abs() <= middle, distance, (steps.long() + middle) * distance.sign())
+
+
+class DebertaEmbeddings(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.dropout(self.LayerNorm(self.word_embeddings(input_ids)))
+
+
+class DebertaEncoder(nn.Module):
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.buckets, self.furthest = config.position_buckets, config.max_relative_positions
+        layers = [Layer(config, DisentangledAttention(config)) for _ in range(config.num_hidden_layers)]
+        self.layer = nn.ModuleList(layers)
+        self.rel_embeddings = nn.Embedding(2 * config.position_buckets, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        relative, which = self.relative_embeddings(x.shape[1], x.device)
+        for layer in self.layer:
+            x = layer(x, mask, relative, which)
+        return x
+
+    def relative_embeddings(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Embeddings (R, d) of the R ≤ 2T − 1 buckets that a text of T tokens needs, and which of them i − j is."""
+        positions = torch.arange(length, device=device)
+        buckets = bucket(positions[:, None] - positions, self.buckets, self.furthest) + self.buckets
+        used, which = buckets.clamp(0, 2 * self.buckets - 1).unique(return_inverse=True)
+        return self.LayerNorm(self.rel_embeddings(used)), which
+
+
+class Deberta(nn.Module):
+    """input_ids (B, T) -> states (B, T, d)."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.embeddings = DebertaEmbeddings(config)
+        self.encoder = DebertaEncoder(config)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.encoder(self.embeddings(input_ids), key_mask(attention_mask))
+
+
+class DebertaClassifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels): dense, GELU and a linear on the state of [CLS], the first token."""
+
+    def __init__(self, config: EncoderConfig, num_labels: int):
+        super().__init__()
+        self.config, self.num_labels = config, num_labels
+        self.deberta = Deberta(config)
+        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        self.pooler_dropout = nn.Dropout(config.pooler_dropout)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only. DeBERTa has no token types."""
+        return self.head(self.features(input_ids, attention_mask))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The last hidden state (B, d) of the token that the head reads."""
+        return self.deberta(input_ids, attention_mask)[:, 0]
+
+    def head(self, features: Tensor) -> Tensor:
+        x = F.gelu(in_dtype_of(self.pooler["dense"], self.pooler_dropout(features)))
+        return in_dtype_of(self.classifier, self.dropout(x))
+
+
+def in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:
+    """linear(x), in the linear's dtype: what is trained is float32 on top of a bfloat16 model."""
+    return linear(x.to(linear.weight.dtype))
