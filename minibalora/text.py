@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, from tokenizer.json, adding the special tokens that it adds by itself."""
+"""A checkpoint's own tokenizer, from its own file, adding the special tokens that it adds by itself."""
 
 import os
 from pathlib import Path
@@ -7,10 +7,11 @@ from tokenizers import Tokenizer as Backend
 
 from minibalora.errors import InputError
 from minibalora.files import read_json_object
+from minibalora.spm import read_sentencepiece
 
 
 class Tokenizer:
-    """encode(str) -> ids with BOS (and EOS) as the post-processor in tokenizer.json adds them; decode(ids) -> str.
+    """encode(str) -> ids with BOS, EOS, CLS, SEP as the post-processor in tokenizer.json says; decode(ids) -> str.
 
     That file alone decides, as in transformers 5: `add_bos_token` in tokenizer_config.json is the slow tokenizers'.
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
@@ -29,12 +30,32 @@ class Tokenizer:
             return None
         token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
         if token_id is None and name != "pad_token":  # nothing here depends on what pads
-            raise InputError(f"{where}: {name} {content!r} is not in tokenizer.json: download both again")
+            raise InputError(f"{where}: {name} {content!r} is not in the tokenizer: download both again")
         return token_id
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text that starts a sequence."""
-        return self.backend.encode(text).ids
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
+        """Ids of a text that starts a sequence, or of two texts that are one."""
+        return self.backend.encode(text, pair).ids
+
+    def encode_labelled(
+        self, texts: list[tuple[str, ...]], max_length: int
+    ) -> tuple[list[tuple[list[int], list[int]]], int]:
+        """(ids, token types) of each tuple of one or two texts, on all cores; and how many were cut to `max_length`.
+
+        Special tokens count and stay. Of a pair the longer text is cut first, as transformers does by default.
+        """
+        specials = self.backend.num_special_tokens_to_add(any(len(text) == 2 for text in texts))
+        if max_length <= specials:  # tokenizers would then not cut at all
+            raise InputError(
+                f"a length of {max_length} has no room for text beside {specials} special tokens: raise it"
+            )
+        self.backend.enable_truncation(max_length, strategy="longest_first")
+        try:
+            encoded = self.backend.encode_batch_fast([text[0] if len(text) == 1 else text for text in texts])
+        finally:
+            self.backend.no_truncation()
+        cut = sum(bool(encoding.overflowing) for encoding in encoded)
+        return [(encoding.ids, encoding.type_ids) for encoding in encoded], cut
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on all cores, but without the EOS that some tokenizers add: the response is to follow."""
@@ -51,29 +72,39 @@ class Tokenizer:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer in the folder `path`; InputError if tokenizer.json is missing or broken.
+    """The tokenizer in the folder `path`, from tokenizer.json or DeBERTa's spm.model; InputError if missing or broken.
 
     Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, or else of config.json.
     """
     folder = Path(path)
-    file, settings_file = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    file, spm_file, settings_file, config_file = (
+        folder / name for name in ("tokenizer.json", "spm.model", "tokenizer_config.json", "config.json")
+    )
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
-    if not file.exists():
+    settings = read_json_object(settings_file) if settings_file.exists() else {}
+    config = read_json_object(config_file) if config_file.exists() else {}
+    if file.exists():
+        backend = _read_tokenizer_json(file)
+    elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # v3 calls itself v2, too
+        backend = read_sentencepiece(spm_file, settings)
+    else:
         raise InputError(
             f"{file}: no such file: download it, or make it with transformers, "
             'AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained("new folder")'
         )
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = config.get(f"{name}_id")
+        if name not in settings and type(token_id) is int and token_id >= 0:
+            settings[name] = backend.id_to_token(token_id)
+    return Tokenizer(backend, settings, settings_file)
+
+
+def _read_tokenizer_json(file: Path) -> Backend:
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for every kind of broken file
         raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
     backend.no_truncation()
     backend.no_padding()
-    settings = read_json_object(settings_file) if settings_file.exists() else {}
-    config = read_json_object(folder / "config.json") if (folder / "config.json").exists() else {}
-    for name in ("bos_token", "eos_token"):
-        token_id = config.get(f"{name}_id")
-        if name not in settings and type(token_id) is int and token_id >= 0:
-            settings[name] = backend.id_to_token(token_id)
-    return Tokenizer(backend, settings, settings_file)
+    return backend

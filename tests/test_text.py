@@ -22,8 +22,9 @@ def make(tmp_path):
         backend.pre_tokenizer = pre_tokenizers.Whitespace()
         backend.add_special_tokens(SPECIALS)
         if template:
-            pairs = [("<s>", 1), ("</s>", 2)]
-            backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=pairs)
+            ids = [("<s>", 1), ("</s>", 2)]
+            pair = more.get("pair", "$A $B:1")
+            backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=ids)
         if more.get("cut"):
             backend.enable_truncation(2)
             backend.enable_padding(length=8, pad_id=3, pad_token="<pad>")
@@ -45,6 +46,51 @@ def test_special_tokens_are_added_as_the_post_processor_says(make, template, exp
     assert tok.encode("one two") == expected
     assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
     assert tok.encode("") == [token for token in expected if token in (1, 2)]
+
+
+PAIRS = {"template": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1"}
+
+
+def test_a_pair_is_joined_as_the_post_processor_says(make):
+    tok = make(NAMES, **PAIRS)
+    assert tok.encode("one", "two three") == [1, 4, 2, 5, 6, 2]
+    assert tok.encode("one", "") == [1, 4, 2, 2] != tok.encode("one")
+
+
+def test_labelled_texts_have_token_types(make):
+    tok = make(NAMES, **PAIRS)
+    rows, cut = tok.encode_labelled([("one",), ("one", "two three"), ("",)], max_length=6)
+    assert rows == [([1, 4, 2], [0, 0, 0]), ([1, 4, 2, 5, 6, 2], [0, 0, 0, 1, 1, 1]), ([1, 2], [0, 0])]
+    assert cut == 0
+    assert tok.encode_labelled([], max_length=6) == ([], 0)
+
+
+def test_labelled_texts_are_cut_the_longer_of_a_pair_first(make):
+    texts = [("one two three one",), ("one", "two three one two"), ("three two one", "two"), ("one two three",)]
+    rows, cut = make(NAMES, **PAIRS).encode_labelled(texts, max_length=5)
+    assert [ids for ids, _ in rows] == [[1, 4, 5, 6, 2], [1, 4, 2, 5, 2], [1, 6, 2, 5, 2], [1, 4, 5, 6, 2]]
+    assert cut == 3
+
+
+def test_cutting_is_off_again_afterwards_even_after_an_error(make):
+    tok = make(NAMES, **PAIRS)
+    tok.encode_labelled([("one two three",)], max_length=3)
+    assert tok.encode("one two three") == [1, 4, 5, 6, 2]
+    with pytest.raises(TypeError):
+        tok.encode_labelled([("one",), (4,)], max_length=3)
+    assert tok.encode("one two three") == [1, 4, 5, 6, 2]
+
+
+@pytest.mark.parametrize("texts, specials", [([("one",)], 2), ([("one",), ("one", "two")], 3)])
+def test_a_length_without_room_for_text_is_refused(make, refuses, texts, specials):
+    tok = make(NAMES, **PAIRS)
+    assert tok.encode_labelled(texts, max_length=specials + 1)
+    for length in (specials, 0, -1):
+        refuses(
+            lambda length=length: tok.encode_labelled(texts, length),
+            f"length of {length}",
+            f"{specials} special tokens",
+        )
 
 
 def test_a_continuation_gets_no_special_token(make):
@@ -126,6 +172,6 @@ def test_broken_settings_are_refused(make, tmp_path, refuses):
 
 
 def test_without_tokenizer_config_the_ids_of_config_json_count(make, tmp_path):
-    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}')
     tok = make(None)
-    assert (tok.bos_id, tok.eos_id) == (1, 2)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 3)
