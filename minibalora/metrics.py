@@ -1,0 +1,85 @@
+"""What GLUE reports, and how a model errs: functions of predictions and gold labels, one entry an example.
+
+Classes are integers from 0. `predicted` and `gold` are equally long sequences or arrays of at least one entry.
+"""
+
+import math
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+def accuracy(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """The share of right predictions, in [0, 1]."""
+    predicted, gold = _paired(predicted, gold)
+    return float(np.mean(predicted == gold))
+
+
+def f1(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """2·TP / (2·TP + FP + FN) of class 1, in [0, 1]; 0 if neither predictions nor gold labels have that class."""
+    predicted, gold = _paired(predicted, gold)
+    positives = int((predicted == 1).sum() + (gold == 1).sum())  # TP + FP and TP + FN
+    return 2 * int(((predicted == 1) & (gold == 1)).sum()) / positives if positives else 0.0
+
+
+def matthews(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Matthews correlation of any number of classes (Gorodkin 2004), in [-1, 1]; 0 if either side has one class only.
+
+    (N·c − Σ_k p_k·g_k) / √((N² − Σ_k p_k²)·(N² − Σ_k g_k²)), where c of N predictions are right and class k is
+    predicted p_k times and right g_k times.
+    """
+    predicted, gold = _paired(predicted, gold)
+    right, total = int((predicted == gold).sum()), len(gold)
+    # Python's integers, for products of four counts overflow 64 bits from 55 000 rows on
+    counts = [(int((predicted == k).sum()), int((gold == k).sum())) for k in np.union1d(predicted, gold)]
+    covariance = total * right - sum(p * g for p, g in counts)
+    variances = (total**2 - sum(p * p for p, _ in counts)) * (total**2 - sum(g * g for _, g in counts))
+    return covariance / math.sqrt(variances) if variances else 0.0
+
+
+def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Linear correlation Σ x·y / √(Σ x²·Σ y²) of the centred scores, in [-1, 1].
+
+    NaN, as in SciPy, where it is not defined: if either side is constant (one example is), or not finite.
+    """
+    x, y = (scores.astype(np.float64) for scores in _paired(predicted, gold))
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan
+    x, y = x - x.mean(), y - y.mean()
+    return float(np.clip(x / np.linalg.norm(x) @ (y / np.linalg.norm(y)), -1, 1))
+
+
+def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
+    """Pearson's correlation of the ranks (of ties, the mean), in [-1, 1]. NaN if a side is constant or has NaN."""
+    return pearson(_ranks(predicted), _ranks(gold))
+
+
+def recalls(predicted: ArrayLike, gold: ArrayLike, classes: int) -> list[float | None]:
+    """For each class, which share of its examples is predicted as such, in [0, 1]; None if it has no examples."""
+    predicted, gold = _paired(predicted, gold)
+    return [float(np.mean(predicted[gold == k] == k)) if (gold == k).any() else None for k in range(classes)]
+
+
+def effective_rank(logits: ArrayLike) -> float:
+    """exp(−Σ p_i ln p_i), p_i = σ_i / Σ_j σ_j, of finite logits (N, D) (Roy & Vetterli 2007), in [1, min(N, D)].
+
+    It is min(N, D) if all singular values are equal and 1 if there is but one. 0 for the zero matrix, which has none.
+    """
+    sigma = np.linalg.svd(np.asarray(logits, dtype=np.float64), compute_uv=False)
+    sigma = sigma[sigma > 0]
+    p = sigma / sigma.sum()
+    return float(np.exp(-(p * np.log(p)).sum())) if len(sigma) else 0.0
+
+
+def _paired(predicted: ArrayLike, gold: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    predicted, gold = np.asarray(predicted), np.asarray(gold)
+    assert predicted.shape == gold.shape == (gold.size,) and gold.size > 0, "one prediction for each gold label"
+    return predicted, gold
+
+
+def _ranks(values: ArrayLike) -> np.ndarray:
+    """Ranks from 1; the rank of NaN is NaN."""
+    values = np.asarray(values, dtype=np.float64)
+    _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = np.cumsum(sizes) - (sizes - 1) / 2
+    return np.where(np.isnan(values), np.nan, ranks[group])
