@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minibalora.config import read_config
 from minibalora.errors import InputError
 from minibalora.objective import IGNORED
 from minibalora.text import Tokenizer
@@ -68,7 +70,7 @@ def read_examples(
 
     Conversations in which no user is answered are left out, for published collections have many, and counted.
     """
-    rows = islice(_read_rows(Path(path)), limit)
+    rows = islice(read_rows(Path(path)), limit)
     found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field) for line, row in rows]
     examples = [example for example in found if example is not None]
     if not examples:
@@ -78,7 +80,8 @@ def read_examples(
     return examples, len(found) - len(examples)
 
 
-def _read_rows(path: Path) -> Iterator[tuple[int, object]]:
+def read_rows(path: Path) -> Iterator[tuple[int, object]]:
+    """Line and value of each row of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
     try:
         with open(path, "rb") as file:
             is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
@@ -234,9 +237,23 @@ def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor
     return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)
 
 
-def examples_digest(examples: list[Example]) -> str:
-    """SHA-256, in hex, of everything that is learned from."""
+def examples_digest(examples: list) -> str:
+    """SHA-256, in hex, of all that dataclasses such as `Example` hold: of what is learned from."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps([example.prompt, example.response]).encode())
+        digest.update(json.dumps(vars(example)).encode())
     return digest.hexdigest()
+
+
+def check_fits(rows: list, args: Namespace) -> None:
+    """InputError if the tokenizer has tokens, or --max-length asks for positions, that the model has not."""
+    config = read_config(Path(args.model))
+    limit = config.max_position_embeddings
+    if limit is not None and args.max_length > limit:
+        raise InputError(f"--max-length {args.max_length}: {args.model} has {limit} positions: give at most {limit}")
+    for row in rows:
+        if row.ids.max() >= config.vocab_size:
+            which = f"token {row.ids.max()} for line {row.line}, the model has {config.vocab_size} tokens"
+            raise InputError(f"{args.model}: the tokenizer gives {which}: they do not belong together")
+        if limit is not None and len(row.ids) > limit:
+            raise InputError(f"{args.eval}, line {row.line}: {len(row.ids)} tokens, the model has {limit} positions")

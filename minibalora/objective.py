@@ -17,16 +17,17 @@ IGNORED = -100  # the label of what is never predicted: prompt and padding
 
 @dataclass(frozen=True)
 class Objective:
-    """The settings of L for language generation (NLG). A term whose λ is 0 is neither computed nor logged."""
+    """The settings of L. A term whose λ is 0 is neither computed nor logged."""
 
     lambda1: float = 0.0  # consistency
     lambda2: float = 0.0  # diversity
     lambda3: float = 0.0  # leading singular values
     non_target_kl: float = 0.0
-    temperature: float = 1.0  # of the consistency term
-    top_k: int | None = None  # of the entropy; None = the whole vocabulary
+    consistency: str = "kl"  # or "mse", of rows of length 1
+    temperature: float = 1.0  # of the KL
+    top_k: int | None = None  # of the entropy (generation only); None = the whole vocabulary
     svd_k: int = 10
-    svd_norm: str = "nuclear"
+    svd_norm: str | None = "nuclear"  # what the leading values are a share of; None: no share, their sum over N
     moving_lambdas: bool = False  # the schedule of `lambdas`
     adaptive_lambda1: bool = False
 
@@ -38,6 +39,10 @@ class Objective:
 NLG_RECIPES = {
     "2024": Objective(1e-4, 3e-4, 1e-4),
     "iclr2026": Objective(0.025, 0.005, 0.005, temperature=2.0, top_k=20, svd_norm="frobenius", moving_lambdas=True),
+}
+NLU_RECIPES = {
+    "2024": Objective(1e-4, 4e-4, 1e-4, consistency="mse", svd_k=5, svd_norm=None),
+    "iclr2026": Objective(0.15, 0.03, 0.03, svd_k=5),
 }
 
 
@@ -89,6 +94,45 @@ def nlg_terms(
         "non_target_kl": lambda: R.non_target_kl(student, teacher, targets),
     }
     task = F.cross_entropy(student.float(), targets)
+    return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
+
+
+def nlu_terms(
+    student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, weights: dict[str, float]
+) -> dict[str, Tensor]:
+    """Every term whose weight is not 0, and the task's loss as "task"; each a mean over the N examples.
+
+    student, teacher: (N, D) logits of one micro-batch, one column a class; labels: (N,) classes. The covariance and the
+    spectral term are not additive over examples: see `nlg_terms`. GLUE has D ≤ 3 classes and both recipes k = 5 > D, so
+    iclr2026's spectral share is the constant −1 there, without a gradient; 2024's sum is not.
+
+    D = 1 is regression (STS-B): labels are (N,) scores, the task is their mean squared error, and so is consistency,
+    with the teacher's scores. One column has no covariance and a spectral share of 1: these terms are left out.
+
+    What the teacher says of a base checkpoint: its classifier is new, so "the pre-trained model's logits" are a random
+    projection of the pre-trained features. Consistency then means to stay near those features as seen through that
+    projection, not to keep a prediction. That is what the paper does; `--teacher folder` takes a fine-tuned model.
+    """
+    if student.shape[1] == 1:
+        consistency = {"consistency": lambda: F.mse_loss(student.float(), teacher.float())}
+        task, formulas = F.mse_loss(student[:, 0].float(), labels.float()), consistency
+    else:
+        task = F.cross_entropy(student.float(), labels)
+        is_kl, is_share = objective.consistency == "kl", objective.svd_norm is not None
+        formulas = {
+            "consistency": lambda: (
+                R.consistency_kl(student, teacher, objective.temperature)
+                if is_kl
+                else R.consistency_mse(student, teacher)
+            ),
+            "diversity": lambda: R.diversity_covariance(student),
+            "svd": lambda: (
+                R.svd_share(student, objective.svd_k, objective.svd_norm)
+                if is_share
+                else R.svd_sum(student, objective.svd_k)
+            ),
+            "non_target_kl": lambda: R.non_target_kl(student, teacher, labels),
+        }
     return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
 
 

@@ -1,38 +1,65 @@
 """What a run is going to do and to take, said before its first step."""
 
 from argparse import Namespace
+from dataclasses import replace
 
-import torch
+from torch import Tensor, nn
 
 from minibalora.data import Row
 from minibalora.lowrank import LowRankLinear, adapted_layers
-from minibalora.models.decoder import Decoder, DecoderConfig
+from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
 from minibalora.objective import Objective
 
 
 def print_plan(
-    args: Namespace, model: Decoder, rows: list[Row], left_out: str, steps: int, objective: Objective
+    args: Namespace, model: nn.Module, formula: str, data: list[str], steps: int, memory: int | None = None
 ) -> None:
+    """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
     parameters = sum(parameter.numel() for parameter in base_parameters(model))
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    tokens = sum(len(row.ids) for row in rows)
-    learned = tokens - sum(row.prompt_length for row in rows)
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
-    memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
     dtype = str(args.dtype).removeprefix("torch.")
     print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}")
     print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
-    print(f"terms   cross-entropy{_terms(objective)}")
-    print(f"data    {args.data or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned")
-    print(f"        {left_out}")
+    print(f"terms   {formula}")
+    print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
           f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
-    print(f"memory  about {memory / 1e9:.1f} GB on {args.device}, beside what Python and torch take")
+    if memory is not None:
+        print(f"memory  about {memory / 1e9:.1f} GB on {args.device}, beside what Python and torch take")
     print(f"out     {args.out}", flush=True)
 
 
-def base_parameters(model: Decoder) -> list[torch.Tensor]:
+def nlg_formula(objective: Objective) -> str:
+    """The objective in words, weights included."""
+    consistency = f"KL at T = {objective.temperature:g}"
+    return _formula(objective, "cross-entropy", consistency, f"entropy of {objective.top_k or 'all'}")
+
+
+def nlu_formula(objective: Objective, classes: int) -> str:
+    """As `nlg_formula`; one class is a regression, which has no term of classes (see `objective.nlu_terms`)."""
+    if classes == 1:
+        regression = replace(objective, lambda2=0.0, lambda3=0.0, non_target_kl=0.0)
+        return _formula(regression, "squared error", "squared error to the teacher", "")
+    is_kl = objective.consistency == "kl"
+    consistency = f"KL at T = {objective.temperature:g}" if is_kl else "squared distance of unit rows"
+    return _formula(objective, "cross-entropy", consistency, "covariance of the classes")
+
+
+def _formula(objective: Objective, task: str, consistency: str, diversity: str) -> str:
+    share = "sum over N" if objective.svd_norm is None else f"{objective.svd_norm} share"
+    weights = {
+        consistency: objective.lambda1,
+        diversity: objective.lambda2,
+        f"{share} of {objective.svd_k} singular values": objective.lambda3,
+        "non-target KL": objective.non_target_kl,
+    }
+    moving = ", weights on the iclr2026 schedule" if objective.moving_lambdas else ""
+    return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving
+
+
+def base_parameters(model: nn.Module) -> list[Tensor]:
     own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
     return [parameter for parameter in model.parameters() if id(parameter) not in own]
 
@@ -44,7 +71,7 @@ def expected_memory(
 
     Counted from the shapes, for the largest micro-batch possible.
     """
-    config, element = model.config, model.model.embed_tokens.weight.element_size()
+    config, element = model.config, model.embedding.weight.element_size()
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     fixed += sum(
@@ -70,18 +97,7 @@ def ranks_of(layer: LowRankLinear) -> int:
     return layer.A.shape[1] * (1 if layer.A0 is None else 2)
 
 
-def block_bytes(config: DecoderConfig, element: int) -> int:
+def block_bytes(config: DecoderConfig | GPT2Config, element: int) -> int:
     """What autograd keeps of one block for one token: norms in float32, inputs of linears, q, k, v, gate and up."""
     heads = config.num_attention_heads * config.head_dim
     return 2 * 4 * config.hidden_size + element * (4 * config.hidden_size + 6 * heads + 4 * config.intermediate_size)
-
-
-def _terms(objective: Objective) -> str:
-    weights = {
-        f"KL at T = {objective.temperature:g}": objective.lambda1,
-        f"entropy of {'all' if objective.top_k is None else objective.top_k}": objective.lambda2,
-        f"{objective.svd_norm} share of {objective.svd_k} singular values": objective.lambda3,
-        "non-target KL": objective.non_target_kl,
-    }
-    moving = ", weights on the iclr2026 schedule" if objective.moving_lambdas else ""
-    return "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving

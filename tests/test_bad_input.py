@@ -181,6 +181,27 @@ def test_a_tokenizer_of_another_model_is_refused(train, small_model):
     assert not Path("out").exists()
 
 
+def learned_positions(model: Path, count: int) -> None:
+    """Make the folder a GPT-2's as far as its config goes, which is read before the weights are."""
+    config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "n_positions": count}))
+
+
+def test_a_max_length_beyond_learned_positions_is_refused(train, small_model):
+    learned_positions(small_model, 40)
+    flags = given("--out", "out", "--max-length", "41", model="small")
+    assert_refused(*train(*flags), "--max-length 41", "small", "40 positions")
+    assert not Path("out").exists()
+
+
+def test_held_out_rows_beyond_learned_positions_are_refused(train, place, small_model):
+    learned_positions(small_model, 256)
+    (place / "long.jsonl").write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"response": "2 " * 256}))
+    flags = given("--out", "out", "--max-length", "256", "--eval", "long.jsonl", model="small")
+    assert_refused(*train(*flags), "long.jsonl, line 2", "256 positions")
+    assert not Path("out").exists()
+
+
 def test_an_out_that_cannot_be_made_is_refused(tmp_path, refuses):
     refuses(lambda: start_run(tmp_path / ("x" * 300), {}), tmp_path, "--out")
 
@@ -202,6 +223,7 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(train, plac
     for other, parts in [
         (["--rank", "3"], ["--rank", "3", "2"]),
         (["--seed", "43"], ["--seed"]),
+        (["--lr", "1e-3"], ["--lr"]),
         (["--targets", "k_proj"], ["--targets"]),
         (["--method", "pissa"], ["--method"]),
         (["--data", "fewer.jsonl"], ["data_digest"]),

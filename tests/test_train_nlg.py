@@ -8,17 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 import minibalora as mb
+from minibalora import training
 from minibalora.data import Row, collate, micro_batches
 from minibalora.objective import NLG_RECIPES
 from minibalora.toy import MODEL
@@ -96,6 +100,65 @@ def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trai
     assert not torch.allclose(model(input_ids), base)
     with mb.pretrained(model):
         assert torch.equal(model(input_ids), base)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma"])
+def test_checkpointing_blocks_changes_no_gradient(name):
+    rows, objective = random_rows(5, 2), NLG_RECIPES["iclr2026"]
+    plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
+    training.checkpoint_blocks(checkpointed)
+    seen = []
+    checkpointed.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    expected, got = (gradients_of_a_step(model, rows, 3, objective)[0] for model in (plain, checkpointed))
+    assert torch.equal(got, expected)
+    assert seen == [False, False, True, True, True, True]  # two micro-batches: the teacher, then twice the student
+
+
+def train_a_network(out: Path, start: int = 0, until: int = 6, seed: int = 7) -> tuple[list[Tensor], list[dict]]:
+    """training.train on a network with dropout, from a checkpoint if start > 0, stopped within step `until` if < 6."""
+
+    def gradients(step: int, stop: list[int]):
+        if step == until:
+            stop.append(signal.SIGTERM)
+            return [], {}, []
+        loss = model(torch.ones(4, 6)).square().mean()
+        loss.backward()
+        return [loss.item()], {"task": loss.item()}, [random_rows(1, step)]
+
+    settings = dict(out=out, seed=seed, lr=0.1, warmup_ratio=0.0, schedule="linear", grad_clip=1.0, save_every=100)
+    args = Namespace(**settings, method="lora", device=torch.device("cpu"), dtype=torch.float32)
+    torch.manual_seed(0)
+    model = mb.adapt(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), rank=2, init="lora")
+    optimizer = torch.optim.AdamW(training.trained_parameters(model).values())
+    out.mkdir(exist_ok=True)
+    assert training.first_step(out, model, optimizer, start or None) == start
+    torch.manual_seed(start)  # what must not matter
+    step, stop = training.train(args, model, optimizer, start, 6, gradients, after_step=lambda step: {"dev": step})
+    assert (step, stop) == (until, [signal.SIGTERM] if until < 6 else [])
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return list(training.trained_parameters(model).values()), entries
+
+
+def test_a_resumed_run_repeats_dropout_exactly(tmp_path):
+    whole, _ = train_a_network(tmp_path / "whole")
+    train_a_network(tmp_path / "parts", until=3)
+    parts, _ = train_a_network(tmp_path / "parts", start=3)
+    other, _ = train_a_network(tmp_path / "other", seed=8)
+    assert all(map(torch.equal, parts, whole)) and not any(map(torch.equal, other, whole))
+
+
+def test_dropout_differs_from_step_to_step_and_seed_to_seed():
+    masks = set()
+    for seed, step in ((7, 0), (7, 1), (8, 0), (8, 1)):
+        training.seed_step(seed, step)
+        masks.add(tuple(F.dropout(torch.ones(64)).tolist()))
+    assert len(masks) == 4
+
+
+def test_what_is_done_after_a_step_is_logged_with_it(tmp_path):
+    _, entries = train_a_network(tmp_path / "out")
+    assert all(list(entry) == [*LOG_KEYS, "dev"] for entry in entries)
+    assert [entry["dev"] for entry in entries] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.fixture(scope="module")
