@@ -11,17 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
-    ["errors", "lowrank", "regularizers", "models", "models.decoder"],
-    ["files", "objective"],
+    ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder"],
+    ["files", "objective", "spm"],
+    ["config"],
     ["weights"],
     ["adapter_io", "text"],
     ["data"],
-    ["training", "generate", "plan"],
+    ["glue"],
+    ["training", "generate", "plan", "classify"],
     ["evaluate"],
-    ["toy", "toy.problems", "toy.pretrain"],
+    ["toy", "toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
-COPYABLE = ("lowrank", "regularizers", "models.decoder")
+COPYABLE = ("lowrank", "regularizers", "models.decoder", "models.encoder")
 USE = """
 import torch
 from torch import nn

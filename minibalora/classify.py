@@ -1,0 +1,99 @@
+"""Labelled texts through a classifier: tokens, batches, what it answers, and how good the answers are."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minibalora import metrics
+from minibalora.glue import LabelledText, Task, fold
+from minibalora.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A tokenised example; `index` is its place among the rows, `line` that in its file."""
+
+    ids: np.ndarray
+    token_types: np.ndarray
+    label: int | float
+    index: int
+    line: int
+
+
+def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tuple[list[ClassRow], int]:
+    """The examples' rows, in order, and how many of them were cut to max_length tokens."""
+    encoded, cut = tok.encode_labelled([example.texts for example in examples], max_length)
+    rows = [
+        ClassRow(np.array(ids, np.int32), np.array(types, np.int32), example.label, index, example.line)
+        for index, (example, (ids, types)) in enumerate(zip(examples, encoded, strict=True))
+    ]
+    return rows, cut
+
+
+def collate(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The model's arguments, each (N, T) and padded on the right with 0, and the labels (N,).
+
+    Arguments are ids and attention mask, and token types for a model that has more than one.
+    """
+    width = max(len(row.ids) for row in rows)
+    arrays = np.zeros((3, len(rows), width), dtype=np.int64)
+    for index, row in enumerate(rows):
+        arrays[0, index, : len(row.ids)] = row.ids
+        arrays[1, index, : len(row.ids)] = 1
+        arrays[2, index, : len(row.ids)] = row.token_types
+    has_types = getattr(model.config, "type_vocab_size", 0) > 1
+    inputs = tuple(torch.from_numpy(array).to(device) for array in (arrays if has_types else arrays[:2]))
+    return inputs, torch.tensor([row.label for row in rows], device=device)
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, rows: list[ClassRow], batch_size: int, device: torch.device | str, part: Callable | None = None
+) -> Tensor:
+    """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout; the mode is restored.
+
+    part: `model.features` for the states (N, d) that the head reads instead. Batches are of rows of similar length.
+    """
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
+    found = []
+    for start in range(0, len(rows), batch_size):
+        inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
+        found.append((part or model)(*inputs).float().cpu())
+    model.train(was_training)
+    return torch.cat(found)[torch.tensor(order).argsort()]
+
+
+def scores(logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int) -> dict[str, float]:
+    """What GLUE reports for the task, accuracy, each class's recall, and the rank of batches of logits.
+
+    is_folded: the labels tell class 0 from all others, and so are the predictions taken (`glue.fold`). The rank is that
+    of the (batch_size, D) logits of rows that follow each other, its mean over the batches; so is the effective rank
+    (see `metrics.effective_rank`). NaN where a correlation is not defined and where a class has no example.
+    """
+    gold = np.array([row.label for row in rows])
+    if task.labels is None:
+        return {name: getattr(metrics, name)(logits[:, 0].numpy(), gold) for name in task.metrics}
+    predicted, labels, names = logits.argmax(1).numpy(), task.labels, dict.fromkeys((*task.metrics, "accuracy"))
+    if is_folded:
+        predicted, labels, names = np.array(fold(predicted.tolist())), (labels[0], f"not {labels[0]}"), ["accuracy"]
+    found = {name: getattr(metrics, name)(predicted, gold) for name in names}
+    recalls = metrics.recalls(predicted, gold, len(labels))
+    found |= {
+        f"recall of {label}": math.nan if recall is None else recall
+        for label, recall in zip(labels, recalls, strict=True)
+    }
+    batches = logits.split(batch_size)
+    found["rank of batch logits"] = float(np.mean([torch.linalg.matrix_rank(batch) for batch in batches]))
+    found["effective rank of them"] = float(np.mean([metrics.effective_rank(batch) for batch in batches]))
+    return found
+
+
+def dev_metric(found: dict[str, float], task: Task) -> float:
+    """The number by which the best epoch is chosen: the mean of what GLUE reports for the task, as in its score."""
+    return float(np.mean([found[name] for name in task.metrics]))

@@ -1,0 +1,272 @@
+"""Fine-tune BERT, RoBERTa, DeBERTa-v3 or a decoder to classify texts with BA-LoRA or a baseline; see `--help`.
+
+The whole story, top to bottom: load, adapt, the teacher's logits once, then steps, with a look at the dev set after
+every epoch; save the best one.
+"""
+
+import json
+import math
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import minibalora as mb
+from minibalora import classify, data, evaluate, glue, training
+from minibalora.classify import ClassRow
+from minibalora.errors import InputError
+from minibalora.files import replacing, write_json
+from minibalora.flags import nlu_objective, parse_nlu_flags
+from minibalora.glue import LabelledText, Task
+from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms
+from minibalora.plan import nlu_formula, print_plan
+from minibalora.toy import reviews
+from minibalora.weights import weights_digest
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    name: str
+    examples: list[LabelledText]
+    is_folded: bool  # its labels tell class 0 from all others, and no more
+
+
+def main() -> int:
+    args = parse_nlu_flags()
+    training.check_out(args.out, args.resume)
+    check_features(args)
+
+    # Load: data, tokenizer, model. A head that the checkpoint lacks is new, drawn from the seed.
+    task, examples, eval_sets, changes = read_data(args)
+    classes = 1 if task.labels is None else len(task.labels)
+    objective = nlu_objective(args)
+    tok = mb.load_tokenizer(args.model)
+    rows, cut = classify.encode(examples, tok, args.max_length)
+    eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
+    data.check_fits(sum(eval_rows, rows), args)
+    settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
+    steps = training.steps_of_run(args, len(rows))
+    resumed_step = training.resumed_step(args, settings, steps)
+    full = args.method == "full"
+    torch.manual_seed(args.seed)
+    model = mb.load_model(args.model, "classifier", classes, torch.float32 if full else args.dtype, args.device)
+
+    # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
+    if not full:
+        training.adapt_model(model, args, is_resumed=resumed_step is not None)
+    if args.grad_checkpoint:
+        training.checkpoint_blocks(model)
+    parameters = training.trained_parameters(model).values()
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
+    if not args.resume:
+        training.start_run(args.out, settings)
+    lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
+    lines += [f"no {name} in the checkpoint: new, from seed {args.seed}" for name in model.new_modules]
+    print_plan(args, model, nlu_formula(objective, classes), lines, steps)
+
+    # Before the first step the student is the pre-trained model, whatever the init.
+    answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device)
+    judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
+    before = judge()
+    features = [answer(eval_rows[0], part=model.features)] if args.features else []
+    teacher = teacher_logits(model, answer, args, objective, examples, rows)
+    step = training.first_step(args.out, model, optimizer, resumed_step)
+
+    # Train: a step is a batch of rows, then one update. The epoch that is best on the dev set is kept.
+    forward = torch.compile(model, dynamic=True) if args.compile else model
+
+    def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[ClassRow]]]:
+        batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
+        micro = data.micro_batches(batch, args.micro_batch_size)
+        return *backward(model, forward, micro, teacher, objective, step, steps, args.device, stop), micro
+
+    def after_step(step: int) -> dict:
+        if step % data.steps_per_epoch(len(rows), args.batch_size) != 0 and step != steps:
+            return {}
+        dev = classify.dev_metric(judge(first=1)[eval_sets[0].name], task)
+        training.keep_best(args.out, model, step, dev)
+        tqdm.write(f"step {step}: {' + '.join(task.metrics)} of {eval_sets[0].name} {dev:.4f}")
+        return {"dev": finite(dev)}
+
+    step, stop = training.train(args, model, optimizer, step, steps, gradients, after_step)
+    if stop:
+        return training.finish(args.out, step, steps, stop)
+
+    # Save: the best epoch's adapter and head for the original base, in PEFT's format, and what it is worth.
+    best_step = training.load_best(args.out, model)
+    after = judge()
+    if full:
+        mb.save_model(model.to(args.dtype), args.out / "model", task.labels)
+    else:
+        mb.save_adapter(model, args.out)
+    write_report(args.out, task, best_step, before, after)
+    if args.features:
+        features.append(answer(eval_rows[0], part=model.features))
+        save_features(args.features, *features, [row.label for row in eval_rows[0]])
+    training.finish(args.out, step, steps, stop)
+    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + evaluate.table(flat(before), flat(after)))
+    return 0
+
+
+def backward(
+    model: nn.Module,
+    forward: Callable[..., Tensor],
+    micro: list[list[ClassRow]],
+    teacher: Tensor | None,
+    objective: Objective,
+    step: int,
+    steps: int,
+    device: torch.device | str,
+    stop: list[int],
+) -> tuple[list[float], dict[str, float]]:
+    """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its examples.
+
+    teacher: the logits (N, D) of all rows. Returns each micro-batch's part of L and the step's terms. Dividing is done
+    once, by the examples of the whole step; the covariance and the spectral term depend on how it is cut into `micro`.
+    """
+    count = sum(map(len, micro))
+    share = None
+    if objective.adaptive_lambda1:
+        known = teacher[[row.index for rows in micro for row in rows]]
+        share = float(entropy_share(known, objective.temperature).mean())
+    weights = lambdas(objective, step, steps, share)
+
+    def terms_of_parts() -> Iterator[tuple[float, dict[str, Tensor]]]:
+        for rows in micro:
+            inputs, labels = classify.collate(rows, model, device)
+            known = None if teacher is None else teacher[[row.index for row in rows]].to(device)
+            yield len(rows) / count, nlu_terms(forward(*inputs), known, labels, objective, weights)
+
+    return training.add_gradients(terms_of_parts(), weights, stop)
+
+
+def teacher_logits(
+    model: nn.Module,
+    answer: Callable[..., Tensor],
+    args: Namespace,
+    objective: Objective,
+    examples: list[LabelledText],
+    rows: list[ClassRow],
+) -> Tensor | None:
+    """What the teacher answers to every row, (N, D): the pre-trained model with the initial head, or `--teacher`'s.
+
+    It never changes during a run, so this is all that a teacher costs.
+    """
+    if not objective.needs_teacher:
+        return None
+    if args.teacher == "pretrained":
+        with mb.pretrained(model):
+            return answer(rows)
+    teacher = mb.load_model(args.teacher, "classifier", model.num_labels, args.dtype, args.device)
+    if teacher.new_modules:
+        raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
+    own_rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
+    return classify.answers(teacher, own_rows, 4 * args.batch_size, args.device)
+
+
+def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet], str]:
+    """The task, what to learn from, what to measure on (the first is the dev set), and what was done to the data."""
+    skipped = 0
+    if args.is_toy:  # --seed is never negative, so what is held out is drawn apart
+        task, examples = reviews.TASK, reviews.clean_reviews(args.max_rows, args.seed)
+        eval_sets = [EvalSet("clean reviews", reviews.clean_reviews(600, seed=-1), False)]
+    else:
+        path, dev = Path(args.data), []
+        task = glue.TASKS[args.task] if args.task != "custom" else None
+        if path.is_dir() and task is not None:
+            path, dev = glue.glue_files(path, task)
+        task = task or glue.custom_task(path, args.text_field, args.label_field)
+        examples, skipped, _ = glue.read_labelled(path, task)
+        examples = examples[: args.max_rows]
+        eval_sets = [read_eval_set(file, task) for file in [*dev, *map(Path, args.eval or [])]]
+        if not eval_sets:
+            raise InputError(f"--data {args.data}: a file needs --eval with the dev file: give it")
+    glue.check_classes(examples, task, args.data or "built-in reviews")
+    changes, count = f", {skipped:,} rows without a label", len(examples)
+    if args.imbalance:
+        examples = glue.with_imbalance(examples, args.imbalance, args.seed)
+        changes += f", {count - len(examples):,} left out for the imbalance"
+    if args.label_noise:
+        examples = glue.with_label_noise(examples, args.label_noise, len(task.labels), args.seed)
+        changes += f", {round(args.label_noise * len(examples)):,} with another label"
+    return task, examples, eval_sets, changes
+
+
+def read_eval_set(path: Path, task: Task) -> EvalSet:
+    examples, _, is_folded = glue.read_labelled(path, task)
+    return EvalSet(path.name, examples, is_folded)
+
+
+def scores(
+    answer: Callable[[list[ClassRow]], Tensor],
+    task: Task,
+    eval_sets: list[EvalSet],
+    eval_rows: list[list[ClassRow]],
+    batch_size: int,
+    first: int | None = None,
+) -> dict[str, dict[str, float]]:
+    """Name of an evaluation set -> its scores; of the first `first` sets, or of all."""
+    return {
+        eval_set.name: classify.scores(answer(rows), rows, task, eval_set.is_folded, batch_size)
+        for eval_set, rows in list(zip(eval_sets, eval_rows, strict=True))[:first]
+    }
+
+
+def settings_of(args: Namespace, objective: Objective, task: Task, examples: list[LabelledText]) -> dict:
+    """Everything that makes the run what it is, as run.json keeps it."""
+    settings = training.plain_settings(args) | {"objective": asdict(objective), "labels": list(task.labels or [])}
+    settings["teacher_digest"] = None if args.teacher in (None, "pretrained") else weights_digest(args.teacher)
+    return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
+
+
+def check_features(args: Namespace) -> None:
+    """InputError if --features can't be written, which would be known only after training."""
+    path = args.features
+    if path is not None and path.exists() and not args.resume:
+        raise InputError(f"--features {path}: exists already: give another name")
+    if path is not None and not path.absolute().parent.is_dir():
+        raise InputError(f"--features {path}: its folder does not exist: make it")
+
+
+def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float]) -> None:
+    """The states (N, d) that the head reads, of the dev set before and after training, and its labels (N,)."""
+    with replacing(path) as temporary:
+        save_file({"before": before, "after": after, "labels": torch.tensor(labels)}, temporary)
+
+
+def write_report(out: Path, task: Task, best_step: int, before: dict, after: dict) -> None:
+    """report.json: every score of every evaluation set, and the dev metric after each epoch."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    epochs = [{"step": entry["step"], "dev": entry["dev"]} for entry in entries if "dev" in entry]
+    before, after = (
+        {name: {key: finite(value) for key, value in found.items()} for name, found in column.items()}
+        for column in (before, after)
+    )
+    report = {"task": task.name, "dev_metric": task.metrics, "best_step": best_step, "epochs": epochs}
+    write_json(out / "report.json", report | {"before": before, "after": after})
+
+
+def flat(column: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {f"{name}: {key}": value for name, found in column.items() for key, value in found.items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None
+
+
+def amounts(args: Namespace, task: Task, examples: list[LabelledText]) -> str:
+    counts = Counter(example.label for example in examples)
+    classes = ", ".join(f"{counts[index]:,} {label}" for index, label in enumerate(task.labels or ()))
+    return f"{args.data or 'built-in reviews'}, {len(examples):,} rows{f': {classes}' if classes else ''}"
+
+
+if __name__ == "__main__":
+    training.run_script(main)
