@@ -2,13 +2,14 @@
 
 import torch
 
+from minibalora.errors import InputError
 from minibalora.models.decoder import Decoder, KVCache
 from minibalora.text import Tokenizer
 
 
 @torch.no_grad()
 def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """The most likely continuation of each prompt, up to EOS or max_new_tokens, decoded without the prompt.
+    """The most likely continuation of each prompt, up to EOS, max_new_tokens or the model's last position, without it.
 
     One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone.
     """
@@ -20,6 +21,8 @@ def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens:
     width = int(lengths.max())
     input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded], device=device)
     if limit is not None:
+        if width >= limit:
+            raise InputError(f"a prompt has {width} tokens, but the model has {limit} positions: shorten it")
         max_new_tokens = min(max_new_tokens, limit - width)
     cache = KVCache(model.config, lengths, width + max_new_tokens, model.embedding.weight.dtype)
 

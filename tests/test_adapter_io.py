@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import GOLDEN, distance, stretch
+from helpers import GOLDEN, distance, golden_example, headless, stretch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -23,7 +23,7 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
     """ΔW of each layer as PEFT defines it: (lora_alpha / r) · lora_B @ lora_A."""
     config = json.loads((folder / "adapter_config.json").read_text())
     tensors = load_file(folder / "adapter_model.safetensors")
-    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    names = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors if ".lora_" in name}
     scaling = config["lora_alpha"] / config["r"]
     prefix = "base_model.model."
     return {
@@ -119,3 +119,71 @@ def test_a_model_is_not_saved_beside_weights_that_would_be_read_instead(tmp_path
     with pytest.raises(mb.InputError, match="holds other weights"):
         mb.save_model(model, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the base is without a head
+    "adapter_gpt2": ("gpt2_classifier", "pissa", False),
+    "adapter_bert": ("bert", "lora", False),
+    "adapter_roberta": ("roberta", "lora", True),
+    "adapter_deberta": ("deberta", "pissa", True),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS_OF_CLASSIFIERS)
+@torch.no_grad()
+def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_path):
+    """PEFT's logits come from these files alone, so weights and head that give them here are all that counts."""
+    base, _, is_headless = ADAPTERS_OF_CLASSIFIERS[name]
+    *inputs, logits = golden_example(base)
+    path = headless(base, tmp_path) if is_headless else GOLDEN / base
+    model = mb.load_model(path, head="classifier", num_labels=logits.shape[1])
+    tensors = load_file(GOLDEN / name / "adapter_model.safetensors")
+    config = json.loads((GOLDEN / name / "adapter_config.json").read_text())
+    assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == model.own_head
+    for layer, weight in adapter_weights(GOLDEN / name).items():
+        model.get_submodule(layer).weight += weight
+    for key, tensor in tensors.items():
+        if ".lora_" not in key:
+            model.get_parameter(key.removeprefix("base_model.model.")).copy_(tensor)
+    expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
+    assert (model(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier"])
+@torch.no_grad()
+def test_a_classifiers_adapter_holds_its_changes_and_its_whole_head(name, tmp_path):
+    """With fan_in_fan_out for GPT-2 only, which tells PEFT that the base stores its linears as (in, out)."""
+    model = mb.adapt(mb.load_model(GOLDEN / name, head="classifier"), rank=2)
+    stretch(model)
+    for module in model.own_head:
+        for parameter in model.get_submodule(module).parameters():
+            parameter += 1
+    mb.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["fan_in_fan_out"] == (name == "gpt2_classifier")
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    head = {key.removeprefix("base_model.model."): t for key, t in tensors.items() if ".lora_" not in key}
+    trained = {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith((".A", ".B"))}
+    assert head.keys() == trained.keys() and all(torch.equal(head[key], trained[key]) for key in head)
+    assert len(tensors) == len(head) + 2 * len(adapter_io.adapted_layers(model))
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier"])
+@torch.no_grad()
+def test_a_saved_classifier_says_so_in_its_config_and_loads_again(name, tmp_path):
+    *inputs, _ = golden_example(name)
+    model = mb.adapt(mb.load_model(GOLDEN / name, head="classifier"), rank=2)
+    stretch(model)
+    names = [f"class {index}" for index in range(model.num_labels)]
+    mb.save_model(model, tmp_path, names)
+    assert distance(mb.load_model(tmp_path, head="classifier")(*inputs), model(*inputs)) < 1e-6
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"][0].endswith("ForSequenceClassification")
+    assert config["id2label"] == {str(index): label for index, label in enumerate(names)}
+    assert config["label2id"] == {label: index for index, label in enumerate(names)}
+
+
+def test_saving_gpt2_gives_its_transposed_bits_back(tmp_path):
+    mb.save_model(mb.adapt(mb.load_model(GOLDEN / "gpt2", dtype=torch.bfloat16), rank=2), tmp_path)
+    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / "gpt2"))
+    assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in original)

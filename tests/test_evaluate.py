@@ -1,7 +1,10 @@
 """Greedy decoding, final answers and losses, on the built-in model."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from helpers import GOLDEN
 
 import minibalora as mb
 from minibalora.data import encode_examples, example_from
@@ -88,3 +91,16 @@ def test_scores_restore_the_mode_and_name_every_kind(toy):
     model.eval()
     assert len([name for name in column if name.startswith("exact match")]) == 5
     assert list(column)[-1] == "loss on pre-training text"
+
+
+@pytest.mark.parametrize(("prompt_tokens", "generated"), [(10, 5), (38, 2), (39, 1)])
+def test_generation_ends_at_the_last_learned_position(prompt_tokens, generated):
+    """GPT-2's golden checkpoint has 40 of them."""
+    tok = SimpleNamespace(encode_prompts=lambda texts: [[5] * prompt_tokens], eos_id=None, decode=list)
+    (ids,) = generate(mb.load_model(GOLDEN / "gpt2"), tok, ["a prompt"], max_new_tokens=5)
+    assert len(ids) == generated
+
+
+def test_a_prompt_that_fills_all_learned_positions_is_refused(refuses):
+    tok = SimpleNamespace(encode_prompts=lambda texts: [[5] * 40], eos_id=None, decode=list)
+    refuses(lambda: generate(mb.load_model(GOLDEN / "gpt2"), tok, ["a prompt"], 5), "40 tokens", "40 positions")

@@ -12,10 +12,12 @@ from minibalora import regularizers as R
 from minibalora.objective import (
     IGNORED,
     NLG_RECIPES,
+    NLU_RECIPES,
     Objective,
     entropy_share,
     lambdas,
     nlg_terms,
+    nlu_terms,
     predicted_rows,
     weighted_sum,
 )
@@ -124,3 +126,72 @@ def test_prompt_and_padding_never_count(name):
     student.requires_grad_()
     term(student, teacher).backward()
     assert (student.grad[~counts] == 0).all() and (student.grad[counts].abs().sum(-1) > 0).all()
+
+
+def test_nlu_recipes_are_the_published_ones():
+    old, new = NLU_RECIPES["2024"], NLU_RECIPES["iclr2026"]
+    assert (old.lambda1, old.lambda2, old.lambda3) == (1e-4, 4e-4, 1e-4)
+    assert (old.consistency, old.svd_k, old.svd_norm, old.moving_lambdas) == ("mse", 5, None, False)
+    assert (new.lambda1, new.lambda2, new.lambda3) == (0.15, 0.03, 0.03)
+    assert (new.consistency, new.temperature, new.svd_k, new.svd_norm) == ("kl", 1.0, 5, "nuclear")
+    assert not new.moving_lambdas
+
+
+@pytest.mark.parametrize("recipe", NLU_RECIPES)
+def test_nlu_terms_are_the_formulas_of_the_recipe(recipe):
+    torch.manual_seed(0)
+    student, teacher, labels = torch.randn(16, 7), torch.randn(16, 7), torch.randint(7, (16,))
+    objective = dataclasses.replace(NLU_RECIPES[recipe], non_target_kl=0.5)
+    weights = lambdas(objective, step=3, steps=10)
+    terms = nlu_terms(student, teacher, labels, objective, weights)
+    if recipe == "2024":
+        consistency, svd = R.consistency_mse(student, teacher), R.svd_sum(student, 5)
+    else:
+        consistency, svd = R.consistency_kl(student, teacher), R.svd_share(student, 5)
+    covariance, non_target = R.diversity_covariance(student), R.non_target_kl(student, teacher, labels)
+    expected = {"consistency": consistency, "diversity": covariance, "svd": svd, "non_target_kl": non_target}
+    assert {name: term for name, term in terms.items() if name != "task"} == expected
+    assert terms["task"] == torch.nn.functional.cross_entropy(student, labels)
+
+
+def test_the_temperature_of_consistency_is_the_objectives():
+    student, teacher, labels = torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
+    objective = dataclasses.replace(NLU_RECIPES["iclr2026"], temperature=3.0)
+    terms = nlu_terms(student, teacher, labels, objective, lambdas(objective, 0, 1))
+    assert terms["consistency"] == R.consistency_kl(student, teacher, 3.0)
+
+
+@pytest.mark.parametrize("recipe", NLU_RECIPES)
+@given(N=st.integers(1, 6), D=st.integers(1, 6), seed=st.integers(0, 99), scale=st.sampled_from([0.0, 1e-4, 1.0, 1e4]))
+def test_no_batch_is_too_small_for_a_term(recipe, N, D, seed, scale):
+    """N = 1, N < k, D < k, one class, all-zero logits: finite values and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    student = (scale * torch.randn(N, D, generator=generator)).requires_grad_()
+    teacher = torch.randn(N, D, generator=generator)
+    labels = torch.randn(N, generator=generator) if D == 1 else torch.randint(D, (N,), generator=generator)
+    objective = NLU_RECIPES[recipe]
+    weights = lambdas(objective, 0, 1)
+    terms = nlu_terms(student, teacher, labels, objective, weights)
+    weighted_sum(terms, weights).backward()
+    assert all(term.isfinite() for term in terms.values()) and student.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("recipe", NLU_RECIPES)
+def test_regression_has_squared_errors_and_no_term_of_classes(recipe):
+    student, teacher, scores = torch.randn(5, 1), torch.randn(5, 1), torch.randn(5, dtype=torch.float64)
+    objective = NLU_RECIPES[recipe]
+    terms = nlu_terms(student, teacher, scores, objective, lambdas(objective, 0, 1))
+    assert list(terms) == ["task", "consistency"]
+    assert terms["task"].item() == pytest.approx(((student[:, 0] - scores) ** 2).mean().item())
+    assert terms["consistency"].item() == pytest.approx(((student - teacher) ** 2).mean().item())
+
+
+def test_glue_has_too_few_classes_for_the_spectral_share_but_not_for_the_sum():
+    """k = 5 > D: the share is the constant -1, without a gradient; what the docstring of nlu_terms says."""
+    gradients = []
+    for recipe in ("iclr2026", "2024"):
+        student = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        objective = dataclasses.replace(NLU_RECIPES[recipe], lambda1=0.0, lambda2=0.0)
+        terms = nlu_terms(student, None, torch.zeros(8, dtype=torch.long), objective, lambdas(objective, 0, 1))
+        gradients.append(torch.autograd.grad(terms["svd"], student)[0].norm().item())
+    assert gradients[0] < 1e-6 < 0.1 < gradients[1]

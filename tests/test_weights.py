@@ -408,3 +408,80 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 0.5 < float(result.stdout) < 1.25
+
+
+# Encoders and GPT-2.
+
+NEEDED_OF = {
+    "bert": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    + ("max_position_embeddings",),
+    "roberta": ("vocab_size", "hidden_size", "max_position_embeddings"),
+    "deberta": ("vocab_size", "hidden_size", "position_buckets", "max_position_embeddings"),
+    "gpt2_classifier": ("vocab_size", "n_embd", "n_layer", "n_head", "n_positions"),
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in NEEDED_OF.items() for key in keys])
+@pytest.mark.parametrize("value", [ABSENT, None, 0, -3, 2.5, "7", True, [], 10**30])
+def test_a_size_that_is_no_size_is_refused_in_every_family(copy, refuses, name, key, value):
+    path = copy(name) / "config.json"
+    edit_json(path, **{key: value})
+    refuses(lambda: mb.load_model(path.parent, head="classifier"), path, key)
+
+
+@pytest.mark.parametrize(("name", "changes", "parts"), [
+    ("bert", {"hidden_act": "swish"}, ("swish", "gelu")),
+    ("bert", {"hidden_act": ["gelu"]}, ("gelu",)),
+    ("bert", {"position_embedding_type": "relative_key"}, ("position_embedding_type", "relative_key", "absolute")),
+    ("bert", {"is_decoder": True}, ("is_decoder",)),
+    ("bert", {"num_attention_heads": 5}, ("5 heads", "do not fit")),
+    ("bert", {"hidden_dropout_prob": 1.5}, ("hidden_dropout_prob", "[0, 1)")),
+    ("bert", {"classifier_dropout": "much"}, ("classifier_dropout",)),
+    ("bert", {"quantization_config": {"bits": 8}}, ("quantization_config",)),
+    ("roberta", {"pad_token_id": 21}, ("pad_token_id",)),
+    ("roberta", {"pad_token_id": "1"}, ("pad_token_id",)),
+    ("roberta", {"pad_token_id": -5}, ("pad_token_id",)),
+    ("deberta", {"conv_kernel_size": 3}, ("conv_kernel_size",)),
+    ("deberta", {"pos_att_type": "c2p"}, ("pos_att_type", "c2p|p2c")),
+    ("deberta", {"pos_att_type": 3}, ("pos_att_type",)),
+    ("deberta", {"share_att_key": False}, ("share_att_key",)),
+    ("deberta", {"norm_rel_ebd": "none"}, ("norm_rel_ebd",)),
+    ("deberta", {"relative_attention": False}, ("relative_attention",)),
+    ("deberta", {"position_biased_input": True}, ("position_biased_input",)),
+    ("deberta", {"type_vocab_size": 2}, ("type_vocab_size",)),
+    ("deberta", {"embedding_size": 12}, ("embedding_size",)),
+    ("deberta", {"position_buckets": 100}, ("100 position_buckets",)),
+    ("deberta", {"position_buckets": 1}, ("1 position_buckets",)),
+    ("deberta", {"max_relative_positions": 0}, ("max_relative_positions",)),
+    ("gpt2_classifier", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx",)),
+    ("gpt2_classifier", {"scale_attn_weights": False}, ("scale_attn_weights",)),
+    ("gpt2_classifier", {"add_cross_attention": True}, ("add_cross_attention",)),
+    ("gpt2_classifier", {"activation_function": "relu"}, ("relu", "gelu_new")),
+    ("gpt2_classifier", {"n_head": 5}, ("5 heads",)),
+])  # fmt: skip
+def test_a_feature_that_is_not_here_is_refused_by_name_in_every_family(copy, refuses, name, changes, parts):
+    path = copy(name) / "config.json"
+    edit_json(path, **changes)
+    refuses(lambda: mb.load_model(path.parent, head="classifier"), path, *parts)
+
+
+def test_a_buffer_of_integers_that_is_not_used_does_no_harm(copy):
+    """As `embeddings.position_ids` in many a published BERT."""
+    folder = copy("bert")
+    edit_tensors(folder, {"bert.embeddings.position_ids": torch.arange(20)[None]})
+    mb.load_model(folder, head="classifier")
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier"])
+def test_an_unknown_tensor_is_refused_in_every_family(copy, refuses, name):
+    folder = copy(name)
+    edit_tensors(folder, {"conv.weight": torch.zeros(3)})
+    refuses(lambda: mb.load_model(folder, head="classifier"), "conv.weight")
+
+
+def test_gpt2_linears_in_our_orientation_are_refused(copy, refuses):
+    """(out, in) instead of the (in, out) of GPT-2's files."""
+    folder = copy("gpt2_classifier")
+    name = "transformer.h.0.mlp.c_fc.weight"
+    edit_tensors(folder, {name: read(folder / "model.safetensors")[name].T.contiguous()})
+    refuses(lambda: mb.load_model(folder, head="classifier"), name, "shape")
