@@ -37,7 +37,8 @@ def main() -> int:
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
-    data.check_fits(rows + data.encode_examples(held_out, tok, sys.maxsize)[0], args)
+    data.check_fits(rows, args.data, args.model, args.max_length)
+    data.check_fits(data.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = training.resumed_step(args, settings, steps)

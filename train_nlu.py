@@ -50,7 +50,7 @@ def main() -> int:
     tok = mb.load_tokenizer(args.model)
     rows, cut = classify.encode(examples, tok, args.max_length)
     eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
-    data.check_fits(sum(eval_rows, rows), args)
+    data.check_fits(sum(eval_rows, rows), args.data, args.model, args.max_length)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = training.resumed_step(args, settings, steps)
@@ -168,6 +168,7 @@ def teacher_logits(
     if teacher.new_modules:
         raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
     own_rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
+    data.check_fits(own_rows, args.data, args.teacher, args.max_length)
     return classify.answers(teacher, own_rows, 4 * args.batch_size, args.device)
 
 
@@ -185,7 +186,7 @@ def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet],
         task = task or glue.custom_task(path, args.text_field, args.label_field)
         examples, skipped, _ = glue.read_labelled(path, task)
         examples = examples[: args.max_rows]
-        eval_sets = [read_eval_set(file, task) for file in [*dev, *map(Path, args.eval or [])]]
+        eval_sets = read_eval_sets([*dev, *map(Path, args.eval or [])], task)
         if not eval_sets:
             raise InputError(f"--data {args.data}: a file needs --eval with the dev file: give it")
     glue.check_classes(examples, task, args.data or "built-in reviews")
@@ -199,9 +200,11 @@ def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet],
     return task, examples, eval_sets, changes
 
 
-def read_eval_set(path: Path, task: Task) -> EvalSet:
-    examples, _, is_folded = glue.read_labelled(path, task)
-    return EvalSet(path.name, examples, is_folded)
+def read_eval_sets(paths: list[Path], task: Task) -> list[EvalSet]:
+    """Each file by its name, or by its path where another has the same name."""
+    names = Counter(path.name for path in paths)
+    sets = {path.name if names[path.name] == 1 else str(path): glue.read_labelled(path, task) for path in paths}
+    return [EvalSet(name, examples, is_folded) for name, (examples, _, is_folded) in sets.items()]
 
 
 def scores(

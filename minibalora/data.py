@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -238,22 +237,24 @@ def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor
 
 
 def examples_digest(examples: list) -> str:
-    """SHA-256, in hex, of all that dataclasses such as `Example` hold: of what is learned from."""
+    """SHA-256, in hex, of what is learned from `Example`s and the like: where they stand and their kind don't count."""
     digest = hashlib.sha256()
     for example in examples:
-        digest.update(json.dumps(vars(example)).encode())
+        learned = {name: value for name, value in vars(example).items() if name not in ("line", "kind")}
+        digest.update(json.dumps(learned).encode())
     return digest.hexdigest()
 
 
-def check_fits(rows: list, args: Namespace) -> None:
-    """InputError if the tokenizer has tokens, or --max-length asks for positions, that the model has not."""
-    config = read_config(Path(args.model))
+def check_fits(rows: list, source: str | None, model: str, max_length: int) -> None:
+    """InputError if rows of the file `source` have tokens, or --max-length asks for positions, that `model` has not."""
+    config = read_config(Path(model))
     limit = config.max_position_embeddings
-    if limit is not None and args.max_length > limit:
-        raise InputError(f"--max-length {args.max_length}: {args.model} has {limit} positions: give at most {limit}")
+    if limit is not None and max_length > limit:
+        raise InputError(f"--max-length {max_length}: {model} has {limit} positions: give at most {limit}")
     for row in rows:
+        where = f"{source or 'built-in data'}, line {row.line}"
         if row.ids.max() >= config.vocab_size:
-            which = f"token {row.ids.max()} for line {row.line}, the model has {config.vocab_size} tokens"
-            raise InputError(f"{args.model}: the tokenizer gives {which}: they do not belong together")
+            which = f"token {row.ids.max()}, but the model has {config.vocab_size} tokens"
+            raise InputError(f"{model}: its tokenizer gives {which} ({where}): they do not belong together")
         if limit is not None and len(row.ids) > limit:
-            raise InputError(f"{args.eval}, line {row.line}: {len(row.ids)} tokens, the model has {limit} positions")
+            raise InputError(f"{where}: {len(row.ids)} tokens, but the model has {limit} positions: leave it out")

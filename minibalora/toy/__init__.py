@@ -1,8 +1,10 @@
-"""The built-in default: a tiny LLaMA, its tokenizer, and arithmetic word problems, so that nothing need be downloaded.
+"""The built-in defaults: two tiny models, their tokenizers and their data, so that nothing need be downloaded.
 
-`problems.py` writes the problems, `pretrain.py` is the program that made the files in `llama/`.
+For train_nlg.py a LLaMA and arithmetic word problems: `problems.py` writes them, `pretrain.py` made `llama/`.
+For train_nlu.py a BERT and reviews to classify: `reviews.py` writes them, `pretrain_bert.py` made `bert/`.
 """
 
 from pathlib import Path
 
 MODEL = Path(__file__).with_name("llama")
+BERT = Path(__file__).with_name("bert")

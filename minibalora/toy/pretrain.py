@@ -6,6 +6,7 @@ Both are trained from scratch on `flawed_problems`. Prompts are learned like res
 import argparse
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -77,9 +78,9 @@ def new_model(folder: Path, seed: int) -> Decoder:
     return model
 
 
-def learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int, peak: float) -> float:
     warm = min(1.0, (step + 1) / WARM_UP)
-    return LEARNING_RATE * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+    return peak * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
@@ -89,15 +90,15 @@ def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
     return F.cross_entropy(model.head(states), targets)
 
 
-def train(model: Decoder, rows: list[Row], steps: int) -> None:
-    """AdamW with the settings usual for small LLaMAs, on every parameter."""
+def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: float) -> None:
+    """AdamW with the settings usual for small language models, on every parameter; loss_of(model, batch of rows)."""
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     bar = tqdm(range(steps))
     for step in bar:
-        loss = pretraining_loss(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
+        loss = loss_of(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.4f}")
@@ -118,7 +119,7 @@ def main() -> None:
     model = new_model(args.out, CORPUS_SEED).to(args.device)
     tokens = sum(len(row.ids) for row in rows) / len(rows)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a problem")
-    train(model, rows, args.steps)
+    train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
     save_model(model.to(torch.bfloat16), args.out)
 
 
