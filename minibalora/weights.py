@@ -157,7 +157,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         if list(folder.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{folder}: has only pytorch_model.bin, a pickle, never read here: convert it with transformers, "
-                'AutoModelForCausalLM.from_pretrained(folder).save_pretrained("new folder")'
+                'AutoModelForCausalLM (of an encoder: AutoModel).from_pretrained(folder).save_pretrained("new folder")'
             )
         raise InputError(f"{folder}: has neither {single.name} nor {index.name}: download the weights")
     weight_map = read_json_object(index).get("weight_map")

@@ -19,7 +19,7 @@ OTHER_HEADS = {
     "bert": ["cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.seq_relationship.weight"],
     "roberta": ["lm_head.dense.weight", "lm_head.bias", "roberta.pooler.dense.weight"],
     "deberta": ["lm_predictions.lm_head.dense.weight", "mask_predictions.classifier.weight"],
-    "gpt2_classifier": ["lm_head.weight"],
+    "gpt2_classifier": ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
 }
 
 
