@@ -50,11 +50,14 @@ def main() -> int:
     tok = mb.load_tokenizer(args.model)
     rows, cut = classify.encode(examples, tok, args.max_length)
     eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
-    data.check_fits(sum(eval_rows, rows), args.data, args.model, args.max_length)
+    sources = [args.data, *(eval_set.name for eval_set in eval_sets)]
+    for source, found in zip(sources, [rows, *eval_rows], strict=True):
+        data.check_fits(found, source, args.model, args.max_length)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = training.resumed_step(args, settings, steps)
     full = args.method == "full"
+    fine_tuned = fine_tuned_teacher(args, objective, classes, examples)
     torch.manual_seed(args.seed)
     model = mb.load_model(args.model, "classifier", classes, torch.float32 if full else args.dtype, args.device)
 
@@ -68,7 +71,8 @@ def main() -> int:
     if not args.resume:
         training.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
-    lines += [f"no {name} in the checkpoint: new, from seed {args.seed}" for name in model.new_modules]
+    if model.new_modules:
+        lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
     print_plan(args, model, nlu_formula(objective, classes), lines, steps)
 
     # Before the first step the student is the pre-trained model, whatever the init.
@@ -76,7 +80,8 @@ def main() -> int:
     judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
     before = judge()
     features = [answer(eval_rows[0], part=model.features)] if args.features else []
-    teacher = teacher_logits(model, answer, args, objective, examples, rows)
+    teacher = teacher_logits(model, answer, args, objective, fine_tuned, rows)
+    del fine_tuned  # and with it its memory
     step = training.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, then one update. The epoch that is best on the dev set is kept.
@@ -152,7 +157,7 @@ def teacher_logits(
     answer: Callable[..., Tensor],
     args: Namespace,
     objective: Objective,
-    examples: list[LabelledText],
+    fine_tuned: tuple[nn.Module, list[ClassRow]] | None,
     rows: list[ClassRow],
 ) -> Tensor | None:
     """What the teacher answers to every row, (N, D): the pre-trained model with the initial head, or `--teacher`'s.
@@ -161,15 +166,25 @@ def teacher_logits(
     """
     if not objective.needs_teacher:
         return None
-    if args.teacher == "pretrained":
-        with mb.pretrained(model):
-            return answer(rows)
-    teacher = mb.load_model(args.teacher, "classifier", model.num_labels, args.dtype, args.device)
+    if fine_tuned is not None:
+        teacher, own_rows = fine_tuned
+        return classify.answers(teacher, own_rows, 4 * args.batch_size, args.device)
+    with mb.pretrained(model):
+        return answer(rows)
+
+
+def fine_tuned_teacher(
+    args: Namespace, objective: Objective, classes: int, examples: list[LabelledText]
+) -> tuple[nn.Module, list[ClassRow]] | None:
+    """The model in the folder `--teacher` and the rows in its own tokens; None if that is not what teaches."""
+    if not objective.needs_teacher or args.teacher == "pretrained":
+        return None
+    teacher = mb.load_model(args.teacher, "classifier", classes, args.dtype, args.device)
     if teacher.new_modules:
         raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
     own_rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
     data.check_fits(own_rows, args.data, args.teacher, args.max_length)
-    return classify.answers(teacher, own_rows, 4 * args.batch_size, args.device)
+    return teacher, own_rows
 
 
 def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet], str]:

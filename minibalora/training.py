@@ -249,6 +249,10 @@ def resumed_step(args: Namespace, settings: dict, steps: int) -> int | None:
         return None
     check_settings(args.out, settings)
     step = checkpoint_step(args.out)
+    best = args.out / "checkpoint" / "best.safetensors"
+    if best.exists():
+        with _readable_checkpoint(best), safe_open(best, "pt"):
+            pass  # now, not after hours of training
     if step is not None and not 0 <= step <= steps:
         raise InputError(f"{args.out}: its checkpoint is of step {step}, but the run has {steps}: start anew")
     return step
