@@ -47,6 +47,8 @@ def main() -> int:
     task, examples, eval_sets, changes = read_data(args)
     classes = 1 if task.labels is None else len(task.labels)
     objective = nlu_objective(args)
+    if classes == 2 and objective.non_target_kl > 0:
+        raise InputError("--non-target-kl needs three classes or more: of two, one is left, and the term is always 0")
     tok = mb.load_tokenizer(args.model)
     rows, cut = classify.encode(examples, tok, args.max_length)
     eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
@@ -71,6 +73,7 @@ def main() -> int:
     if not args.resume:
         training.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
+    lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
     if model.new_modules:
         lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
     print_plan(args, model, nlu_formula(objective, classes), lines, steps)
@@ -204,7 +207,7 @@ def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet],
         eval_sets = read_eval_sets([*dev, *map(Path, args.eval or [])], task)
         if not eval_sets:
             raise InputError(f"--data {args.data}: a file needs --eval with the dev file: give it")
-    glue.check_classes(examples, task, args.data or "built-in reviews")
+    glue.check_classes(examples, task, f"{args.data}, {len(examples):,} rows")
     changes, count = f", {skipped:,} rows without a label", len(examples)
     if args.imbalance:
         examples = glue.with_imbalance(examples, args.imbalance, args.seed)
@@ -249,7 +252,7 @@ def check_features(args: Namespace) -> None:
     path = args.features
     if path is not None and path.exists() and not args.resume:
         raise InputError(f"--features {path}: exists already: give another name")
-    if path is not None and not path.absolute().parent.is_dir():
+    if path is not None and not path.absolute().parent.is_dir() and path.absolute().parent != args.out.absolute():
         raise InputError(f"--features {path}: its folder does not exist: make it")
 
 
@@ -282,7 +285,7 @@ def finite(value: float) -> float | None:
 
 def amounts(args: Namespace, task: Task, examples: list[LabelledText]) -> str:
     counts = Counter(example.label for example in examples)
-    classes = ", ".join(f"{counts[index]:,} {label}" for index, label in enumerate(task.labels or ()))
+    classes = ", ".join(f"{counts[index]:,} of class {label}" for index, label in enumerate(task.labels or ()))
     return f"{args.data or 'built-in reviews'}, {len(examples):,} rows{f': {classes}' if classes else ''}"
 
 

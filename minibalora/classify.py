@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minibalora import metrics
 from minibalora.glue import LabelledText, Task, fold
@@ -62,7 +63,7 @@ def answers(
     model.eval()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     found = []
-    for start in range(0, len(rows), batch_size):
+    for start in tqdm(range(0, len(rows), batch_size), desc="answers", dynamic_ncols=True, leave=False, delay=2):
         inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
         found.append((part or model)(*inputs).float().cpu())
     model.train(was_training)

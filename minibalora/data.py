@@ -253,6 +253,8 @@ def check_fits(rows: list, source: str | None, model: str, max_length: int) -> N
         raise InputError(f"--max-length {max_length}: {model} has {limit} positions: give at most {limit}")
     for row in rows:
         where = f"{source or 'built-in data'}, line {row.line}"
+        if len(row.ids) == 0:
+            raise InputError(f"{where}: the text has no tokens: leave it out")
         if row.ids.max() >= config.vocab_size:
             which = f"token {row.ids.max()}, but the model has {config.vocab_size} tokens"
             raise InputError(f"{model}: its tokenizer gives {which} ({where}): they do not belong together")

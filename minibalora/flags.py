@@ -144,7 +144,7 @@ def nlu_parser() -> argparse.ArgumentParser:
         "published) or a folder with a fine-tuned checkpoint")  # fmt: skip
     _add_optimisation_flags(
         parser,
-        lr="default: 1e-4; published: 3e-5 to 6e-4, by task; built-in model: 2e-3",
+        lr="default: 1e-4; published: 3e-5 to 6e-4, by task; built-in model: 1e-3",
         schedule="linear",
         warmup_ratio=(0.06, "default: 0.06 as in LoRA's runs on GLUE, not published for BA-LoRA"),
         epochs="default: 10; published: 10 to 50, by task; built-in model: 4",
@@ -330,6 +330,8 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"{_flag(name)} needs classes, but --task {args.task} has scores: leave one out")
     if args.teacher is not None and args.method != "ba-lora" and args.non_target_kl == 0:
         raise InputError(f"--teacher has no meaning with --method {args.method} without --non-target-kl: leave it out")
+    if args.teacher is not None and args.lambda1 == 0 and args.non_target_kl == 0:
+        raise InputError("--teacher has no meaning with --lambda1 0 and without --non-target-kl: leave one out")
     if args.recipe == "2024" and args.temperature is not None and not args.adaptive_lambda1:
         raise InputError("--temperature has no meaning with --recipe 2024, whose consistency is an MSE: leave one out")
 

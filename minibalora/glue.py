@@ -175,7 +175,8 @@ def _columns(task: Task, found: Iterable[str], where: str) -> tuple[str, ...]:
     """The first of the task's alternatives whose columns are all there; InputError says what is there instead."""
     if columns := _fitting(task, found):
         return columns
-    others = [other for other in TASKS.values() if set(other.columns[0]) <= set(found)]
+    own = [other for other in TASKS.values() if set(other.columns[0]) <= set(found)]  # GLUE's names come first
+    others = own or [other for other in TASKS.values() if _fitting(other, found)]
     most = max((len(other.columns[0]) for other in others), default=0)
     if others:
         mend = f"they are those of {' or '.join(other.name for other in others if len(other.columns[0]) == most)}"

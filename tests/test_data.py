@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers import GOLDEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from minibalora.data import (
     PROMPT_WITH_INPUT,
     Example,
     Row,
+    check_fits,
     collate,
     encode_examples,
     example_from,
@@ -196,6 +198,11 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300), tmp_path / "file" / "below"):
         refuses(lambda path=path: read_examples(path), path, "give a JSON Lines file")
+
+
+def test_a_text_without_tokens_is_refused(refuses):
+    row = Row(np.array([], dtype=np.int32), 0, 7)
+    refuses(lambda: check_fits([row], "file.tsv", str(GOLDEN / "gpt2"), 20), "file.tsv, line 7", "no tokens")
 
 
 def test_the_digest_is_of_what_is_learned_from():

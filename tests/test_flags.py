@@ -101,6 +101,7 @@ def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
         ([*GLUE, "--top-k", "3"], ["--top-k"]),
         ([*GLUE, "--features", ""], ["--features", "empty"]),
         ([*GLUE, "--teacher", "t", "--method", "lora"], ["--teacher", "--method lora"]),
+        ([*GLUE, "--teacher", "t", "--lambda1", "0"], ["--teacher", "--lambda1 0"]),
         ([*GLUE, "--teacher", "pretrained", "--method", "full"], ["--teacher", "--method full"]),
         ([*GLUE, "--method", "full", "--non-target-kl", "1"], ["--non-target-kl", "--method full"]),
         ([*GLUE, "--method", "full", "--rank", "8"], ["--rank", "--method full"]),

@@ -469,6 +469,14 @@ def pairs(count: int, labels: list) -> list[dict]:
             for index, (text, _) in enumerate(reviews(count, seed=count))]  # fmt: skip
 
 
+def test_non_target_kl_of_three_classes_is_a_term(bert, tmp_path, train):
+    rows = write_json_lines(tmp_path / "mnli.jsonl", pairs(12, ["entailment", "neutral", "contradiction"]))
+    flags = ["--eval", rows, "--max-steps", "3", "--method", "lora", "--non-target-kl", "0.5"]
+    assert train(flags_of(bert, rows, tmp_path / "out", *flags, task="mnli"))[0] == 0
+    terms = [entry["non_target_kl"] for entry in entries_of(tmp_path / "out")]
+    assert terms[-1] > 0 and all(entry["consistency"] is None for entry in entries_of(tmp_path / "out"))
+
+
 def test_a_file_of_folded_labels_is_evaluated_folded(bert, tmp_path, train):
     rows = write_json_lines(tmp_path / "mnli.jsonl", pairs(12, ["entailment", "neutral", "contradiction"]))
     hans = "gold_label\tsentence1\tsentence2\n" + "".join(
@@ -508,7 +516,7 @@ def test_classes_of_ones_own_are_learned_and_named(bert, tmp_path, train):
     fields = ["--text-field", "body", "--label-field", "kind"]
     flags = flags_of(bert, file, tmp_path / "out", "--eval", file, *fields, "--method", "full", task="custom")
     status, printed, _ = train(flags)
-    assert status == 0 and "9 rows: 4 ham, 5 spam" in printed and "recall of spam" in printed
+    assert status == 0 and "9 rows: 4 of class ham, 5 of class spam" in printed and "recall of spam" in printed
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "ham", "1": "spam"}
 
@@ -537,7 +545,8 @@ def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, 
         status, printed[name], _ = train(flags)
         assert status == 0
         digests[name] = json.loads((tmp_path / name / "run.json").read_text())["settings"]["data_digest"]
-    assert "46 rows: 23 0, 23 1" in printed["none"] and "left out for the imbalance" not in printed["none"]
+    assert "46 rows: 23 of class 0, 23 of class 1" in printed["none"]
+    assert "left out for the imbalance" not in printed["none"]
     assert "33 rows" in printed["a"] and "13 left out for the imbalance, 8 with another label" in printed["a"]
     assert digests["a"] == digests["b"] and len(set(digests.values())) == 3
 
@@ -586,7 +595,7 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
 @pytest.mark.parametrize("flags", [
     ["--recipe", "2024", "--init", "pissa_niter_4", "--micro-batch-size", "3"],
     ["--method", "lora", "--targets", "query", "value", "--schedule", "cosine", "--grad-checkpoint"],
-    ["--adaptive-lambda1", "--alpha", "7", "--dtype", "bfloat16", "--non-target-kl", "0.1", "--temperature", "2"],
+    ["--adaptive-lambda1", "--alpha", "7", "--dtype", "bfloat16", "--temperature", "2"],
     ["--method", "full", "--dtype", "bfloat16", "--micro-batch-size", "1"],
 ])  # fmt: skip
 def test_flags_that_change_the_method_run(flags, bert, data, tmp_path, train):
@@ -674,6 +683,7 @@ def place(tmp_path, data, bert, monkeypatch) -> Path:
     (["--model", "three_classes"], ["three_classes/model.safetensors", "3 classes", "2 are asked for"]),
     (["--data", "label.tsv"], ["label.tsv, line 3", "'7'", "sst2"]),
     (["--data", "short.tsv"], ["short.tsv, line 3", "1 columns, not 2"]),
+    (["--non-target-kl", "0.1"], ["--non-target-kl", "three classes"]),
     (["--data", "one_class.tsv"], ["one_class.tsv", "class '0'"]),
     (["--data", "headless.tsv"], ["headless.tsv", "no rows"]),
     (["--data", "no_train"], ["no_train/train.tsv", "no such file", "dev.tsv"]),
