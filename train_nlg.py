@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import data, evaluate, training
+from minibalora import data, evaluate, run_folder, training
 from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
@@ -27,7 +27,7 @@ from minibalora.weights import weights_digest
 def main() -> int:
     args = parse_nlg_flags()
     objective = nlg_objective(args)
-    training.check_out(args.out, args.resume)
+    run_folder.check_out(args.out, args.resume)
     torch.manual_seed(args.seed)
 
     # Load: data, tokenizer, model.
@@ -41,7 +41,7 @@ def main() -> int:
     data.check_fits(data.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
-    resumed_step = training.resumed_step(args, settings, steps)
+    resumed_step = run_folder.resumed_step(args, settings, steps)
     model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
@@ -49,10 +49,10 @@ def main() -> int:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    parameters = training.trained_parameters(model).values()
+    parameters = run_folder.trained_parameters(model).values()
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
     if not args.resume:
-        training.start_run(args.out, settings)
+        run_folder.start_run(args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
     print_plan(args, model, nlg_formula(objective), [amounts(args, rows), left_out], steps, memory)
@@ -60,7 +60,7 @@ def main() -> int:
     # At step 0 the student is the pre-trained model, whatever the init.
     judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.micro_batch_size)
     before = judge()
-    step = training.first_step(args.out, model, optimizer, resumed_step)
+    step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
     hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
@@ -147,7 +147,7 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Example], list[
 
 def settings_of(args: Namespace, examples: list[Example]) -> dict:
     """Everything that makes the run what it is, as run.json keeps it."""
-    settings = training.plain_settings(args) | {"objective": asdict(nlg_objective(args))}
+    settings = run_folder.plain_settings(args) | {"objective": asdict(nlg_objective(args))}
     return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 

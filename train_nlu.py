@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import classify, data, evaluate, glue, training
+from minibalora import classify, data, evaluate, glue, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
 from minibalora.files import replacing, write_json
@@ -40,7 +40,7 @@ class EvalSet:
 
 def main() -> int:
     args = parse_nlu_flags()
-    training.check_out(args.out, args.resume)
+    run_folder.check_out(args.out, args.resume)
     check_features(args)
 
     # Load: data, tokenizer, model. A head that the checkpoint lacks is new, drawn from the seed.
@@ -57,7 +57,7 @@ def main() -> int:
         data.check_fits(found, source, args.model, args.max_length)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
-    resumed_step = training.resumed_step(args, settings, steps)
+    resumed_step = run_folder.resumed_step(args, settings, steps)
     full = args.method == "full"
     fine_tuned = fine_tuned_teacher(args, objective, classes, examples)
     torch.manual_seed(args.seed)
@@ -68,10 +68,10 @@ def main() -> int:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    parameters = training.trained_parameters(model).values()
+    parameters = run_folder.trained_parameters(model).values()
     optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
     if not args.resume:
-        training.start_run(args.out, settings)
+        run_folder.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
     if model.new_modules:
@@ -85,7 +85,7 @@ def main() -> int:
     features = [answer(eval_rows[0], part=model.features)] if args.features else []
     teacher = teacher_logits(model, answer, args, objective, fine_tuned, rows)
     del fine_tuned  # and with it its memory
-    step = training.first_step(args.out, model, optimizer, resumed_step)
+    step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, then one update. The epoch that is best on the dev set is kept.
     forward = torch.compile(model, dynamic=True) if args.compile else model
@@ -99,7 +99,7 @@ def main() -> int:
         if step % data.steps_per_epoch(len(rows), args.batch_size) != 0 and step != steps:
             return {}
         dev = classify.dev_metric(judge(first=1)[eval_sets[0].name], task)
-        training.keep_best(args.out, model, step, dev)
+        run_folder.keep_best(args.out, model, step, dev)
         tqdm.write(f"step {step}: {' + '.join(task.metrics)} of {eval_sets[0].name} {dev:.4f}")
         return {"dev": finite(dev)}
 
@@ -108,7 +108,7 @@ def main() -> int:
         return training.finish(args.out, step, steps, stop)
 
     # Save: the best epoch's adapter and head for the original base, in PEFT's format, and what it is worth.
-    best_step = training.load_best(args.out, model)
+    best_step = run_folder.load_best(args.out, model)
     after = judge()
     if full:
         mb.save_model(model.to(args.dtype), args.out / "model", task.labels)
@@ -242,7 +242,7 @@ def scores(
 
 def settings_of(args: Namespace, objective: Objective, task: Task, examples: list[LabelledText]) -> dict:
     """Everything that makes the run what it is, as run.json keeps it."""
-    settings = training.plain_settings(args) | {"objective": asdict(objective), "labels": list(task.labels or [])}
+    settings = run_folder.plain_settings(args) | {"objective": asdict(objective), "labels": list(task.labels or [])}
     settings["teacher_digest"] = None if args.teacher in (None, "pretrained") else weights_digest(args.teacher)
     return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
 

@@ -43,3 +43,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def is_full_disk(error: Exception) -> bool:
+    """By the text, for safetensors passes no error number on."""
+    return any(text in str(error) for text in ("No space left", "quota exceeded"))

@@ -1,9 +1,6 @@
-"""What the training scripts share: exit status, adapting, the loop, stop signals, the run's folder, checkpoints."""
+"""What the training scripts share: exit status, adapting, the optimisation loop, stop signals."""
 
-import json
 import math
-import os
-import platform
 import signal
 import sys
 import time
@@ -14,28 +11,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy
-import safetensors
-import tokenizers
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
-from minibalora.files import read_json_object, replacing, write_json
-from minibalora.lowrank import adapt, initial_values
+from minibalora.files import is_full_disk
+from minibalora.lowrank import adapt
 from minibalora.objective import weighted_sum
+from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
-RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model")
-RUN_FILES += ("adapter_config.json", "adapter_model.safetensors")
-# These move the work or cut it otherwise, which a user short of memory must be free to do; with micro_batch_size the
-# spectral term changes a little. Model, teacher and data may have moved, too: their digests are compared instead.
-MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "teacher", "out", "features", "resume", "save_every"}
-MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
 
 
 def run_script(main: Callable[[], int]) -> None:
@@ -50,7 +39,7 @@ def run_script(main: Callable[[], int]) -> None:
     except torch.OutOfMemoryError:
         _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or add --grad-checkpoint, with --resume")
     except (OSError, SafetensorError) as error:
-        if not _is_full_disk(error):
+        if not is_full_disk(error):
             raise
         _exit_with_line(1, f"the disk is full ({error}): make room and go on with --resume; the checkpoint is intact")
 
@@ -59,11 +48,6 @@ def _exit_with_line(status: int, message: object) -> None:
     line = " ".join(str(message).split())
     print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    """By the text, for safetensors passes no error number on."""
-    return any(text in str(error) for text in ("No space left", "quota exceeded"))
 
 
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
@@ -220,205 +204,6 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def check_out(out: Path, resume: bool) -> None:
-    """InputError if `out` can't hold this run: not writable, used by another run, or, to resume, without one."""
-    if resume and not os.path.isfile(out / "run.json"):
-        raise InputError(f"{out}: holds no run to resume: leave --resume out to start one")
-    used = [name for name in RUN_FILES if os.path.lexists(out / name)]
-    if used and not resume:
-        raise InputError(f"{out}: holds a run already ({used[0]}): go on with it by --resume, or give another --out")
-    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
-
-
-def plain_settings(args: Namespace) -> dict:
-    """The flags as JSON can hold them."""
-    plain = int | float | list | None
-    return {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
-
-
-def resumed_step(args: Namespace, settings: dict, steps: int) -> int | None:
-    """The step of the checkpoint to go on from; None for a new run and for one stopped before its first checkpoint.
-
-    InputError if the run in --out is another one than `settings`, or its checkpoint can't be of a run of `steps`.
-    """
-    if not args.resume:
-        return None
-    check_settings(args.out, settings)
-    step = checkpoint_step(args.out)
-    best = args.out / "checkpoint" / "best.safetensors"
-    if best.exists():
-        with _readable_checkpoint(best), safe_open(best, "pt"):
-            pass  # now, not after hours of training
-    if step is not None and not 0 <= step <= steps:
-        raise InputError(f"{args.out}: its checkpoint is of step {step}, but the run has {steps}: start anew")
-    return step
-
-
-def check_settings(out: Path, settings: dict) -> None:
-    """InputError that names the first setting in which this run is not the one in `out`."""
-    recorded = read_json_object(out / "run.json").get("settings")
-    recorded = recorded if isinstance(recorded, dict) else {}
-    if recorded.get("is_toy") is False and settings["is_toy"]:
-        raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
-    for name, value in settings.items():
-        if name not in MAY_CHANGE_ON_RESUME and recorded.get(name) != value:
-            flag = name if "digest" in name else f"--{name.replace('_', '-')}"
-            was = recorded.get(name)
-            raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
-
-
-def start_run(out: Path, settings: dict) -> None:
-    """Make the folder and write run.json: settings and versions."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        versions = {"python": platform.python_version()}
-        versions |= {module.__name__: str(module.__version__) for module in (torch, numpy, safetensors, tokenizers)}
-        write_json(out / "run.json", {"settings": settings, "versions": versions})
-    except OSError as error:
-        if _is_full_disk(error):
-            raise
-        raise InputError(f"{out}: can't write there ({error.strerror}): give another --out") from None
-
-
-def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """checkpoint/state.safetensors: trained parameters and Adam's moments after `step` steps, in one atomic file.
-
-    Step 0 also writes checkpoint/initial.safetensors, which never changes: A₀, B₀ and a new classifier head's values.
-    """
-    folder = out / "checkpoint"
-    folder.mkdir(exist_ok=True)
-    if step == 0:
-        with replacing(folder / "initial.safetensors") as temporary:
-            save_file(initial_values(model), temporary)
-    tensors = {}
-    for name, parameter in trained_parameters(model).items():
-        tensors[f"parameter/{name}"] = parameter.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if parameter in optimizer.state:
-                tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    with replacing(folder / "state.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step)})
-
-
-def checkpoint_step(out: Path) -> int | None:
-    """The step of the checkpoint, None if the run was stopped before its first; InputError if it can't be read."""
-    if not (out / "checkpoint" / "state.safetensors").exists():
-        return None
-    with _open_checkpoint(out) as (_, state):
-        return int(state.metadata()["step"])
-
-
-@torch.no_grad()
-def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint into model and optimizer; InputError if it does not fit them."""
-    parameters = trained_parameters(model)
-    with _open_checkpoint(out) as (initial, state):
-        for name, buffer in initial_values(model).items():
-            buffer.copy_(initial.get_tensor(name))
-        for name, parameter in parameters.items():
-            parameter.copy_(state.get_tensor(f"parameter/{name}"))
-        step = int(state.metadata()["step"])
-        if step > 0:
-            moments = {
-                index: {moment: state.get_tensor(f"{moment}/{name}").clone() for moment in ("exp_avg", "exp_avg_sq")}
-                | {"step": torch.tensor(float(step))}
-                for index, name in enumerate(parameters)
-            }  # cloned, for a tensor of safetensors is a view of its file, which the next checkpoint replaces
-            groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": moments, "param_groups": groups})
-
-
-def first_step(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, resumed: int | None) -> int:
-    """Put the checkpoint of step `resumed` into model and optimizer, or, if that is None, write that of step 0."""
-    if resumed is None:
-        save_checkpoint(out, model, optimizer, 0)
-        return 0
-    load_checkpoint(out, model, optimizer)
-    print(f"resumed at step {resumed}")
-    return resumed
-
-
-def keep_best(out: Path, model: nn.Module, step: int, score: float) -> None:
-    """checkpoint/best.safetensors: what is trained, as of the step with the highest score so far, the first of equals.
-
-    A NaN counts as lowest. A file of a later step is of a run that was stopped after it and resumed before it: that
-    step will come again.
-    """
-    score = -math.inf if math.isnan(score) else score
-    path = out / "checkpoint" / "best.safetensors"
-    if path.exists():
-        with _readable_checkpoint(path), safe_open(path, "pt") as best:
-            if int(best.metadata()["step"]) < step and float(best.metadata()["score"]) >= score:
-                return
-    tensors = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
-    with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "score": str(score)})
-
-
-@torch.no_grad()
-def load_best(out: Path, model: nn.Module) -> int:
-    """Put the best step's parameters into the model; returns that step."""
-    path = out / "checkpoint" / "best.safetensors"
-    with _readable_checkpoint(path), safe_open(path, "pt") as best:
-        for name, parameter in trained_parameters(model).items():
-            parameter.copy_(best.get_tensor(name))
-        return int(best.metadata()["step"])
-
-
-@contextmanager
-def _open_checkpoint(out: Path) -> Iterator[tuple]:
-    folder = out / "checkpoint"
-    with (
-        _readable_checkpoint(folder),
-        safe_open(folder / "initial.safetensors", "pt") as initial,
-        safe_open(folder / "state.safetensors", "pt") as state,
-    ):
-        yield initial, state
-
-
-@contextmanager
-def _readable_checkpoint(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({error}): start anew") from None
-
-
-@contextmanager
-def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
-    path = out / "log.jsonl"
-    if path.exists():
-        kept = [
-            line
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if _is_logged_by(line, step)
-        ]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    with open(path, "a", encoding="utf-8") as file:
-
-        def log(entry: dict) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-
-        yield log
-
-
-def _is_logged_by(line: str, step: int) -> bool:
-    """False for a later step's line and for one that is damaged, as by a kill."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, TypeError, KeyError):
-        return False
 
 
 def peak_memory(device: torch.device) -> int:

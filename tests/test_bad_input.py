@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN
 
+from minibalora.run_folder import start_run
 from minibalora.toy import MODEL
-from minibalora.training import run_script, start_run
+from minibalora.training import run_script
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))

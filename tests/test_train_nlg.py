@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora import training
+from minibalora import run_folder, training
 from minibalora.data import Row, collate, micro_batches
 from minibalora.objective import NLG_RECIPES
 from minibalora.toy import MODEL
@@ -129,14 +129,14 @@ def train_a_network(out: Path, start: int = 0, until: int = 6, seed: int = 7) ->
     args = Namespace(**settings, method="lora", device=torch.device("cpu"), dtype=torch.float32)
     torch.manual_seed(0)
     model = mb.adapt(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), rank=2, init="lora")
-    optimizer = torch.optim.AdamW(training.trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(run_folder.trained_parameters(model).values())
     out.mkdir(exist_ok=True)
-    assert training.first_step(out, model, optimizer, start or None) == start
+    assert run_folder.first_step(out, model, optimizer, start or None) == start
     torch.manual_seed(start)  # what must not matter
     step, stop = training.train(args, model, optimizer, start, 6, gradients, after_step=lambda step: {"dev": step})
     assert (step, stop) == (until, [signal.SIGTERM] if until < 6 else [])
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return list(training.trained_parameters(model).values()), entries
+    return list(run_folder.trained_parameters(model).values()), entries
 
 
 def test_a_resumed_run_repeats_dropout_exactly(tmp_path):
@@ -297,7 +297,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkp
 
 def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    real, calls = mb.training.save_file, []
+    real, calls = mb.run_folder.save_file, []
 
     def save_file(tensors, path, **kwargs):
         calls.append(path)
@@ -306,11 +306,11 @@ def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_p
             raise OSError(28, "No space left on device")
         real(tensors, path, **kwargs)
 
-    monkeypatch.setattr(mb.training, "save_file", save_file)
+    monkeypatch.setattr(mb.run_folder, "save_file", save_file)
     status, error = in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2"))
     assert status == 1 and "the disk is full" in error.splitlines()[-1]
     assert {path.name for path in (out / "checkpoint").iterdir()} == {"initial.safetensors", "state.safetensors"}
-    monkeypatch.setattr(mb.training, "save_file", real)
+    monkeypatch.setattr(mb.run_folder, "save_file", real)
     assert in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2", "--resume"))[0] == 0
 
 

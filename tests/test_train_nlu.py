@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
-from minibalora import classify, training
+from minibalora import classify, run_folder
 from minibalora.classify import ClassRow
 from minibalora.data import micro_batches
 from minibalora.glue import TASKS, read_labelled
@@ -381,14 +381,14 @@ def test_killed_between_the_best_epochs_file_and_the_checkpoint_changes_nothing(
 
 def falling(monkeypatch, values: list[float]) -> dict[int, torch.Tensor]:
     """Give the epochs these dev scores; returns the head's weight as of each."""
-    heads, real, scores = {}, training.keep_best, iter(values)
+    heads, real, scores = {}, run_folder.keep_best, iter(values)
 
     def keep_best(out, model, step, score):
         heads[step] = model.classifier.weight.detach().clone()
         real(out, model, step, score)
 
     monkeypatch.setattr(classify, "dev_metric", lambda *_: next(scores))
-    monkeypatch.setattr(training, "keep_best", keep_best)
+    monkeypatch.setattr(run_folder, "keep_best", keep_best)
     return heads
 
 
