@@ -6,6 +6,7 @@ every epoch; save the best one.
 
 import json
 import math
+import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import minibalora as mb
 from minibalora import classify, data, evaluate, glue, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
-from minibalora.files import replacing, write_json
+from minibalora.files import read_json_object, replacing, write_json
 from minibalora.flags import nlu_objective, parse_nlu_flags
 from minibalora.glue import LabelledText, Task
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms
@@ -59,9 +60,11 @@ def main() -> int:
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
     full = args.method == "full"
-    fine_tuned = fine_tuned_teacher(args, objective, classes, examples)
+    teacher = fine_tuned_logits(args, task, classes, examples) if objective.needs_teacher else None
     torch.manual_seed(args.seed)
     model = mb.load_model(args.model, "classifier", classes, torch.float32 if full else args.dtype, args.device)
+    if model.own_head[-1] not in model.new_modules:
+        check_class_order(args.model, task)
 
     # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
     if not full:
@@ -83,8 +86,9 @@ def main() -> int:
     judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
     before = judge()
     features = [answer(eval_rows[0], part=model.features)] if args.features else []
-    teacher = teacher_logits(model, answer, args, objective, fine_tuned, rows)
-    del fine_tuned  # and with it its memory
+    if objective.needs_teacher and teacher is None:
+        with mb.pretrained(model):  # with the initial head; never changes, so this is all that a teacher costs
+            teacher = answer(rows)
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, then one update. The epoch that is best on the dev set is kept.
@@ -109,9 +113,11 @@ def main() -> int:
 
     # Save: the best epoch's adapter and head for the original base, in PEFT's format, and what it is worth.
     best_step = run_folder.load_best(args.out, model)
+    if full:
+        model.to(args.dtype)  # what is measured is what is saved
     after = judge()
     if full:
-        mb.save_model(model.to(args.dtype), args.out / "model", task.labels)
+        mb.save_model(model, args.out / "model", task.labels)
     else:
         mb.save_adapter(model, args.out)
     write_report(args.out, task, best_step, before, after)
@@ -155,39 +161,34 @@ def backward(
     return training.add_gradients(terms_of_parts(), weights, stop)
 
 
-def teacher_logits(
-    model: nn.Module,
-    answer: Callable[..., Tensor],
-    args: Namespace,
-    objective: Objective,
-    fine_tuned: tuple[nn.Module, list[ClassRow]] | None,
-    rows: list[ClassRow],
-) -> Tensor | None:
-    """What the teacher answers to every row, (N, D): the pre-trained model with the initial head, or `--teacher`'s.
+def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[LabelledText]) -> Tensor | None:
+    """What the model in the folder `--teacher`, with its own tokenizer, answers to every example, (N, D).
 
-    It never changes during a run, so this is all that a teacher costs.
+    None if the student's pre-trained self is the teacher.
     """
-    if not objective.needs_teacher:
-        return None
-    if fine_tuned is not None:
-        teacher, own_rows = fine_tuned
-        return classify.answers(teacher, own_rows, 4 * args.batch_size, args.device)
-    with mb.pretrained(model):
-        return answer(rows)
-
-
-def fine_tuned_teacher(
-    args: Namespace, objective: Objective, classes: int, examples: list[LabelledText]
-) -> tuple[nn.Module, list[ClassRow]] | None:
-    """The model in the folder `--teacher` and the rows in its own tokens; None if that is not what teaches."""
-    if not objective.needs_teacher or args.teacher == "pretrained":
+    if args.teacher == "pretrained":
         return None
     teacher = mb.load_model(args.teacher, "classifier", classes, args.dtype, args.device)
     if teacher.new_modules:
         raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
-    own_rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
-    data.check_fits(own_rows, args.data, args.teacher, args.max_length)
-    return teacher, own_rows
+    check_class_order(args.teacher, task)
+    rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
+    data.check_fits(rows, args.data, args.teacher, args.max_length)
+    return classify.answers(teacher, rows, 4 * args.batch_size, args.device)
+
+
+def check_class_order(folder: str, task: Task) -> None:
+    """InputError if config.json says that a class of the head is another class of the task.
+
+    Published heads of MNLI differ in their order. Names that the task does not know, such as LABEL_0, say nothing.
+    """
+    id2label = read_json_object(Path(folder) / "config.json").get("id2label")
+    known = {str(name).lower().replace("-", "_"): index for name, index in task.spellings.items()} | task.spellings
+    for index, name in (id2label if isinstance(id2label, dict) else {}).items():
+        ours = known.get(name, known.get(str(name).lower().replace("-", "_"))) if isinstance(name, str) else None
+        if ours is not None and str(ours) != index:
+            which = f"class {index} is {name!r}, which is class {ours} of {task.name}"
+            raise InputError(f"{folder}/config.json: {which}: put the head's rows and id2label into the task's order")
 
 
 def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet], str]:
@@ -220,6 +221,8 @@ def read_data(args: Namespace) -> tuple[Task, list[LabelledText], list[EvalSet],
 
 def read_eval_sets(paths: list[Path], task: Task) -> list[EvalSet]:
     """Each file by its name, or by its path where another has the same name."""
+    if len(set(paths)) < len(paths):
+        raise InputError(f"--eval names {max(paths, key=paths.count)} twice: name each file once")
     names = Counter(path.name for path in paths)
     sets = {path.name if names[path.name] == 1 else str(path): glue.read_labelled(path, task) for path in paths}
     return [EvalSet(name, examples, is_folded) for name, (examples, _, is_folded) in sets.items()]
@@ -243,17 +246,32 @@ def scores(
 def settings_of(args: Namespace, objective: Objective, task: Task, examples: list[LabelledText]) -> dict:
     """Everything that makes the run what it is, as run.json keeps it."""
     settings = run_folder.plain_settings(args) | {"objective": asdict(objective), "labels": list(task.labels or [])}
-    settings["teacher_digest"] = None if args.teacher in (None, "pretrained") else weights_digest(args.teacher)
+    settings["teacher_digest"] = None
+    if args.teacher not in (None, "pretrained"):
+        if not Path(args.teacher).is_dir():
+            raise InputError(f"--teacher {args.teacher}: no such folder: give pretrained or a fine-tuned checkpoint")
+        settings["teacher_digest"] = weights_digest(args.teacher)
     return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 
 def check_features(args: Namespace) -> None:
-    """InputError if --features can't be written, which would be known only after training."""
+    """InputError if --features can't be written, which would be known only after training, or is no place for it."""
     path = args.features
-    if path is not None and path.exists() and not args.resume:
+    if path is None:
+        return
+    folder = path.absolute().parent
+    if folder == args.out.absolute():
+        if path.name in run_folder.RUN_FILES:
+            raise InputError(f"--features {path}: is a file of the run itself: give another name")
+        return  # check_out has seen to it
+    is_own = args.resume and read_json_object(args.out / "run.json")["settings"].get("features") == str(path)
+    if path.exists() and not is_own:
         raise InputError(f"--features {path}: exists already: give another name")
-    if path is not None and not path.absolute().parent.is_dir() and path.absolute().parent != args.out.absolute():
-        raise InputError(f"--features {path}: its folder does not exist: make it")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"--features {path}: can't write there ({error.strerror}): give another folder") from None
 
 
 def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float]) -> None:

@@ -95,7 +95,8 @@ def save_model(model: nn.Module, folder: str | Path, label_names: Sequence[str] 
     """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
 
     Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. `model.source`
-    is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for its config.
+    is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for its config
+    (None: as in the source).
     Raises InputError if `folder` holds other weight files.
     """
     folder, source = Path(folder), Path(model.source)
@@ -122,22 +123,27 @@ def save_model(model: nn.Module, folder: str | Path, label_names: Sequence[str] 
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
-    write_json(folder / "config.json", config | _classifier_config(model, config["model_type"], label_names))
+    write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
     for name in TOKENIZER_FILES:
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
 
 
-def _classifier_config(model: nn.Module, model_type: str, label_names: Sequence[str] | None) -> dict:
-    """What makes a config.json that of a classifier; nothing for a language model."""
+def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:
+    """What makes the config.json `source` that of a classifier; nothing for a language model."""
     count = getattr(model, "num_labels", None)
     if count is None:
         return {}
-    names = dict(enumerate(label_names or [f"LABEL_{index}" for index in range(count)]))
-    label2id = {name: index for index, name in names.items()}
-    architecture = f"{CLASSES[model_type]}ForSequenceClassification"
-    return {"architectures": [architecture], "num_labels": count, "id2label": names, "label2id": label2id}
+    stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
+    names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
+    return {
+        "architectures": [f"{CLASSES[source['model_type']]}ForSequenceClassification"],
+        "problem_type": "regression" if count == 1 else "single_label_classification",
+        "num_labels": count,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
 
 
 def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from minibalora import metrics
+from minibalora.errors import InputError
 from minibalora.glue import LabelledText, Task, fold
 from minibalora.text import Tokenizer
 
@@ -57,6 +58,7 @@ def answers(
 ) -> Tensor:
     """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout; the mode is restored.
 
+    InputError if they are not finite, as after a step that was too large.
     part: `model.features` for the states (N, d) that the head reads instead. Batches are of rows of similar length.
     """
     was_training = model.training
@@ -67,7 +69,10 @@ def answers(
         inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
         found.append((part or model)(*inputs).float().cpu())
     model.train(was_training)
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    found = torch.cat(found)[torch.tensor(order).argsort()]
+    if not found.isfinite().all():
+        raise InputError("the model's answers are not finite: lower --lr, or use --dtype float32")
+    return found
 
 
 def scores(logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int) -> dict[str, float]:

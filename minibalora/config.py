@@ -11,6 +11,7 @@ from minibalora.models.encoder import EncoderConfig
 
 LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products of three sizes still fit 64 bits
 GATED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+INITIALIZER_RANGE = 0.02  # the default of all these families
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 # What a config.json of each family may leave out, as that family's own code fills it in.
@@ -178,6 +179,7 @@ def _llama(fields: Fields, family: str) -> DecoderConfig:
         activation=fields.activation("hidden_act", GATED),
         norm_offset=1.0 if family == "gemma" else 0.0,
         embedding_scale=d**0.5 if family == "gemma" else 1.0,
+        initializer_range=fields.number("initializer_range", INITIALIZER_RANGE),
     )
     if heads % config.num_key_value_heads or config.head_dim % 2 or ("head_dim" not in fields.raw and d % heads):
         shape = f"hidden_size {d}, {heads} heads, {config.num_key_value_heads} key-value heads"
@@ -238,6 +240,7 @@ def _gpt2(fields: Fields) -> GPT2Config:
         attention_dropout=fields.dropout("attn_pdrop"),
         residual_dropout=fields.dropout("resid_pdrop"),
         tie_word_embeddings=fields.flag("tie_word_embeddings"),
+        initializer_range=fields.number("initializer_range", INITIALIZER_RANGE),
     )
 
 
@@ -297,6 +300,7 @@ def _encoder_settings(fields: Fields, family: str, classifier_dropout: str) -> d
         "hidden_dropout": hidden_dropout,
         "attention_dropout": fields.dropout("attention_probs_dropout_prob"),
         "classifier_dropout": fields.dropout(classifier_dropout, hidden_dropout),
+        "initializer_range": fields.number("initializer_range", INITIALIZER_RANGE),
     }
 
 

@@ -153,8 +153,8 @@ def nlu_parser() -> argparse.ArgumentParser:
     )
     _add_hardware_flags(parser)
     add = _add_output_flags(parser, "nlu")
-    add("--features", metavar="FILE", type=path, help="write the dev set's last hidden states before and after "
-        "training, and its labels, to this safetensors file")  # fmt: skip
+    add("--features", metavar="FILE", type=path, help="write to this safetensors file the last hidden state that "
+        "the head reads, of each dev row before and after training, and its label")  # fmt: skip
     return parser
 
 

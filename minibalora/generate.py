@@ -9,9 +9,10 @@ from minibalora.text import Tokenizer
 
 @torch.no_grad()
 def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """The most likely continuation of each prompt, up to EOS, max_new_tokens or the model's last position, without it.
+    """The most likely continuation of each prompt, up to EOS or max_new_tokens, decoded without the prompt.
 
-    One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone.
+    One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone; but
+    with learned positions (GPT-2) all end where the longest prompt has reached the last one.
     """
     if not prompts:
         return []

@@ -61,7 +61,10 @@ def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Keep only each block's input for the backward pass, which computes the block once more: less memory, slower."""
+    """Keep only each block's input for the backward pass, which computes the block once more: less memory, slower.
+
+    Blocks are what stands in a ModuleList, for which our models have no other use.
+    """
     for blocks in model.modules():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)

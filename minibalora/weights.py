@@ -26,7 +26,6 @@ LAST_OF_HEAD = ("score.weight", "classifier.weight", "classifier.out_proj.weight
 DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
-HEAD_STD = 0.02  # of a new head: initializer_range in the configs of all these families
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def load_model(
     for name in [name for name, _ in model.named_parameters() if name in stored]:
         _set_parameter(model, name, nn.Parameter(_read(stored[name], name, dtype, device)))
     for name in model.new_modules:
-        _draw(model.get_submodule(name), dtype, device)
+        _draw(model.get_submodule(name), config.initializer_range, dtype, device)
     if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_tied(model, stored["lm_head.weight"].file)
     model.source = folder
@@ -228,10 +227,10 @@ def _read(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.dev
     return tensor.T.contiguous() if stored.is_transposed else tensor
 
 
-def _draw(module: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.device | str) -> None:
     """Normal weights and zero biases, as transformers begins a new head; drawn on the CPU, the same everywhere."""
     for name, parameter in list(module.named_parameters()):
-        values = torch.zeros(parameter.shape) if name.endswith("bias") else HEAD_STD * torch.randn(parameter.shape)
+        values = torch.zeros(parameter.shape) if name.endswith("bias") else std * torch.randn(parameter.shape)
         _set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 

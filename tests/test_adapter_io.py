@@ -181,6 +181,8 @@ def test_a_saved_classifier_says_so_in_its_config_and_loads_again(name, tmp_path
     assert config["architectures"][0].endswith("ForSequenceClassification")
     assert config["id2label"] == {str(index): label for index, label in enumerate(names)}
     assert config["label2id"] == {label: index for index, label in enumerate(names)}
+    mb.save_model(mb.load_model(tmp_path, head="classifier"), tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
 
 
 def test_saving_gpt2_gives_its_transposed_bits_back(tmp_path):

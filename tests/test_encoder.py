@@ -1,5 +1,6 @@
 """The encoders, and the decoders as classifiers, against transformers (committed golden values); heads, teachers."""
 
+import json
 import re
 
 import pytest
@@ -147,6 +148,13 @@ def test_a_missing_head_is_new_from_the_seed(name, tmp_path):
     assert not any(torch.equal(a, b) for a, b in weights)
     assert all(0.01 < a.std() < 0.03 for a, _ in weights)
     assert all((a == 0).all() for a in heads[0] if a.ndim == 1)
+
+
+def test_a_new_head_is_as_wide_as_the_config_says(tmp_path):
+    folder = headless("bert", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"initializer_range": 0.5}))
+    assert 0.4 < mb.load_model(folder, head="classifier", num_labels=5).bert.pooler["dense"].weight.std() < 0.6
 
 
 def test_half_a_head_is_not_taken_for_none(tmp_path, refuses):

@@ -554,19 +554,26 @@ def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, 
 # Teachers
 
 
+def spied_steps(monkeypatch) -> list[tuple]:
+    """The student and the teacher's logits of every step to come."""
+    seen, real = [], train_nlu.backward
+
+    def backward(model, forward, micro, teacher, *rest):
+        seen.append((model, teacher))
+        return real(model, forward, micro, teacher, *rest)
+
+    monkeypatch.setattr(train_nlu, "backward", backward)
+    return seen
+
+
 def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trains(tmp_path, data, train, monkeypatch):
     model = base_model("bert", tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    asked, real = [], train_nlu.teacher_logits
-
-    def teacher_logits(student, *args):
-        asked.append((student, real(student, *args), args[-1]))
-        return asked[0][1]
-
-    monkeypatch.setattr(train_nlu, "teacher_logits", teacher_logits)
+    steps = spied_steps(monkeypatch)
     assert train(flags_of(model, data, tmp_path / "out"))[0] == 0
     consistency = [entry["consistency"] for entry in entries_of(tmp_path / "out")]
     assert consistency[0] == pytest.approx(0, abs=1e-9) and consistency[-1] > 1e-6
-    (student, expected, rows), *_ = asked
+    student, expected = steps[0]
+    rows, _ = classify.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(model), 16)
     with mb.pretrained(student):
         assert torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-6)
     assert not torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-2)
@@ -580,13 +587,27 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
         full = flags_of(bert, data, tmp_path / "first", "--max-steps", "2", "--method", "full")
         assert train(full)[0] == 0
         teacher = tmp_path / "first" / "model"
-    known, real = [], train_nlu.teacher_logits
-    monkeypatch.setattr(train_nlu, "teacher_logits", lambda *args: known.append(real(*args)) or known[0])
+    steps = spied_steps(monkeypatch)
     assert train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))[0] == 0
     rows, _ = classify.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
     expected = classify.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
-    assert torch.allclose(known[0], expected, atol=1e-5)
+    assert torch.allclose(steps[0][1], expected, atol=1e-5)
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
+
+
+@pytest.mark.parametrize("names", [{"0": "POSITIVE", "1": "NEGATIVE"}, {"1": "negative", "0": "odd"}])
+def test_a_head_whose_classes_stand_in_another_order_is_refused(names, bert, data, tmp_path, train):
+    """As teacher and as the model itself; names that the task does not know say nothing."""
+    tuned = configure(write_tokenizer(Path(shutil.copytree(GOLDEN / "roberta", tmp_path / "tuned"))), id2label=names)
+    for flags in (flags_of(bert, data, tmp_path / "a", "--teacher", tuned), flags_of(tuned, data, tmp_path / "b")):
+        refused(train(flags), "config.json", "of sst2", "order")
+    configure(tuned, id2label={"0": "LABEL_0", "1": "positive"})
+    assert train(flags_of(tuned, data, tmp_path / "c", "--max-steps", "1"))[0] == 0
+
+
+def test_a_base_checkpoints_label_names_say_nothing(bert, data, tmp_path, train):
+    base = configure(Path(shutil.copytree(bert, tmp_path / "base")), id2label={"0": "positive", "1": "negative"})
+    assert train(flags_of(base, data, tmp_path / "out", "--max-steps", "1"))[0] == 0
 
 
 # Flags and families
@@ -603,6 +624,24 @@ def test_flags_that_change_the_method_run(flags, bert, data, tmp_path, train):
     entries = entries_of(tmp_path / "out")
     assert len(entries) == 3 and all(np.isfinite(entry["loss"]) for entry in entries)
     assert "dev" in entries[-1] and report_of(tmp_path / "out")["best_step"] == 3  # less than an epoch
+
+
+def test_what_a_full_run_reports_is_what_it_saves(bert, data, tmp_path, train):
+    flags = flags_of(bert, data, tmp_path / "out", "--max-steps", "3", "--method", "full", "--dtype", "bfloat16")
+    assert train(flags)[0] == 0
+    task = TASKS["sst2"]
+    rows, _ = classify.encode(read_labelled(data / "dev.tsv", task)[0], mb.load_tokenizer(bert), 16)
+    saved = mb.load_model(tmp_path / "out" / "model", head="classifier", dtype=torch.bfloat16)
+    logits = classify.answers(saved, rows, 16, "cpu")
+    assert report_of(tmp_path / "out")["after"]["dev.tsv"] == pytest.approx(
+        classify.scores(logits, rows, task, False, 4)
+    )
+
+
+def test_a_model_that_diverged_is_one_line(bert, data, tmp_path, train):
+    flags = ["--method", "full", "--lr", "1e30", "--max-steps", "1"]
+    refused_late = train(flags_of(bert, data, tmp_path / "out", *flags))
+    assert refused_late[0] == 2 and "not finite: lower --lr" in refused_late[2].splitlines()[-1]
 
 
 def test_checkpointed_blocks_train_the_same(bert, data, tmp_path, train):
@@ -699,6 +738,10 @@ def place(tmp_path, data, bert, monkeypatch) -> Path:
     (["--model", "unknown"], ["unknown/config.json", "electra"]),
     (["--features", "absent/features"], ["--features absent/features"]),
     (["--features", "dev.tsv"], ["--features dev.tsv", "exists already"]),
+    (["--features", "out/adapter_model.safetensors"], ["--features out/adapter", "file of the run itself"]),
+    (["--features", "/proc/features"], ["--features /proc/features", "can't write there"]),
+    (["--teacher", "absent"], ["--teacher absent", "no such folder"]),
+    (["--eval", "dev.tsv", "./dev.tsv"], ["--eval names dev.tsv twice"]),
     (["--teacher", "absent"], ["absent"]),
     (["--teacher", "BASE"], ["--teacher", "no trained", "fine-tuned"]),
     (["--teacher", "three_classes"], ["three_classes", "3 classes"]),

@@ -37,6 +37,7 @@ class DecoderConfig:
     activation: str  # "silu" or "gelu_tanh"
     norm_offset: float  # Gemma stores w and multiplies by 1 + w
     embedding_scale: float  # Gemma multiplies embeddings by √d
+    initializer_range: float  # standard deviation of a new head's weights
     max_position_embeddings: None = None  # rotary positions have no end
 
 
@@ -55,6 +56,7 @@ class GPT2Config:
     attention_dropout: float
     residual_dropout: float
     tie_word_embeddings: bool
+    initializer_range: float
 
     @property
     def num_key_value_heads(self) -> int:

@@ -30,6 +30,7 @@ class EncoderConfig:
     hidden_dropout: float
     attention_dropout: float
     classifier_dropout: float
+    initializer_range: float  # standard deviation of a new head's weights
     # BERT and RoBERTa
     max_position_embeddings: int | None = None  # tokens that a text may have; None: no limit
     type_vocab_size: int = 0
