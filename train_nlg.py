@@ -49,8 +49,7 @@ def main() -> int:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    parameters = run_folder.trained_parameters(model).values()
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
+    optimizer = training.optimizer_of(model, args.device)
     if not args.resume:
         run_folder.start_run(args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"

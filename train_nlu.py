@@ -71,8 +71,7 @@ def main() -> int:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    parameters = run_folder.trained_parameters(model).values()
-    optimizer = torch.optim.AdamW(parameters, weight_decay=0.0, fused=args.device.type == "cuda")
+    optimizer = training.optimizer_of(model, args.device)
     if not args.resume:
         run_folder.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
@@ -264,7 +263,8 @@ def check_features(args: Namespace) -> None:
         if path.name in run_folder.RUN_FILES:
             raise InputError(f"--features {path}: is a file of the run itself: give another name")
         return  # check_out has seen to it
-    is_own = args.resume and read_json_object(args.out / "run.json")["settings"].get("features") == str(path)
+    recorded = read_json_object(args.out / "run.json").get("settings") if args.resume else None
+    is_own = isinstance(recorded, dict) and recorded.get("features") == str(path)
     if path.exists() and not is_own:
         raise InputError(f"--features {path}: exists already: give another name")
     try:

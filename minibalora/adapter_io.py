@@ -110,11 +110,7 @@ def save_model(model: nn.Module, folder: str | Path, label_names: Sequence[str] 
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in zip(files, shards, strict=True):
-        merged = {name: _merged(*tensors[name]) for name in names}
-        merged = {
-            name: tensor.T.contiguous() if is_stored_transposed(model, name) else tensor
-            for name, tensor in merged.items()
-        }
+        merged = {name: _merged(*tensors[name], is_stored_transposed(model, name)) for name in names}
         with replacing(folder / file) as temporary:
             save_file(merged, temporary, metadata={"format": "pt"})
     if len(shards) > 1:
@@ -159,9 +155,9 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLine
     return tensors
 
 
-def _merged(stored: Tensor, layer: LowRankLinear | None) -> Tensor:
+def _merged(stored: Tensor, layer: LowRankLinear | None, is_transposed: bool) -> Tensor:
     tensor = stored if layer is None else layer.weight.to(stored.dtype)
-    return tensor.detach().cpu().contiguous()
+    return (tensor.T if is_transposed else tensor).detach().cpu().contiguous()
 
 
 def _shards(tensors: dict[str, tuple[Tensor, LowRankLinear | None]]) -> list[list[str]]:

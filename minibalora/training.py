@@ -70,6 +70,12 @@ def checkpoint_blocks(model: nn.Module) -> None:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
+def optimizer_of(model: nn.Module, device: torch.device) -> torch.optim.AdamW:
+    """Of everything that is trained, without weight decay, as published; `train` sets the rate of each step."""
+    parameters = trained_parameters(model).values()
+    return torch.optim.AdamW(parameters, weight_decay=0.0, fused=device.type == "cuda")
+
+
 def steps_of_run(args: Namespace, rows: int) -> int:
     steps = args.epochs * steps_per_epoch(rows, args.batch_size)
     return min(steps, args.max_steps or steps)
