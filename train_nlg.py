@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import data, evaluate, run_folder, training
+from minibalora import cli, data, evaluate, run_folder, training
 from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
@@ -157,4 +157,4 @@ def amounts(args: Namespace, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    cli.run_script(main, "lower --micro-batch-size or add --grad-checkpoint", "with --resume")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import classify, data, evaluate, glue, run_folder, training
+from minibalora import classify, cli, data, evaluate, glue, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
 from minibalora.files import read_json_object, replacing, write_json
@@ -308,4 +308,4 @@ def amounts(args: Namespace, task: Task, examples: list[LabelledText]) -> str:
 
 
 if __name__ == "__main__":
-    training.run_script(main)
+    cli.run_script(main, "lower --micro-batch-size or add --grad-checkpoint", "with --resume")

@@ -1,8 +1,7 @@
-"""The command line of the training scripts: flags, their published defaults, and what contradicts what."""
+"""The flags of the training scripts: their published defaults, and what contradicts what."""
 
 import argparse
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from datetime import datetime
@@ -11,6 +10,18 @@ from pathlib import Path
 import torch
 
 from minibalora import toy
+from minibalora.cli import (
+    OneLineParser,
+    device,
+    natural,
+    path,
+    positive_int,
+    positive_rate,
+    rate,
+    ratio,
+    share,
+    share_below_one,
+)
 from minibalora.errors import InputError
 from minibalora.glue import TASKS
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
@@ -33,54 +44,10 @@ CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1",
 CLASS_FLAGS += ("label_noise", "imbalance")
 
 
-class OneLineParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise InputError(f"{message}: see --help")
-
-
-def positive_int(text: str) -> int:
-    value = natural(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("0 is not a positive integer")
-    return value
-
-
-def natural(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text):  # what fits 64 bits
-        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 999999999999999999")
-    return int(text)
-
-
-def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not accepts(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-        return value
-
-    return parse
-
-
-rate = number("a number of at least 0", lambda value: 0 <= value < math.inf)
-positive_rate = number("a positive number", lambda value: 0 < value < math.inf)
-ratio = number("a number of at least 1", lambda value: 1 <= value < math.inf)
-share = number("a share, 0 to 1", lambda value: 0 <= value <= 1)
-share_below_one = number("a share, 0 to below 1", lambda value: 0 <= value < 1)
-
-
 def init(text: str) -> str:
     if not re.fullmatch(r"lora|pissa|pissa_niter_[0-9]{1,3}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa or pissa_niter_N")
     return text
-
-
-def path(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
 
 
 def nlg_parser() -> argparse.ArgumentParser:
@@ -264,7 +231,7 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     args.init = args.init or ("lora" if args.method == "lora" else "pissa")
     args.alpha = args.alpha or args.rank
-    args.device = _device(args.device)
+    args.device = device(args.device)
     default_dtype = "bfloat16" if args.device.type == "cuda" else "float32"
     args.dtype = getattr(torch, args.dtype or default_dtype)
     if args.resume and args.out is None:
@@ -338,13 +305,3 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
 
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
-
-
-def _device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=torch.device(name)).item()  # "meta" has tensors, but nothing in them
-    except (RuntimeError, AssertionError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {name} can't be used here ({reason}): give cpu, cuda or cuda:N") from None
-    return torch.device(name)

@@ -1,4 +1,4 @@
-"""What the training scripts share: exit status, adapting, the optimisation loop, stop signals."""
+"""What the training scripts share: adapting, the optimisation loop, stop signals."""
 
 import math
 import signal
@@ -12,42 +12,17 @@ from pathlib import Path
 
 import numpy
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
-from minibalora.files import is_full_disk
 from minibalora.lowrank import adapt
 from minibalora.objective import weighted_sum
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
-
-
-def run_script(main: Callable[[], int]) -> None:
-    """Exit with main's status; 2 and one line for what the user can mend, 1 and one line for a full disk or memory."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    try:
-        sys.exit(main())
-    except InputError as error:
-        _exit_with_line(2, error)
-    except KeyboardInterrupt:
-        _exit_with_line(130, "interrupted outside the training loop: a run that has begun goes on with --resume")
-    except torch.OutOfMemoryError:
-        _exit_with_line(1, "out of GPU memory: lower --micro-batch-size or add --grad-checkpoint, with --resume")
-    except (OSError, SafetensorError) as error:
-        if not is_full_disk(error):
-            raise
-        _exit_with_line(1, f"the disk is full ({error}): make room and go on with --resume; the checkpoint is intact")
-
-
-def _exit_with_line(status: int, message: object) -> None:
-    line = " ".join(str(message).split())
-    print(f"error: {line}", file=sys.stderr)
-    sys.exit(status)
 
 
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN
 
+from minibalora import cli
 from minibalora.run_folder import start_run
 from minibalora.toy import MODEL
-from minibalora.training import run_script
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -42,7 +42,7 @@ def train(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_nlg.py", "--device", "cpu", *flags])
         try:
             with pytest.raises(SystemExit) as caught:
-                run_script(train_nlg.main)
+                cli.run_script(train_nlg.main, "")
         finally:
             signal.signal(signal.SIGTERM, handler)
         return caught.value.code, capsys.readouterr().err

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder"],
     ["files", "objective", "spm"],
-    ["config"],
+    ["config", "cli"],
     ["weights"],
     ["adapter_io", "text"],
     ["data"],

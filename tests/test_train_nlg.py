@@ -22,12 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora import run_folder, training
+from minibalora import cli, run_folder, training
 from minibalora.data import Row, collate, micro_batches
 from minibalora.objective import NLG_RECIPES
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
-from minibalora.training import run_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "train_nlg.py")
@@ -236,7 +235,7 @@ def in_process(monkeypatch, capsys, argv: list[str]) -> tuple[int, str]:
     """Exit status and standard error of the script, without the cost of a new process."""
     monkeypatch.setattr(sys, "argv", argv[1:])
     with pytest.raises(SystemExit) as exit:
-        run_script(train_nlg.main)
+        cli.run_script(train_nlg.main, "")
     return exit.value.code, capsys.readouterr().err
 
 
@@ -277,7 +276,7 @@ def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, c
     argv = command(small_data, tmp_path / "out", "--max-steps", "1", "--eval", small_data)
     monkeypatch.setattr(sys, "argv", argv[1:])
     with pytest.raises(SystemExit):
-        run_script(train_nlg.main)
+        cli.run_script(train_nlg.main, "")
     printed = capsys.readouterr().out
     assert "before     after" in printed and "exact match, addition (12)" in printed
 

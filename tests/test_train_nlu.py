@@ -21,12 +21,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
-from minibalora import classify, run_folder
+from minibalora import classify, cli, run_folder
 from minibalora.classify import ClassRow
 from minibalora.data import micro_batches
 from minibalora.glue import TASKS, read_labelled
 from minibalora.objective import NLU_RECIPES
-from minibalora.training import run_script
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "train_nlu.py")
@@ -121,7 +120,7 @@ def train(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_nlu.py", *map(str, flags)])
         try:
             with pytest.raises(SystemExit) as caught:
-                run_script(train_nlu.main)
+                cli.run_script(train_nlu.main, "")
         finally:
             signal.signal(signal.SIGTERM, handler)
         return caught.value.code, *capsys.readouterr()
