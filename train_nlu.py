@@ -263,8 +263,7 @@ def check_features(args: Namespace) -> None:
         if path.name in run_folder.RUN_FILES:
             raise InputError(f"--features {path}: is a file of the run itself: give another name")
         return  # check_out has seen to it
-    recorded = read_json_object(args.out / "run.json").get("settings") if args.resume else None
-    is_own = isinstance(recorded, dict) and recorded.get("features") == str(path)
+    is_own = args.resume and run_folder.recorded_settings(args.out).get("features") == str(path)
     if path.exists() and not is_own:
         raise InputError(f"--features {path}: exists already: give another name")
     try:

@@ -1,84 +1,88 @@
-"""Adapters in PEFT's format, always relative to the original checkpoint, and merged checkpoints in Hugging Face's.
+"""Adapters in PEFT's format, always relative to the original checkpoint.
 
 PEFT's lora_A is (r, m) and lora_B is (n, r): the transposes of the paper's A (m, r) and B (r, n). Only this file
 converts.
 """
 
 import math
-import shutil
-from collections.abc import Sequence
+import re
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from minibalora.adapter_config import is_target, read_adapter_config, setting
 from minibalora.errors import InputError
-from minibalora.files import read_json_object, replacing, write_json
-from minibalora.lowrank import LowRankLinear, adapted_layers
-from minibalora.weights import is_stored_transposed
+from minibalora.files import replacing, write_json
+from minibalora.lowrank import LowRankLinear, adapted_layers, install, truncate
+from minibalora.weights import is_stored_transposed, set_parameter
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
-SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
-    "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
-).split()
-CLASSES = {  # transformers' spelling of a model_type
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "gemma": "Gemma",
-    "gpt2": "GPT2",
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "deberta-v2": "DebertaV2",
-}
+FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+@torch.no_grad()
+def save_adapter(model: nn.Module, folder: str | Path, rank: int | None = None) -> float:
     """Write adapter_config.json and adapter_model.safetensors: ΔW of every adapted layer, for the ORIGINAL base.
 
     A PiSSA-initialised adapter of rank r becomes a plain LoRA of rank 2r (see LowRankLinear.update), so that PEFT and
-    vLLM need neither the residual nor the initial factors. A classifier's trained head is saved whole, as PEFT's
-    modules_to_save. Raises ValueError if nothing is adapted.
+    vLLM need neither the residual nor the initial factors. With `rank`, each ΔW becomes its best approximation of that
+    rank; what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius), is returned, 0 if nothing. A trained head
+    is saved whole, as PEFT's modules_to_save. Raises ValueError if nothing is adapted.
     """
     layers, head = adapted_layers(model), list(getattr(model, "own_head", []))
     if not layers:
         raise ValueError("nothing to save: the model has no adapted layer")
-    tensors = {}
+    tensors, shapes, lost, total = {}, {}, 0.0, 0.0
     for name, layer in layers:
-        left, right = (factor.detach().cpu() for factor in layer.update())
+        left, right = (factor.cpu() for factor in layer.update())
+        if rank is not None:
+            left, right, S = truncate(left, right, rank)
+            energy = (layer.scaling * S).square()
+            lost, total = lost + energy[rank:].sum().item(), total + energy.sum().item()
         tensors[f"{PREFIX}{name}.lora_A.weight"] = left.T.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
+        shapes[name] = left.shape[1], layer.scaling * left.shape[1]
     for module in head:
         for name, parameter in model.get_submodule(module).named_parameters():
-            tensors[f"{PREFIX}{module}.{name}"] = parameter.detach().cpu().contiguous()
-    rank = left.shape[1]  # one rank and one scaling for all, as `adapt` makes them
-    alpha = layers[0][1].scaling * rank
-    config = {
+            tensors[f"{PREFIX}{module}.{name}"] = parameter.cpu().contiguous()
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / "adapter_model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", _config_of(model, shapes, head))
+    return math.sqrt(lost / total) if total > 0 else 0.0
+
+
+def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: list[str]) -> dict:
+    """adapter_config.json of layers with these ranks and alphas; the ones that most layers have are the default."""
+    shapes = {
+        name: (r, round(alpha) if math.isclose(alpha, round(alpha)) else alpha) for name, (r, alpha) in shapes.items()
+    }
+    ranks, alphas = ({name: shape[index] for name, shape in shapes.items()} for index in (0, 1))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if getattr(model, "num_labels", None) is not None else "CAUSAL_LM",
         "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
         "r": rank,
-        "lora_alpha": round(alpha) if math.isclose(alpha, round(alpha)) else alpha,
+        "lora_alpha": alpha,
         "lora_dropout": 0.0,
         "target_modules": _target_modules(model),
         "bias": "none",
-        "fan_in_fan_out": any(is_stored_transposed(model, f"{name}.weight") for name, _ in layers),
+        "fan_in_fan_out": any(is_stored_transposed(model, f"{name}.weight") for name in shapes),
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
         "inference_mode": True,
         "modules_to_save": head or None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(folder / "adapter_model.safetensors") as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", config)
 
 
 def _target_modules(model: nn.Module) -> list[str]:
@@ -90,83 +94,117 @@ def _target_modules(model: nn.Module) -> list[str]:
     return sorted(names if is_ambiguous else last_parts)
 
 
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter's folder holds, with names as in the base model."""
+
+    file: Path
+    config: dict
+    factors: dict[str, dict[str, Tensor]]  # layer -> {"A": lora_A (r, m), "B": lora_B (n, r)}
+    whole: dict[str, Tensor]  # parameters that replace the base's: modules_to_save
+
+
 @torch.no_grad()
-def save_model(model: nn.Module, folder: str | Path, label_names: Sequence[str] | None = None) -> None:
-    """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
+def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
+    """Put an adapter that we or PEFT saved onto `model`, freshly loaded from its base checkpoint; return the model.
 
-    Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. `model.source`
-    is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for its config
-    (None: as in the source).
-    Raises InputError if `folder` holds other weight files.
+    ΔW = s (lora_B lora_A), s = alpha / r, or alpha / √r with use_rslora (arXiv 2312.03732); rank_pattern and
+    alpha_pattern are obeyed, modules_to_save replace the base's. The base's own weights stay untouched, so that
+    `pretrained(model)` is the base, and `merge(model)` makes plain linears of the sum.
+    Raises ValueError if the model is adapted already, and InputError, with the model unchanged, if the adapter is
+    incomplete, contradicts its config, is for another base, or is of a kind that is not implemented.
     """
-    folder, source = Path(folder), Path(model.source)
-    tensors = _checkpoint_tensors(model)
-    shards = _shards(tensors)
-    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    others = {path.name for path in folder.glob("model*.safetensors*")} - {*files, INDEX if len(shards) > 1 else ""}
-    if others:
-        raise InputError(f"{folder}: holds other weights ({min(others)}), which would be read instead: empty it")
+    if adapted_layers(model):
+        raise ValueError("the model has an adapter already: load the base anew")
+    adapter = read_adapter(folder)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: _layer(name, linears.get(name), adapter) for name in adapter.factors}
+    if absent := [name for name in linears if is_target(adapter.config, name) and name not in layers]:
+        raise InputError(f"{adapter.file}: lacks {absent[0]}, which target_modules names: save the adapter again")
+    _check_whole(model, adapter)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, names in zip(files, shards, strict=True):
-        merged = {name: _merged(*tensors[name], is_stored_transposed(model, name)) for name in names}
-        with replacing(folder / file) as temporary:
-            save_file(merged, temporary, metadata={"format": "pt"})
-    if len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        size = sum(stored.nbytes for stored, _ in tensors.values())
-        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
-    write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
-    for name in TOKENIZER_FILES:
-        if (source / name).exists():
-            with replacing(folder / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    parameters, own_head = dict(model.named_parameters()), tuple(f"{module}." for module in model.own_head)
+    others = {name.rpartition(".")[0] for name in adapter.whole if not name.startswith(own_head)}
+    model.own_head = [*model.own_head, *sorted(others)]
+    install(model, layers)
+    for name, value in adapter.whole.items():
+        dtype = torch.float32 if name.startswith(own_head) else parameters[name].dtype
+        set_parameter(model, name, nn.Parameter(value.to(_device_of(parameters[name]), dtype)))
+    return model
 
 
-def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:
-    """What makes the config.json `source` that of a classifier; nothing for a language model."""
-    count = getattr(model, "num_labels", None)
-    if count is None:
-        return {}
-    stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
-    names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
-    return {
-        "architectures": [f"{CLASSES[source['model_type']]}ForSequenceClassification"],
-        "problem_type": "regression" if count == 1 else "single_label_classification",
-        "num_labels": count,
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
+def _layer(name: str, linear: nn.Linear | None, adapter: Adapter) -> LowRankLinear:
+    A, B = adapter.factors[name]["A"].T, adapter.factors[name]["B"].T
+    rank, alpha = (
+        setting(adapter.config, *keys, name) for keys in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
+    )
+    if A.shape[1:] != (rank,) or B.ndim != 2 or len(B) != rank:
+        ranks = f"factors of shape {list(A.T.shape)} and {list(B.T.shape)}, but adapter_config.json says rank {rank}"
+        raise InputError(f"{adapter.file}: {name} has {ranks}: use the two files that were saved together")
+    other_base = f"it is for another base ({adapter.config.get('base_model_name_or_path')}): give that one"
+    if linear is None:
+        raise InputError(f"{adapter.file}: {name} is no linear layer of this model: {other_base}")
+    if (len(A), B.shape[1]) != (linear.in_features, linear.out_features):
+        sizes = f"{len(A)} x {B.shape[1]}, but the model's layer is {linear.in_features} x {linear.out_features}"
+        raise InputError(f"{adapter.file}: {name} is {sizes}: {other_base}")
+    device = _device_of(linear.weight)
+    scaling = alpha / (math.sqrt(rank) if adapter.config.get("use_rslora") else rank)
+    return LowRankLinear(linear, A.contiguous().to(device), B.contiguous().to(device), scaling, keep_initial=False)
 
 
-def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:
-    """Every tensor of the base model by its name in a checkpoint, and the layer that changed it, if one did."""
-    layers = dict(adapted_layers(model))
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if owner not in layers or leaf == "bias":
-            tensors[name] = parameter, None
-        elif leaf == "W":
-            tensors[f"{owner}.weight"] = parameter, layers[owner]
-    return tensors
+def _check_whole(model: nn.Module, adapter: Adapter) -> None:
+    """InputError unless what is saved whole fits the model, and is all of each module and all that the base lacks."""
+    parameters, config = dict(model.named_parameters()), adapter.config
+    for name, value in adapter.whole.items():
+        if name not in parameters or value.shape != parameters[name].shape:
+            has = f"{list(parameters[name].shape)}" if name in parameters else "none"
+            base = config.get("base_model_name_or_path")
+            raise InputError(f"{adapter.file}: {name} has shape {list(value.shape)}, but the model has {has}: "
+                             f"it is for another base or head ({base}): give that one")  # fmt: skip
+    to_save = [*(config.get("modules_to_save") or ()), *model.new_modules]
+    for name in parameters:
+        if name not in adapter.whole and any(f".{module}." in f".{name}" for module in to_save):
+            raise InputError(f"{adapter.file}: lacks {name}, which only an adapter has: save it with modules_to_save")
 
 
-def _merged(stored: Tensor, layer: LowRankLinear | None, is_transposed: bool) -> Tensor:
-    tensor = stored if layer is None else layer.weight.to(stored.dtype)
-    return (tensor.T if is_transposed else tensor).detach().cpu().contiguous()
+def _device_of(parameter: Tensor) -> torch.device:
+    """Of a `weights.skeleton`, which has its parameters nowhere, the CPU."""
+    return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
-def _shards(tensors: dict[str, tuple[Tensor, LowRankLinear | None]]) -> list[list[str]]:
-    """The names, in order, in groups of at most SHARD_BYTES."""
-    shards, filled = [[]], 0
-    for name, (stored, _) in tensors.items():
-        if shards[-1] and filled + stored.nbytes > SHARD_BYTES:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += stored.nbytes
-    return shards
+def read_adapter(folder: str | Path) -> Adapter:
+    """adapter_config.json and adapter_model.safetensors, checked without a base; InputError as in `load_adapter`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: give the folder that holds adapter_config.json")
+    config, file = read_adapter_config(folder / "adapter_config.json"), folder / "adapter_model.safetensors"
+    factors, whole = {}, {}
+    for stored_name, tensor in _read_tensors(file).items():
+        if not stored_name.startswith(PREFIX):
+            raise InputError(f"{file}: {stored_name} does not begin with {PREFIX}: give an adapter as PEFT saves it")
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise InputError(f"{file}: {stored_name} has values that are no finite numbers: train it again")
+        name = stored_name.removeprefix(PREFIX)
+        if ".base_layer." in name:
+            continue  # of an adapted lm_head PEFT repeats the frozen weight
+        if match := FACTOR.fullmatch(name):
+            factors.setdefault(match[1], {})[match[2]] = tensor.float()
+        else:
+            whole[name] = tensor
+    for name, pair in factors.items():
+        if missing := {"A", "B"} - pair.keys():
+            raise InputError(f"{file}: {name} has no lora_{missing.pop()}: save the adapter again")
+    if not factors:
+        raise InputError(f"{file}: has no lora_A and lora_B: save the adapter again")
+    return Adapter(file, config, factors, whole)
+
+
+def _read_tensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except FileNotFoundError:
+        is_pickled = file.with_suffix(".bin").exists()
+        hint = "PEFT writes it with safe_serialization=True; a .bin is a pickle, never read here"
+        raise InputError(f"{file}: no such file: {hint if is_pickled else 'save the adapter again'}") from None
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a readable safetensors file ({error}): save the adapter again") from None

@@ -15,7 +15,7 @@ from minibalora.errors import InputError
 from minibalora.files import is_full_disk
 
 
-def run_script(main: Callable[[], int], smaller: str, again: str = "") -> None:
+def run_script(main: Callable[[], int], smaller: str = "lower --batch-size", again: str = "") -> None:
     """Exit with main's status; 2 and one line for what the user can mend, 1 and one line for a full disk or memory.
 
     smaller: what takes less memory; again: what the same command needs to go on where it was stopped.

@@ -88,10 +88,15 @@ class LowRankLinear(nn.Module):
         return W if self.A0 is None else W - self.scaling * self.A0 @ self.B0
 
     @property
+    def delta(self) -> Tensor:
+        """ΔW, what was learned, as a dense (n, m) = (out, in) matrix in float32."""
+        left, right = self.update()
+        return self.scaling * (left @ right).T
+
+    @property
     def weight(self) -> Tensor:
         """The dense (n, m) = (out, in) matrix that the layer acts as, in float32."""
-        left, right = self.update()
-        return self.W.float() + self.scaling * (left @ right).T
+        return self.W.float() + self.delta
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.A.shape[1]}, scaling={self.scaling:g}"
@@ -120,6 +125,18 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, init: str) -> tuple
         Vh = V.T
     root = (S / scaling).sqrt()
     return (U * root).contiguous(), (root[:, None] * Vh).contiguous()
+
+
+def truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of left @ right of at most `rank` (Eckart and Young), without forming the product.
+
+    (m, R) and (R, n) -> (m, r), (r, n) in float32, r = min(rank, R), and all R singular values of the product; those
+    from r on are what is lost. QR of both factors leaves an SVD of R x R.
+    """
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (Q_left @ (U[:, :rank] * root)).float(), (root[:, None] * Vh[:rank] @ Q_right.T).float(), S
 
 
 def adapt(
@@ -157,13 +174,20 @@ def adapt(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     layers = {name: LowRankLinear.from_linear(linears[name], rank, alpha, init) for name in progress(chosen)}
+    for module in _own_head(model):
+        module.float()
+    return install(model, layers)
+
+
+def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
+    """Put each layer in the place of the linear of that name, in place; nothing else but `model.own_head` stays
+    trainable, and its initial values are kept beside it. Returns the model."""
     model.requires_grad_(False)
     for name, layer in layers.items():
-        layer.train(linears[name].training)
-        _replace(model, name, layer)
+        _replace(model, name, layer.train(model.get_submodule(name).training))
     for module in _own_head(model):
-        module.float().requires_grad_(True)
-        for leaf, parameter in module.named_parameters(recurse=False):
+        module.requires_grad_(True)
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
             module.register_buffer(f"{leaf}0", parameter.detach().clone())
     return model
 

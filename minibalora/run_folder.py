@@ -25,7 +25,7 @@ RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model")
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors")
 # These move the work or cut it otherwise, which a user short of memory must be free to do; with micro_batch_size the
 # spectral term changes a little. Model, teacher and data may have moved, too: their digests are compared instead.
-MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "teacher", "out", "features", "resume", "save_every"}
+MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "teacher", "out", "features", "resume", "save_every", "adapter_rank"}
 MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
 
 
@@ -47,10 +47,15 @@ def plain_settings(args: Namespace) -> dict:
     return {name: value if isinstance(value, plain) else str(value) for name, value in vars(args).items()}
 
 
+def recorded_settings(out: Path) -> dict:
+    """The settings in the run.json of the folder `out`, {} if there are none."""
+    settings = read_json_object(out / "run.json").get("settings") if (out / "run.json").exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def check_settings(out: Path, settings: dict) -> None:
     """InputError that names the first setting in which this run is not the one in `out`."""
-    recorded = read_json_object(out / "run.json").get("settings")
-    recorded = recorded if isinstance(recorded, dict) else {}
+    recorded = recorded_settings(out)
     if recorded.get("is_toy") is False and settings["is_toy"]:
         raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
     for name, value in settings.items():

@@ -23,7 +23,7 @@ from minibalora.models.encoder import BertClassifier, DebertaClassifier, Encoder
 
 ENCODERS = {"bert": BertClassifier, "roberta": RobertaClassifier, "deberta-v2": DebertaClassifier}
 LAST_OF_HEAD = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # one row a class
-DTYPES = ("F32", "F16", "BF16")  # as safetensors spells them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
 
@@ -70,6 +70,19 @@ def load_model(
     `model.own_head` what `adapt` is to leave trainable. `model.source` is the folder. Raises InputError, naming file
     and tensor, for anything missing, superfluous, misshapen, not finite, or not implemented.
     """
+    model = skeleton(path, head, num_labels)
+    for name, stored in model.stored.items():
+        set_parameter(model, name, nn.Parameter(read(stored, name, dtype, device)))
+    for name in model.new_modules:
+        _draw(model.get_submodule(name), model.config.initializer_range, dtype, device)
+    return model
+
+
+def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) -> nn.Module:
+    """The model of `load_model` before its numbers are read, all shapes checked against the files.
+
+    Parameters are on the meta device, in the dtype that the file has; `model.stored` says where each of them is.
+    """
     folder = Path(path)
     if head not in ("lm", "classifier") or (head == "lm" and num_labels is not None):
         raise InputError(f"head {head!r} with num_labels {num_labels}: give 'lm', without labels, or 'classifier'")
@@ -91,14 +104,14 @@ def load_model(
     model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
     model.own_head = [part for part in parts if part == names.head or part in model.new_modules]
     check_tensors(folder, model, stored)
-
-    for name in [name for name, _ in model.named_parameters() if name in stored]:
-        _set_parameter(model, name, nn.Parameter(_read(stored[name], name, dtype, device)))
-    for name in model.new_modules:
-        _draw(model.get_submodule(name), config.initializer_range, dtype, device)
     if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
-        _check_tied(model, stored["lm_head.weight"].file)
+        _check_tied(model, stored)
+
     model.source = folder
+    model.stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
+    for name, tensor in model.stored.items():
+        empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
+        set_parameter(model, name, nn.Parameter(empty))
     return model.eval()
 
 
@@ -219,31 +232,35 @@ def is_stored_transposed(model: nn.Module, name: str) -> bool:
     return any(re.fullmatch(names.transposed, name) for backbone, names in NAMES.items() if backbone in children)
 
 
-def _read(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    with safe_open(stored.file, framework="pt") as shard:  # opened anew: closing gives a mapped file's pages back
-        tensor = shard.get_tensor(stored.name).to(device=device, dtype=dtype)
+def read(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """The tensor as the model has it; InputError, which calls it `name`, if a number is not finite."""
+    tensor = _as_stored(stored).to(device=device, dtype=dtype)
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # aminmax allocates nothing and passes NaN on
         raise InputError(f"{stored.file}: {name} has NaN or infinite values in {dtype}: download the file again")
     return tensor.T.contiguous() if stored.is_transposed else tensor
+
+
+def _as_stored(stored: StoredTensor) -> Tensor:
+    with safe_open(stored.file, framework="pt") as shard:  # opened anew: closing gives a mapped file's pages back
+        return shard.get_tensor(stored.name)
 
 
 def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.device | str) -> None:
     """Normal weights and zero biases, as transformers begins a new head; drawn on the CPU, the same everywhere."""
     for name, parameter in list(module.named_parameters()):
         values = torch.zeros(parameter.shape) if name.endswith("bias") else std * torch.randn(parameter.shape)
-        _set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
+        set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
-def _check_tied(model: Decoder, file: Path) -> None:
+def _check_tied(model: Decoder, stored: dict[str, StoredTensor]) -> None:
     """Some files repeat the tied head; if it differs from the embedding, one of the two would be silently lost."""
-    embedding = model.embedding.weight
-    with safe_open(file, framework="pt") as shard:
-        head = shard.get_tensor("lm_head.weight").to(embedding)
-    if head.shape != embedding.shape or not torch.equal(head, embedding):
-        raise InputError(f"{file}: lm_head.weight differs from the embedding: set tie_word_embeddings to false")
+    embedding = next(name for name, parameter in model.named_parameters() if parameter is model.embedding.weight)
+    tied, head = stored[embedding], stored["lm_head.weight"]
+    if head.shape != tied.shape or not torch.equal(_as_stored(head).float(), _as_stored(tied).float()):
+        raise InputError(f"{head.file}: lm_head.weight differs from the embedding: set tie_word_embeddings to false")
 
 
-def _set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter)
 

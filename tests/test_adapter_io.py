@@ -1,15 +1,15 @@
 """Adapters as PEFT reads them (committed golden values), and merged checkpoints."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from helpers import GOLDEN, distance, golden_example, headless, stretch
-from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import minibalora as mb
-from minibalora import adapter_io
+from minibalora.lowrank import adapted_layers, truncate
 
 EXPECTED = load_file(GOLDEN / "llama3" / "expected.safetensors")
 IDS, REAL = EXPECTED["input_ids"], EXPECTED["attention_mask"].bool()
@@ -38,9 +38,7 @@ def test_a_saved_adapter_is_what_peft_loads_on_the_original_base(init):
     """expected.safetensors holds PEFT's logits with exactly these files on transformers' model of the base."""
     golden = GOLDEN / f"adapter_{init}"
     expected = load_file(golden / "expected.safetensors")["logits"][REAL]
-    model = mb.load_model(GOLDEN / "llama3")
-    for name, change in adapter_weights(golden).items():
-        model.get_submodule(name).weight += change
+    model = mb.load_adapter(mb.load_model(GOLDEN / "llama3"), golden)
     assert (model(IDS)[REAL] - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4
 
 
@@ -88,39 +86,6 @@ def test_there_is_nothing_to_save_without_an_adapter(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("shard_bytes", [10**9, 5000])
-@torch.no_grad()
-def test_a_saved_model_is_the_adapted_one_on_its_own(tmp_path, monkeypatch, shard_bytes):
-    monkeypatch.setattr(adapter_io, "SHARD_BYTES", shard_bytes)
-    model = adapted("pissa")
-    stretch(model)
-    before = model(IDS)
-    mb.save_model(model, tmp_path)
-    assert torch.equal(model(IDS), before) and adapter_io.adapted_layers(model)  # left as it was
-    assert distance(mb.load_model(tmp_path)(IDS)[REAL], before[REAL]) < 1e-6
-    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard_bytes > 5000
-    for file in tmp_path.glob("*.safetensors"):
-        with safe_open(file, "pt") as shard:
-            assert shard.metadata() == {"format": "pt"}  # transformers insists on it
-
-
-def test_saving_the_base_gives_its_bits_back(tmp_path):
-    model = mb.load_model(GOLDEN / "llama_bias_tied", dtype=torch.bfloat16)
-    mb.save_model(mb.adapt(model, rank=2), tmp_path)
-    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / "llama_bias_tied"))
-    assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in original)
-
-
-def test_a_model_is_not_saved_beside_weights_that_would_be_read_instead(tmp_path, monkeypatch):
-    model = mb.load_model(GOLDEN / "llama3")
-    mb.save_model(model, tmp_path)
-    mb.save_model(model, tmp_path)  # the same files: replaced
-    monkeypatch.setattr(adapter_io, "SHARD_BYTES", 5000)
-    with pytest.raises(mb.InputError, match="holds other weights"):
-        mb.save_model(model, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-
-
 ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the base is without a head
     "adapter_gpt2": ("gpt2_classifier", "pissa", False),
     "adapter_bert": ("bert", "lora", False),
@@ -137,14 +102,9 @@ def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_pa
     *inputs, logits = golden_example(base)
     path = headless(base, tmp_path) if is_headless else GOLDEN / base
     model = mb.load_model(path, head="classifier", num_labels=logits.shape[1])
-    tensors = load_file(GOLDEN / name / "adapter_model.safetensors")
     config = json.loads((GOLDEN / name / "adapter_config.json").read_text())
     assert config["task_type"] == "SEQ_CLS" and config["modules_to_save"] == model.own_head
-    for layer, weight in adapter_weights(GOLDEN / name).items():
-        model.get_submodule(layer).weight += weight
-    for key, tensor in tensors.items():
-        if ".lora_" not in key:
-            model.get_parameter(key.removeprefix("base_model.model.")).copy_(tensor)
+    mb.load_adapter(model, GOLDEN / name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
     assert (model(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
 
@@ -165,27 +125,280 @@ def test_a_classifiers_adapter_holds_its_changes_and_its_whole_head(name, tmp_pa
     head = {key.removeprefix("base_model.model."): t for key, t in tensors.items() if ".lora_" not in key}
     trained = {key: p for key, p in model.named_parameters() if p.requires_grad and not key.endswith((".A", ".B"))}
     assert head.keys() == trained.keys() and all(torch.equal(head[key], trained[key]) for key in head)
-    assert len(tensors) == len(head) + 2 * len(adapter_io.adapted_layers(model))
+    assert len(tensors) == len(head) + 2 * len(adapted_layers(model))
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier"])
+# Adapters that PEFT saved (tests/make_peft_adapters.py).
+
+PEFTS = {
+    "peft_lora": "llama3",
+    "peft_rslora_regex": "mistral_window",
+    "peft_all_linear": "gemma",
+    "peft_last_block": "llama2",
+    "peft_whole_head": "llama2",
+    "peft_adapted_head": "llama3",
+    "peft_gpt2": "gpt2",
+    "peft_bert": "bert",
+    "peft_roberta": "roberta",
+    "peft_pissa_converted": "llama3",
+}
+
+
+def base_of(name: str, dtype: torch.dtype = torch.float32):
+    return mb.load_model(
+        GOLDEN / PEFTS[name], "classifier" if name in ("peft_bert", "peft_roberta") else "lm", dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("name", PEFTS)
 @torch.no_grad()
-def test_a_saved_classifier_says_so_in_its_config_and_loads_again(name, tmp_path):
-    *inputs, _ = golden_example(name)
-    model = mb.adapt(mb.load_model(GOLDEN / name, head="classifier"), rank=2)
+def test_an_adapter_that_peft_saved_gives_pefts_logits(name):
+    *inputs, base_logits = golden_example(PEFTS[name])
+    expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
+    real = inputs[1].bool() if expected.ndim == 3 else slice(None)
+    model = mb.load_adapter(base_of(name), GOLDEN / name)
+    logits = model(*inputs)
+    assert (logits - expected)[real].abs().max() < 1e-5 * expected[real].abs().max()
+    assert distance(expected[real], base_logits[real]) > 0.01  # the adapter does something
+    with mb.pretrained(model):
+        assert torch.equal(model(*inputs), base_of(name)(*inputs))
+    mb.merge(model)
+    assert distance(model(*inputs)[real], logits[real]) < 1e-6
+
+
+@pytest.mark.parametrize("name", PEFTS)
+@torch.no_grad()
+def test_an_adapter_survives_loading_and_saving(name, tmp_path):
+    """Patterns, scalings and whole modules: what is saved again is loaded as the same change."""
+    *inputs, _ = golden_example(PEFTS[name])
+    model = mb.load_adapter(base_of(name), GOLDEN / name)
+    mb.save_adapter(model, tmp_path)
+    assert distance(mb.load_adapter(base_of(name), tmp_path)(*inputs), model(*inputs)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["peft_whole_head", "peft_adapted_head", "peft_roberta"])
+@torch.no_grad()
+def test_bfloat16_models_take_adapters_whose_head_is_trained(name):
+    *inputs, _ = golden_example(PEFTS[name])
+    model = mb.load_adapter(base_of(name, torch.bfloat16), GOLDEN / name)
+    expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
+    real = inputs[1].bool() if expected.ndim == 3 else slice(None)
+    assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter is beyond
+
+
+def test_two_adapters_are_used_in_turn_on_one_base_that_never_changes():
+    """One trained from PiSSA, one from LoRA: each is relative to the files of the base, which stay as they are."""
+    before = {path.name: path.read_bytes() for path in (GOLDEN / "llama3").iterdir()}
+    logits = {}
+    with torch.no_grad():
+        for init in ("pissa", "lora", "pissa", "lora"):
+            model = mb.load_adapter(mb.load_model(GOLDEN / "llama3"), GOLDEN / f"adapter_{init}")
+            expected = load_file(GOLDEN / f"adapter_{init}" / "expected.safetensors")["logits"][REAL]
+            assert (model(IDS)[REAL] - expected).abs().max() < 1e-5 * expected.abs().max()
+            assert torch.equal(logits.setdefault(init, model(IDS)), model(IDS))
+            with mb.pretrained(model):
+                assert torch.equal(model(IDS), mb.load_model(GOLDEN / "llama3")(IDS))
+    assert distance(logits["pissa"], logits["lora"]) > 0.1
+    assert {path.name: path.read_bytes() for path in (GOLDEN / "llama3").iterdir()} == before
+
+
+def test_a_loaded_adapter_can_be_trained_on():
+    model = mb.load_adapter(base_of("peft_whole_head"), GOLDEN / "peft_whole_head")
+    model(IDS).square().mean().backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.rpartition(".")[2] for name in trained} == {"A", "B", "weight"} and len(trained) == 2 * 2 + 2
+
+
+# A smaller rank.
+
+
+@pytest.mark.parametrize("shape", [(9, 4, 7), (5, 8, 6), (6, 3, 3), (4, 4, 4)])  # m, R, n: R above and below both
+@pytest.mark.parametrize("rank", [1, 2, 3, 9])
+def test_truncation_is_the_best_approximation_of_its_rank(shape, rank):
+    m, R, n = shape
+    left, right = torch.randn(m, R), torch.randn(R, n)
+    smaller = truncate(left, right, rank)
+    assert smaller[0].shape[1] == smaller[1].shape[0] == min(rank, m, R, n)
+    U, S, Vh = torch.linalg.svd(left.double() @ right.double())
+    k = min(rank, len(S))
+    assert distance(smaller[0] @ smaller[1], U[:, :k] * S[:k] @ Vh[:k]) < 1e-5
+    assert distance(smaller[2][: len(S)], S[: len(smaller[2])]) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 50])
+@torch.no_grad()
+def test_an_adapter_is_saved_with_a_smaller_rank_and_says_what_is_lost(rank, tmp_path):
+    model = adapted("pissa")
     stretch(model)
-    names = [f"class {index}" for index in range(model.num_labels)]
-    mb.save_model(model, tmp_path, names)
-    assert distance(mb.load_model(tmp_path, head="classifier")(*inputs), model(*inputs)) < 1e-6
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["architectures"][0].endswith("ForSequenceClassification")
-    assert config["id2label"] == {str(index): label for index, label in enumerate(names)}
-    assert config["label2id"] == {label: index for index, label in enumerate(names)}
-    mb.save_model(mb.load_model(tmp_path, head="classifier"), tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+    error = mb.save_adapter(model, tmp_path, rank=rank)
+    changes = {name: layer.delta for name, layer in adapted_layers(model)}
+    saved = adapter_weights(tmp_path)
+    lost = sum((saved[name] - changes[name]).double().square().sum() for name in changes)
+    total = sum(change.double().square().sum() for change in changes.values())
+    assert error == pytest.approx((lost / total).sqrt().item(), rel=1e-3, abs=1e-6)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == min(rank, 6)
+    assert (error < 1e-6) == (rank >= 6)
+    assert distance(mb.load_adapter(mb.load_model(GOLDEN / "llama3"), tmp_path)(IDS), model(IDS)) < max(3 * error, 1e-5)
 
 
-def test_saving_gpt2_gives_its_transposed_bits_back(tmp_path):
-    mb.save_model(mb.adapt(mb.load_model(GOLDEN / "gpt2", dtype=torch.bfloat16), rank=2), tmp_path)
-    saved, original = (load_file(folder / "model.safetensors") for folder in (tmp_path, GOLDEN / "gpt2"))
-    assert saved.keys() == original.keys() and all(torch.equal(saved[name], original[name]) for name in original)
+def test_the_smaller_rank_of_an_adapter_that_learned_nothing_loses_nothing(tmp_path):
+    assert mb.save_adapter(adapted("pissa"), tmp_path, rank=2) == 0
+    assert all((change == 0).all() for change in adapter_weights(tmp_path).values())
+
+
+# What is refused.
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """adapter(name, config changes, tensor changes): a changed copy of a golden adapter; None takes a thing away."""
+
+    def copy(name: str = "peft_lora", config: dict | None = None, tensors: dict | None = None):
+        folder = tmp_path / name
+        shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
+        changed = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
+        kept = {key: value for key, value in changed.items() if value is not None}
+        (folder / "adapter_config.json").write_text(json.dumps(kept))
+        stored = load_file(folder / "adapter_model.safetensors") | (tensors or {})
+        save_file({k: t for k, t in stored.items() if t is not None}, folder / "adapter_model.safetensors")
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def refused(refuses):
+    """Loading is refused with these words, and leaves the model as it was."""
+
+    def check(folder, *parts, base="llama3", head="lm"):
+        model = mb.load_model(GOLDEN / base, head)
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        refuses(lambda: mb.load_adapter(model, folder), *parts)
+        after = model.state_dict()
+        assert not adapted_layers(model) and all(torch.equal(after[name], before[name]) for name in before)
+
+    return check
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("key", ["peft_type", "r", "lora_alpha", "target_modules"])
+def test_a_config_without_a_key_is_refused(adapter, refused, key):
+    refused(adapter(config={key: None}), "adapter_config.json", key, "missing")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"peft_type": "IA3"},
+        {"peft_type": 7},
+        {"r": 0},
+        {"r": True},
+        {"r": "8"},
+        {"lora_alpha": "16"},
+        {"lora_alpha": float("inf")},
+        {"target_modules": {"q_proj": 1}},
+        {"target_modules": [1]},
+        {"target_modules": "(q_proj"},
+        {"rank_pattern": [1]},
+        {"rank_pattern": {"(": 2}},
+        {"rank_pattern": {"q_proj": 0}},
+        {"alpha_pattern": {"q_proj": None}},
+        {"modules_to_save": "lm_head"},
+        {"use_rslora": "yes"},
+        {"layers_to_transform": "0"},
+        {"bias": "all"},
+        {"bias": "lora_only"},
+        {"init_lora_weights": "pissa_niter_16"},
+        {"init_lora_weights": "olora"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "corda"},
+        {"use_dora": True},
+        {"lora_bias": True},
+        {"trainable_token_indices": [5]},
+        {"something_of_tomorrow": "on"},
+    ],
+)
+def test_a_config_that_is_wrong_or_not_implemented_is_refused_by_its_key(adapter, refused, config):
+    refused(adapter(config=config), "adapter_config.json", *config)
+
+
+def test_an_unconverted_pissa_adapter_is_refused_with_the_reason(refused):
+    refused(
+        GOLDEN / "peft_pissa", "'pissa'", "initial factors were subtracted", "path_initial_model_for_weight_conversion"
+    )
+
+
+@pytest.mark.parametrize("side", "AB")
+def test_a_missing_factor_is_refused(adapter, refused, side):
+    refused(adapter(tensors={f"{Q0}.lora_{side}.weight": None}), f"q_proj has no lora_{side}")
+
+
+def test_a_layer_that_target_modules_names_must_be_there(adapter, refused):
+    pair = {f"{Q0}.lora_{side}.weight": None for side in "AB"}
+    refused(adapter(tensors=pair), "model.layers.0.self_attn.q_proj", "target_modules")
+    refused(adapter(config={"target_modules": r".*\.gate_proj"}), "mlp.gate_proj", "target_modules")
+
+
+def test_a_rank_that_contradicts_the_config_is_refused(adapter, refused):
+    refused(adapter(config={"r": 4}), "[3, 40]", "rank 4")
+    refused(adapter(config={"rank_pattern": {"down_proj": 2}}), "down_proj", "rank 2")
+    refused(
+        adapter(config={"r": 3, "rank_pattern": {}}, tensors={f"{Q0}.lora_B.weight": torch.zeros(48, 2)}), "[48, 2]"
+    )
+    refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.zeros(72)}), "[72]")
+
+
+def test_an_adapter_for_another_base_is_refused(adapter, refused):
+    refused(adapter(config={"base_model_name_or_path": "that/one"}), "24 x 16", "24 x 24", "that/one", base="llama2")
+    refused(GOLDEN / "peft_gpt2", "no linear layer of this model")
+    refused(GOLDEN / "peft_lora", "no linear layer of this model", base="gpt2")
+    refused(GOLDEN / "peft_bert", "no linear layer", base="roberta", head="classifier")
+    refused(GOLDEN / "peft_adapted_head", "lm_head is no linear layer", base="llama_bias_tied")
+
+
+def test_what_is_saved_whole_must_fit(adapter, refused):
+    head = "base_model.model.lm_head.weight"
+    refused(adapter("peft_whole_head", tensors={head: None}), "lacks lm_head.weight", base="llama2")
+    refused(adapter("peft_whole_head", tensors={head: torch.zeros(64, 24)}), "[64, 24]", "[61, 24]", base="llama2")
+    stranger = {"base_model.model.score.weight": torch.zeros(2, 24)}
+    refused(adapter("peft_lora", tensors=stranger), "score.weight", "none")
+    three_classes = {"base_model.model.classifier.out_proj.weight": torch.zeros(3, 24)}
+    refused(adapter("peft_roberta", tensors=three_classes), "[3, 24]", "[2, 24]", base="roberta", head="classifier")
+
+
+def test_a_base_without_a_head_needs_an_adapter_with_one(adapter, refuses, tmp_path):
+    stored = load_file(GOLDEN / "peft_roberta" / "adapter_model.safetensors")
+    without = adapter("peft_roberta", {"modules_to_save": None}, {key: None for key in stored if "classifier" in key})
+    model = mb.load_model(headless("roberta", tmp_path / "base"), "classifier", 2)
+    refuses(lambda: mb.load_adapter(model, without), "lacks classifier.dense.weight", "modules_to_save")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_are_none_are_refused(adapter, refused, value):
+    refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.full((3, 24), value)}), "q_proj.lora_A", "finite")
+
+
+def test_files_that_are_no_adapter_are_refused(adapter, refused, tmp_path):
+    refused(tmp_path / "nowhere", "no such folder")
+    refused(GOLDEN / "llama2", "adapter_config.json", "no such file")
+    folder = adapter()
+    (folder / "adapter_model.safetensors").write_bytes(b"no safetensors")
+    refused(folder, "not a readable safetensors file")
+    (folder / "adapter_model.safetensors").unlink()
+    refused(folder, "adapter_model.safetensors", "no such file")
+    (folder / "adapter_model.bin").write_bytes(b"a pickle")
+    refused(folder, "safe_serialization", "pickle")
+    (folder / "adapter_config.json").write_text("[]")
+    refused(folder, "not an object")
+    refused(
+        adapter("peft_gpt2", tensors={"transformer.h.0.attn.c_attn.lora_A.weight": torch.zeros(1)}), "base_model.model."
+    )
+
+
+def test_a_second_adapter_on_an_adapted_model_is_refused():
+    model = adapted("lora")
+    with pytest.raises(ValueError, match="load the base anew"):
+        mb.load_adapter(model, GOLDEN / "adapter_lora")

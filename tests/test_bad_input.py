@@ -42,7 +42,7 @@ def train(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_nlg.py", "--device", "cpu", *flags])
         try:
             with pytest.raises(SystemExit) as caught:
-                cli.run_script(train_nlg.main, "")
+                cli.run_script(train_nlg.main)
         finally:
             signal.signal(signal.SIGTERM, handler)
         return caught.value.code, capsys.readouterr().err

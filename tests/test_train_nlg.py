@@ -235,7 +235,7 @@ def in_process(monkeypatch, capsys, argv: list[str]) -> tuple[int, str]:
     """Exit status and standard error of the script, without the cost of a new process."""
     monkeypatch.setattr(sys, "argv", argv[1:])
     with pytest.raises(SystemExit) as exit:
-        cli.run_script(train_nlg.main, "")
+        cli.run_script(train_nlg.main)
     return exit.value.code, capsys.readouterr().err
 
 
@@ -276,7 +276,7 @@ def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, c
     argv = command(small_data, tmp_path / "out", "--max-steps", "1", "--eval", small_data)
     monkeypatch.setattr(sys, "argv", argv[1:])
     with pytest.raises(SystemExit):
-        cli.run_script(train_nlg.main, "")
+        cli.run_script(train_nlg.main)
     printed = capsys.readouterr().out
     assert "before     after" in printed and "exact match, addition (12)" in printed
 

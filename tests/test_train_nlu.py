@@ -120,7 +120,7 @@ def train(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["train_nlu.py", *map(str, flags)])
         try:
             with pytest.raises(SystemExit) as caught:
-                cli.run_script(train_nlu.main, "")
+                cli.run_script(train_nlu.main)
         finally:
             signal.signal(signal.SIGTERM, handler)
         return caught.value.code, *capsys.readouterr()

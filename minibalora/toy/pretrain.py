@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from tqdm import tqdm
 
-from minibalora.adapter_io import save_model
+from minibalora.checkpoint_io import save_model
 from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
 from minibalora.evaluate import whole_text
 from minibalora.models.decoder import Decoder

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from minibalora.adapter_io import save_model
+from minibalora.checkpoint_io import save_model
 from minibalora.classify import ClassRow, collate, encode
 from minibalora.glue import LabelledText
 from minibalora.models.encoder import Bert

@@ -1,0 +1,53 @@
+"""A base and its adapter as one checkpoint, or the adapter made smaller: `python -m minibalora.export --help`.
+
+The base is read one tensor at a time and never held as a whole: merging takes the memory of the largest shard, 5 GB.
+"""
+
+import argparse
+from functools import partial
+
+from tqdm import tqdm
+
+from minibalora import cli
+from minibalora.adapter_io import load_adapter, read_adapter, save_adapter
+from minibalora.checkpoint_io import save_model
+from minibalora.files import new_folder
+from minibalora.run_folder import recorded_settings
+from minibalora.weights import LAST_OF_HEAD, skeleton
+
+
+def main() -> int:
+    args = parser().parse_args()
+    adapter = read_adapter(args.adapter)
+    is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
+    num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
+    model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
+    load_adapter(model, args.adapter)
+    with new_folder(args.out) as folder:
+        if args.adapter_rank is None:
+            bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)
+            save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
+        else:
+            error = save_adapter(model, folder, args.adapter_rank)
+            print(f"rank {args.adapter_rank}: relative error {error:.2e} of the change in the weights")
+    print(f"saved to {args.out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = cli.OneLineParser(
+        prog="python -m minibalora.export",
+        description="Merge an adapter into its base: a Hugging Face checkpoint that needs no adapter.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", required=True, help="the base: the checkpoint that the adapter was trained on")
+    add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
+    add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
+    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the adapter again, each change "
+        "in its best approximation of this rank (a PiSSA adapter has twice the rank it was trained with)")  # fmt: skip
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
