@@ -77,6 +77,7 @@ def main() -> int:
     if full:
         mb.save_model(model.to(args.dtype), args.out / "model")
     else:
+        training.truncate_adapter(model, args.adapter_rank)
         mb.save_adapter(model, args.out)
     status = training.finish(args.out, step, steps, stop)
     if before and not stop:

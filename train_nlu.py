@@ -114,6 +114,8 @@ def main() -> int:
     best_step = run_folder.load_best(args.out, model)
     if full:
         model.to(args.dtype)  # what is measured is what is saved
+    else:
+        training.truncate_adapter(model, args.adapter_rank)
     after = judge()
     if full:
         mb.save_model(model, args.out / "model", task.labels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minibalora.adapter_config import is_target, read_adapter_config, setting
 from minibalora.errors import InputError
 from minibalora.files import replacing, write_json
-from minibalora.lowrank import LowRankLinear, adapted_layers, install, truncate
+from minibalora.lowrank import LowRankLinear, adapted_layers, install
 from minibalora.weights import is_stored_transposed, set_parameter
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
@@ -26,24 +26,19 @@ FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
 
 
 @torch.no_grad()
-def save_adapter(model: nn.Module, folder: str | Path, rank: int | None = None) -> float:
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors: ΔW of every adapted layer, for the ORIGINAL base.
 
     A PiSSA-initialised adapter of rank r becomes a plain LoRA of rank 2r (see LowRankLinear.update), so that PEFT and
-    vLLM need neither the residual nor the initial factors. With `rank`, each ΔW becomes its best approximation of that
-    rank; what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius), is returned, 0 if nothing. A trained head
-    is saved whole, as PEFT's modules_to_save. Raises ValueError if nothing is adapted.
+    vLLM need neither the residual nor the initial factors; `truncate` makes it smaller. A trained head is saved whole,
+    as PEFT's modules_to_save. Raises ValueError if nothing is adapted.
     """
     layers, head = adapted_layers(model), list(getattr(model, "own_head", []))
     if not layers:
         raise ValueError("nothing to save: the model has no adapted layer")
-    tensors, shapes, lost, total = {}, {}, 0.0, 0.0
+    tensors, shapes = {}, {}
     for name, layer in layers:
         left, right = (factor.cpu() for factor in layer.update())
-        if rank is not None:
-            left, right, S = truncate(left, right, rank)
-            energy = (layer.scaling * S).square()
-            lost, total = lost + energy[rank:].sum().item(), total + energy.sum().item()
         tensors[f"{PREFIX}{name}.lora_A.weight"] = left.T.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
         shapes[name] = left.shape[1], layer.scaling * left.shape[1]
@@ -55,7 +50,6 @@ def save_adapter(model: nn.Module, folder: str | Path, rank: int | None = None) 
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     write_json(folder / "adapter_config.json", _config_of(model, shapes, head))
-    return math.sqrt(lost / total) if total > 0 else 0.0
 
 
 def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: list[str]) -> dict:

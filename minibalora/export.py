@@ -13,6 +13,7 @@ from minibalora.adapter_io import load_adapter, read_adapter, save_adapter
 from minibalora.checkpoint_io import save_model
 from minibalora.files import new_folder
 from minibalora.run_folder import recorded_settings
+from minibalora.training import truncate_adapter
 from minibalora.weights import LAST_OF_HEAD, skeleton
 
 
@@ -23,13 +24,13 @@ def main() -> int:
     num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
     model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
     load_adapter(model, args.adapter)
+    truncate_adapter(model, args.adapter_rank)
     with new_folder(args.out) as folder:
-        if args.adapter_rank is None:
+        if args.adapter_rank is not None:
+            save_adapter(model, folder)
+        else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)
             save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
-        else:
-            error = save_adapter(model, folder, args.adapter_rank)
-            print(f"rank {args.adapter_rank}: relative error {error:.2e} of the change in the weights")
     print(f"saved to {args.out}")
     return 0
 

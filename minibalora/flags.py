@@ -27,7 +27,7 @@ from minibalora.glue import TASKS
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 
 METHODS = ("full", "lora", "pissa", "ba-lora")
-ADAPTER_FLAGS = ("rank", "alpha", "init", "targets")
+ADAPTER_FLAGS = ("rank", "alpha", "init", "targets", "adapter_rank")
 BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
 # As published, but for micro_batch_size, which was 1.
 DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
@@ -195,6 +195,8 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
     add = parser.add_argument_group("output").add_argument
     where = f"default: runs/{name}-DATE-TIME"
     add("--out", type=path, metavar="DIR", help=f"folder for adapter, log and checkpoint ({where})")
+    add("--adapter-rank", type=positive_int, metavar="R", help="save the best approximation of this rank (default: "
+        "what was trained, exactly, which from PiSSA takes twice --rank)")  # fmt: skip
     add("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints (default: 100)")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     return add

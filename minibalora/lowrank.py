@@ -127,18 +127,6 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, init: str) -> tuple
     return (U * root).contiguous(), (root[:, None] * Vh).contiguous()
 
 
-def truncate(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best approximation of left @ right of at most `rank` (Eckart and Young), without forming the product.
-
-    (m, R) and (R, n) -> (m, r), (r, n) in float32, r = min(rank, R), and all R singular values of the product; those
-    from r on are what is lost. QR of both factors leaves an SVD of R x R.
-    """
-    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
-    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
-    root = S[:rank].sqrt()
-    return (Q_left @ (U[:, :rank] * root)).float(), (root[:, None] * Vh[:rank] @ Q_right.T).float(), S
-
-
 def adapt(
     model: nn.Module,
     rank: int = 8,
@@ -231,6 +219,37 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
             parameter.data = trained
         for module, mode in modes:
             module.training = mode
+
+
+@torch.no_grad()
+def truncate(model: nn.Module, rank: int) -> float:
+    """Bring every ΔW to at most this rank, in place, by its best approximation (Eckart and Young).
+
+    Returns what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius); 0 if nothing was learned. The teacher
+    stays the pre-trained model. Raises ValueError if nothing is adapted.
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not layers:
+        raise ValueError("nothing to truncate: the model has no adapted layer")
+    lost = total = 0.0
+    for layer in layers:
+        left, right, S = best_factors(*layer.update(), rank)
+        layer.A, layer.B, layer.A0, layer.B0 = nn.Parameter(left), nn.Parameter(right), None, None
+        energy = (layer.scaling * S).square()
+        lost, total = lost + energy[rank:].sum().item(), total + energy.sum().item()
+    return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of left @ right of at most `rank`, without forming the product.
+
+    (m, R) and (R, n) -> (m, r), (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product;
+    those from r on are what is lost. QR of both factors leaves an SVD of R x R.
+    """
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (Q_left @ (U[:, :rank] * root)).float(), (root[:, None] * Vh[:rank] @ Q_right.T).float(), S
 
 
 @torch.no_grad()

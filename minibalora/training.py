@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
-from minibalora.lowrank import adapt
+from minibalora.lowrank import adapt, truncate
 from minibalora.objective import weighted_sum
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
@@ -33,6 +33,13 @@ def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
         adapt(model, args.rank, args.alpha, init, args.targets, progress=bar)
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
+
+
+def truncate_adapter(model: nn.Module, rank: int | None) -> None:
+    """For --adapter-rank: bring what was learned to that rank before it is measured and saved."""
+    if rank is not None:
+        error = truncate(model, rank)
+        print(f"adapter brought to rank {rank}: relative error {error:.2e} of the change in the weights")
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

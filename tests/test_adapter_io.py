@@ -9,7 +9,7 @@ from helpers import GOLDEN, distance, golden_example, headless, stretch
 from safetensors.torch import load_file, save_file
 
 import minibalora as mb
-from minibalora.lowrank import adapted_layers, truncate
+from minibalora.lowrank import adapted_layers
 
 EXPECTED = load_file(GOLDEN / "llama3" / "expected.safetensors")
 IDS, REAL = EXPECTED["input_ids"], EXPECTED["attention_mask"].bool()
@@ -210,41 +210,17 @@ def test_a_loaded_adapter_can_be_trained_on():
     assert {name.rpartition(".")[2] for name in trained} == {"A", "B", "weight"} and len(trained) == 2 * 2 + 2
 
 
-# A smaller rank.
-
-
-@pytest.mark.parametrize("shape", [(9, 4, 7), (5, 8, 6), (6, 3, 3), (4, 4, 4)])  # m, R, n: R above and below both
-@pytest.mark.parametrize("rank", [1, 2, 3, 9])
-def test_truncation_is_the_best_approximation_of_its_rank(shape, rank):
-    m, R, n = shape
-    left, right = torch.randn(m, R), torch.randn(R, n)
-    smaller = truncate(left, right, rank)
-    assert smaller[0].shape[1] == smaller[1].shape[0] == min(rank, m, R, n)
-    U, S, Vh = torch.linalg.svd(left.double() @ right.double())
-    k = min(rank, len(S))
-    assert distance(smaller[0] @ smaller[1], U[:, :k] * S[:k] @ Vh[:k]) < 1e-5
-    assert distance(smaller[2][: len(S)], S[: len(smaller[2])]) < 1e-5
-
-
 @pytest.mark.parametrize("rank", [1, 3, 6, 50])
 @torch.no_grad()
-def test_an_adapter_is_saved_with_a_smaller_rank_and_says_what_is_lost(rank, tmp_path):
+def test_an_adapter_is_saved_with_a_smaller_rank(rank, tmp_path):
     model = adapted("pissa")
     stretch(model)
-    error = mb.save_adapter(model, tmp_path, rank=rank)
-    changes = {name: layer.delta for name, layer in adapted_layers(model)}
-    saved = adapter_weights(tmp_path)
-    lost = sum((saved[name] - changes[name]).double().square().sum() for name in changes)
-    total = sum(change.double().square().sum() for change in changes.values())
-    assert error == pytest.approx((lost / total).sqrt().item(), rel=1e-3, abs=1e-6)
+    logits = model(IDS)
+    error = mb.truncate(model, rank)
+    mb.save_adapter(model, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == min(rank, 6)
-    assert (error < 1e-6) == (rank >= 6)
-    assert distance(mb.load_adapter(mb.load_model(GOLDEN / "llama3"), tmp_path)(IDS), model(IDS)) < max(3 * error, 1e-5)
-
-
-def test_the_smaller_rank_of_an_adapter_that_learned_nothing_loses_nothing(tmp_path):
-    assert mb.save_adapter(adapted("pissa"), tmp_path, rank=2) == 0
-    assert all((change == 0).all() for change in adapter_weights(tmp_path).values())
+    again = mb.load_adapter(mb.load_model(GOLDEN / "llama3"), tmp_path)(IDS)
+    assert distance(again, model(IDS)) < 1e-6 and distance(again, logits) < max(3 * error, 1e-5)
 
 
 # What is refused.
