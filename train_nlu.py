@@ -9,7 +9,7 @@ import math
 import tempfile
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -124,7 +124,7 @@ def main() -> int:
     write_report(args.out, task, best_step, before, after)
     if args.features:
         features.append(answer(eval_rows[0], part=model.features))
-        save_features(args.features, *features, [row.label for row in eval_rows[0]])
+        save_features(args.features, *features, [row.label for row in eval_rows[0]], task.labels or ())
     training.finish(args.out, step, steps, stop)
     print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + evaluate.table(flat(before), flat(after)))
     return 0
@@ -275,10 +275,12 @@ def check_features(args: Namespace) -> None:
         raise InputError(f"--features {path}: can't write there ({error.strerror}): give another folder") from None
 
 
-def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float]) -> None:
-    """The states (N, d) that the head reads, of the dev set before and after training, and its labels (N,)."""
+def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float], names: Sequence[str]) -> None:
+    """The states (N, d) that the head reads, of the dev set before and after training, and its labels (N,); the names
+    of the classes are in the metadata."""
+    tensors = {"before": before, "after": after, "labels": torch.tensor(labels)}
     with replacing(path) as temporary:
-        save_file({"before": before, "after": after, "labels": torch.tensor(labels)}, temporary)
+        save_file(tensors, temporary, metadata={"classes": json.dumps(list(names))})
 
 
 def write_report(out: Path, task: Task, best_step: int, before: dict, after: dict) -> None:

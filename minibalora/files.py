@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -66,6 +66,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: dict) -> None:
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
+    """The objects of a JSON Lines file that are kept, [] if there is no file; every other line is removed from it, and
+    so is one that is damaged, as by a kill."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    kept = [(line, value) for line in lines if isinstance(value := _json_or_none(line), dict) and is_kept(value)]
+    if path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    return [value for _, value in kept]
+
+
+def _json_or_none(line: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def is_full_disk(error: Exception) -> bool:

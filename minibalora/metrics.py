@@ -1,4 +1,6 @@
-"""What GLUE reports, and how a model errs: functions of predictions and gold labels, one entry an example.
+"""What GLUE and the benchmarks of generation report, and how a model errs.
+
+Most are functions of predictions and gold labels, one entry an example.
 
 Classes are integers from 0. `predicted` and `gold` are equally long sequences or arrays of at least one entry.
 """
@@ -83,3 +85,19 @@ def _ranks(values: ArrayLike) -> np.ndarray:
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ranks = np.cumsum(sizes) - (sizes - 1) / 2
     return np.where(np.isnan(values), np.nan, ranks[group])
+
+
+def pass_at_k(samples: int, passed: int, k: int) -> float:
+    """The chance that of k of a problem's samples at least one passes, 1 − C(n − c, k) / C(n, k) (arXiv 2107.03374).
+
+    The unbiased estimate from n samples of which c passed; 1 <= k <= n.
+    """
+    return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
+
+
+def wilson(share: float, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's interval (1927) of a share that was measured on `total` cases, by default of 95 %; within [0, 1]."""
+    centre = share + z * z / (2 * total)
+    width = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    scale = 1 + z * z / total
+    return max(0.0, (centre - width) / scale), min(1.0, (centre + width) / scale)

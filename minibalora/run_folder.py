@@ -18,14 +18,25 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minibalora.errors import InputError
-from minibalora.files import is_full_disk, read_json_object, replacing, write_json
+from minibalora.files import is_full_disk, keep_lines, read_json_object, replacing, write_json
 from minibalora.lowrank import initial_values
 
-RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model")
-RUN_FILES += ("adapter_config.json", "adapter_model.safetensors")
+RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
+RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "eval-before.jsonl", "eval-after.jsonl")
 # These move the work or cut it otherwise, which a user short of memory must be free to do; with micro_batch_size the
 # spectral term changes a little. Model, teacher and data may have moved, too: their digests are compared instead.
-MAY_CHANGE_ON_RESUME = {"model", "data", "eval", "teacher", "out", "features", "resume", "save_every", "adapter_rank"}
+MAY_CHANGE_ON_RESUME = {
+    "model",
+    "data",
+    "eval",
+    "eval_task",
+    "teacher",
+    "out",
+    "features",
+    "resume",
+    "save_every",
+    "adapter_rank",
+}
 MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
 
 
@@ -53,13 +64,13 @@ def recorded_settings(out: Path) -> dict:
     return settings if isinstance(settings, dict) else {}
 
 
-def check_settings(out: Path, settings: dict) -> None:
+def check_settings(out: Path, settings: dict, may_change: set[str] = MAY_CHANGE_ON_RESUME) -> None:
     """InputError that names the first setting in which this run is not the one in `out`."""
     recorded = recorded_settings(out)
-    if recorded.get("is_toy") is False and settings["is_toy"]:
+    if recorded.get("is_toy") is False and settings.get("is_toy"):
         raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
     for name, value in settings.items():
-        if name not in MAY_CHANGE_ON_RESUME and recorded.get(name) != value:
+        if name not in may_change and recorded.get(name) != value:
             flag = name if "digest" in name else f"--{name.replace('_', '-')}"
             was = recorded.get(name)
             raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
@@ -208,14 +219,7 @@ def _readable_checkpoint(path: Path) -> Iterator[None]:
 def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
     """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
     path = out / "log.jsonl"
-    if path.exists():
-        kept = [
-            line
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-            if _is_logged_by(line, step)
-        ]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    keep_lines(path, lambda entry: type(entry.get("step")) is int and entry["step"] <= step)
     with open(path, "a", encoding="utf-8") as file:
 
         def log(entry: dict) -> None:
@@ -223,11 +227,3 @@ def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
             file.flush()
 
         yield log
-
-
-def _is_logged_by(line: str, step: int) -> bool:
-    """False for a later step's line and for one that is damaged, as by a kill."""
-    try:
-        return json.loads(line)["step"] <= step
-    except (ValueError, TypeError, KeyError):
-        return False

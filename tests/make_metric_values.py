@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.linalg import svdvals
-from scipy.stats import entropy, pearsonr, spearmanr
+from scipy.stats import binomtest, entropy, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
 warnings.simplefilter("ignore")  # of constant input, which is here on purpose
@@ -44,6 +44,7 @@ MATRICES = [
     [[5.0]],
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1e-3]],
 ]
+SHARES = [(0, 1), (1, 1), (0, 20), (20, 20), (1, 7), (56, 164), (812, 1319), (3, 100_000)]  # right, total
 
 
 def classification(predicted: list[int], gold: list[int]) -> dict:
@@ -67,6 +68,11 @@ def spectrum(logits: list[list[float]]) -> dict:
     return {"logits": logits, "effective_rank": float(np.exp(entropy(svdvals(logits))))}
 
 
+def interval(right: int, total: int) -> dict:
+    low, high = binomtest(right, total).proportion_ci(0.95, method="wilson")
+    return {"right": right, "total": total, "low": low, "high": high}
+
+
 def main() -> None:
     random = np.random.default_rng(42)
     for classes, count in ((2, 40), (2, 300), (3, 60), (5, 25)):
@@ -80,6 +86,7 @@ def main() -> None:
         "classification": [classification(*case) for case in CLASSES],
         "regression": [regression(*case) for case in SCORES],
         "spectra": [spectrum(case) for case in MATRICES],
+        "intervals": [interval(*case) for case in SHARES],
     }
     lines = ",\n".join(f'"{kind}": [\n' + ",\n".join(map(json.dumps, cases)) + "\n]" for kind, cases in values.items())
     (Path(__file__).parent / "golden" / "metrics.json").write_text(f"{{\n{lines}\n}}\n")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,17 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from minibalora import metrics
-from minibalora.metrics import accuracy, effective_rank, f1, matthews, pearson, recalls, spearman
+from minibalora.metrics import (
+    accuracy,
+    effective_rank,
+    f1,
+    matthews,
+    pass_at_k,
+    pearson,
+    recalls,
+    spearman,
+    wilson,
+)
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "metrics.json").read_text())
 CLASSES = 4
@@ -172,3 +183,17 @@ def test_the_effective_rank_counts_equal_singular_values():
     assert effective_rank(np.eye(7)[:, :4]) == pytest.approx(4)
     assert effective_rank(np.outer([1, 2, 3], [4, 5])) == pytest.approx(1, abs=1e-12)
     assert effective_rank(np.zeros((3, 2))) == 0
+
+
+@pytest.mark.parametrize("case", GOLDEN["intervals"])
+def test_wilsons_interval_is_scipys(case):
+    found = wilson(case["right"] / case["total"], case["total"])
+    assert found == pytest.approx((case["low"], case["high"]), abs=1e-6)
+
+
+@given(st.integers(1, 9), st.data())
+def test_pass_at_k_is_the_share_of_draws_that_hold_a_passing_sample(samples, data):
+    passed, k = data.draw(st.integers(0, samples)), data.draw(st.integers(1, samples))
+    draws = list(combinations(range(samples), k))
+    expected = sum(any(sample < passed for sample in draw) for draw in draws) / len(draws)
+    assert pass_at_k(samples, passed, k) == pytest.approx(expected)

@@ -271,18 +271,7 @@ def test_the_adapter_on_the_base_is_worth_what_the_report_says(whole_runs, bert,
 
 @torch.no_grad()
 def tuned(base: Path, out: Path):
-    """The base with the adapter added and the modules to save put in, as PEFT does it."""
-    model = mb.load_model(base, head="classifier", num_labels=2)
-    config, tensors = json.loads((out / "adapter_config.json").read_text()), load_file(out / ADAPTER)
-    tensors = {name.removeprefix("base_model.model."): tensor for name, tensor in tensors.items()}
-    for name, tensor in tensors.items():
-        layer, is_left, _ = name.partition(".lora_A.")
-        if is_left:
-            update = tensors[f"{layer}.lora_B.weight"] @ tensor
-            model.get_submodule(layer).weight += config["lora_alpha"] / config["r"] * update
-        elif ".lora_B." not in name:
-            model.get_parameter(name).copy_(tensor)
-    return model
+    return mb.load_adapter(mb.load_model(base, head="classifier", num_labels=2), out)
 
 
 def accuracy_of(model, folder: Path, data: Path) -> float:
@@ -534,6 +523,8 @@ def test_features_are_the_states_before_and_after_of_the_dev_set_in_its_order(be
     # the saved rank-2r adapter adds up in another order than the residual
     assert torch.allclose(found["after"], classify.answers(after, rows, 3, "cpu", part=after.features), atol=1e-4)
     assert not torch.allclose(found["before"], found["after"], atol=1e-3)
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["classes"]) == list(TASKS["sst2"].labels)
 
 
 def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, train):
