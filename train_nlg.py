@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import cli, data, evaluate, run_folder, training
+from minibalora import cli, data, evaluate, run_folder, tasks, training
 from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.models.decoder import Decoder
 from minibalora.objective import Objective, entropy_share, lambdas, nlg_terms, predicted_rows
 from minibalora.plan import expected_memory, nlg_formula, print_plan
+from minibalora.tasks import Item
 from minibalora.toy.problems import clean_problems, flawed_problems
 from minibalora.weights import weights_digest
 
@@ -57,8 +58,9 @@ def main() -> int:
     print_plan(args, model, nlg_formula(objective), [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    judge = partial(evaluate.scores, model, tok, held_out, pretraining, args.micro_batch_size)
-    before = judge()
+    is_right = tasks.TASKS[args.eval_task].judge if args.eval_task else tasks.judge_answer
+    judge = partial(evaluate.scores, model, tok, is_right, held_out, pretraining, args.micro_batch_size)
+    before = judge(args.out / "eval-before.jsonl")
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
@@ -80,8 +82,8 @@ def main() -> int:
         training.truncate_adapter(model, args.adapter_rank)
         mb.save_adapter(model, args.out)
     status = training.finish(args.out, step, steps, stop)
-    if before and not stop:
-        print("\n" + evaluate.table(before, judge()))
+    if (held_out or pretraining) and not stop:
+        print("\n" + evaluate.before_and_after(before, judge(args.out / "eval-after.jsonl")))
     return status
 
 
@@ -131,18 +133,22 @@ def mean_entropy_share(
     return float(sum(shares)) / response_tokens
 
 
-def read_data(args: Namespace) -> tuple[list[Example], int, list[Example], list[Example]]:
-    """Examples to train on, how many conversations without a reply were left out, held-out examples, and some of the
+def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Example]]:
+    """Examples to train on, how many conversations without a reply were left out, held-out problems, and some of the
     pre-training text, which only the built-in model has."""
     if args.is_toy:  # --seed is never negative, so what is held out is drawn apart
         sets = clean_problems(args.max_rows, args.seed), clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
         train, held_out, pretraining = (
             [data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
         )
-        return train, 0, held_out, pretraining
+        return train, 0, tasks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
     train, unanswered = data.read_examples(args.data, *fields, args.max_rows)
-    return train, unanswered, data.read_examples(args.eval, *fields)[0] if args.eval else [], []
+    if args.eval is None:
+        return train, unanswered, [], []
+    if args.eval_task:
+        return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
+    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields)[0]), []
 
 
 def settings_of(args: Namespace, examples: list[Example]) -> dict:

@@ -24,18 +24,20 @@ BERT = {
     "position_embedding_type": "absolute",
 }
 FAMILIES = {
-    "llama": {"tie_word_embeddings": False, "hidden_act": "silu"},
+    "llama": {"tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048},
     "mistral": {
         "tie_word_embeddings": False,
         "hidden_act": "silu",
         "num_key_value_heads": 8,
         "sliding_window": 4096,
+        "max_position_embeddings": 131072,
     },
     "gemma": {
         "tie_word_embeddings": True,
         "hidden_act": "gelu_pytorch_tanh",
         "num_key_value_heads": 16,
         "head_dim": 256,
+        "max_position_embeddings": 8192,
     },
     "gpt2": {
         "activation_function": "gelu_new",
@@ -179,6 +181,7 @@ def _llama(fields: Fields, family: str) -> DecoderConfig:
         activation=fields.activation("hidden_act", GATED),
         norm_offset=1.0 if family == "gemma" else 0.0,
         embedding_scale=d**0.5 if family == "gemma" else 1.0,
+        max_position_embeddings=fields.integer("max_position_embeddings"),
         initializer_range=fields.number("initializer_range", INITIALIZER_RANGE),
     )
     if heads % config.num_key_value_heads or config.head_dim % 2 or ("head_dim" not in fields.raw and d % heads):

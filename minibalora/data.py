@@ -1,7 +1,9 @@
 """From a file of questions and answers to batches: read, recognise the fields, tokenise, order, pad."""
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,6 +35,7 @@ FIELDS = [
     ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set; with an optional "input"
     ("query", "answer"),  # CodeFeedback
     ("question", "answer"),  # GSM8K
+    ("problem", "solution"),  # MATH
     ("prompt", "completion"),
 ]
 CONVERSATIONS = (
@@ -82,7 +85,7 @@ def read_examples(
 def read_rows(path: Path) -> Iterator[tuple[int, object]]:
     """Line and value of each row of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
     try:
-        with open(path, "rb") as file:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
             file.seek(0)
             if is_array:
@@ -93,8 +96,8 @@ def read_rows(path: Path) -> Iterator[tuple[int, object]]:
                         yield number, _parse(line, path, number)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: give a JSON Lines file") from None
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give a JSON Lines file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JSON Lines file") from None
 
 
 def _parse(raw: bytes, path: Path, line: int) -> object:

@@ -61,6 +61,7 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
     add("--data", metavar="FILE", help="JSON Lines or a JSON array; the fields are recognised (see README)")
     add("--eval", metavar="FILE", help="held-out rows for the before / after table")
+    add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
     add("--max-rows", type=positive_int, help="use the first N rows (published: 100000; built-in model: 3200)")
@@ -205,7 +206,9 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
 def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags with every default filled in, `dtype` and `device` as torch's; InputError for what can't be meant."""
     args = nlg_parser().parse_args(argv)
-    _refuse_half_a_source(args, ("eval", "prompt_field", "response_field"))
+    _refuse_half_a_source(args, ("eval", "eval_task", "prompt_field", "response_field"))
+    if args.eval_task and args.eval is None:
+        raise InputError("--eval-task goes with --eval: give both")
     _refuse_contradictions(args)
     defaults = TOY if args.model is None else DEFAULTS
     return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")

@@ -1,43 +1,390 @@
-"""Text from a decoder: greedy, batched, with a KV cache."""
+"""Text from a decoder, in batches with a KV cache: the most likely, or drawn. `python -m minibalora.generate`."""
 
+import json
+import os
+import re
+import sys
+import time
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
+from torch import Tensor, nn
+from tqdm import tqdm
 
+from minibalora import cli
+from minibalora.adapter_io import load_adapter
+from minibalora.data import FIELDS, example_from
 from minibalora.errors import InputError
+from minibalora.lowrank import merge
 from minibalora.models.decoder import Decoder, KVCache
-from minibalora.text import Tokenizer
+from minibalora.text import Tokenizer, load_tokenizer
+from minibalora.toy import MODEL
+from minibalora.weights import load_model
+
+PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 
 
-@torch.no_grad()
-def generate(model: Decoder, tok: Tokenizer, prompts: list[str], max_new_tokens: int) -> list[str]:
-    """The most likely continuation of each prompt, up to EOS or max_new_tokens, decoded without the prompt.
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, and where a text ends."""
 
-    One batch: prompts of different lengths are padded on the right, and each gives the text that it gives alone; but
-    with learned positions (GPT-2) all end where the longest prompt has reached the last one.
+    max_new_tokens: int = 512  # at least 1
+    temperature: float = 0.0  # logits are divided by it; 0: always the most likely token
+    top_p: float = 1.0  # draw from the smallest set of tokens with at least this probability (arXiv 1904.09751)
+    stop: tuple[str, ...] = ()  # a text ends before the first of these
+    seed: int = 42
+
+
+def generate(
+    model: Decoder, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
+) -> list[str]:
+    """How each prompt goes on, as one batch: without the prompt and special tokens, up to EOS or a stop string.
+
+    Each text is the one that its prompt gives alone, whatever else is in the batch (as far as rounding does not decide
+    between two tokens). What a prompt draws depends on decoding.seed and on its key, by default its index.
     """
-    if not prompts:
-        return []
-    device, limit = model.embedding.weight.device, model.config.max_position_embeddings
+    keys = range(len(prompts)) if keys is None else keys
+    return _texts(model, tok, encode_prompts(model, tok, prompts), decoding, keys) if prompts else []
+
+
+def generate_each(
+    model: Decoder,
+    tok: Tokenizer,
+    prompts: list[str],
+    decoding: Decoding,
+    batch_size: int,
+    keys: Sequence[int] | None = None,
+    desc: str = "generate",
+) -> Iterator[tuple[int, str]]:
+    """(index of a prompt, its text) as `generate` has it, batch by batch, with a progress bar.
+
+    A batch is of neighbours in length, so that little is padding; the longest come first and show what memory it takes.
+    """
+    keys = range(len(prompts)) if keys is None else keys
+    encoded = encode_prompts(model, tok, prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+    start, total = time.perf_counter(), 0
+    with tqdm(total=len(prompts), desc=desc, unit="prompts", miniters=0, dynamic_ncols=True, leave=False) as bar:
+
+        def progress(tokens: int, ended: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+            bar.update(ended)
+
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            chosen = [encoded[index] for index in batch], decoding, [keys[index] for index in batch]
+            yield from zip(batch, _texts(model, tok, *chosen, progress), strict=True)
+
+
+def encode_prompts(model: Decoder, tok: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    """The prompts' ids; InputError names the first that the model cannot take."""
+    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     encoded = tok.encode_prompts(prompts)
-    lengths = torch.tensor([len(ids) for ids in encoded], device=device)
-    width = int(lengths.max())
-    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded], device=device)
-    if limit is not None:
-        if width >= limit:
-            raise InputError(f"a prompt has {width} tokens, but the model has {limit} positions: shorten it")
-        max_new_tokens = min(max_new_tokens, limit - width)
-    cache = KVCache(model.config, lengths, width + max_new_tokens, model.embedding.weight.dtype)
+    for number, ids in enumerate(encoded, start=1):
+        if not ids:
+            raise InputError(f"prompt {number} has no tokens: write something")
+        if max(ids) >= vocabulary:
+            which = f"token {max(ids)}, but the model has {vocabulary} tokens"
+            raise InputError(f"prompt {number}: the tokenizer gives {which}: they do not belong together")
+        if len(ids) >= context:
+            raise InputError(
+                f"prompt {number} has {len(ids)} tokens, but the model has {context} positions and needs one for its "
+                "answer: shorten it"
+            )
+    return encoded
 
-    hidden = model.hidden(input_ids, cache=cache)[torch.arange(len(prompts), device=device), lengths - 1]
-    generated, finished = [], torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    for _ in range(max_new_tokens):
-        token = model.head(hidden).argmax(-1)  # (B,)
-        generated.append(token)
-        finished |= token == (-1 if tok.eos_id is None else tok.eos_id)
-        if finished.all() or len(generated) == max_new_tokens:
+
+def _texts(
+    model: Decoder,
+    tok: Tokenizer,
+    encoded: list[list[int]],
+    decoding: Decoding,
+    keys: Sequence[int],
+    progress: Callable[[int, int], None] = lambda tokens, ended: None,
+) -> list[str]:
+    width = max(map(len, encoded))
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded])
+    watches = [StopWatch(tok, decoding.stop) for _ in encoded]
+    has_stopped = (lambda row, ids: watches[row].has_stopped(ids)) if decoding.stop else (lambda row, ids: False)
+    rows = generate_ids(model, input_ids, attention_mask, decoding, tok.eos_id, keys, has_stopped, progress)
+    return [before_stop(tok.decode(ids), decoding.stop) for ids in rows]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: Decoder,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    decoding: Decoding,
+    eos_id: int | None = None,
+    keys: Sequence[int] | None = None,
+    has_stopped: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    progress: Callable[[int, int], None] = lambda tokens, ended: None,
+) -> list[list[int]]:
+    """The ids that follow each row of input_ids (B, T), without EOS; a row ends at the model's last position, too.
+
+    attention_mask (B, T): 1 = real token; rows may be padded on the left or on the right. has_stopped(row, its ids so
+    far) is asked after each token; progress(tokens of this step, rows that ended with it) is told of each step.
+    decoding.stop is `generate`'s. Raises ValueError for a mask with holes, an empty row, and one without room.
+    """
+    weight, context = model.embedding.weight, model.config.max_position_embeddings
+    input_ids, lengths = padded_on_the_right(input_ids, attention_mask)
+    if not 0 < min(lengths) <= max(lengths) < context:
+        raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens: they must have 1 to {context - 1}")
+    room = [min(decoding.max_new_tokens, context - length) for length in lengths]
+    cache = KVCache(model.config, lengths, max(lengths) + max(room), weight.dtype, weight.device)
+    rngs = [np.random.default_rng([decoding.seed, key]) for key in (range(len(lengths)) if keys is None else keys)]
+    rows: list[list[int]] = [[] for _ in lengths]
+    running = list(range(len(rows)))
+    with evaluating(model):
+        states = model.hidden(input_ids.to(weight.device), cache=cache)
+        state = states[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d), of each row's last token
+        while True:
+            tokens = next_tokens(model.head(state), decoding, rngs)
+            ids, were_running = tokens.tolist(), len(running)
+            for row in running:
+                if ids[row] != eos_id:
+                    rows[row].append(ids[row])
+            running = [
+                row
+                for row in running
+                if ids[row] != eos_id and len(rows[row]) < room[row] and not has_stopped(row, rows[row])
+            ]
+            progress(were_running, were_running - len(running))
+            if not running:
+                return rows
+            state = model.hidden(tokens[:, None], cache=cache)[:, 0]  # rows that have ended go along, unread
+
+
+def padded_on_the_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[int]]:
+    """Rows (B, T) padded on either side with their padding on the right, and their lengths."""
+    first, lengths = attention_mask.argmax(1, keepdim=True), attention_mask.sum(1)
+    slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if not torch.equal(attention_mask.bool(), (slots >= first) & (slots < first + lengths[:, None])):
+        raise ValueError("attention_mask has a 0 between two 1: a row's tokens must be neighbours")
+    return input_ids.gather(1, (first + slots) % input_ids.shape[1]), lengths.tolist()
+
+
+def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generator]) -> Tensor:
+    """(B, V) -> (B,): the most likely token of each row or, with a temperature, one drawn by the row's generator."""
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=logits.device)
+    return sample(logits, uniform, decoding.temperature, decoding.top_p)
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """The token (B,) at which the distribution function of softmax(logits / T), cut to its nucleus, passes `uniform`.
+
+    uniform: (B,) in [0, 1). The function is summed in the vocabulary's order: in falling order two tokens that are
+    nearly as likely would change places, and the text with them, by what a batch rounds otherwise. In float64.
+    """
+    logits = logits.double()
+    below = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too small to divide by
+    p = (below / temperature).softmax(-1)
+    if top_p < 1:
+        p = p.where(p >= least_likely(p, top_p), 0)
+    up_to = p.cumsum(-1)
+    return torch.searchsorted(up_to, uniform[:, None] * up_to[:, -1:], right=True)[:, 0]
+
+
+def least_likely(p: Tensor, top_p: float) -> Tensor:
+    """The smallest probability (B, 1) in each row's nucleus: the likeliest tokens, as many as make up top_p."""
+    for count in (256, 4096, p.shape[-1]):  # mostly a few suffice, and sorting a whole vocabulary is slow
+        falling = p.topk(min(count, p.shape[-1])).values
+        if (falling.sum(-1) >= top_p).all():
             break
-        hidden = model.hidden(token[:, None], cache=cache)[:, 0]
-    return [tok.decode(_before(ids, tok.eos_id)) for ids in torch.stack(generated, dim=1).tolist()]
+    is_needed = falling.cumsum(-1) - falling < top_p  # what is before it does not suffice
+    return falling.gather(-1, is_needed.sum(-1, keepdim=True) - 1)
 
 
-def _before(ids: list[int], eos_id: int | None) -> list[int]:
-    return ids[: ids.index(eos_id)] if eos_id in ids else ids
+class StopWatch:
+    """Says of one growing text whether a stop string has come. Only its last few tokens are decoded, until one has.
+
+    A token may end inside a character (byte-level BPE), and its text may depend on its neighbour (the space before a
+    word; bytes that are a character together). So new tokens are decoded with those before them, ids[context:known],
+    whose text ends with a whole character and is taken off again.
+    """
+
+    def __init__(self, tok: Tokenizer, stop: tuple[str, ...]):
+        self.tok, self.stop = tok, stop
+        self.context = self.known = 0
+        self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
+
+    def has_stopped(self, ids: list[int]) -> bool:
+        """ids: all tokens so far, one more than the last time."""
+        known = self.tok.decode(ids[self.context : self.known])
+        recent = self.tok.decode(ids[self.context :])
+        tail = self.tail + recent[len(known) :]
+        # A half character decodes as U+FFFD. It is whole after four bytes; what lasts longer is in the text.
+        if not recent.endswith("\ufffd") or len(ids) - self.known > 4:
+            self.context, self.known = self.known, len(ids)
+            self.tail = tail[-max(map(len, self.stop)) :]
+        return any(stop in tail for stop in self.stop) and any(stop in self.tok.decode(ids) for stop in self.stop)
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, no module drops anything out; each gets its mode back, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# The command line.
+
+
+def main() -> int:
+    args = parse_flags()
+    decoding = Decoding(args.max_new_tokens or 512, args.temperature, args.top_p, tuple(args.stop), args.seed)
+    asked, prompts = zip(*read_prompts(args), strict=True)
+    model, tok = load(args)
+    if args.adapter is not None:
+        merge(model)  # no base is asked here, and plain linears are faster
+    found = generate_each(model, tok, list(prompts), decoding, args.batch_size)
+    sys.stdout.reconfigure(encoding="utf-8")
+    try:
+        for question, text in zip(asked, in_order(found), strict=True):
+            line = text if args.prompt else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
+            with tqdm.external_write_mode():
+                print(line, flush=True)
+    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at its end
+        return 141
+    return 0
+
+
+def parse_flags() -> Namespace:
+    parser = cli.OneLineParser(
+        prog="python -m minibalora.generate",
+        description="Let a decoder answer prompts. They are put into the template that train_nlg.py trains with.",
+        allow_abbrev=False,
+    )
+    add_model_flags(parser)
+    add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
+    add("--prompt", metavar="TEXT", action="append", help="a prompt, answered on standard output; may be repeated")
+    add("--file", metavar="FILE", type=cli.path, help="a prompt a line, or a JSON object with one of the fields "
+        f"{', '.join(PROMPT_FIELDS)}; -: standard input; answers are JSON Lines, prompt and completion")  # fmt: skip
+    add("--raw", action="store_true", help="ask the prompt as it is, without the training template")
+    add_decoding_flags(parser)
+    add = parser.add_argument_group("end of an answer, beside EOS").add_argument
+    add("--stop", type=_not_empty, nargs="+", default=[], metavar="STRING", help="an answer ends before any of these")
+    args = parser.parse_args()
+    check_decoding(args)
+    if args.prompt is not None and args.file is not None:
+        raise InputError("--prompt and --file are both given: leave one out")
+    return args
+
+
+def _not_empty(text: str) -> str:
+    if not text:
+        raise ArgumentTypeError("the string is empty")
+    return text
+
+
+def add_model_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="DIR", type=cli.path, default=MODEL, help="checkpoint folder: config.json, tokenizer.json, "
+        "*.safetensors (default: the built-in tiny LLaMA)")  # fmt: skip
+    add("--adapter", metavar="DIR", type=cli.path, help="folder of an adapter for it: what train_nlg.py or PEFT saved")
+    add("--batch-size", type=cli.positive_int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
+        "float32 on CPUs)")  # fmt: skip
+
+
+def add_decoding_flags(parser: ArgumentParser) -> None:
+    add = parser.add_argument_group("decoding").add_argument
+    add("--max-new-tokens", type=cli.positive_int, metavar="N", help="tokens of an answer (default: 512, or the "
+        "benchmark's)")  # fmt: skip
+    add("--temperature", type=cli.rate, default=0.0, metavar="T", help="divides the logits; 0: always the most likely "
+        "token (default: 0)")  # fmt: skip
+    add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), default=1.0, metavar="P",
+        help="draw from the smallest set of tokens with this probability (default: 1, all)")  # fmt: skip
+    add("--seed", type=cli.natural, default=42, help="of what is drawn with --temperature (default: 42)")
+
+
+def check_decoding(args: Namespace) -> None:
+    if args.top_p < 1 and args.temperature == 0:
+        raise InputError("--top-p has no meaning without --temperature: add it")
+
+
+def load(args: Namespace) -> tuple[Decoder, Tokenizer]:
+    """What `add_model_flags` names, the adapter apart from its base."""
+    device = cli.device(args.device)
+    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    tok, model = load_tokenizer(args.model), load_model(args.model, dtype=getattr(torch, dtype), device=device)
+    return model if args.adapter is None else load_adapter(model, args.adapter), tok
+
+
+def read_prompts(args: Namespace) -> list[tuple[str, str]]:
+    """What is asked and the prompt that asks it, with the template unless --raw; at least one."""
+    if args.prompt is not None:
+        return [prompt_of({"prompt": text}, "--prompt", args.raw) for text in args.prompt]
+    if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
+        raise InputError("nothing to answer: give --prompt or --file")
+    if args.file in (None, Path("-")):
+        return _prompts_of(sys.stdin.buffer, "standard input", args.raw)
+    try:
+        with open(args.file, "rb") as file:
+            return _prompts_of(file, str(args.file), args.raw)
+    except OSError as error:
+        raise InputError(f"{args.file}: {error.strerror}: give a file with a prompt a line") from None
+
+
+def _prompts_of(lines: Iterable[bytes], source: str, raw: bool) -> list[tuple[str, str]]:
+    """A prompt a line, blank lines left out. A line that begins with `{"` is JSON, whose prompts may have newlines."""
+    found = []
+    for number, line in enumerate(lines, start=1):
+        where = f"{source}, line {number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            row = json.loads(text) if re.match(r'\{\s*"', text) else {"prompt": text}
+        except UnicodeDecodeError:
+            raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: broken JSON ({error}): mend the line") from None
+        if text.strip():
+            found.append(prompt_of(row, where, raw))
+    if not found:
+        raise InputError(f"{source}: has no prompts: give one a line")
+    return found
+
+
+def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str]:
+    """As `read_prompts`, of a row with one of PROMPT_FIELDS; the template is the one that the row gets in training."""
+    field = next((field for field in PROMPT_FIELDS if field in row), None)
+    if field is None:
+        raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
+    example = example_from(row, 0, where, field, field)  # of the prompt alone, for there is no response yet
+    return row[field], row[field] if raw else example.prompt
+
+
+def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """The texts of (index, text) by their index, each as soon as all before it are there."""
+    waiting, turn = {}, 0
+    for index, text in found:
+        waiting[index] = text
+        while turn in waiting:
+            yield waiting.pop(turn)
+            turn += 1
+
+
+if __name__ == "__main__":
+    cli.run_script(main, "lower --batch-size")

@@ -43,3 +43,14 @@ def stretch(model: nn.Module) -> None:
         m, n = layer.A.shape[0], layer.B.shape[1]
         layer.A *= 1 + 0.2 * torch.sin(torch.arange(m) + index)[:, None]
         layer.B *= 1 + 0.2 * torch.cos(torch.arange(n) + index)
+
+
+@torch.no_grad()
+def restless(model: nn.Module) -> nn.Module:
+    """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
+    for name, parameter in model.named_parameters():
+        if model.config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
+            parameter.abs_().neg_()
+        if name == "transformer.ln_f.bias":
+            parameter.zero_()
+    return model

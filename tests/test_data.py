@@ -205,6 +205,14 @@ def test_a_text_without_tokens_is_refused(refuses):
     refuses(lambda: check_fits([row], "file.tsv", str(GOLDEN / "gpt2"), 20), "file.tsv, line 7", "no tokens")
 
 
+@pytest.mark.parametrize(("name", "positions"), [("gpt2", 40), ("llama2", 2048)])
+def test_what_is_beyond_the_context_is_refused(refuses, name, positions):
+    model, ids = str(GOLDEN / name), np.full(positions + 1, 5, dtype=np.int32)
+    check_fits([Row(ids[1:], 1, 7)], "file", model, positions)
+    refuses(lambda: check_fits([], "file", model, positions + 1), "--max-length", f"{positions} positions")
+    refuses(lambda: check_fits([Row(ids, 1, 7)], "file", model, 9), "file, line 7", f"{positions} positions")
+
+
 def test_the_digest_is_of_what_is_learned_from():
     examples = [example_from(ROW, 1), example_from(ROW | {"query": "q"}, 2)]
     assert examples_digest(examples) == examples_digest([replace(examples[0], line=5, kind="k"), examples[1]])

@@ -6,7 +6,7 @@ from helpers import GOLDEN
 from safetensors.torch import load_file
 
 import minibalora as mb
-from minibalora.models.decoder import KVCache
+from minibalora.models.decoder import KVCache, attention, visible
 
 MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
 
@@ -59,13 +59,33 @@ def test_left_padding_is_refused():
 def test_the_cache_gives_the_same_states(name):
     """Prompts of 17, 9 and 1 tokens, then four more tokens each, against one whole pass a row."""
     model, ids, mask, _ = golden(name)
-    lengths, more = mask.sum(1), torch.randint(61, (3, 4))
-    cache = KVCache(model.config, lengths, 17 + 4, torch.float32)
+    lengths, more = mask.sum(1).tolist(), torch.randint(61, (3, 4))
+    cache = KVCache(model.config, lengths, 17 + 4, torch.float32, torch.device("cpu"))
     model.hidden(ids, cache=cache)
     steps = torch.cat([model.hidden(token[:, None], cache=cache) for token in more.T], dim=1)
     for row, length in enumerate(lengths):
         text = torch.cat([ids[row, :length], more[row]])
         assert torch.allclose(steps[row], model.hidden(text[None])[0, length:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (4, 1)])
+@pytest.mark.parametrize("is_masked", [False, True])
+def test_one_query_attends_as_the_last_of_many_does(heads, kv_heads, is_masked):
+    """Without copies of the keys that a group shares, and with them."""
+    q, k, v = torch.randn(3, heads, 7, 5), torch.randn(3, kv_heads, 7, 5), torch.randn(3, kv_heads, 7, 5)
+    positions = torch.arange(7)[None]
+    mask = visible(positions, positions, window=3) if is_masked else None
+    last = attention(q[:, :, -1:], k, v, mask[:, :, -1:] if is_masked else None)
+    assert torch.allclose(last, attention(q, k, v, mask)[:, :, -1:], atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_adapted_head_gives_the_logits():
+    model, ids, *_ = golden("llama2")
+    hidden, weight = model.hidden(ids), model.lm_head.weight
+    model.lm_head = mb.LowRankLinear.from_linear(model.lm_head, rank=3, init="lora")
+    model.lm_head.B.normal_()
+    assert torch.allclose(model(ids), hidden @ (weight + model.lm_head.delta).T, atol=1e-4)
 
 
 def test_hidden_and_head_make_the_logits():

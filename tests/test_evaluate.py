@@ -1,19 +1,31 @@
-"""Greedy decoding, final answers and losses, on the built-in model."""
+"""Evaluations as a user runs them: what is written, what is said, and that a stopped one goes on where it was."""
 
-from types import SimpleNamespace
+import json
+import re
+import sys
 
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import stretch
 
 import minibalora as mb
-from minibalora.data import encode_examples, example_from
-from minibalora.evaluate import exact_match, final_answer, mean_loss, scores, whole_text
-from minibalora.generate import generate
+from minibalora import cli, evaluate
+from minibalora.data import example_from
+from minibalora.evaluate import answer, before_and_after, scores, summarize, table
+from minibalora.sandbox import check_sandbox
+from minibalora.tasks import Item, as_items, judge_answer
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
-EXAMPLES = [example_from(row, line) for line, row in enumerate(clean_problems(12, seed=5), start=1)]
+PROBLEMS = clean_problems(12, seed=5)
+EXAMPLES = [example_from(row, line) for line, row in enumerate(PROBLEMS, start=1)]
+ADD = {
+    "task_id": 1,
+    "text": "Add.",
+    "code": "def add(a, b):\n    return a + b\n",
+    "test_list": ["assert add(1, 2) == 3"],
+}
+NEGATE = ADD | {"task_id": 2, "code": "def negate(a):\n    return -a\n", "test_list": ["assert negate(1) == -1"]}
 
 
 @pytest.fixture(scope="module")
@@ -21,86 +33,259 @@ def toy():
     return mb.load_model(MODEL), mb.load_tokenizer(MODEL)
 
 
-@torch.no_grad()
-def test_a_batch_gives_each_prompt_the_text_that_it_gives_alone_and_without_a_cache(toy):
-    model, tok = toy
-    prompts = [example.prompt for example in EXAMPLES]
-    assert len({len(ids) for ids in tok.encode_prompts(prompts)}) > 3
-    together = generate(model, tok, prompts, max_new_tokens=40)
-    assert [generate(model, tok, [prompt], max_new_tokens=40)[0] for prompt in prompts] == together
-    ids = tok.encode(prompts[0])
-    for _ in range(40):
-        ids.append(model(torch.tensor([ids]))[0, -1].argmax().item())
-        if ids[-1] == tok.eos_id:
-            break
-    assert tok.decode(ids[len(tok.encode(prompts[0])) :]) == together[0]
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*flags) -> status, standard output, standard error of python -m minibalora.evaluate."""
+
+    def call(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_script(evaluate.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
 
 
-def test_generation_stops_at_the_limit(toy):
-    model, tok = toy
-    (text,) = generate(model, tok, [EXAMPLES[0].prompt], max_new_tokens=3)
-    assert len(tok.encode_responses([text])[0]) == 3
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return path
+
+
+@pytest.fixture
+def programs(tmp_path):
+    try:
+        check_sandbox()
+    except ValueError as error:
+        pytest.skip(str(error))
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ADD, NEGATE)))
+    return path
+
+
+def records_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+
+
+# The command.
+
+
+def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out", "--max-new-tokens", 60)
+    status, out, error = run(*flags)
+    assert status == 0, error
+    (line,) = out.splitlines()
+    records = records_of(tmp_path / "out")
+    right = sum(record["verdict"] == "right" for record in records)
+    assert line.startswith(f"gsm8k: pass@1 {100 * right / 12:.1f} % (95 % Wilson interval ")
+    assert sorted(int(record["item"]) for record in records) == list(range(1, 13))
+    for record in records:
+        assert record["prompt"].endswith("Let's think step by step.") and record["reference"].endswith(
+            record["reference"].split(": ")[-1]
+        )
+        assert record["verdict"] in ("right", "wrong", "no answer")
+        assert (record["answer"] is None) == (record["verdict"] == "no answer")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["problems"] == 12 and summary["pass@1"]["share"] == right / 12
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert settings["task"] == "gsm8k" and len(settings["model_digest"]) == len(settings["data_digest"]) == 64
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monkeypatch):
+    flags = ("--task", "gsm8k", "--data", problems, "--max-new-tokens", 60, "--temperature", 1, "--batch-size", 3)
+    assert run(*flags, "--out", tmp_path / "whole")[0] == 0
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while it wrote
+    asked = []
+    generate_each = evaluate.generate_each
+    monkeypatch.setattr(
+        evaluate,
+        "generate_each",
+        lambda model, tok, prompts, *rest: asked.extend(prompts) or generate_each(model, tok, prompts, *rest),
+    )
+    assert run(*flags[:-2], "--batch-size", 4, "--out", tmp_path / "out")[0] == 0
+    assert len(asked) == 7
+
+    def by_item(name):
+        return sorted(records_of(tmp_path / name), key=lambda record: int(record["item"]))
+
+    assert by_item("out") == by_item("whole")  # what each draws is its own
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete: nothing is asked
+
+
+def test_a_folder_of_anything_else_is_refused_and_left_alone(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--gold")
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for change, word in [
+        (("--task", "math", "--data", problems, "--gold"), "--task is math"),
+        ((*flags, "--max-rows", 3), "--max-rows is 3"),
+        (flags[:-1], "--gold is False"),
+    ]:
+        status, _, error = run(*change, "--out", tmp_path / "out")
+        assert status == 2 and word in error and len(error.splitlines()) == 1
+    problems.write_text(problems.read_text() + json.dumps(PROBLEMS[0]) + "\n")
+    status, _, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 2 and "data_digest" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text("a run's\n")
+    assert run(*flags, "--out", tmp_path / "other")[0] == 2
+
+
+def test_gold_answers_are_all_right(run, problems, programs, tmp_path):
+    for task, path, allowed in [
+        ("gsm8k", problems, ()),
+        ("math", problems, ()),
+        ("mbpp", programs, ("--allow-code-execution",)),
+    ]:
+        status, out, _ = run("--task", task, "--data", path, "--gold", "--out", tmp_path / task, *allowed)
+        assert status == 0 and out.startswith(f"{task}: pass@1 100.0 %")
+
+
+def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
+    rows = [{"task_id": 1, "completion": code} for code in (ADD["code"], "x", ADD["code"], "x")]
+    rows += [{"task_id": 2, "completion": code} for code in ("x", "x", NEGATE["code"], "x")]
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--task", "mbpp", "--data", programs, "--completions", path, "--allow-code-execution", "--samples", 4)
+    status, out, error = run(*flags, "--k", 1, 2, "--out", tmp_path / "out")
+    assert status == 0, error
+    shares = [float(share) for share in re.findall(r"pass@\d ([0-9.]+) %", out)]
+    assert shares == [37.5, pytest.approx(100 * ((1 - 1 / 6) + (1 - 3 / 6)) / 2, abs=0.05)]
+    assert "2 problems x 4 samples: 5 failed, 3 passed" in out
+    status, _, error = run(*flags[:-1], 3, "--out", tmp_path / "other")
+    assert status == 2 and "4 completions of problem 1, not 3" in error
+    path.write_text(json.dumps({"completion": 3}))
+    status, _, error = run(*flags, "--out", tmp_path / "other")
+    assert status == 2 and "completions.jsonl, line 1" in error and not (tmp_path / "other").exists()
+
+
+def test_samples_differ_and_each_is_kept(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--max-rows", 2, "--samples", 3, "--temperature", 1.5)
+    assert run(*flags, "--max-new-tokens", 20, "--out", tmp_path / "out")[0] == 0
+    records = records_of(tmp_path / "out")
+    assert sorted((record["item"], record["sample"]) for record in records) == [(i, s) for i in "12" for s in range(3)]
+    assert len({record["completion"] for record in records}) > 3
+
+
+def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
+    model = mb.adapt(mb.load_model(MODEL), rank=2)
+    stretch(model)
+    mb.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("".join(example.prompt + example.response for example in EXAMPLES))
+    flags = ("--task", "text", "--data", tmp_path / "text.txt", "--max-length", 100)
+    status, base, error = run(*flags, "--out", tmp_path / "base")
+    assert status == 0, error
+    status, tuned, _ = run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")
+    assert status == 0 and "KL(base ‖ tuned)" in tuned and "KL" not in base
+    found, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
+    assert found["base_loss"] == pytest.approx(plain["loss"]) and found["kl"] > 0.001
+    assert found["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    path = tmp_path / "tuned" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:9])
+    assert run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")[1] == tuned
+    assert path.read_text() == "".join(lines)
 
 
 @pytest.mark.parametrize(
-    "text, answer",
+    "flags, words",
     [
-        ("7 + 5 = 12\n#### 12\nThe answer is: 12", "12"),
-        ("The answer is: 3\nThe answer is: 1,200.", "1200"),
-        ("so we get\n#### -7 ", "-7"),
-        ("The answer is: 5\nand more", "5"),
-        ("twelve", None),
-        ("The answer is:", ""),
+        (("--task", "humaneval"), "--allow-code-execution"),
+        (("--task", "gsm8k", "--allow-code-execution"), "--allow-code-execution has no meaning"),
+        (("--task", "gsm8k", "--raw"), "--raw has no meaning"),
+        (("--task", "gsm8k", "--max-length", "9"), "--max-length has no meaning"),
+        (("--task", "text", "--gold"), "--gold has no meaning"),
+        (("--task", "gsm8k", "--samples", "2"), "add --temperature"),
+        (("--task", "gsm8k", "--k", "2"), "raise --samples"),
+        (("--task", "gsm8k", "--gold", "--completions", "x"), "leave one out"),
+        (("--task", "gsm8k", "--gold", "--adapter", "x"), "leave one out"),
+        (("--task", "gsm8k", "--top-p", "0.5"), "--temperature"),
+        (("--task", "gsm8k", "--data", "nowhere"), "nowhere"),
+        (("--task", "gsm8k", "--model", "nowhere"), "nowhere"),
+        (("--task", "gsm8k", "--adapter", "nowhere"), "nowhere"),
+        (("--task", "mbpp", "--allow-code-execution"), "problems.jsonl, line 1"),
+        (("--task", "text", "--max-length", "100000"), "512 positions"),
+        (("--task", "text", "--max-length", "1"), "512 positions"),
     ],
 )
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer
+def test_bad_input_is_one_line_and_leaves_nothing_behind(run, problems, tmp_path, flags, words):
+    data = () if "--data" in flags else ("--data", problems)
+    status, out, error = run(*flags, *data, "--out", tmp_path / "out")
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
+    assert not (tmp_path / "out").exists()
 
 
-def test_exact_match_counts_right_answers_by_kind(toy, monkeypatch):
-    replies = iter(["The answer is: 5", "The answer is: 6", "no idea", "The answer is: 8"])
-    monkeypatch.setattr("minibalora.evaluate.generate", lambda model, tok, prompts, n: [next(replies) for _ in prompts])
+# What the training scripts use.
+
+
+def test_what_judging_raises_is_raised(tmp_path):
+    def judge(item, completion, limits):
+        raise OSError("no sandbox")
+
+    with pytest.raises(OSError, match="no sandbox"):
+        answer([Item("1", 1, "p", "r")], 1, judge, tmp_path / "r.jsonl", lambda items, keys: [(0, "text")])
+
+
+def test_records_of_other_prompts_are_asked_again(tmp_path):
+    asked = []
+
+    def complete(items, keys):
+        asked.extend(item.prompt for item in items)
+        return enumerate(["The answer is: 5"] * len(items))
+
+    items = [Item(name, 1, f"prompt {name}", "#### 5") for name in "ab"]
+    answer(items, 1, judge_answer, tmp_path / "r.jsonl", complete)
+    answer([items[0], Item("b", 1, "another", "#### 5")], 1, judge_answer, tmp_path / "r.jsonl", complete)
+    assert asked == ["prompt a", "prompt b", "another"]
+
+
+def test_exact_match_counts_right_answers_by_kind(toy, tmp_path, monkeypatch):
+    replies = ["The answer is: 5", "The answer is: 6", "no idea", "The answer is: 8"]
+    monkeypatch.setattr(evaluate, "generate_each", lambda *arguments: enumerate(replies))
     rows = [("q1", "5", "a"), ("q2", "6", "b"), ("q3", "7", "b"), ("q4", "9", "b")]
     examples = [
-        example_from({"query": q, "response": f"The answer is: {answer}", "type": kind}, 1) for q, answer, kind in rows
+        example_from({"query": q, "response": f"The answer is: {answer}", "type": kind}, line)
+        for line, (q, answer, kind) in enumerate(rows, start=1)
     ]
-    examples.append(example_from({"query": "q5", "response": "no final answer"}, 1))
-    assert exact_match(*toy, examples, max_new_tokens=9, batch_size=3) == {"a": (1, 1), "b": (1, 3)}
+    examples.append(example_from({"query": "q5", "response": "no final answer"}, 5))
+    column, records = scores(*toy, judge_answer, as_items(examples), [], 3, tmp_path / "r.jsonl")
+    exact = {name: value for name, value in column.items() if name.startswith("exact")}
+    assert exact == pytest.approx(
+        {"exact match, a (1)": 100, "exact match, b (3)": 100 / 3, "exact match, all (4)": 50}
+    )
+    assert len(records) == 4
+    assert "95 % Wilson interval of the exact match of all: 15.0 to 85.0 before, " in before_and_after(
+        (column, records), (column, records)
+    )
 
 
-def test_mean_loss_is_per_token_whatever_the_batch(toy):
-    model, tok = toy
-    rows, _, _ = encode_examples(EXAMPLES, tok, 512)
-    with torch.no_grad():
-        logits = [model(torch.from_numpy(row.ids).long()[None])[0].log_softmax(-1) for row in rows]
-    for taken in (rows, whole_text(rows)):
-        picked = [
-            -log_p[t - 1, row.ids[t]].item()
-            for row, log_p in zip(taken, logits, strict=True)
-            for t in range(row.prompt_length, len(row.ids))
-        ]
-        for batch_size in (1, 5, 12):
-            assert mean_loss(model, taken, batch_size) == pytest.approx(sum(picked) / len(picked), rel=1e-4)
-
-
-def test_scores_restore_the_mode_and_name_every_kind(toy):
+def test_scores_restore_the_mode_and_name_every_kind(toy, tmp_path):
     model, tok = toy
     model.train()
-    column = scores(model, tok, EXAMPLES, EXAMPLES[:2], 4)
+    column, _ = scores(model, tok, judge_answer, as_items(EXAMPLES), EXAMPLES[:2], 4, tmp_path / "r.jsonl")
     assert model.training
     model.eval()
     assert len([name for name in column if name.startswith("exact match")]) == 5
     assert list(column)[-1] == "loss on pre-training text"
 
 
-@pytest.mark.parametrize(("prompt_tokens", "generated"), [(10, 5), (38, 2), (39, 1)])
-def test_generation_ends_at_the_last_learned_position(prompt_tokens, generated):
-    """GPT-2's golden checkpoint has 40 of them."""
-    tok = SimpleNamespace(encode_prompts=lambda texts: [[5] * prompt_tokens], eos_id=None, decode=list)
-    (ids,) = generate(mb.load_model(GOLDEN / "gpt2"), tok, ["a prompt"], max_new_tokens=5)
-    assert len(ids) == generated
+def test_the_summary_counts_problems_and_not_samples():
+    records = [{"item": item, "verdict": verdict} for item in range(50) for verdict in ("passed", "failed")]
+    found = summarize(records, [1, 2])
+    assert found["pass@1"]["share"] == 0.5 and found["pass@2"]["share"] == 1
+    assert found["pass@1"]["high"] - found["pass@1"]["low"] == pytest.approx(0.268, abs=1e-3)  # of 50, not of 100
 
 
-def test_a_prompt_that_fills_all_learned_positions_is_refused(refuses):
-    tok = SimpleNamespace(encode_prompts=lambda texts: [[5] * 40], eos_id=None, decode=list)
-    refuses(lambda: generate(mb.load_model(GOLDEN / "gpt2"), tok, ["a prompt"], 5), "40 tokens", "40 positions")
+def test_the_table_has_both_columns():
+    assert table({"loss": 1.0}, {"loss": 0.25}).splitlines() == ["        before     after", "loss     1.000     0.250"]
+
+
+def test_evaluation_is_without_gradients(toy, tmp_path):
+    model, tok = toy
+    scores(model, tok, judge_answer, as_items(EXAMPLES[:2]), EXAMPLES[:2], 2, tmp_path / "r.jsonl")
+    assert torch.is_grad_enabled() and all(parameter.grad is None for parameter in model.parameters())

@@ -102,6 +102,14 @@ def test_plain_rope_needs_no_settings(copy, spelling, theta):
     assert read_config(folder).rope_theta == theta and read_config(folder).rope_scaling is None
 
 
+@pytest.mark.parametrize(("name", "default"), [("llama2", 2048), ("mistral", 131072), ("gemma", 8192)])
+def test_the_context_is_config_json_s_or_the_family_s(copy, name, default):
+    path = copy(name) / "config.json"
+    for value, expected in ((ABSENT, default), (77, 77)):
+        edit_json(path, max_position_embeddings=value)
+        assert read_config(path.parent).max_position_embeddings == expected
+
+
 def test_gemma_s_gelu_means_the_tanh_form(copy):
     folder = copy("gemma")
     edit_json(folder / "config.json", hidden_act="gelu")
@@ -297,7 +305,7 @@ def test_a_config_without_a_needed_key_is_refused(copy, refuses, name, key):
 
 
 @pytest.mark.parametrize("value", ["4", True, 0, -4, 4.0, float("nan"), [4], {}, 2**20 + 1, 2**40, 10**400])
-@pytest.mark.parametrize("key", [*NEEDED[:-1], "num_key_value_heads", "head_dim"])
+@pytest.mark.parametrize("key", [*NEEDED[:-1], "num_key_value_heads", "head_dim", "max_position_embeddings"])
 def test_a_size_that_is_none_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
     edit_json(path, **{key: value})

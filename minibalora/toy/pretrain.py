@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from minibalora.checkpoint_io import save_model
 from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
-from minibalora.evaluate import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.objective import predicted_rows
+from minibalora.perplexity import whole_text
 from minibalora.text import load_tokenizer
 from minibalora.toy.problems import flawed_problems
 from minibalora.weights import read_config
