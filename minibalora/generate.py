@@ -112,10 +112,10 @@ def _texts(
     width = max(map(len, encoded))
     input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded])
     attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded])
-    watches = [StopWatch(tok, decoding.stop) for _ in encoded]
+    watches = [StopWatch(tok, decoding.stop, prompt) for prompt in encoded]
     has_stopped = (lambda row, ids: watches[row].has_stopped(ids)) if decoding.stop else (lambda row, ids: False)
     rows = generate_ids(model, input_ids, attention_mask, decoding, tok.eos_id, keys, has_stopped, progress)
-    return [before_stop(tok.decode(ids), decoding.stop) for ids in rows]
+    return [before_stop(tok.decode_after(*both), decoding.stop) for both in zip(encoded, rows, strict=True)]
 
 
 @torch.inference_mode()
@@ -214,21 +214,24 @@ class StopWatch:
     whose text ends with a whole character and is taken off again.
     """
 
-    def __init__(self, tok: Tokenizer, stop: tuple[str, ...]):
-        self.tok, self.stop = tok, stop
+    def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
+        self.tok, self.stop, self.prompt = tok, stop, prompt
         self.context = self.known = 0
         self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
 
     def has_stopped(self, ids: list[int]) -> bool:
         """ids: all tokens so far, one more than the last time."""
-        known = self.tok.decode(ids[self.context : self.known])
-        recent = self.tok.decode(ids[self.context :])
-        tail = self.tail + recent[len(known) :]
+        before = self.prompt if self.known == 0 else ids[self.context : self.known]
+        recent = self.tok.decode_after(before, ids[self.known :])
+        tail = self.tail + recent
         # A half character decodes as U+FFFD. It is whole after four bytes; what lasts longer is in the text.
         if not recent.endswith("\ufffd") or len(ids) - self.known > 4:
             self.context, self.known = self.known, len(ids)
             self.tail = tail[-max(map(len, self.stop)) :]
-        return any(stop in tail for stop in self.stop) and any(stop in self.tok.decode(ids) for stop in self.stop)
+        if not any(stop in tail for stop in self.stop):
+            return False
+        text = self.tok.decode_after(self.prompt, ids)
+        return any(stop in text for stop in self.stop)
 
 
 def before_stop(text: str, stop: tuple[str, ...]) -> str:

@@ -66,6 +66,12 @@ class Tokenizer:
         """Ids of texts that continue a sequence: no special token."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def decode_after(self, before: list[int], ids: list[int]) -> str:
+        """The text that `ids` add to that of `before`. Decoded alone, they would lose a space in front, and the first
+        line of a Python function its indentation: tokenizers that mark the start of a word drop it there."""
+        context = before[-8:]  # enough for the last character to be whole
+        return self.decode(context + ids)[len(self.decode(context)) :]
+
     def decode(self, ids: list[int]) -> str:
         """The text without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)

@@ -66,7 +66,9 @@ def padded(prompts, side):
 def tokenizer(*prompts, eos_id=None):
     """Whatever the texts are, these are their ids; a text generated is its ids."""
     return SimpleNamespace(
-        encode_prompts=lambda texts: [list(prompt) for prompt in prompts], eos_id=eos_id, decode=list
+        encode_prompts=lambda texts: [list(prompt) for prompt in prompts],
+        eos_id=eos_id,
+        decode_after=lambda before, ids: list(ids),
     )
 
 
@@ -273,7 +275,7 @@ def pieces_of(tok, raw, cuts):
 
 def stopped_after(tok, ids, stop):
     """How many tokens had come when the stop string was seen, or None."""
-    watch = StopWatch(tok, stop)
+    watch = StopWatch(tok, stop, prompt=[])
     return next((n for n in range(1, len(ids) + 1) if watch.has_stopped(ids[:n])), None)
 
 
@@ -328,11 +330,18 @@ def test_a_stop_string_is_seen_whatever_the_tokens(kind, text, stop, data):
 
 
 def test_only_the_last_tokens_are_decoded(toy):
-    sizes, tok = [], byte_tokenizer()
-    counting = SimpleNamespace(decode=lambda ids: sizes.append(len(ids)) or tok.decode(ids))
+    sizes, tok, counting = [], byte_tokenizer(), byte_tokenizer()
+    counting.decode = lambda ids: sizes.append(len(ids)) or tok.decode(ids)
     ids = pieces_of(tok, "né 🤖 日本語 and so on, for a long while".encode(), [])
     assert stopped_after(counting, ids, ("zzz",)) is None
     assert len(sizes) == 2 * len(ids) and max(sizes) <= 8
+
+
+def test_a_stop_string_may_begin_with_the_space_after_the_prompt():
+    tok = fallback_tokenizer("▁a", "b", "\n")
+    prompt, ids = ([tok.backend.token_to_id(piece) for piece in pieces] for pieces in (["▁a", "\n"], ["▁a", "b"]))
+    watch = StopWatch(tok, (" a",), prompt)
+    assert tok.decode(ids) == "ab" and watch.has_stopped(ids[:1])
 
 
 def test_texts_end_before_a_stop_string(toy):

@@ -1,11 +1,13 @@
 """Tokenizers: special tokens as the checkpoint's own files say, and broken files refused."""
 
 import json
+from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import minibalora as mb
+from minibalora import text
 from minibalora.toy import MODEL
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "one": 4, "two": 5, "three": 6}
@@ -123,6 +125,21 @@ def test_decoding_leaves_special_tokens_out(make):
     tok = make(NAMES)
     assert tok.decode([1, 4, 5, 2, 3, 3]) == "one two"
     assert tok.decode([]) == ""
+
+
+def test_a_continuation_keeps_the_space_that_decoding_drops_in_front():
+    """As LLaMA 2's tokenizer: the first line of a Python function would lose one of its four spaces."""
+    pieces = ["<unk>", "▁def", ":", "<0x0A>", "▁▁▁", "▁return", *(f"<0x{byte:02X}>" for byte in "é".encode())]
+    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tok = text.Tokenizer(backend, {}, Path("here"))
+    assert tok.decode([4, 5]) == "   return"
+    for prompt in ([1, 2, 3], [6, 7] * 9 + [1, 2, 3], [2]):
+        assert tok.decode_after(prompt, [4, 5]) == "    return"
+        assert tok.decode_after(prompt, []) == ""
+    assert tok.decode_after([], [1]) == "def"
+    assert tok.decode_after([7] + [6, 7] * 4, [2]) == ":"  # the context begins inside a character
 
 
 def test_truncation_and_padding_of_the_file_are_off(make):

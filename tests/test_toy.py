@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import minibalora as mb
+from minibalora.answers import final_answer
 from minibalora.classify import collate, encode
-from minibalora.evaluate import final_answer
 from minibalora.glue import LabelledText
 from minibalora.toy import BERT, MODEL, reviews
 from minibalora.toy.pretrain_bert import CONFIG, MASK, SPECIALS, make_tokenizer, masked
