@@ -128,13 +128,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def _layer(name: str, linear: nn.Linear | None, adapter: Adapter) -> LowRankLinear:
-    A, B = adapter.factors[name]["A"].T, adapter.factors[name]["B"].T
-    rank, alpha = (
-        setting(adapter.config, *keys, name) for keys in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"))
-    )
-    if A.shape[1:] != (rank,) or B.ndim != 2 or len(B) != rank:
-        ranks = f"factors of shape {list(A.T.shape)} and {list(B.T.shape)}, but adapter_config.json says rank {rank}"
+    lora_A, lora_B = adapter.factors[name]["A"], adapter.factors[name]["B"]
+    rank = setting(adapter.config, "r", "rank_pattern", name)
+    alpha = setting(adapter.config, "lora_alpha", "alpha_pattern", name)
+    if lora_A.ndim != 2 or len(lora_A) != rank or lora_B.shape[1:] != (rank,):
+        ranks = (
+            f"factors of shape {list(lora_A.shape)} and {list(lora_B.shape)}, but adapter_config.json says rank {rank}"
+        )
         raise InputError(f"{adapter.file}: {name} has {ranks}: use the two files that were saved together")
+    A, B = lora_A.T, lora_B.T
     other_base = f"it is for another base ({adapter.config.get('base_model_name_or_path')}): give that one"
     if linear is None:
         raise InputError(f"{adapter.file}: {name} is no linear layer of this model: {other_base}")

@@ -44,7 +44,7 @@ def test_the_built_in_classifier_takes_what_any_task_takes():
 
 
 def test_both_scripts_share_the_flags_that_are_common():
-    only_nlg = {"prompt_field", "response_field", "top_k"}
+    only_nlg = {"prompt_field", "response_field", "top_k", "eval_task"}
     only_nlu = {"task", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
     nlg_names, nlu_names = vars(parse_nlg_flags(CPU)).keys(), vars(nlu()).keys()
     assert nlg_names - nlu_names == only_nlg and nlu_names - nlg_names == only_nlu
@@ -105,6 +105,7 @@ def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
         ([*GLUE, "--teacher", "pretrained", "--method", "full"], ["--teacher", "--method full"]),
         ([*GLUE, "--method", "full", "--non-target-kl", "1"], ["--non-target-kl", "--method full"]),
         ([*GLUE, "--method", "full", "--rank", "8"], ["--rank", "--method full"]),
+        ([*GLUE, "--method", "full", "--adapter-rank", "8"], ["--adapter-rank", "--method full"]),
         ([*GLUE, "--method", "pissa", "--recipe", "2024"], ["--recipe", "--method pissa"]),
         ([*GLUE, "--method", "lora", "--init", "pissa"], ["--init pissa", "--method lora"]),
         ([*GLUE, "--recipe", "2024", "--temperature", "2"], ["--temperature", "--recipe 2024"]),

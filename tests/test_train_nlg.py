@@ -279,6 +279,41 @@ def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, c
         cli.run_script(train_nlg.main)
     printed = capsys.readouterr().out
     assert "before     after" in printed and "exact match, addition (12)" in printed
+    assert "95 % Wilson interval of the exact match of all: " in printed
+    for moment in ("before", "after"):
+        lines = (tmp_path / "out" / f"eval-{moment}.jsonl").read_text().splitlines()
+        assert len(lines) == 48 and json.loads(lines[0])["prompt"].endswith("### Response:")
+
+
+def test_an_eval_task_asks_and_judges_as_the_paper_and_a_resumed_evaluation_goes_on(
+    small_data, tmp_path, monkeypatch, capsys
+):
+    held_out = tmp_path / "gsm8k.jsonl"
+    rows = [
+        {"question": f"What is {n} + 2?", "answer": f"{n} + 2 = <<{n}+2={n + 2}>>{n + 2}\n#### {n + 2}"}
+        for n in range(5)
+    ]
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--max-steps", "1", "--eval", str(held_out), "--eval-task", "gsm8k")
+    argv = command(small_data, tmp_path / "out", *flags)
+    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    path = tmp_path / "out" / "eval-after.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 5 and all(record["prompt"].endswith("Let's think step by step.") for record in records)
+    path.write_text("".join(lines[:3]))  # killed during the evaluation after training
+    assert in_process(monkeypatch, capsys, [*argv, "--resume"])[0] == 0
+    again = path.read_text().splitlines(keepends=True)
+    assert again[:3] == lines[:3] and sorted(again) == sorted(lines)
+
+
+@pytest.mark.parametrize("rank", ["3", "50"])
+def test_the_adapter_is_saved_with_the_rank_asked_for(rank, small_data, tmp_path, monkeypatch, capsys):
+    argv = command(small_data, tmp_path / "out", "--max-steps", "2", "--adapter-rank", rank)
+    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == min(int(rank), 2 * 4)
+    mb.load_adapter(mb.load_model(MODEL), tmp_path / "out")
 
 
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])  # with the spectral term from the first step on, and without
