@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import cli, data, evaluate, run_folder, tasks, training
+from minibalora import cli, data, records, run_folder, tasks, training
 from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.flags import nlg_objective, parse_nlg_flags
@@ -58,9 +58,9 @@ def main() -> int:
     print_plan(args, model, nlg_formula(objective), [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    is_right = tasks.TASKS[args.eval_task].judge if args.eval_task else tasks.judge_answer
-    judge = partial(evaluate.scores, model, tok, is_right, held_out, pretraining, args.micro_batch_size)
-    before = judge(args.out / "eval-before.jsonl")
+    task = tasks.TASKS[args.eval_task] if args.eval_task else None
+    measure = partial(records.scores, model, tok, task, held_out, pretraining, args.micro_batch_size)
+    before = measure(args.out / "eval-before.jsonl", settings["model_digest"])
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
@@ -83,7 +83,8 @@ def main() -> int:
         mb.save_adapter(model, args.out)
     status = training.finish(args.out, step, steps, stop)
     if (held_out or pretraining) and not stop:
-        print("\n" + evaluate.before_and_after(before, judge(args.out / "eval-after.jsonl")))
+        after = measure(args.out / "eval-after.jsonl", training.trained_digest(model))
+        print("\n" + records.before_and_after(before, after))
     return status
 
 
@@ -164,4 +165,6 @@ def amounts(args: Namespace, rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "lower --micro-batch-size or add --grad-checkpoint", "with --resume")
+    cli.run_script(
+        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command and --resume to go on"
+    )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import classify, cli, data, evaluate, glue, run_folder, training
+from minibalora import classify, cli, data, glue, records, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
 from minibalora.files import read_json_object, replacing, write_json
@@ -126,7 +126,7 @@ def main() -> int:
         features.append(answer(eval_rows[0], part=model.features))
         save_features(args.features, *features, [row.label for row in eval_rows[0]], task.labels or ())
     training.finish(args.out, step, steps, stop)
-    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + evaluate.table(flat(before), flat(after)))
+    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + records.table(flat(before), flat(after)))
     return 0
 
 
@@ -311,4 +311,6 @@ def amounts(args: Namespace, task: Task, examples: list[LabelledText]) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "lower --micro-batch-size or add --grad-checkpoint", "with --resume")
+    cli.run_script(
+        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command and --resume to go on"
+    )

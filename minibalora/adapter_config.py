@@ -94,7 +94,9 @@ def is_target(config: dict, layer: str) -> bool:
         return False
     if isinstance(targets, str) or indices in (None, []):
         return True
-    number = re.match(r".*?\.[^.]*\.(\d+)\.", layer)  # the first one: of the block, not of an expert in it
+    lists = config.get("layers_pattern") or r"[^.]*"  # the names of lists of blocks
+    lists = lists if isinstance(lists, str) else "|".join(lists)
+    number = re.match(rf"(?:.*?\.)?(?:{lists})\.(\d+)\.", layer)  # the first one: of the block, not of an expert in it
     return number is not None and int(number[1]) in ([indices] if isinstance(indices, int) else indices)
 
 

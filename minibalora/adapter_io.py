@@ -19,7 +19,7 @@ from minibalora.adapter_config import is_target, read_adapter_config, setting
 from minibalora.errors import InputError
 from minibalora.files import replacing, write_json
 from minibalora.lowrank import LowRankLinear, adapted_layers, install
-from minibalora.weights import is_stored_transposed, set_parameter
+from minibalora.weights import is_stored_transposed, read, set_parameter
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
 FACTOR = re.compile(r"(.*)\.lora_([AB])\.weight")
@@ -44,7 +44,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         shapes[name] = left.shape[1], layer.scaling * left.shape[1]
     for module in head:
         for name, parameter in model.get_submodule(module).named_parameters():
-            tensors[f"{PREFIX}{module}.{name}"] = parameter.cpu().contiguous()
+            value = read(model.stored[f"{module}.{name}"], name) if parameter.is_meta else parameter
+            tensors[f"{PREFIX}{module}.{name}"] = value.cpu().contiguous()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as temporary:
@@ -103,8 +104,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put an adapter that we or PEFT saved onto `model`, freshly loaded from its base checkpoint; return the model.
 
     ΔW = s (lora_B lora_A), s = alpha / r, or alpha / √r with use_rslora (arXiv 2312.03732); rank_pattern and
-    alpha_pattern are obeyed, modules_to_save replace the base's. The base's own weights stay untouched, so that
-    `pretrained(model)` is the base, and `merge(model)` makes plain linears of the sum.
+    alpha_pattern are obeyed, modules_to_save replace the base's, in the base's dtype but for a classifier's head, which
+    is float32. The base's own weights stay untouched, so that `pretrained(model)` is the base, and `merge(model)` makes
+    plain linears of the sum.
     Raises ValueError if the model is adapted already, and InputError, with the model unchanged, if the adapter is
     incomplete, contradicts its config, is for another base, or is of a kind that is not implemented.
     """
@@ -112,14 +114,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
         raise ValueError("the model has an adapter already: load the base anew")
     adapter = read_adapter(folder)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    _check_whole(model, adapter)
     layers = {name: _layer(name, linears.get(name), adapter) for name in adapter.factors}
     if absent := [name for name in linears if is_target(adapter.config, name) and name not in layers]:
         raise InputError(f"{adapter.file}: lacks {absent[0]}, which target_modules names: save the adapter again")
-    _check_whole(model, adapter)
 
-    parameters, own_head = dict(model.named_parameters()), tuple(f"{module}." for module in model.own_head)
+    modules = list(getattr(model, "own_head", ()))
+    parameters, own_head = dict(model.named_parameters()), tuple(f"{module}." for module in modules)
     others = {name.rpartition(".")[0] for name in adapter.whole if not name.startswith(own_head)}
-    model.own_head = [*model.own_head, *sorted(others)]
+    model.own_head = [*modules, *sorted(others)]
     install(model, layers)
     for name, value in adapter.whole.items():
         dtype = torch.float32 if name.startswith(own_head) else parameters[name].dtype
@@ -151,13 +154,18 @@ def _layer(name: str, linear: nn.Linear | None, adapter: Adapter) -> LowRankLine
 def _check_whole(model: nn.Module, adapter: Adapter) -> None:
     """InputError unless what is saved whole fits the model, and is all of each module and all that the base lacks."""
     parameters, config = dict(model.named_parameters()), adapter.config
+    is_tied = getattr(model, "num_labels", 0) is None and model.config.tie_word_embeddings
+    for name in (*adapter.whole, *adapter.factors) if is_tied else ():
+        if name.startswith("lm_head") or parameters.get(name) is model.embedding.weight:
+            tied = "head and embedding of this model are one tensor (tie_word_embeddings), which would become two"
+            raise InputError(f"{adapter.file}: changes {name}, but {tied}: not implemented, merge it in PEFT")
     for name, value in adapter.whole.items():
         if name not in parameters or value.shape != parameters[name].shape:
             has = f"{list(parameters[name].shape)}" if name in parameters else "none"
             base = config.get("base_model_name_or_path")
             raise InputError(f"{adapter.file}: {name} has shape {list(value.shape)}, but the model has {has}: "
                              f"it is for another base or head ({base}): give that one")  # fmt: skip
-    to_save = [*(config.get("modules_to_save") or ()), *model.new_modules]
+    to_save = [*(config.get("modules_to_save") or ()), *getattr(model, "new_modules", ())]
     for name in parameters:
         if name not in adapter.whole and any(f".{module}." in f".{name}" for module in to_save):
             raise InputError(f"{adapter.file}: lacks {name}, which only an adapter has: save it with modules_to_save")

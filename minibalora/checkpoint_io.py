@@ -40,12 +40,14 @@ def save_model(
     """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
 
     Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. Of a
-    `weights.skeleton` each tensor is read when its turn comes, so that no more than a shard is ever in memory.
+    `weights.skeleton` each tensor is read when its turn comes, so that little more than a shard is ever in memory.
     `model.source` is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for
     its config (None: as in the source). progress wraps the list of shards, for instance `tqdm`.
-    Raises InputError if `folder` holds other weight files.
+    Raises InputError if `folder` holds other weight files or is the source.
     """
     folder, source = Path(folder), Path(model.source)
+    if folder.resolve() == source.resolve():
+        raise InputError(f"{folder}: is the model's own folder, whose weights would be lost: give another one")
     tensors = _checkpoint_tensors(model)
     shards = _shards(tensors)
     files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
@@ -56,9 +58,8 @@ def save_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in progress(list(zip(files, shards, strict=True))):
-        merged = {name: _merged(model, name, *tensors[name]) for name in names}
-        with replacing(folder / file) as temporary:
-            save_file(merged, temporary, metadata={"format": "pt"})
+        with replacing(folder / file) as temporary:  # the shard lives within the call, and is gone before the next one
+            save_file({name: _merged(model, name, *tensors[name]) for name in names}, temporary, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         size = sum(parameter.nbytes for parameter, _ in tensors.values())
@@ -103,7 +104,7 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLine
 
 def _merged(model: nn.Module, name: str, parameter: Tensor, layer: LowRankLinear | None) -> Tensor:
     """The tensor as a checkpoint has it: W + ΔW, summed in float32 and rounded once to the dtype of W."""
-    W = read(model.stored[name], name, parameter.dtype) if parameter.is_meta else parameter
+    W = read(model.stored[name], name) if parameter.is_meta else parameter
     tensor = W if layer is None else (W.float() + layer.delta).to(W.dtype)
     return (tensor.T if is_stored_transposed(model, name) else tensor).detach().cpu().contiguous()
 

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from minibalora import metrics
 from minibalora.errors import InputError
 from minibalora.glue import LabelledText, Task, fold
+from minibalora.lowrank import evaluating
 from minibalora.text import Tokenizer
 
 
@@ -56,19 +57,17 @@ def collate(rows: list[ClassRow], model: nn.Module, device: torch.device | str) 
 def answers(
     model: nn.Module, rows: list[ClassRow], batch_size: int, device: torch.device | str, part: Callable | None = None
 ) -> Tensor:
-    """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout; the mode is restored.
+    """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout.
 
     InputError if they are not finite, as after a step that was too large.
     part: `model.features` for the states (N, d) that the head reads instead. Batches are of rows of similar length.
     """
-    was_training = model.training
-    model.eval()
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     found = []
-    for start in tqdm(range(0, len(rows), batch_size), desc="answers", dynamic_ncols=True, leave=False, delay=2):
-        inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
-        found.append((part or model)(*inputs).float().cpu())
-    model.train(was_training)
+    with evaluating(model):
+        for start in tqdm(range(0, len(rows), batch_size), desc="answers", dynamic_ncols=True, leave=False, delay=2):
+            inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
+            found.append((part or model)(*inputs).float().cpu())
     found = torch.cat(found)[torch.tensor(order).argsort()]
     if not found.isfinite().all():
         raise InputError("the model's answers are not finite: lower --lr, or use --dtype float32")

@@ -15,25 +15,27 @@ from minibalora.errors import InputError
 from minibalora.files import is_full_disk
 
 
-def run_script(main: Callable[[], int], smaller: str = "lower --batch-size", again: str = "") -> None:
+def run_script(
+    main: Callable[[], int], smaller: str = "lower --batch-size", goes_on: str | None = "give the same command to go on"
+) -> None:
     """Exit with main's status; 2 and one line for what the user can mend, 1 and one line for a full disk or memory.
 
-    smaller: what takes less memory; again: what the same command needs to go on where it was stopped.
+    smaller: what takes less memory; goes_on: what to do to go on with what is saved, None if nothing is.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    go_on = f"give the same command {again}".strip() + " to go on"
+    then = f"; {goes_on} with what is saved" if goes_on else ""
     try:
         sys.exit(main())
     except InputError as error:
         _exit_with_line(2, error)
     except KeyboardInterrupt:
-        _exit_with_line(130, f"interrupted: {go_on} with what is saved")
+        _exit_with_line(130, f"interrupted{then}")
     except torch.OutOfMemoryError:
-        _exit_with_line(1, f"out of GPU memory: {smaller} and {go_on}")
+        _exit_with_line(1, f"out of GPU memory: {smaller}{then}")
     except (OSError, SafetensorError) as error:
         if not is_full_disk(error):
             raise
-        _exit_with_line(1, f"the disk is full ({error}): make room and {go_on}; what is saved is intact")
+        _exit_with_line(1, f"the disk is full ({error}): make room{then}")
 
 
 def _exit_with_line(status: int, message: object) -> None:

@@ -185,9 +185,10 @@ def _first_turns(turns: object, where: str) -> dict | None:
     return None
 
 
-def encode_examples(examples: list[Example], tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
+def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
     """Tokenised rows, how many responses were cut to max_length tokens, and how many rows were dropped.
 
+    examples: of the class Example, or whatever has a prompt, a response and a line, too.
     Prompt and response are tokenised apart, so no token straddles the boundary and a prompt has the ids at training
     that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
     is dropped if its prompt leaves no room for one response token.

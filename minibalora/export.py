@@ -1,6 +1,7 @@
 """A base and its adapter as one checkpoint, or the adapter made smaller: `python -m minibalora.export --help`.
 
-The base is read one tensor at a time and never held as a whole: merging takes the memory of the largest shard, 5 GB.
+The base is read one tensor at a time and never held as a whole: merging takes little more memory than the largest shard
+that is written, 5 GB.
 """
 
 import argparse
@@ -51,4 +52,4 @@ def parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, goes_on=None)

@@ -47,11 +47,13 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     InputError if `path` exists, unless as an empty folder, or can't be made.
     """
-    if os.path.lexists(path) and not (path.is_dir() and not any(path.iterdir())):
+    path = path.absolute()
+    is_free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
+    if not is_free or path == Path.cwd():
         raise InputError(f"{path}: exists already: give another --out")
-    temporary = path.absolute().with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
         temporary.mkdir()
     except OSError as error:

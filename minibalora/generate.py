@@ -7,20 +7,19 @@ import sys
 import time
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from minibalora import cli
 from minibalora.adapter_io import load_adapter
 from minibalora.data import FIELDS, example_from
 from minibalora.errors import InputError
-from minibalora.lowrank import merge
+from minibalora.lowrank import evaluating, merge
 from minibalora.models.decoder import Decoder, KVCache
 from minibalora.text import Tokenizer, load_tokenizer
 from minibalora.toy import MODEL
@@ -83,21 +82,22 @@ def generate_each(
             yield from zip(batch, _texts(model, tok, *chosen, progress), strict=True)
 
 
-def encode_prompts(model: Decoder, tok: Tokenizer, prompts: list[str]) -> list[list[int]]:
+def encode_prompts(
+    model: Decoder, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
+) -> list[list[int]]:
     """The prompts' ids; InputError names the first that the model cannot take."""
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
     encoded = tok.encode_prompts(prompts)
-    for number, ids in enumerate(encoded, start=1):
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if names is None else names
+    for name, ids in zip(names, encoded, strict=True):
         if not ids:
-            raise InputError(f"prompt {number} has no tokens: write something")
+            raise InputError(f"{name} has no tokens: write something")
         if max(ids) >= vocabulary:
             which = f"token {max(ids)}, but the model has {vocabulary} tokens"
-            raise InputError(f"prompt {number}: the tokenizer gives {which}: they do not belong together")
+            raise InputError(f"{name}: the tokenizer gives {which}: they do not belong together")
         if len(ids) >= context:
-            raise InputError(
-                f"prompt {number} has {len(ids)} tokens, but the model has {context} positions and needs one for its "
-                "answer: shorten it"
-            )
+            positions = f"the model has {context} positions and needs one for its answer"
+            raise InputError(f"{name} has {len(ids)} tokens, but {positions}: shorten it")
     return encoded
 
 
@@ -238,18 +238,6 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside, no module drops anything out; each gets its mode back, also after an exception."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 # The command line.
 
 
@@ -258,8 +246,8 @@ def main() -> int:
     decoding = Decoding(args.max_new_tokens or 512, args.temperature, args.top_p, tuple(args.stop), args.seed)
     asked, prompts = zip(*read_prompts(args), strict=True)
     model, tok = load(args)
-    if args.adapter is not None:
-        merge(model)  # no base is asked here, and plain linears are faster
+    if args.adapter is not None and args.dtype == torch.float32:
+        merge(model)  # plain linears are faster; in bfloat16 the sum would be rounded, and a small change be lost
     found = generate_each(model, tok, list(prompts), decoding, args.batch_size)
     sys.stdout.reconfigure(encoding="utf-8")
     try:
@@ -289,7 +277,7 @@ def parse_flags() -> Namespace:
     add = parser.add_argument_group("end of an answer, beside EOS").add_argument
     add("--stop", type=_not_empty, nargs="+", default=[], metavar="STRING", help="an answer ends before any of these")
     args = parser.parse_args()
-    check_decoding(args)
+    fill_in_defaults(args)
     if args.prompt is not None and args.file is not None:
         raise InputError("--prompt and --file are both given: leave one out")
     return args
@@ -306,7 +294,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--model", metavar="DIR", type=cli.path, default=MODEL, help="checkpoint folder: config.json, tokenizer.json, "
         "*.safetensors (default: the built-in tiny LLaMA)")  # fmt: skip
     add("--adapter", metavar="DIR", type=cli.path, help="folder of an adapter for it: what train_nlg.py or PEFT saved")
-    add("--batch-size", type=cli.positive_int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    add("--batch-size", type=cli.positive_int, metavar="N", help="prompts at a time (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
         "float32 on CPUs)")  # fmt: skip
@@ -316,23 +304,26 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=cli.positive_int, metavar="N", help="tokens of an answer (default: 512, or the "
         "benchmark's)")  # fmt: skip
-    add("--temperature", type=cli.rate, default=0.0, metavar="T", help="divides the logits; 0: always the most likely "
+    add("--temperature", type=cli.rate, metavar="T", help="divides the logits; 0: always the most likely "
         "token (default: 0)")  # fmt: skip
-    add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), default=1.0, metavar="P",
+    add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), metavar="P",
         help="draw from the smallest set of tokens with this probability (default: 1, all)")  # fmt: skip
-    add("--seed", type=cli.natural, default=42, help="of what is drawn with --temperature (default: 42)")
+    add("--seed", type=cli.natural, help="of what is drawn with --temperature (default: 42)")
 
 
-def check_decoding(args: Namespace) -> None:
-    if args.top_p < 1 and args.temperature == 0:
+def fill_in_defaults(args: Namespace) -> None:
+    """Of the two functions above; `device` and `dtype` as torch's. InputError for what can't be meant."""
+    if args.top_p is not None and not args.temperature:
         raise InputError("--top-p has no meaning without --temperature: add it")
+    for name, value in {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42}.items():
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    args.device = cli.device(args.device)
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
 
 
 def load(args: Namespace) -> tuple[Decoder, Tokenizer]:
     """What `add_model_flags` names, the adapter apart from its base."""
-    device = cli.device(args.device)
-    dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    tok, model = load_tokenizer(args.model), load_model(args.model, dtype=getattr(torch, dtype), device=device)
+    tok, model = load_tokenizer(args.model), load_model(args.model, dtype=args.dtype, device=args.device)
     return model if args.adapter is None else load_adapter(model, args.adapter), tok
 
 
@@ -390,4 +381,4 @@ def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    cli.run_script(main, "lower --batch-size")
+    cli.run_script(main, goes_on=None)

@@ -192,6 +192,17 @@ def initial_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside, nothing drops out; every module gets its own mode back afterwards, also after an exception."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield model.eval()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
 def pretrained(model: nn.Module) -> Iterator[nn.Module]:
     """Inside, `model` is the pre-trained model: the teacher of the consistency terms, on the student's own weights.
 
@@ -201,24 +212,20 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
         raise ValueError("the model has no adapted layer, so there is no record of the pre-trained one: adapt first")
-    modes = [(module, module.training) for module in model.modules()]
     roles = [(layer, layer.is_teacher) for layer in layers]
     head = [(parameter, parameter.data, initial) for parameter, initial in _head_with_initial(model)]
     try:
-        model.eval()
         for layer in layers:
             layer.is_teacher = True
         for parameter, _, initial in head:
             parameter.data = initial
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             yield model
     finally:
         for layer, role in roles:
             layer.is_teacher = role
         for parameter, trained, _ in head:
             parameter.data = trained
-        for module, mode in modes:
-            module.training = mode
 
 
 @torch.no_grad()

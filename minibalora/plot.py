@@ -455,4 +455,4 @@ def amounts(features: Features) -> str:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, goes_on=None)

@@ -46,7 +46,7 @@ class Task:
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...] = ()
-    raw_stop: tuple[str, ...] | None = None  # None: there is no raw form
+    raw_stop: tuple[str, ...] = ()  # with --raw, of programs
     runs_code: bool = False
 
 

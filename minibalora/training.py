@@ -1,5 +1,6 @@
 """What the training scripts share: adapting, the optimisation loop, stop signals."""
 
+import hashlib
 import math
 import signal
 import sys
@@ -39,7 +40,15 @@ def truncate_adapter(model: nn.Module, rank: int | None) -> None:
     """For --adapter-rank: bring what was learned to that rank before it is measured and saved."""
     if rank is not None:
         error = truncate(model, rank)
-        print(f"adapter brought to rank {rank}: relative error {error:.2e} of the change in the weights")
+        print(f"adapter of at most rank {rank}: relative error {error:.2e} of the change in the weights")
+
+
+def trained_digest(model: nn.Module) -> str:
+    """SHA-256 of what was trained, in hex: answers of another state of the model are not this one's."""
+    digest = hashlib.sha256()
+    for parameter in trained_parameters(model).values():
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -232,11 +232,16 @@ def is_stored_transposed(model: nn.Module, name: str) -> bool:
     return any(re.fullmatch(names.transposed, name) for backbone, names in NAMES.items() if backbone in children)
 
 
-def read(stored: StoredTensor, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-    """The tensor as the model has it; InputError, which calls it `name`, if a number is not finite."""
+def read(
+    stored: StoredTensor, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The tensor as the model has it, in its own dtype unless told otherwise.
+
+    InputError, which calls it `name`, if a number is not finite.
+    """
     tensor = _as_stored(stored).to(device=device, dtype=dtype)
     if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # aminmax allocates nothing and passes NaN on
-        raise InputError(f"{stored.file}: {name} has NaN or infinite values in {dtype}: download the file again")
+        raise InputError(f"{stored.file}: {name} has NaN or infinite values in {tensor.dtype}: download the file again")
     return tensor.T.contiguous() if stored.is_transposed else tensor
 
 

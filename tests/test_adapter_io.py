@@ -331,8 +331,8 @@ def test_an_adapter_for_another_base_is_refused(adapter, refused):
     refused(adapter(config={"base_model_name_or_path": "that/one"}), "24 x 16", "24 x 24", "that/one", base="llama2")
     refused(GOLDEN / "peft_gpt2", "no linear layer of this model")
     refused(GOLDEN / "peft_lora", "no linear layer of this model", base="gpt2")
-    refused(GOLDEN / "peft_bert", "no linear layer", base="roberta", head="classifier")
-    refused(GOLDEN / "peft_adapted_head", "lm_head is no linear layer", base="llama_bias_tied")
+    refused(GOLDEN / "peft_bert", "another base or head", base="roberta", head="classifier")
+    refused(GOLDEN / "peft_adapted_head", "lm_head", "tie_word_embeddings", base="llama_bias_tied")
 
 
 def test_what_is_saved_whole_must_fit(adapter, refused):
@@ -343,6 +343,25 @@ def test_what_is_saved_whole_must_fit(adapter, refused):
     refused(adapter("peft_lora", tensors=stranger), "score.weight", "none")
     three_classes = {"base_model.model.classifier.out_proj.weight": torch.zeros(3, 24)}
     refused(adapter("peft_roberta", tensors=three_classes), "[3, 24]", "[2, 24]", base="roberta", head="classifier")
+
+
+@pytest.mark.parametrize("base", ["llama_bias_tied", "gemma"])
+def test_an_embedding_of_its_own_for_a_tied_base_is_refused(adapter, refused, base):
+    """PEFT unties the two: the head keeps the old weight. Here the head would read the new embedding."""
+    embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(61, 24)}
+    refused(adapter("peft_whole_head", tensors=embedding | {"base_model.model.lm_head.weight": None}),
+            "embed_tokens", "tie_word_embeddings", base=base)  # fmt: skip
+
+
+def test_any_model_of_linears_takes_its_adapter_back(tmp_path):
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+
+    model, x = mb.adapt(net(), rank=2), torch.randn(4, 5)
+    stretch(model)
+    mb.save_adapter(model, tmp_path)
+    assert distance(mb.load_adapter(net(), tmp_path)(x), model(x)) < 1e-6
 
 
 def test_a_base_without_a_head_needs_an_adapter_with_one(adapter, refuses, tmp_path):

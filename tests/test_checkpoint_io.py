@@ -152,6 +152,28 @@ def test_a_trained_classifier_keeps_its_labels(tmp_path, monkeypatch, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["1"] == "so so"
 
 
+def test_a_model_is_not_saved_over_its_own_source(tmp_path, refuses):
+    shutil.copytree(GOLDEN / "llama2", tmp_path / "base")
+    before = (tmp_path / "base" / "model.safetensors").read_bytes()
+    model = mb.adapt(mb.load_model(tmp_path / "base"), rank=2)
+    refuses(lambda: mb.save_model(model, tmp_path / "base"), "own folder")
+    assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
+
+
+def test_a_classifiers_adapter_without_a_head_is_made_smaller_with_the_bases(tmp_path, monkeypatch, capsys):
+    shutil.copytree(GOLDEN / "peft_roberta", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"modules_to_save": None}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(GOLDEN / "peft_roberta" / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
+    save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
+    arguments = ("--model", GOLDEN / "roberta", "--adapter", tmp_path / "adapter", "--out", tmp_path / "small")
+    assert run_export(monkeypatch, capsys, *arguments, "--adapter-rank", 1)[0] == 0
+    model = mb.load_adapter(mb.load_model(GOLDEN / "roberta", "classifier"), tmp_path / "small")
+    base = mb.load_model(GOLDEN / "roberta", "classifier")
+    assert torch.equal(model.classifier.dense.weight, base.classifier.dense.weight)
+
+
 def test_an_adapter_is_made_smaller(tmp_path, monkeypatch, capsys):
     arguments = ("--model", GOLDEN / "llama3", "--adapter", GOLDEN / "adapter_pissa", "--out", tmp_path / "small")
     status, out, _ = run_export(monkeypatch, capsys, *arguments, "--adapter-rank", 5)
@@ -175,16 +197,21 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path, monkeypatch, ca
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
     for base, adapter, out, words in [
         ("llama2", GOLDEN / "adapter_pissa", tmp_path / "out", "another base"),
         ("nowhere", GOLDEN / "adapter_pissa", tmp_path / "out", "no such folder"),
         ("llama3", tmp_path / "nowhere", tmp_path / "out", "no such folder"),
         ("llama3", GOLDEN / "adapter_pissa", used, "exists already"),
+        ("llama3", GOLDEN / "adapter_pissa", tmp_path / "link", "exists already"),
+        ("llama3", GOLDEN / "adapter_pissa", ".", "exists already"),
         ("llama3", GOLDEN / "adapter_pissa", used / "mine.txt" / "out", "can't write there"),
     ]:
         status, _, error = run_export(monkeypatch, capsys, "--model", GOLDEN / base, "--adapter", adapter, "--out", out)
         assert status == 2 and words in error and len(error.splitlines()) == 1
-    assert {path.name for path in tmp_path.rglob("*")} == {"used", "mine.txt"}
+    assert {path.name for path in tmp_path.rglob("*")} == {"used", "mine.txt", "empty", "link"}
 
 
 def test_a_merge_that_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch, capsys):

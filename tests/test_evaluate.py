@@ -5,15 +5,12 @@ import re
 import sys
 
 import pytest
-import torch
 from helpers import stretch
 
 import minibalora as mb
-from minibalora import cli, evaluate
+from minibalora import cli, evaluate, records
 from minibalora.data import example_from
-from minibalora.evaluate import answer, before_and_after, scores, summarize, table
 from minibalora.sandbox import check_sandbox
-from minibalora.tasks import Item, as_items, judge_answer
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -26,11 +23,6 @@ ADD = {
     "test_list": ["assert add(1, 2) == 3"],
 }
 NEGATE = ADD | {"task_id": 2, "code": "def negate(a):\n    return -a\n", "test_list": ["assert negate(1) == -1"]}
-
-
-@pytest.fixture(scope="module")
-def toy():
-    return mb.load_model(MODEL), mb.load_tokenizer(MODEL)
 
 
 @pytest.fixture
@@ -81,9 +73,8 @@ def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, pr
     assert line.startswith(f"gsm8k: pass@1 {100 * right / 12:.1f} % (95 % Wilson interval ")
     assert sorted(int(record["item"]) for record in records) == list(range(1, 13))
     for record in records:
-        assert record["prompt"].endswith("Let's think step by step.") and record["reference"].endswith(
-            record["reference"].split(": ")[-1]
-        )
+        assert record["prompt"].endswith("Let's think step by step.")
+        assert record["reference"] == PROBLEMS[int(record["item"]) - 1]["response"]
         assert record["verdict"] in ("right", "wrong", "no answer")
         assert (record["answer"] is None) == (record["verdict"] == "no answer")
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
@@ -100,9 +91,9 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monk
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while it wrote
     asked = []
-    generate_each = evaluate.generate_each
+    generate_each = records.generate_each
     monkeypatch.setattr(
-        evaluate,
+        records,
         "generate_each",
         lambda model, tok, prompts, *rest: asked.extend(prompts) or generate_each(model, tok, prompts, *rest),
     )
@@ -162,6 +153,33 @@ def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, t
     path.write_text(json.dumps({"completion": 3}))
     status, _, error = run(*flags, "--out", tmp_path / "other")
     assert status == 2 and "completions.jsonl, line 1" in error and not (tmp_path / "other").exists()
+    path.write_text(json.dumps({"completion": "x", "task_id": 7}))
+    status, _, error = run(*flags, "--out", tmp_path / "other")
+    assert status == 2 and "problem 7, which" in error
+
+
+def test_another_adapter_with_the_same_factors_is_another_evaluation(run, problems, tmp_path):
+    model = mb.adapt(mb.load_model(MODEL), rank=2)
+    stretch(model)
+    mb.save_adapter(model, tmp_path / "adapter")
+    flags = (
+        "--task",
+        "gsm8k",
+        "--data",
+        problems,
+        "--max-rows",
+        1,
+        "--max-new-tokens",
+        5,
+        "--adapter",
+        tmp_path / "adapter",
+    )
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # what it was anyway
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
+    status, _, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 2 and "adapter_digest" in error
 
 
 def test_samples_differ_and_each_is_kept(run, problems, tmp_path):
@@ -192,6 +210,14 @@ def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
     assert path.read_text() == "".join(lines)
 
 
+def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problems, tmp_path):
+    rows = [PROBLEMS[0], PROBLEMS[1] | {"query": "many words " * 600}]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, error = run("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out")
+    assert status == 2 and "problems.jsonl, line 2: the prompt has" in error and "512 positions" in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
@@ -203,7 +229,11 @@ def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
         (("--task", "gsm8k", "--samples", "2"), "add --temperature"),
         (("--task", "gsm8k", "--k", "2"), "raise --samples"),
         (("--task", "gsm8k", "--gold", "--completions", "x"), "leave one out"),
-        (("--task", "gsm8k", "--gold", "--adapter", "x"), "leave one out"),
+        (("--task", "gsm8k", "--gold", "--adapter", "x"), "--adapter has no meaning with --gold"),
+        (("--task", "gsm8k", "--gold", "--temperature", "1"), "--temperature has no meaning with --gold"),
+        (("--task", "gsm8k", "--timeout", "1"), "--timeout has no meaning"),
+        (("--task", "text", "--batch-size", "2"), "--batch-size has no meaning"),
+        (("--task", "text", "--k", "1"), "--k has no meaning"),
         (("--task", "gsm8k", "--top-p", "0.5"), "--temperature"),
         (("--task", "gsm8k", "--data", "nowhere"), "nowhere"),
         (("--task", "gsm8k", "--model", "nowhere"), "nowhere"),
@@ -218,74 +248,3 @@ def test_bad_input_is_one_line_and_leaves_nothing_behind(run, problems, tmp_path
     status, out, error = run(*flags, *data, "--out", tmp_path / "out")
     assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
     assert not (tmp_path / "out").exists()
-
-
-# What the training scripts use.
-
-
-def test_what_judging_raises_is_raised(tmp_path):
-    def judge(item, completion, limits):
-        raise OSError("no sandbox")
-
-    with pytest.raises(OSError, match="no sandbox"):
-        answer([Item("1", 1, "p", "r")], 1, judge, tmp_path / "r.jsonl", lambda items, keys: [(0, "text")])
-
-
-def test_records_of_other_prompts_are_asked_again(tmp_path):
-    asked = []
-
-    def complete(items, keys):
-        asked.extend(item.prompt for item in items)
-        return enumerate(["The answer is: 5"] * len(items))
-
-    items = [Item(name, 1, f"prompt {name}", "#### 5") for name in "ab"]
-    answer(items, 1, judge_answer, tmp_path / "r.jsonl", complete)
-    answer([items[0], Item("b", 1, "another", "#### 5")], 1, judge_answer, tmp_path / "r.jsonl", complete)
-    assert asked == ["prompt a", "prompt b", "another"]
-
-
-def test_exact_match_counts_right_answers_by_kind(toy, tmp_path, monkeypatch):
-    replies = ["The answer is: 5", "The answer is: 6", "no idea", "The answer is: 8"]
-    monkeypatch.setattr(evaluate, "generate_each", lambda *arguments: enumerate(replies))
-    rows = [("q1", "5", "a"), ("q2", "6", "b"), ("q3", "7", "b"), ("q4", "9", "b")]
-    examples = [
-        example_from({"query": q, "response": f"The answer is: {answer}", "type": kind}, line)
-        for line, (q, answer, kind) in enumerate(rows, start=1)
-    ]
-    examples.append(example_from({"query": "q5", "response": "no final answer"}, 5))
-    column, records = scores(*toy, judge_answer, as_items(examples), [], 3, tmp_path / "r.jsonl")
-    exact = {name: value for name, value in column.items() if name.startswith("exact")}
-    assert exact == pytest.approx(
-        {"exact match, a (1)": 100, "exact match, b (3)": 100 / 3, "exact match, all (4)": 50}
-    )
-    assert len(records) == 4
-    assert "95 % Wilson interval of the exact match of all: 15.0 to 85.0 before, " in before_and_after(
-        (column, records), (column, records)
-    )
-
-
-def test_scores_restore_the_mode_and_name_every_kind(toy, tmp_path):
-    model, tok = toy
-    model.train()
-    column, _ = scores(model, tok, judge_answer, as_items(EXAMPLES), EXAMPLES[:2], 4, tmp_path / "r.jsonl")
-    assert model.training
-    model.eval()
-    assert len([name for name in column if name.startswith("exact match")]) == 5
-    assert list(column)[-1] == "loss on pre-training text"
-
-
-def test_the_summary_counts_problems_and_not_samples():
-    records = [{"item": item, "verdict": verdict} for item in range(50) for verdict in ("passed", "failed")]
-    found = summarize(records, [1, 2])
-    assert found["pass@1"]["share"] == 0.5 and found["pass@2"]["share"] == 1
-    assert found["pass@1"]["high"] - found["pass@1"]["low"] == pytest.approx(0.268, abs=1e-3)  # of 50, not of 100
-
-
-def test_the_table_has_both_columns():
-    assert table({"loss": 1.0}, {"loss": 0.25}).splitlines() == ["        before     after", "loss     1.000     0.250"]
-
-
-def test_evaluation_is_without_gradients(toy, tmp_path):
-    model, tok = toy
-    scores(model, tok, judge_answer, as_items(EXAMPLES[:2]), EXAMPLES[:2], 2, tmp_path / "r.jsonl")
-    assert torch.is_grad_enabled() and all(parameter.grad is None for parameter in model.parameters())

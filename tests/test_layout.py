@@ -20,7 +20,8 @@ ROWS = [
     ["glue", "tasks", "perplexity"],
     ["run_folder", "generate", "plan", "classify"],
     ["training", "plot"],
-    ["export", "evaluate"],
+    ["records", "export"],
+    ["evaluate"],
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
