@@ -140,7 +140,7 @@ def _layer(name: str, linear: nn.Linear | None, adapter: Adapter) -> LowRankLine
         )
         raise InputError(f"{adapter.file}: {name} has {ranks}: use the two files that were saved together")
     A, B = lora_A.T, lora_B.T
-    other_base = f"it is for another base ({adapter.config.get('base_model_name_or_path')}): give that one"
+    other_base = f"it is for another base{_base_of(adapter)}: give that one"
     if linear is None:
         raise InputError(f"{adapter.file}: {name} is no linear layer of this model: {other_base}")
     if (len(A), B.shape[1]) != (linear.in_features, linear.out_features):
@@ -162,13 +162,17 @@ def _check_whole(model: nn.Module, adapter: Adapter) -> None:
     for name, value in adapter.whole.items():
         if name not in parameters or value.shape != parameters[name].shape:
             has = f"{list(parameters[name].shape)}" if name in parameters else "none"
-            base = config.get("base_model_name_or_path")
             raise InputError(f"{adapter.file}: {name} has shape {list(value.shape)}, but the model has {has}: "
-                             f"it is for another base or head ({base}): give that one")  # fmt: skip
+                             f"it is for another base or head{_base_of(adapter)}: give that one")  # fmt: skip
     to_save = [*(config.get("modules_to_save") or ()), *getattr(model, "new_modules", ())]
     for name in parameters:
         if name not in adapter.whole and any(f".{module}." in f".{name}" for module in to_save):
             raise InputError(f"{adapter.file}: lacks {name}, which only an adapter has: save it with modules_to_save")
+
+
+def _base_of(adapter: Adapter) -> str:
+    base = adapter.config.get("base_model_name_or_path")
+    return f" ({base})" if base else ""
 
 
 def _device_of(parameter: Tensor) -> torch.device:

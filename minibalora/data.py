@@ -155,7 +155,10 @@ def _guess(row: dict, where: str) -> tuple[str, str]:
             return prompt, response
     known = ", ".join(f"{prompt}/{response}" for prompt, response in FIELDS)
     fields = ", ".join(map(str, row)) or "none"
-    raise InputError(f"{where}: has fields {fields}, none of {known}: name yours with --prompt-field, --response-field")
+    raise InputError(
+        f"{where}: has fields {fields}, none of {known}: rename yours, or name them to train_nlg.py "
+        "with --prompt-field, --response-field"
+    )
 
 
 def _string(row: dict, field: str, where: str) -> str:

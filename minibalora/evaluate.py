@@ -87,11 +87,11 @@ def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
                 file.flush()
     found = mean_predictions(list(done.values()))
     write_json(args.out / "summary.json", {"task": "text"} | found)
-    parts = [f"loss {found['loss']:.4f}, perplexity {found['perplexity']:.2f}"]
+    text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:,.2f}"
     if "kl" in found:
-        parts.append(f"of the base {found['base_loss']:.4f}, {found['base_perplexity']:.2f}")
-        parts.append(f"KL(base ‖ tuned) {found['kl']:.4f} nats a token")
-    print(f"text: {'; '.join(parts)}; {found['tokens']:,} tokens")
+        text += f"; of the base: loss {found['base_loss']:.4f}, perplexity {found['base_perplexity']:,.2f}"
+        text += f"; KL(base ‖ tuned) {found['kl']:.4f} nats a token"
+    print(f"text: {text}; tokens: {found['tokens']:,}")
     return 0
 
 

@@ -25,9 +25,9 @@ def main() -> int:
     num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
     model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
     load_adapter(model, args.adapter)
-    truncate_adapter(model, args.adapter_rank)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
+            truncate_adapter(model, args.adapter_rank)
             save_adapter(model, folder)
         else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)

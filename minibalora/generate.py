@@ -25,6 +25,7 @@ from minibalora.text import Tokenizer, load_tokenizer
 from minibalora.toy import MODEL
 from minibalora.weights import load_model
 
+WINDOW = 16  # batches
 PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 
 
@@ -62,11 +63,12 @@ def generate_each(
 ) -> Iterator[tuple[int, str]]:
     """(index of a prompt, its text) as `generate` has it, batch by batch, with a progress bar.
 
-    A batch is of neighbours in length, so that little is padding; the longest come first and show what memory it takes.
+    A batch is of neighbours in length among those of the next WINDOW batches, so that little is padding, and no text
+    waits for the last batch to be in its turn.
     """
     keys = range(len(prompts)) if keys is None else keys
     encoded = encode_prompts(model, tok, prompts)
-    order = sorted(range(len(prompts)), key=lambda index: -len(encoded[index]))
+    order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
     start, total = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=desc, unit="prompts", miniters=0, dynamic_ncols=True, leave=False) as bar:
 
@@ -244,15 +246,20 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
 def main() -> int:
     args = parse_flags()
     decoding = Decoding(args.max_new_tokens or 512, args.temperature, args.top_p, tuple(args.stop), args.seed)
-    asked, prompts = zip(*read_prompts(args), strict=True)
+    names, asked, prompts = map(list, zip(*read_prompts(args), strict=True))
     model, tok = load(args)
+    encode_prompts(model, tok, prompts, names)  # refuses what the model can't take before anything is answered
     if args.adapter is not None and args.dtype == torch.float32:
         merge(model)  # plain linears are faster; in bfloat16 the sum would be rounded, and a small change be lost
-    found = generate_each(model, tok, list(prompts), decoding, args.batch_size)
+    found = generate_each(model, tok, prompts, decoding, args.batch_size)
     sys.stdout.reconfigure(encoding="utf-8")
     try:
         for question, text in zip(asked, in_order(found), strict=True):
-            line = text if args.prompt else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
+            line = (
+                text
+                if args.prompt and len(prompts) == 1
+                else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
+            )
             with tqdm.external_write_mode():
                 print(line, flush=True)
     except BrokenPipeError:  # the reader, `head` for one, has what it wanted
@@ -269,13 +276,23 @@ def parse_flags() -> Namespace:
     )
     add_model_flags(parser)
     add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
-    add("--prompt", metavar="TEXT", action="append", help="a prompt, answered on standard output; may be repeated")
+    add("--prompt", metavar="TEXT", action="append", help="a prompt, whose answer is written, alone; of several "
+        "as of --file")  # fmt: skip
     add("--file", metavar="FILE", type=cli.path, help="a prompt a line, or a JSON object with one of the fields "
-        f"{', '.join(PROMPT_FIELDS)}; -: standard input; answers are JSON Lines, prompt and completion")  # fmt: skip
+        f"{', '.join(PROMPT_FIELDS)}; -: standard input; answers are JSON Lines, prompt and completion, in the same "
+        "order")  # fmt: skip
     add("--raw", action="store_true", help="ask the prompt as it is, without the training template")
     add_decoding_flags(parser)
     add = parser.add_argument_group("end of an answer, beside EOS").add_argument
-    add("--stop", type=_not_empty, nargs="+", default=[], metavar="STRING", help="an answer ends before any of these")
+    add(
+        "--stop",
+        type=_not_empty,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="STRING",
+        help="an answer ends before any of these",
+    )
     args = parser.parse_args()
     fill_in_defaults(args)
     if args.prompt is not None and args.file is not None:
@@ -302,8 +319,8 @@ def add_model_flags(parser: ArgumentParser) -> None:
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
-    add("--max-new-tokens", type=cli.positive_int, metavar="N", help="tokens of an answer (default: 512, or the "
-        "benchmark's)")  # fmt: skip
+    add("--max-new-tokens", type=cli.positive_int, metavar="N", help="tokens of an answer (default: 512; of "
+        "--task math 1024)")  # fmt: skip
     add("--temperature", type=cli.rate, metavar="T", help="divides the logits; 0: always the most likely "
         "token (default: 0)")  # fmt: skip
     add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), metavar="P",
@@ -327,8 +344,8 @@ def load(args: Namespace) -> tuple[Decoder, Tokenizer]:
     return model if args.adapter is None else load_adapter(model, args.adapter), tok
 
 
-def read_prompts(args: Namespace) -> list[tuple[str, str]]:
-    """What is asked and the prompt that asks it, with the template unless --raw; at least one."""
+def read_prompts(args: Namespace) -> list[tuple[str, str, str]]:
+    """Where it stands, what is asked, and the prompt that asks it, with the template unless --raw; at least one."""
     if args.prompt is not None:
         return [prompt_of({"prompt": text}, "--prompt", args.raw) for text in args.prompt]
     if args.file is None and (sys.stdin is None or sys.stdin.isatty()):
@@ -342,18 +359,20 @@ def read_prompts(args: Namespace) -> list[tuple[str, str]]:
         raise InputError(f"{args.file}: {error.strerror}: give a file with a prompt a line") from None
 
 
-def _prompts_of(lines: Iterable[bytes], source: str, raw: bool) -> list[tuple[str, str]]:
+def _prompts_of(lines: Iterable[bytes], source: str, raw: bool) -> list[tuple[str, str, str]]:
     """A prompt a line, blank lines left out. A line that begins with `{"` is JSON, whose prompts may have newlines."""
     found = []
     for number, line in enumerate(lines, start=1):
         where = f"{source}, line {number}"
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-            row = json.loads(text) if re.match(r'\{\s*"', text) else {"prompt": text}
+            row = json.loads(text) if re.match(r'[{[]\s*[{"]', text) else {"prompt": text}
         except UnicodeDecodeError:
             raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: broken JSON ({error}): mend the line") from None
+        if not isinstance(row, dict):
+            raise InputError(f"{where}: a JSON {type(row).__name__}: give an object or a plain prompt a line")
         if text.strip():
             found.append(prompt_of(row, where, raw))
     if not found:
@@ -361,13 +380,13 @@ def _prompts_of(lines: Iterable[bytes], source: str, raw: bool) -> list[tuple[st
     return found
 
 
-def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str]:
+def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str, str]:
     """As `read_prompts`, of a row with one of PROMPT_FIELDS; the template is the one that the row gets in training."""
     field = next((field for field in PROMPT_FIELDS if field in row), None)
     if field is None:
         raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
     example = example_from(row, 0, where, field, field)  # of the prompt alone, for there is no response yet
-    return row[field], row[field] if raw else example.prompt
+    return where, row[field], row[field] if raw else example.prompt
 
 
 def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:

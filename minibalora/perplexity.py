@@ -73,7 +73,9 @@ def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
 def mean_predictions(found: list[dict[str, float]]) -> dict[str, float]:
     """Means a token of what `predict` gave for the windows, and perplexities, e to the loss."""
     tokens = sum(window["tokens"] for window in found)
-    sums = {name: sum(window[name] for window in found) / tokens for name in found[0] if name != "tokens"}
+    sums = {
+        name: sum(window[name] for window in found) / tokens for name in found[0] if name not in ("tokens", "window")
+    }
     for name in ("base_loss", "loss"):
         if name in sums:
             sums[name.replace("loss", "perplexity")] = math.exp(min(sums[name], 700))  # beyond, a float ends

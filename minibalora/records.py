@@ -65,10 +65,10 @@ def answer(
 
         def finish(name: tuple[str, int], completion: str) -> None:
             item = wanted[name]
-            parsed, verdict = judge(item, completion, limits)
+            parsed, verdict, said = judge(item, completion, limits)
             record = {"item": item.name, "sample": name[1], "kind": item.kind, "measured": measured}
             record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
-            record |= {"reference": item.response, "verdict": verdict}
+            record |= {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
             with lock:
                 file.write(json.dumps(record) + "\n")
                 file.flush()

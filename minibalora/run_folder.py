@@ -46,7 +46,9 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(f"{out}: holds no run to resume: leave --resume out to start one")
     used = [name for name in RUN_FILES if os.path.lexists(out / name)]
     if used and not resume:
-        raise InputError(f"{out}: holds a run already ({used[0]}): go on with it by --resume, or give another --out")
+        raise InputError(
+            f"{out}: holds a run already ({used[0]}): give another --out, or go on with training by --resume"
+        )
     existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
@@ -71,9 +73,10 @@ def check_settings(out: Path, settings: dict, may_change: set[str] = MAY_CHANGE_
         raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
     for name, value in settings.items():
         if name not in may_change and recorded.get(name) != value:
-            flag = name if "digest" in name else f"--{name.replace('_', '-')}"
-            was = recorded.get(name)
-            raise InputError(f"{flag} is {value}, but the run in {out} has {was}: use the same, or another --out")
+            flag, was, same = f"--{name.replace('_', '-')}", recorded.get(name), "use the same, or another --out"
+            if name.endswith("_digest"):
+                raise InputError(f"{flag.removesuffix('-digest')} is not what the run in {out} had ({name}): {same}")
+            raise InputError(f"{flag} is {value}, but the run in {out} has {was}: {same}")
 
 
 def start_run(out: Path, settings: dict) -> None:

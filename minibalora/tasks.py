@@ -37,7 +37,8 @@ class Item:
     after: str = ""
 
 
-Judge = Callable[[Item, str, Limits | None], tuple[str | None, str]]  # limits of programs -> (what was parsed, verdict)
+# (item, completion, limits of programs) -> (what was parsed, verdict, what a program said)
+Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 
 
 @dataclass(frozen=True)
@@ -132,26 +133,27 @@ def _strings(row: dict, name: str, path: Path, line: int) -> list[str]:
     return value
 
 
-def judge_number(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str]:
+def judge_number(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
     return _judged(item, completion, same_number)
 
 
-def judge_answer(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str]:
+def judge_answer(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
     return _judged(item, completion, same_answer)
 
 
-def _judged(item: Item, completion: str, same: Callable[[str, str], bool]) -> tuple[str | None, str]:
+def _judged(item: Item, completion: str, same: Callable[[str, str], bool]) -> tuple[str | None, str, str]:
     answer, gold = final_answer(completion), final_answer(item.response)
     if answer is None or gold is None:
-        return answer, "no answer"
-    return answer, "right" if same(answer, gold) else "wrong"
+        return answer, "no answer", ""
+    return answer, "right" if same(answer, gold) else "wrong", ""
 
 
-def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str]:
+def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str, str]:
     """Run the completion's code with the problem's tests. A function that is given whole replaces its beginning in
     `before`, whose imports and helpers stay."""
     code = code_of(completion)
-    return code, run_program(f"{item.before}{code}\n{item.after}", limits).verdict
+    outcome = run_program(f"{item.before}{code}\n{item.after}", limits)
+    return code, outcome.verdict, outcome.output[-2000:]
 
 
 def code_of(completion: str) -> str:

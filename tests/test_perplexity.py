@@ -73,7 +73,7 @@ def test_means_are_weighted_by_tokens():
         {"tokens": 3, "loss": 6.0, "base_loss": 3.0, "kl": 1.5},
         {"tokens": 1, "loss": 2.0, "base_loss": 5.0, "kl": 0.5},
     ]
-    found = mean_predictions(windows)
+    found = mean_predictions([{"window": number} | window for number, window in enumerate(windows)])
     assert found == pytest.approx(
         {"tokens": 4, "loss": 2, "base_loss": 2, "kl": 0.5, "perplexity": math.e**2, "base_perplexity": math.e**2}
     )

@@ -90,7 +90,7 @@ def test_an_interruption_waits_for_no_program_that_has_not_begun(tmp_path):
     def judge(item, completion, limits):
         judged.append(item.name)
         time.sleep(0.05)
-        return None, "failed"
+        return None, "failed", ""
 
     def complete(items, keys):
         yield from ((index, "text") for index in range(100))
