@@ -81,7 +81,7 @@ def answer(
                 waiting.append(pool.submit(finish, missing[index], completion))
                 while waiting and waiting[0].done():
                     waiting.pop(0).result()
-            for future in tqdm(waiting, desc="judge", unit="answer", dynamic_ncols=True, leave=False):
+            for future in tqdm(waiting, "judge", unit="answer", dynamic_ncols=True, leave=False, delay=2):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand programs
