@@ -15,13 +15,13 @@ def read_json_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give a folder as Hugging Face hands it out") from None
+        raise InputError(f"{path}: no such file: give the folder that holds it") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}): download it again") from None
+        raise InputError(f"{path}: not valid JSON ({error}): mend it or download it again") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: download it again")
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: mend it or download it again")
     return value
 
 

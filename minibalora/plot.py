@@ -223,8 +223,8 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
         line = {"linestyle": LINES[index // len(COLOURS)], "linewidth": 1.6 + min(1.2, 4 / len(runs)) * hiding}
         axes.plot(steps, moving_mean(values, half) if half else values, **look, **line, label=run.name)
     fit_height(axes, found, [main_span(values) if key in NOISY else (values.min(), values.max()) for values in found])
-    units = [quantity(key, run.settings) for run in runs if len(run.series(key)[0])]
-    axes.set_ylabel(" or ".join(dict.fromkeys(filter(None, units))))
+    units = {quantity(key, run.settings) for run in runs if len(run.series(key)[0])} - {""}
+    axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several are too long, and of little use
 
 
 def fit_height(axes: "Axes", found: list[np.ndarray], spans: list[tuple[float, float]]) -> None:
