@@ -219,6 +219,7 @@ class StopWatch:
     def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
         self.tok, self.stop, self.prompt = tok, stop, prompt
         self.context = self.known = 0
+        self.whole = self.grown = 0  # characters that came after ids[:known] and are whole; when that number last grew
         self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
 
     def has_stopped(self, ids: list[int]) -> bool:
@@ -226,9 +227,12 @@ class StopWatch:
         before = self.prompt if self.known == 0 else ids[self.context : self.known]
         recent = self.tok.decode_after(before, ids[self.known :])
         tail = self.tail + recent
+        whole = len(recent.rstrip("\ufffd"))
+        if whole > self.whole:
+            self.whole, self.grown = whole, len(ids)
         # A half character decodes as U+FFFD. It is whole after four bytes; what lasts longer is in the text.
-        if not recent.endswith("\ufffd") or len(ids) - self.known > 4:
-            self.context, self.known = self.known, len(ids)
+        if not recent.endswith("\ufffd") or len(ids) - self.grown > 4:
+            self.context, self.known, self.whole, self.grown = self.known, len(ids), 0, len(ids)
             self.tail = tail[-max(map(len, self.stop)) :]
         if not any(stop in tail for stop in self.stop):
             return False

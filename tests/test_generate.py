@@ -289,6 +289,7 @@ def stopped_after(tok, ids, stop):
         ("né 🤖 ok", ["é 🤖".encode()[:5]], [1, 6], ("🤖",), "né "),  # a character over tokens
         ("né 🤖 ok", ["é 🤖".encode()[1:5]], [2, 6], ("🤖 ",), "né "),
         ("日本語 日本", [], [], ("語 日",), "日本"),
+        ("🤖🤖a", ["🤖🤖".encode()[2:5]], [2, 5], ("🤖a",), "🤖"),  # a token ends one character and begins the next
         ("🤖🤖👍🤖", [], [], ("👍",), "🤖🤖"),
         ("a\n\nb", [b"\n\n"], [1, 3], ("\n",), "a"),
         ("abcabd", [], [], ("abd", "zz"), "abc"),
