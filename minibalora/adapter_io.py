@@ -99,7 +99,6 @@ class Adapter:
     whole: dict[str, Tensor]  # parameters that replace the base's: modules_to_save
 
 
-@torch.no_grad()
 def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     """Put an adapter that we or PEFT saved onto `model`, freshly loaded from its base checkpoint; return the model.
 
@@ -110,9 +109,14 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
     Raises ValueError if the model is adapted already, and InputError, with the model unchanged, if the adapter is
     incomplete, contradicts its config, is for another base, or is of a kind that is not implemented.
     """
+    return put_adapter(model, read_adapter(folder))
+
+
+@torch.no_grad()
+def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
+    """`load_adapter` of an adapter that is read already."""
     if adapted_layers(model):
         raise ValueError("the model has an adapter already: load the base anew")
-    adapter = read_adapter(folder)
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     _check_whole(model, adapter)
     layers = {name: _layer(name, linears.get(name), adapter) for name in adapter.factors}

@@ -45,6 +45,11 @@ def _exit_with_line(status: int, message: object) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
+    """Refuses in one line, and takes no flag for another that it begins."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
     def error(self, message: str):
         raise InputError(f"{message}: see --help")
 
@@ -86,6 +91,20 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def flag(name: str) -> str:
+    """The flag of an attribute of the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
+def fill_in(args: argparse.Namespace, defaults: dict) -> None:
+    """What was not given; and `device` and `dtype` as torch's, bfloat16 on a GPU and float32 on a CPU."""
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = device(args.device)
+    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
 
 
 def device(name: str | None) -> torch.device:

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from tqdm import tqdm
 from minibalora import cli
 from minibalora.data import read_rows
 from minibalora.errors import InputError
-from minibalora.files import keep_lines, write_json
+from minibalora.files import appending, keep_lines, write_json
 from minibalora.generate import (
     Decoding,
     add_decoding_flags,
@@ -79,12 +78,11 @@ def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
     start(args.out, settings)
     path = args.out / "records.jsonl"
     done = {record["window"]: record for record in keep_lines(path, lambda record: type(record.get("window")) is int)}
-    with open(path, "a", encoding="utf-8") as file:
+    with appending(path) as append:
         for number, ids in enumerate(tqdm(windows, "text", unit="window", dynamic_ncols=True, leave=False), start=1):
             if number not in done:
                 done[number] = {"window": number} | predict(model, ids)
-                file.write(json.dumps(done[number]) + "\n")
-                file.flush()
+                append(done[number])
     found = mean_predictions(list(done.values()))
     write_json(args.out / "summary.json", {"task": "text"} | found)
     text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:,.2f}"
@@ -99,7 +97,6 @@ def parse_flags() -> argparse.Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.evaluate",
         description="Measure a decoder, with or without an adapter, on a benchmark, or its predictions of a text.",
-        allow_abbrev=False,
     )
     add_model_flags(parser)
     add = parser.add_argument_group("what is measured").add_argument
@@ -125,11 +122,8 @@ def parse_flags() -> argparse.Namespace:
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds a program (default: 10)")
     args = parser.parse_args()
     refuse_contradictions(args)
-    fill_in_defaults(args)
-    for name, value in {"samples": 1, "k": [1], "timeout": 10.0}.items():
-        setattr(args, name, getattr(args, name) or value)
-    if args.task in TASKS:
-        args.max_new_tokens = args.max_new_tokens or TASKS[args.task].max_new_tokens
+    tokens = TASKS[args.task].max_new_tokens if args.task in TASKS else None
+    fill_in_defaults(args, {"samples": 1, "k": [1], "timeout": 10.0, "max_new_tokens": tokens})
     if args.samples > 1 and args.temperature == 0 and args.completions is None:
         raise InputError(f"--samples {args.samples} would all be the same: add --temperature")
     if max(args.k) > args.samples:
@@ -154,7 +148,7 @@ def refuse_contradictions(args: argparse.Namespace) -> None:
         unused |= {"samples", "k"}
     for name in sorted(unused):
         if getattr(args, name) not in (None, False):
-            raise InputError(f"--{name.replace('_', '-')} has no meaning with {where}: leave it out")
+            raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
 
 
 def read_completions(args: argparse.Namespace, items: list[Item]) -> list[str]:

@@ -10,7 +10,7 @@ from functools import partial
 from tqdm import tqdm
 
 from minibalora import cli
-from minibalora.adapter_io import load_adapter, read_adapter, save_adapter
+from minibalora.adapter_io import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoint_io import save_model
 from minibalora.files import new_folder
 from minibalora.run_folder import recorded_settings
@@ -24,7 +24,7 @@ def main() -> int:
     is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
     num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
     model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
-    load_adapter(model, args.adapter)
+    put_adapter(model, adapter)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
             truncate_adapter(model, args.adapter_rank)
@@ -40,7 +40,6 @@ def parser() -> argparse.ArgumentParser:
     parser = cli.OneLineParser(
         prog="python -m minibalora.export",
         description="Merge an adapter into its base: a Hugging Face checkpoint that needs no adapter.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("--model", metavar="DIR", required=True, help="the base: the checkpoint that the adapter was trained on")

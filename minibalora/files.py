@@ -70,6 +70,18 @@ def write_json(path: Path, value: dict) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that appends an object to a JSON Lines file; a kill costs at most the line that is being written."""
+    with open(path, "a", encoding="utf-8") as file:
+
+        def append(entry: dict) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        yield append
+
+
 def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
     """The objects of a JSON Lines file that are kept, [] if there is no file; every other line is removed from it, and
     so is one that is damaged, as by a kill."""

@@ -7,12 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import torch
-
-from minibalora import toy
+from minibalora import cli, toy
 from minibalora.cli import (
     OneLineParser,
-    device,
     natural,
     path,
     positive_int,
@@ -55,7 +52,6 @@ def nlg_parser() -> argparse.ArgumentParser:
         prog="train_nlg.py",
         description="Fine-tune a LLaMA, Mistral, Gemma or GPT-2 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
@@ -89,7 +85,6 @@ def nlu_parser() -> argparse.ArgumentParser:
         prog="train_nlu.py",
         description="Fine-tune a BERT, RoBERTa, DeBERTa-v3 or decoder checkpoint to classify texts with BA-LoRA (arXiv "
         "2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on a CPU.",
-        allow_abbrev=False,
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
@@ -228,17 +223,12 @@ def parse_nlu_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argparse.Namespace:
     """args with what was not given; `is_toy` says that the model, and so the data, is the built-in one."""
     args.is_toy = args.model is None
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
+    cli.fill_in(args, defaults)
     if args.method == "ba-lora":
         args.recipe = args.recipe or "iclr2026"
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
     args.init = args.init or ("lora" if args.method == "lora" else "pissa")
     args.alpha = args.alpha or args.rank
-    args.device = device(args.device)
-    default_dtype = "bfloat16" if args.device.type == "cuda" else "float32"
-    args.dtype = getattr(torch, args.dtype or default_dtype)
     if args.resume and args.out is None:
         raise InputError("--resume needs --out: name the folder of the run to go on with")
     args.out = args.out or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
@@ -269,14 +259,14 @@ def _refuse_half_a_source(args: argparse.Namespace, with_model: tuple[str, ...])
         raise InputError(f"{given} without {missing}: give both, or neither for the built-in model and data")
     for name in with_model:
         if args.model is None and getattr(args, name) is not None:
-            raise InputError(f"{_flag(name)} goes with --model and --data: give both")
+            raise InputError(f"{cli.flag(name)} goes with --model and --data: give both")
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
     unused = {"full": ADAPTER_FLAGS + BA_LORA_FLAGS, "lora": BA_LORA_FLAGS, "pissa": BA_LORA_FLAGS, "ba-lora": ()}
     for name in unused[args.method]:
         if vars(args).get(name) is not None:  # --top-k is train_nlg.py's only
-            raise InputError(f"{_flag(name)} has no meaning with --method {args.method}: leave one out")
+            raise InputError(f"{cli.flag(name)} has no meaning with --method {args.method}: leave one out")
     if args.method == "full" and args.non_target_kl > 0:
         raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
     if args.adaptive_lambda1 and args.lambda1 == 0:
@@ -291,22 +281,18 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
         raise InputError(f"--task is missing: give one of {', '.join((*TASKS, 'custom'))}")
     for name in ("text_field", "label_field"):
         if args.task == "custom" and getattr(args, name) is None:
-            raise InputError(f"--task custom needs {_flag(name)}: name the field")
+            raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
         if args.task != "custom" and getattr(args, name) is not None:
-            raise InputError(f"{_flag(name)} goes with --task custom: {args.task} has its own fields")
+            raise InputError(f"{cli.flag(name)} goes with --task custom: {args.task} has its own fields")
     if len(args.text_field or ()) > 2:
         raise InputError(f"--text-field names {len(args.text_field)} fields: give one, or two for a pair")
     has_scores = args.task in TASKS and TASKS[args.task].labels is None
     for name in CLASS_FLAGS:
         if has_scores and getattr(args, name):
-            raise InputError(f"{_flag(name)} needs classes, but --task {args.task} has scores: leave one out")
+            raise InputError(f"{cli.flag(name)} needs classes, but --task {args.task} has scores: leave one out")
     if args.teacher is not None and args.method != "ba-lora" and args.non_target_kl == 0:
         raise InputError(f"--teacher has no meaning with --method {args.method} without --non-target-kl: leave it out")
     if args.teacher is not None and args.lambda1 == 0 and args.non_target_kl == 0:
         raise InputError("--teacher has no meaning with --lambda1 0 and without --non-target-kl: leave one out")
     if args.recipe == "2024" and args.temperature is not None and not args.adaptive_lambda1:
         raise InputError("--temperature has no meaning with --recipe 2024, whose consistency is an MSE: leave one out")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

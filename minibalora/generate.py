@@ -249,7 +249,7 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def main() -> int:
     args = parse_flags()
-    decoding = Decoding(args.max_new_tokens or 512, args.temperature, args.top_p, tuple(args.stop), args.seed)
+    decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, tuple(args.stop), args.seed)
     names, asked, prompts = map(list, zip(*read_prompts(args), strict=True))
     model, tok = load(args)
     encode_prompts(model, tok, prompts, names)  # refuses what the model can't take before anything is answered
@@ -276,7 +276,6 @@ def parse_flags() -> Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.generate",
         description="Let a decoder answer prompts. They are put into the template that train_nlg.py trains with.",
-        allow_abbrev=False,
     )
     add_model_flags(parser)
     add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
@@ -298,7 +297,7 @@ def parse_flags() -> Namespace:
         help="an answer ends before any of these",
     )
     args = parser.parse_args()
-    fill_in_defaults(args)
+    fill_in_defaults(args, {"max_new_tokens": 512})
     if args.prompt is not None and args.file is not None:
         raise InputError("--prompt and --file are both given: leave one out")
     return args
@@ -332,14 +331,11 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add("--seed", type=cli.natural, help="of what is drawn with --temperature (default: 42)")
 
 
-def fill_in_defaults(args: Namespace) -> None:
-    """Of the two functions above; `device` and `dtype` as torch's. InputError for what can't be meant."""
+def fill_in_defaults(args: Namespace, others: dict) -> None:
+    """Of the two functions above, and others; as `cli.fill_in`. InputError for what can't be meant."""
     if args.top_p is not None and not args.temperature:
         raise InputError("--top-p has no meaning without --temperature: add it")
-    for name, value in {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42}.items():
-        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
-    args.device = cli.device(args.device)
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
+    cli.fill_in(args, {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42} | others)
 
 
 def load(args: Namespace) -> tuple[Decoder, Tokenizer]:

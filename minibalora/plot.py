@@ -65,7 +65,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m minibalora.plot",
         description="Draw the log of one or more runs, one panel a term; or, with --features, t-SNE of the features "
         "that train_nlu.py --features saved, before and after, as in the paper's figures 5 to 8.",
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("runs", nargs="*", type=cli.path, metavar="run", help="a run's folder, its --out; several are drawn together")

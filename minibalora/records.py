@@ -3,7 +3,6 @@
 So an evaluation goes on where it was stopped, and every verdict can be looked up.
 """
 
-import json
 import os
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from threading import Lock
 from tqdm import tqdm
 
 from minibalora.data import Example, encode_examples
-from minibalora.files import keep_lines
+from minibalora.files import appending, keep_lines
 from minibalora.generate import Decoding, generate_each
 from minibalora.lowrank import evaluating
 from minibalora.metrics import pass_at_k, wilson
@@ -61,7 +60,7 @@ def answer(
     records = {(record["item"], record["sample"]): record for record in keep_lines(path, is_wanted)}
     missing = [name for name in wanted if name not in records]
     lock = Lock()
-    with open(path, "a", encoding="utf-8") as file, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with appending(path) as append, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def finish(name: tuple[str, int], completion: str) -> None:
             item = wanted[name]
@@ -70,8 +69,7 @@ def answer(
             record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
             record |= {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
             with lock:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
+                append(record)
                 records[name] = record
 
         waiting: list[Future] = []

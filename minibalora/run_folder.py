@@ -1,6 +1,5 @@
 """The folder of a run: its settings, its log, and the checkpoints from which it goes on exactly."""
 
-import json
 import math
 import os
 import platform
@@ -17,8 +16,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minibalora import cli
 from minibalora.errors import InputError
-from minibalora.files import is_full_disk, keep_lines, read_json_object, replacing, write_json
+from minibalora.files import appending, is_full_disk, keep_lines, read_json_object, replacing, write_json
 from minibalora.lowrank import initial_values
 
 RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
@@ -73,7 +73,7 @@ def check_settings(out: Path, settings: dict, may_change: set[str] = MAY_CHANGE_
         raise InputError(f"the run in {out} was given --model and --data: give the whole command again, and --resume")
     for name, value in settings.items():
         if name not in may_change and recorded.get(name) != value:
-            flag, was, same = f"--{name.replace('_', '-')}", recorded.get(name), "use the same, or another --out"
+            flag, was, same = cli.flag(name), recorded.get(name), "use the same, or another --out"
             if name.endswith("_digest"):
                 raise InputError(f"{flag.removesuffix('-digest')} is not what the run in {out} had ({name}): {same}")
             raise InputError(f"{flag} is {value}, but the run in {out} has {was}: {same}")
@@ -223,10 +223,5 @@ def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
     """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
     path = out / "log.jsonl"
     keep_lines(path, lambda entry: type(entry.get("step")) is int and entry["step"] <= step)
-    with open(path, "a", encoding="utf-8") as file:
-
-        def log(entry: dict) -> None:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-
+    with appending(path) as log:
         yield log

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -75,15 +75,15 @@ def _math_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[I
     for item in as_items([example for example in found if example is not None]):
         if final_answer(item.response) is None:
             raise InputError(f"{path}, line {item.line}: its solution has no final answer: is it of another --task?")
-        items.append(Item(item.name, item.line, item.prompt + THINK, item.response, item.kind))
+        items.append(replace(item, prompt=item.prompt + THINK))
     return items
 
 
 def _gsm8k_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[Item]:
     items = _math_items(rows, path, raw)
     for item in items:
-        if number(final_answer(item.response)) is None:
-            answer = final_answer(item.response)
+        answer = final_answer(item.response)
+        if number(answer) is None:
             raise InputError(f"{path}, line {item.line}: its answer {answer!r} is no number: is it of --task math?")
     return items
 
