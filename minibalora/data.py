@@ -229,6 +229,30 @@ def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end, without padding: the arguments of `Decoder.packed`, and what is predicted."""
+
+    input_ids: Tensor  # (Σ lengths,)
+    lengths: list[int]
+    wanted: list[int]  # how many of each row's last tokens predict a response token
+    targets: Tensor  # (Σ wanted,) those response tokens
+
+
+def pack(rows: list[Row], device: torch.device | str) -> Packed:
+    """A micro-batch without padding, and without each row's last token, from which nothing is predicted.
+
+    Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
+    """
+    ids = [torch.from_numpy(row.ids).long() for row in rows]
+    wanted = [len(row.ids) - max(row.prompt_length, 1) for row in rows]  # nothing predicts a first token
+    input_ids = torch.cat([each[:-1] for each in ids])
+    targets = torch.cat([each[-count:] for each, count in zip(ids, wanted, strict=True)])
+    if torch.device(device).type == "cuda":  # copied from pinned memory while the GPU is still at work
+        input_ids, targets = (t.pin_memory().to(device, non_blocking=True) for t in (input_ids, targets))
+    return Packed(input_ids, [len(each) - 1 for each in ids], wanted, targets)
+
+
 def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere.
 

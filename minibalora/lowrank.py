@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 HEADS = ("lm_head", "score", "classifier", "pooler")  # adapt leaves these alone, as all three papers do
 
@@ -38,7 +39,8 @@ class LowRankLinear(nn.Module):
         X W − s (X A₀) B₀ + s (X A) B        1.00   3.8    2 B   14 ms      1.00   5e-4   4 B   61 ms
         differences first, as here           1.00   0.84   2 B   15 ms      1.00   3e-5   4 B   64 ms
 
-    (0.84 is the rounding of Y itself.) Autograd keeps both factors, 2 r (m + n) numbers of X's dtype.
+    (0.84 is the rounding of Y itself.) For the backward pass autograd keeps X, which every layer that reads X shares,
+    and nothing else: see `_LearnedChange`.
     """
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float, keep_initial: bool):
@@ -69,17 +71,11 @@ class LowRankLinear(nn.Module):
         y = F.linear(x, self.W, self.bias)
         if self.is_teacher:
             return y
-        left, right = self.update()
-        return y + (self.scaling * (x @ left.to(x.dtype))) @ right.to(x.dtype)
+        return _LearnedChange.apply(y, x, self.A, self.B, self.A0, self.B0, self.scaling)
 
     def update(self) -> tuple[Tensor, Tensor]:
-        """The learned change as two factors, W_now = W + s · left @ right; (m, R) and (R, n), R = r or 2r, float32.
-
-        A B − A₀ B₀ = (A − A₀) B + A₀ (B − B₀): differences first, so that nothing large cancels.
-        """
-        if self.A0 is None:
-            return self.A, self.B
-        return torch.cat([self.A - self.A0, self.A0], dim=1), torch.cat([self.B, self.B - self.B0], dim=0)
+        """The learned change as two factors, W_now = W + s · left @ right; (m, R) and (R, n), R = r or 2r, float32."""
+        return _change(self.A, self.B, self.A0, self.B0)
 
     @property
     def residual(self) -> Tensor:
@@ -100,6 +96,41 @@ class LowRankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.A.shape[1]}, scaling={self.scaling:g}"
+
+
+def _change(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """A B − A₀ B₀ = (A − A₀) B + A₀ (B − B₀) as two factors: differences first, so that nothing large cancels."""
+    if A0 is None:
+        return A, B
+    return torch.cat([A - A0, A0], dim=1), torch.cat([B, B - B0], dim=0)
+
+
+class _LearnedChange(torch.autograd.Function):
+    """Y + s X (A B − A₀ B₀), keeping for its backward pass X alone; what autograd would keep is computed once more.
+
+    With D = s dY:  dX = D (A B − A₀ B₀)ᵀ,  dA = Xᵀ (D Bᵀ),  dB = (X A)ᵀ D,  and the gradient of Y is dY. So a PiSSA
+    layer's dA and dB cost what LoRA's do, while autograd would also find those of A₀ and B₀. Products are in X's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float):
+        ctx.save_for_backward(x, A, B, A0, B0)
+        ctx.scaling = s
+        left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
+        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ left, right, alpha=s).view(y.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        x, A, B, A0, B0 = ctx.saved_tensors
+        rows, D = x.flatten(0, -2), ctx.scaling * dy.flatten(0, -2)
+        dA = (rows.T @ (D @ B.T.to(x.dtype))).to(A.dtype)
+        dB = ((rows @ A.to(x.dtype)).T @ D).to(B.dtype)
+        dx = None
+        if ctx.needs_input_grad[1]:
+            left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
+            dx = (D @ right.T @ left.T).view(x.shape)
+        return dy, dx, dA, dB, None, None, None
 
 
 def lora_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

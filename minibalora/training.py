@@ -20,7 +20,6 @@ from tqdm import tqdm
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
 from minibalora.lowrank import adapt, truncate
-from minibalora.objective import weighted_sum
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
@@ -120,23 +119,24 @@ def train(
 
 
 def add_gradients(
-    parts: Iterable[tuple[float, dict[str, Tensor]]], weights: dict[str, float], stop: list[int]
+    parts: Iterable[tuple[float, Tensor, dict[str, Tensor]]], stop: list[int]
 ) -> tuple[list[float], dict[str, float]]:
-    """The backward pass of L over a step's micro-batches, each given by its share of the step and its terms.
+    """The backward pass of L over a step's micro-batches, each given by its share of the step, its L and its terms.
 
     Returns each micro-batch's part of L and the step's terms. `parts` is best a generator, so that only one micro-batch
     is held at a time. Ends early, with gradients of no use, once `stop` is not empty.
     """
     losses, totals = [], {}
-    for share, terms in parts:
-        loss = share * weighted_sum(terms, weights)
+    for share, value, terms in parts:
+        loss = share * value
         loss.backward()
         losses.append(loss.detach())
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + share * term.detach()
         if stop:
             return [], {}
-    return torch.stack(losses).tolist(), {name: float(total) for name, total in totals.items()}
+    numbers = torch.stack([value.double() for value in (*losses, *totals.values())]).tolist()  # waits for a GPU once
+    return numbers[: len(losses)], dict(zip(totals, numbers[len(losses) :], strict=True))
 
 
 def seed_step(seed: int, step: int) -> None:

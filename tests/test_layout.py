@@ -11,21 +11,32 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
-    ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder", "answers", "toy"],
+    [
+        "errors",
+        "lowrank",
+        "regularizers",
+        "fused",
+        "metrics",
+        "models",
+        "models.decoder",
+        "models.encoder",
+        "answers",
+        "toy",
+    ],
     ["files", "objective", "spm", "sandbox"],
     ["config", "cli"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
-    ["run_folder", "generate", "plan", "classify"],
+    ["run_folder", "generate", "plan", "classify", "teacher"],
     ["training", "plot"],
     ["records", "export"],
     ["evaluate"],
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
-COPYABLE = {"lowrank": {"torch"}, "regularizers": {"torch"}, "answers": set()}  # what each needs
+COPYABLE = {"lowrank": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}, "answers": set()}  # what each needs
 COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}}
 USE = """
 import torch

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora import cli, run_folder, training
-from minibalora.data import Row, collate, micro_batches
+from minibalora.data import Row, collate, micro_batches, pack
+from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
@@ -49,10 +50,10 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    batches = [collate(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
+    batches = [pack(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
     model.zero_grad()
-    tokens = sum(len(row.ids) - row.prompt_length for row in rows)
-    losses, terms = train_nlg.backward(model, model.hidden, batches, tokens, objective, step=5, steps=10, stop=[])
+    head = FrozenHead(model.head_weight)
+    losses, terms = train_nlg.backward(model, model.packed, head, batches, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
