@@ -40,7 +40,7 @@ class LowRankLinear(nn.Module):
         differences first, as here           1.00   0.84   2 B   15 ms      1.00   3e-5   4 B   64 ms
 
     (0.84 is the rounding of Y itself.) For the backward pass autograd keeps X, which every layer that reads X shares,
-    and nothing else: see `_LearnedChange`.
+    and nothing else: see `_LowRankProduct`.
     """
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float, keep_initial: bool):
@@ -68,10 +68,9 @@ class LowRankLinear(nn.Module):
         return cls(linear, *pissa_factors(linear.weight, rank, scaling, init), scaling, keep_initial=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.W, self.bias)
         if self.is_teacher:
-            return y
-        return _LearnedChange.apply(y, x, self.A, self.B, self.A0, self.B0, self.scaling)
+            return F.linear(x, self.W, self.bias)
+        return _LowRankProduct.apply(x, self.W, self.bias, self.A, self.B, self.A0, self.B0, self.scaling)
 
     def update(self) -> tuple[Tensor, Tensor]:
         """The learned change as two factors, W_now = W + s · left @ right; (m, R) and (R, n), R = r or 2r, float32."""
@@ -105,32 +104,48 @@ def _change(A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None) -> tuple
     return torch.cat([A - A0, A0], dim=1), torch.cat([B, B - B0], dim=0)
 
 
-class _LearnedChange(torch.autograd.Function):
-    """Y + s X (A B − A₀ B₀), keeping for its backward pass X alone; what autograd would keep is computed once more.
+class _LowRankProduct(torch.autograd.Function):
+    """X W + bias + s X (A B − A₀ B₀), keeping for its backward pass X alone: what autograd would keep is found anew.
 
-    With D = s dY:  dX = D (A B − A₀ B₀)ᵀ,  dA = Xᵀ (D Bᵀ),  dB = (X A)ᵀ D,  and the gradient of Y is dY. So a PiSSA
-    layer's dA and dB cost what LoRA's do, while autograd would also find those of A₀ and B₀. Products are in X's dtype.
+    With D = s dY:  dX = dY Wᵀ + D (A B − A₀ B₀)ᵀ,  dA = Xᵀ (D Bᵀ),  dB = (X A)ᵀ D.  So dA and dB cost a PiSSA layer what
+    they cost LoRA; autograd would find those of A₀ and B₀, too. Products are taken in X's dtype.
     """
 
     @staticmethod
-    def forward(ctx, y: Tensor, x: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float):
-        ctx.save_for_backward(x, A, B, A0, B0)
+    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, A0, B0, s: float) -> Tensor:
+        ctx.save_for_backward(x, W, A, B, A0, B0)
         ctx.scaling = s
-        left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
-        return torch.addmm(y.flatten(0, -2), x.flatten(0, -2) @ left, right, alpha=s).view(y.shape)
+        rows = x.flatten(0, -2)
+        W, left, right = _acting(rows, W, A, B, A0, B0, s)
+        y = F.linear(rows, W, bias)
+        return (y if left is None else y.addmm_(rows @ left, right, alpha=s)).unflatten(0, x.shape[:-1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, A, B, A0, B0 = ctx.saved_tensors
-        rows, D = x.flatten(0, -2), ctx.scaling * dy.flatten(0, -2)
-        dA = (rows.T @ (D @ B.T.to(x.dtype))).to(A.dtype)
-        dB = ((rows @ A.to(x.dtype)).T @ D).to(B.dtype)
+        x, W, A, B, A0, B0 = ctx.saved_tensors
+        rows, dy, s = x.flatten(0, -2), dy.flatten(0, -2), ctx.scaling
+        dA = s * (rows.T @ (dy @ B.T.to(x.dtype))).to(A.dtype)
+        dB = s * ((rows @ A.to(x.dtype)).T @ dy).to(B.dtype)
         dx = None
-        if ctx.needs_input_grad[1]:
-            left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
-            dx = (D @ right.T @ left.T).view(x.shape)
-        return dy, dx, dA, dB, None, None, None
+        if ctx.needs_input_grad[0]:
+            W, left, right = _acting(rows, W, A, B, A0, B0, s)
+            dx = dy @ W
+            dx = (dx if left is None else dx.addmm_(dy @ right.T, left.T, alpha=s)).view(x.shape)
+        return dx, None, None, dA, dB, None, None, None
+
+
+def _acting(x: Tensor, W: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float):
+    """What x (T, m) is multiplied by: W (n, m), and `left` (m, R) and `right` (R, n) of the change beside it.
+
+    Where x is float32, in which W + ΔW loses nothing, and has so many rows that ΔW costs less than (X left) right, the
+    change is in W already, and left and right are None. In bfloat16 it never is: rounding would eat it.
+    """
+    left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
+    n, m = W.shape
+    if x.dtype.itemsize >= 4 and len(x) * (m + n) > m * n:
+        return torch.addmm(W, right.T, left.T, alpha=s), None, None
+    return W, left, right
 
 
 def lora_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
