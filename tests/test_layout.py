@@ -11,7 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
-    ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder", "answers", "toy"],
+    ["errors", "lowrank", "nf4", "regularizers", "metrics", "answers", "models", "models.decoder", "models.encoder"]
+    + ["toy"],
     ["files", "objective", "spm", "sandbox"],
     ["config", "cli"],
     ["weights"],
@@ -25,7 +26,7 @@ ROWS = [
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
-COPYABLE = {"lowrank": {"torch"}, "regularizers": {"torch"}, "answers": set()}  # what each needs
+COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "answers": set()}  # what each needs
 COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}}
 USE = """
 import torch
