@@ -11,18 +11,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
-    [
-        "errors",
-        "lowrank",
-        "regularizers",
-        "fused",
-        "metrics",
-        "models",
-        "models.decoder",
-        "models.encoder",
-        "answers",
-        "toy",
-    ],
+    ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
+    ["models", "models.decoder", "models.encoder"],
     ["files", "objective", "spm", "sandbox"],
     ["config", "cli"],
     ["weights"],
@@ -36,8 +26,8 @@ ROWS = [
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
-COPYABLE = {"lowrank": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}, "answers": set()}  # what each needs
-COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}}
+COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
+COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}, "answers": set()}
 USE = """
 import torch
 from torch import nn
