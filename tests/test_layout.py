@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder", "answers", "toy"],
     ["files", "objective", "spm", "sandbox"],
-    ["config", "cli"],
+    ["config", "cli", "init_cache"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
