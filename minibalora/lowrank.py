@@ -139,7 +139,8 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, init: str) -> tuple
         pissa_krylov_8          2.16  4.7e-6            1.96  9.2e-4         0.87  1.1e-5
         pissa_krylov_12         4.86  6.8e-6            4.40  3.0e-5         0.87  1.1e-5
 
-    Whatever A and B are, nothing is lost of W. Where the basis would be the whole space, as in the last two numbers, it
+    A flat 4096 x 4096 took 27, 3.2 (niter_16) and 4.4 s (krylov_8, 4.9e-2 off). The flatter, the less it matters which
+    directions lead, and whatever A and B are, nothing is lost of W. Where the basis would be the whole space, as in the last two numbers, it
     is the exact SVD after a QR factorisation. Neither that nor the Gram matrix (in float64, which not every device has)
     loses anything, but both gain only on elongated weights; "pissa" stays the plain SVD, to the bit.
     """

@@ -18,7 +18,7 @@ INITS = ("pissa", "pissa_niter_16", "pissa_krylov_2", "pissa_krylov_4", "pissa_k
 
 
 def gram_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Exact PiSSA, alpha = rank, through the Gram matrix W Wᵀ, (m, m), in float64; the SVD at the end divides by no small σ."""
+    """Exact PiSSA, alpha = rank, through W Wᵀ (m, m) in float64; the SVD at the end divides by no small σ."""
     W = weight.T
     left = torch.linalg.eigh(W.double() @ W.T.double())[1][:, -rank:].float()
     U, S, Vh = torch.linalg.svd(left.T @ W, full_matrices=False)
