@@ -131,18 +131,19 @@ def pissa_factors(weight: Tensor, rank: int, scaling: float, init: str) -> tuple
     seconds and ‖A B − A₀ B₀‖ / ‖A₀ B₀‖, A₀ B₀ in float64; not yet on a GPU:
 
                            decaying, 2048 x 2048    flat, 2048 x 2048    flat, 1024 x 4096
-        pissa                   3.82  2.3e-6            3.65  9.7e-6         2.73  1.2e-5
-        by the Gram matrix      3.79  1.5e-6            3.59  1.4e-6         0.69  1.2e-6
-        pissa_niter_16          0.90  8.8e-2            0.75  4.1e-1         0.88  4.1e-1
-        pissa_krylov_2          0.27  8.5e-2            0.26  6.7e-1         0.37  6.3e-1
-        pissa_krylov_4          0.60  1.0e-3            0.55  2.9e-1         0.80  1.9e-1
-        pissa_krylov_8          2.16  4.7e-6            1.96  9.2e-4         0.87  1.1e-5
-        pissa_krylov_12         4.86  6.8e-6            4.40  3.0e-5         0.87  1.1e-5
+        pissa                   3.44  2.3e-6            3.46  9.7e-6         2.40  1.2e-5
+        by the Gram matrix      3.84  1.5e-6            3.56  1.4e-6         0.73  1.2e-6
+        pissa_niter_16          0.79  8.8e-2            0.83  4.1e-1         0.78  4.1e-1
+        pissa_krylov_2          0.30  8.5e-2            0.28  6.7e-1         0.31  6.3e-1
+        pissa_krylov_4          0.67  1.0e-3            0.57  2.9e-1         0.79  1.9e-1
+        pissa_krylov_8          1.96  4.7e-6            1.86  9.2e-4         0.83  1.1e-5
+        pissa_krylov_12         4.60  6.8e-6            3.70  3.0e-5         0.80  1.1e-5
 
     A flat 4096 x 4096 took 27, 3.2 (niter_16) and 4.4 s (krylov_8, 4.9e-2 off). The flatter, the less it matters which
-    directions lead, and whatever A and B are, nothing is lost of W. Where the basis would be the whole space, as in the last two numbers, it
-    is the exact SVD after a QR factorisation. Neither that nor the Gram matrix (in float64, which not every device has)
-    loses anything, but both gain only on elongated weights; "pissa" stays the plain SVD, to the bit.
+    directions lead, and whatever A and B are, nothing is lost of W. Where the basis would be the whole space, as in the
+    last two numbers, it is the exact SVD after a QR factorisation. Neither that nor the Gram matrix (in float64, which
+    not every device has) loses anything, but both gain only on elongated weights; "pissa" stays the plain SVD, to the
+    bit.
     """
     W = weight.detach().T.float()
     name, _, number = init.rpartition("_")
