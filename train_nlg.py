@@ -17,6 +17,7 @@ import minibalora as mb
 from minibalora import cli, data, records, run_folder, tasks, training
 from minibalora.data import Example, Packed, Row
 from minibalora.errors import InputError
+from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, summed_entropy
 from minibalora.models.decoder import Decoder
@@ -32,6 +33,8 @@ def main() -> int:
     args = parse_nlg_flags()
     objective = nlg_objective(args)
     run_folder.check_out(args.out, args.resume)
+    if args.init_cache is not None:
+        check_writable(args.init_cache, "--init-cache")
     torch.manual_seed(args.seed)
 
     # Load: data, tokenizer, model.

@@ -23,7 +23,7 @@ import minibalora as mb
 from minibalora import classify, cli, data, glue, records, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
-from minibalora.files import read_json_object, replacing, write_json
+from minibalora.files import check_writable, read_json_object, replacing, write_json
 from minibalora.flags import nlu_objective, parse_nlu_flags
 from minibalora.glue import LabelledText, Task
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
@@ -42,6 +42,8 @@ class EvalSet:
 def main() -> int:
     args = parse_nlu_flags()
     run_folder.check_out(args.out, args.resume)
+    if args.init_cache is not None:
+        check_writable(args.init_cache, "--init-cache")
     check_features(args)
 
     # Load: data, tokenizer, model. A head that the checkpoint lacks is new, drawn from the seed.

@@ -18,7 +18,15 @@ from torch import nn
 
 from minibalora import cli
 from minibalora.errors import InputError
-from minibalora.files import appending, is_full_disk, keep_lines, read_json_object, replacing, write_json
+from minibalora.files import (
+    appending,
+    check_writable,
+    is_full_disk,
+    keep_lines,
+    read_json_object,
+    replacing,
+    write_json,
+)
 from minibalora.lowrank import initial_values
 
 RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
@@ -33,6 +41,7 @@ MAY_CHANGE_ON_RESUME = {
     "teacher",
     "out",
     "features",
+    "init_cache",
     "resume",
     "save_every",
     "adapter_rank",
@@ -49,9 +58,7 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(
             f"{out}: holds a run already ({used[0]}): give another --out, or go on with training by --resume"
         )
-    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
+    check_writable(out, "--out")
 
 
 def plain_settings(args: Namespace) -> dict:

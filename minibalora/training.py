@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
+from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, truncate
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
@@ -28,9 +29,13 @@ TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
     """lowrank.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD."""
     init = "pissa_niter_0" if is_resumed and args.init != "lora" else args.init
+    cached = partial(cached_factors, args.init_cache, args.rank, args.alpha / args.rank, init)
+    factors = None if args.init_cache is None or is_resumed else lambda _, weight: cached(weight)
     bar = iter if is_resumed else partial(tqdm, desc=init, unit="layer", dynamic_ncols=True, leave=False)
     try:
-        adapt(model, args.rank, args.alpha, init, args.targets, progress=bar)
+        adapt(model, args.rank, args.alpha, init, args.targets, progress=bar, factors=factors)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
 

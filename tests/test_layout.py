@@ -14,7 +14,7 @@ ROWS = [
     ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
     ["models", "models.decoder", "models.encoder"],
     ["files", "objective", "spm", "sandbox"],
-    ["config", "cli"],
+    ["config", "cli", "init_cache"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora import cli, run_folder, training
+from minibalora import cli, init_cache, run_folder, training
 from minibalora.data import Row, collate, micro_batches, pack
 from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES
@@ -271,6 +271,19 @@ def test_flags_that_change_the_method_run(flags, small_data, tmp_path, monkeypat
     status, _ = in_process(monkeypatch, capsys, command(small_data, tmp_path / "out", "--max-steps", "3", *flags))
     assert status == 0 and len(logged(tmp_path / "out")) == 3
     assert all(np.isfinite(entry["loss"]) for entry in logged(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_krylov_1"])
+def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path, monkeypatch, capsys):
+    flags = ("--max-steps", "1", "--alpha", "7", "--init", init)
+    cached = (*flags, "--init-cache", str(tmp_path / "init"))
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "plain", *flags))[0] == 0
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "first", *cached))[0] == 0
+    monkeypatch.setattr(init_cache, "pissa_factors", None)
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "second", *cached))[0] == 0
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "third", *cached, "--seed", "1"))[0] == 0
+    first, *others = ((tmp_path / run / ADAPTER).read_bytes() for run in ("plain", "first", "second"))
+    assert others == [first, first]
 
 
 def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, capsys):
