@@ -49,11 +49,16 @@ def main() -> int:
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
-    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
+    place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
+    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
+    if args.quantize:
+        if resumed_step is not None:
+            run_folder.load_initial_values(args.out, model)
+        training.quantize_residuals(model, args.device)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
     optimizer = training.optimizer_of(model, args.device)
@@ -116,7 +121,7 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for batch, teacher in zip(batches, teachers, strict=True):
-            student = packed(batch.input_ids, batch.lengths, batch.wanted)  # (M, d)
+            student = packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
             yield len(batch.targets) / tokens, loss, terms
 

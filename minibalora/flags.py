@@ -77,7 +77,10 @@ def nlg_parser() -> argparse.ArgumentParser:
         batch_size="2024: 128; iclr2026 and baselines: 32",
         micro_batch_size="default: 4; built-in: 32",
     )
-    _add_hardware_flags(parser)
+    add = _add_hardware_flags(parser)
+    add("--quantize", choices=("nf4",), help="keep the frozen weights in 4 bits; of PiSSA, the residual (QPiSSA)")
+    add("--teacher-cache", type=path, metavar="DIR", help="keep the teacher's states of response tokens there and take "
+        "them from there: free from the second epoch on, and for every further run on the same rows")  # fmt: skip
     _add_output_flags(parser, "nlg")
     return parser
 
@@ -182,13 +185,15 @@ def _add_optimisation_flags(
     add("--seed", type=natural, default=42, help="order of rows and random inits (published: 42, 1024, 2024)")
 
 
-def _add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
+    """As _add_method_flags."""
     add = parser.add_argument_group("hardware").add_argument
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
         "float32 on CPUs); A and B are float32 always")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: slower start, faster steps on GPUs")
+    return add
 
 
 def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
@@ -210,6 +215,14 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_task and args.eval is None:
         raise InputError("--eval-task goes with --eval: give both")
     _refuse_contradictions(args)
+    if args.quantize and args.method == "full":
+        raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
+    if args.quantize and args.adapter_rank:
+        raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
+                         "minibalora.export afterwards")  # fmt: skip
+    if args.teacher_cache and args.method != "ba-lora" and args.non_target_kl == 0:
+        raise InputError(f"--teacher-cache has no meaning with --method {args.method} without --non-target-kl, which "
+                         "has no teacher: leave it out")  # fmt: skip
     defaults = TOY if args.model is None else DEFAULTS
     return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")
 

@@ -41,7 +41,8 @@ class LowRankLinear(nn.Module):
         differences first, as here           1.00   0.84   2 B   15 ms      1.00   3e-5   4 B   64 ms
 
     (0.84 is the rounding of Y itself.) For the backward pass autograd keeps X, which every layer that reads X shares,
-    and nothing else: see `_LowRankProduct`.
+    and nothing else: see `_LowRankProduct`. `quantize` keeps W_res instead of W, in four bits: what is said of W then
+    holds of that and s A₀ B₀ together, and the pre-trained model, so the teacher, is the one of quantised weights.
     """
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float, keep_initial: bool):
@@ -80,7 +81,7 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_teacher:
-            return F.linear(x, self.W, self.bias)
+            return F.linear(x, self.pretrained_weight(x.dtype), self.bias)
         return _LowRankProduct.apply(x, self.W, self.bias, self.A, self.B, self.A0, self.B0, self.scaling)
 
     def update(self) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ class LowRankLinear(nn.Module):
     @property
     def residual(self) -> Tensor:
         """W_res = W − s A₀ B₀ as an (m, n) tensor in float32: the frozen part of Y = X W_res + s (X A) B."""
-        W = self.W.T.float()
+        W = self.pretrained_weight(torch.float32).T
         return W if self.A0 is None else W - self.scaling * self.A0 @ self.B0
 
     @property
@@ -102,7 +103,22 @@ class LowRankLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense (n, m) = (out, in) matrix that the layer acts as, in float32."""
-        return self.W.float() + self.delta
+        return self.pretrained_weight(torch.float32) + self.delta
+
+    def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
+        """W (n, m), in `dtype`."""
+        return _dense(self.W, self.A0, self.B0, self.scaling, dtype)
+
+    @torch.no_grad()
+    def quantize(self, form: Callable[[Tensor], nn.Module]) -> None:
+        """Keep W_res as form(W_resᵀ), a module with `dequantize(dtype)`, in place of W; for instance `NF4.quantize`.
+
+        Of a PiSSA layer that is the residual, whose largest directions are in A₀ and B₀, so less is lost of it than of
+        W (QPiSSA, arXiv 2404.02948); of a LoRA layer it is W itself (QLoRA, arXiv 2305.14314).
+        """
+        residual = self.residual.T
+        del self.W  # a parameter's name takes no module
+        self.W = form(residual)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.A.shape[1]}, scaling={self.scaling:g}"
@@ -123,9 +139,9 @@ class _LowRankProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, A0, B0, s: float) -> Tensor:
-        ctx.save_for_backward(x, W, A, B, A0, B0)
-        ctx.scaling = s
+    def forward(ctx, x: Tensor, W, bias: Tensor | None, A: Tensor, B: Tensor, A0, B0, s: float) -> Tensor:
+        ctx.save_for_backward(x, A, B, A0, B0)
+        ctx.W, ctx.scaling = W, s
         rows = x.flatten(0, -2)
         W, left, right = _acting(rows, W, A, B, A0, B0, s)
         y = F.linear(rows, W, bias)
@@ -134,25 +150,34 @@ class _LowRankProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
-        x, W, A, B, A0, B0 = ctx.saved_tensors
+        x, A, B, A0, B0 = ctx.saved_tensors
         rows, dy, s = x.flatten(0, -2), dy.flatten(0, -2), ctx.scaling
         dA = s * (rows.T @ (dy @ B.T.to(x.dtype))).to(A.dtype)
         dB = s * ((rows @ A.to(x.dtype)).T @ dy).to(B.dtype)
         dx = None
         if ctx.needs_input_grad[0]:
-            W, left, right = _acting(rows, W, A, B, A0, B0, s)
+            W, left, right = _acting(rows, ctx.W, A, B, A0, B0, s)
             dx = dy @ W
             dx = (dx if left is None else dx.addmm_(dy @ right.T, left.T, alpha=s)).view(x.shape)
         return dx, None, None, dA, dB, None, None, None
 
 
-def _acting(x: Tensor, W: Tensor, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float):
+def _dense(W: Tensor | nn.Module, A0: Tensor | None, B0: Tensor | None, s: float, dtype: torch.dtype) -> Tensor:
+    """The pre-trained weight (n, m); of a module, see `LowRankLinear.quantize`, the residual with s (A₀ B₀)ᵀ added."""
+    if isinstance(W, Tensor):
+        return W.to(dtype)
+    residual = W.dequantize(dtype)
+    return residual if A0 is None else residual.addmm_(B0.T.to(dtype), A0.T.to(dtype), alpha=s)
+
+
+def _acting(x: Tensor, W: Tensor | nn.Module, A: Tensor, B: Tensor, A0: Tensor | None, B0: Tensor | None, s: float):
     """What x (T, m) is multiplied by: W (n, m), and `left` (m, R) and `right` (R, n) of the change beside it.
 
     Where x is float32, in which W + ΔW loses nothing, and has so many rows that ΔW costs less than (X left) right, the
     change is in W already, and left and right are None. In bfloat16 it never is: rounding would eat it.
     """
     left, right = (factor.to(x.dtype) for factor in _change(A, B, A0, B0))
+    W = _dense(W, A0, B0, s, x.dtype)
     n, m = W.shape
     if x.dtype.itemsize >= 4 and len(x) * (m + n) > m * n:
         return torch.addmm(W, right.T, left.T, alpha=s), None, None
@@ -353,11 +378,13 @@ def truncate(model: nn.Module, rank: int) -> float:
     """Bring every ΔW to at most this rank, in place, by its best approximation (Eckart and Young).
 
     Returns what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius); 0 if nothing was learned. The teacher
-    stays the pre-trained model. Raises ValueError if nothing is adapted.
+    stays the pre-trained model. Raises ValueError if nothing is adapted, or quantised, which needs A₀ and B₀ for ever.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
         raise ValueError("nothing to truncate: the model has no adapted layer")
+    if any(not isinstance(layer.W, Tensor) for layer in layers):
+        raise ValueError("a quantised model can't be truncated: save its adapter and truncate that")
     lost = total = 0.0
     for layer in layers:
         left, right, S = best_factors(*layer.update(), rank)
@@ -381,16 +408,18 @@ def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every LowRankLinear by the plain nn.Linear that it acts as, in place, in W's dtype; return the model.
+    """Replace every LowRankLinear by the plain nn.Linear that it acts as, in place; return the model.
 
-    The sum is taken in float32 and rounded once; a trained head stays. Raises ValueError if nothing is adapted.
+    The sum is taken in float32 and rounded once, to W's dtype (float32 if it is quantised); a trained head stays.
+    Raises ValueError if nothing is adapted.
     """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError("nothing to merge: the model has no adapted layer")
     for name, layer in layers:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(layer.weight.to(layer.W.dtype), requires_grad=False)
+        dtype = layer.W.dtype if isinstance(layer.W, Tensor) else torch.float32
+        linear.weight = nn.Parameter(layer.weight.to(dtype), requires_grad=False)
         linear.bias = layer.bias
         _replace(model, name, linear.train(layer.training))
     for module in _own_head(model):

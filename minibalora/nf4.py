@@ -1,4 +1,4 @@
-"""A frozen weight in four bits: NormalFloat with double quantisation, and a linear layer's product with it.
+"""A frozen weight in four bits: NormalFloat with double quantisation.
 
 This file needs only torch.
 
@@ -102,26 +102,6 @@ class NF4(nn.Module):
 
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.shape))
-
-
-def nf4_linear(x: Tensor, weight: NF4, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ + bias with W = weight.dequantize(), (n, m); x: (..., m) -> (..., n). Weight and bias are frozen.
-
-    The same numbers as F.linear's. The dense W lives only while the product is taken: backward makes it once more.
-    """
-    assert bias is None or not bias.requires_grad, "nf4_linear gives a bias no gradient"
-    return _FrozenLinear.apply(x, weight, bias)
-
-
-class _FrozenLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.weight = weight
-        return F.linear(x, weight.dequantize(x.dtype), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad @ ctx.weight.dequantize(grad.dtype), None, None
 
 
 def _quantized_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,4 +13,4 @@ from minibalora.models.decoder import Decoder
 def teacher_states(model: Decoder, packed: Callable[..., Tensor], batches: list[Packed]) -> list[Tensor]:
     """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger."""
     with pretrained(model), torch.inference_mode():
-        return [packed(batch.input_ids, batch.lengths, batch.wanted) for batch in batches]
+        return [packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared) for batch in batches]

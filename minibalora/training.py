@@ -20,7 +20,8 @@ from tqdm import tqdm
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
 from minibalora.init_cache import cached_factors
-from minibalora.lowrank import adapt, truncate
+from minibalora.lowrank import adapt, adapted_layers, pissa_factors, truncate
+from minibalora.nf4 import NF4
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
@@ -29,8 +30,15 @@ TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
     """lowrank.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD."""
     init = "pissa_niter_0" if is_resumed and args.init != "lora" else args.init
-    cached = partial(cached_factors, args.init_cache, args.rank, args.alpha / args.rank, init)
-    factors = None if args.init_cache is None or is_resumed else lambda _, weight: cached(weight)
+    scaling = args.alpha / args.rank
+
+    def factors(_, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.to(args.device)  # where the model itself may not be, see quantize_residuals
+        if args.init_cache is None or is_resumed:
+            return pissa_factors(weight, args.rank, scaling, init)
+        return cached_factors(args.init_cache, args.rank, scaling, init, weight)
+
+    factors = None if init == "lora" else factors
     bar = iter if is_resumed else partial(tqdm, desc=init, unit="layer", dynamic_ncols=True, leave=False)
     try:
         adapt(model, args.rank, args.alpha, init, args.targets, progress=bar, factors=factors)
@@ -38,6 +46,13 @@ def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
         raise
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
+
+
+def quantize_residuals(model: nn.Module, device: torch.device) -> None:
+    """For --quantize nf4: bring the model to `device`, a layer at a time, each W as the four bits of its residual."""
+    for _, layer in adapted_layers(model):
+        layer.to(device).quantize(NF4.quantize)
+    model.to(device)
 
 
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:

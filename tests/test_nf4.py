@@ -9,10 +9,12 @@ from bench_nf4 import decaying, errors
 from helpers import distance
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibalora import nf4
-from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK, nf4_linear, normal_levels
+from minibalora.lowrank import LowRankLinear, adapt, merge, pretrained, truncate
+from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK, normal_levels
 
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
 PUBLISHED += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
@@ -163,27 +165,49 @@ def test_eight_bit_scales_cost_next_to_nothing(spread):
     assert eight_bit < 1.005 * exact
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(9, 30), (2, 5, 30)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_product_and_its_gradient_are_those_of_the_dense_weight(dtype, shape, bias):
-    packed, x = NF4.quantize(normal(17, 30)), torch.randn(shape, dtype=dtype, requires_grad=True)
-    bias = torch.randn(17, dtype=dtype) if bias else None
-    ours, theirs = nf4_linear(x, packed, bias), F.linear(x, packed.dequantize(dtype), bias)
-    assert torch.equal(ours, theirs)
-    weights = torch.randn_like(ours)
-    ours, theirs = (torch.autograd.grad((y * weights).sum(), x)[0] for y in (ours, theirs))
-    assert distance(ours, theirs) < 4 * torch.finfo(dtype).eps  # a sum may be taken in another order
+def trained_layer(init: str, dtype: torch.dtype = torch.float32) -> LowRankLinear:
+    """30 -> 17 with a bias, quantised, then moved as if it had been trained; float64 factors for a float64 layer."""
+    torch.manual_seed(0)
+    layer = LowRankLinear.from_linear(torch.nn.Linear(30, 17), rank=3, alpha=6, init=init)
+    layer.quantize(NF4.quantize)
+    layer.A.data += 0.1 * torch.randn_like(layer.A)
+    layer.B.data += 0.1 * torch.randn_like(layer.B)
+    return layer.to(dtype)
 
 
-def test_the_gradient_passes_gradcheck():
-    packed, x = NF4.quantize(normal(7, 10)), torch.randn(3, 10, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: nf4_linear(x, packed), x)
-    assert torch.autograd.gradgradcheck(lambda x: nf4_linear(x, packed).square(), x)
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+@pytest.mark.parametrize("rows", [(1,), (2, 40)])  # few and many: see lowrank._acting
+def test_a_quantised_layer_acts_as_its_dense_weight_with_exact_gradients(init, rows):
+    layer, x = trained_layer(init, torch.float64), torch.randn(*rows, 30, dtype=torch.float64, requires_grad=True)
+    residual = layer.W.dequantize(torch.float64).T
+    weight = residual + layer.scaling * layer.A @ layer.B
+    ours, theirs = layer(x), x @ weight + layer.bias
+    assert torch.allclose(ours, theirs, atol=1e-6)  # scales are float32
+    upstream = torch.randn_like(ours)
+    grads = (torch.autograd.grad((y * upstream).sum(), (x, layer.A, layer.B)) for y in (ours, theirs))
+    assert all(distance(a, b) < 1e-6 for a, b in zip(*grads, strict=True))
+    assert torch.allclose(layer.weight.double(), weight.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_teacher_of_a_quantised_model_is_the_student_at_step_0(init, dtype):
+    model = nn.Sequential(nn.Linear(30, 17).to(dtype))
+    adapt(model, rank=3, init=init)
+    x, W = torch.randn(5, 30, dtype=dtype), model[0].W.float()
+    model[0].quantize(NF4.quantize)
+    start = model(x)
+    with pretrained(model):
+        assert torch.equal(model(x), start)
+    assert 0 < distance(model[0].weight, W) < 0.2  # the quantised model, not the one before
+    model[0].A.data += 1
+    model[0].B.data += 1
+    with pretrained(model):
+        assert torch.equal(model(x), start)
 
 
 def test_nothing_dense_is_kept_for_backward(monkeypatch):
-    packed, x = NF4.quantize(normal(64, 96)), torch.randn(5, 96, requires_grad=True)
+    layer, x = trained_layer("pissa"), torch.randn(5, 30, requires_grad=True)
     dense, saved = [], []
     dequantize = NF4.dequantize
 
@@ -194,10 +218,22 @@ def test_nothing_dense_is_kept_for_backward(monkeypatch):
 
     monkeypatch.setattr(NF4, "dequantize", watched)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        y = nf4_linear(x, packed)
-    assert len(dense) == 1 and dense[0]() is None and not saved
+        y = layer(x)
+    assert len(dense) == 1 and dense[0]() is None
+    assert {tensor.shape for tensor in saved} == {x.shape, layer.A.shape, layer.B.shape}
     y.sum().backward()
     assert len(dense) == 2 and dense[1]() is None
+
+
+def test_a_quantised_model_merges_and_refuses_to_be_truncated():
+    model = nn.Sequential(nn.Linear(30, 17))
+    adapt(model, rank=3)
+    model[0].quantize(NF4.quantize)
+    x = torch.randn(4, 30)
+    expected = model(x)
+    with pytest.raises(ValueError, match="quantised"):
+        truncate(model, 2)
+    assert torch.allclose(merge(model)(x), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("rank", [16, 64])
@@ -217,8 +253,3 @@ def test_qpissa_gains_little_where_the_spectrum_is_flat():
     torch.manual_seed(0)
     qlora, qpissa = errors(decaying(256, 0), 16)
     assert 0.95 < qpissa.norm(p="nuc") / qlora.norm(p="nuc") < 1.02  # √(1 − 16/256) = 0.97
-
-
-def test_a_bias_that_is_trained_is_our_own_mistake():
-    with pytest.raises(AssertionError):
-        nf4_linear(torch.randn(2, 8), NF4.quantize(normal(4, 8)), torch.zeros(4, requires_grad=True))
