@@ -3,28 +3,30 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import json
 import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import minibalora as mb
 from minibalora import cli, data, records, run_folder, tasks, training
+from minibalora.config import read_config
 from minibalora.data import Example, Packed, Row
 from minibalora.errors import InputError
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, summed_entropy
-from minibalora.models.decoder import Decoder
 from minibalora.objective import Objective, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
 from minibalora.tasks import Item
-from minibalora.teacher import teacher_states
+from minibalora.teacher import TeacherCache, open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
 from minibalora.weights import weights_digest
 
@@ -49,6 +51,7 @@ def main() -> int:
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
+    cache = teacher_cache(args, rows) if args.teacher_cache else None
     place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
     model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
 
@@ -82,7 +85,10 @@ def main() -> int:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
         micro = data.micro_batches(batch, args.micro_batch_size)
         batches = [data.pack(part, args.device) for part in micro]
-        return *backward(model, packed, head, batches, objective, step, steps, stop), micro
+        teachers = [None] * len(micro)
+        if objective.needs_teacher:
+            teachers = teacher_states(model, packed, batches, micro, cache)
+        return *backward(packed, head, batches, teachers, objective, step, steps, stop), micro
 
     step, stop = training.train(args, model, optimizer, step, steps, gradients)
 
@@ -100,10 +106,10 @@ def main() -> int:
 
 
 def backward(
-    model: Decoder,
     packed: Callable[..., Tensor],
     head: FrozenHead | Callable[[Tensor], Tensor],
     batches: list[Packed],
+    teachers: list[Tensor | None],
     objective: Objective,
     step: int,
     steps: int,
@@ -111,11 +117,11 @@ def backward(
 ) -> tuple[list[float], dict[str, float]]:
     """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
+    packed: `Decoder.packed`; teachers: the pre-trained model's states (M, d) of each batch, None where nothing asks.
     Returns each micro-batch's part of L and the step's terms. Dividing is done once, by the tokens of the whole step,
     so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
     with gradients of no use, once `stop` is not empty.
     """
-    teachers = teacher_states(model, packed, batches) if objective.needs_teacher else [None] * len(batches)
     tokens = sum(len(batch.targets) for batch in batches)
     weights = lambdas(objective, step, steps, mean_entropy_share(teachers, head, objective, tokens))
 
@@ -152,6 +158,15 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
     if args.eval_task:
         return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
     return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields)[0]), []
+
+
+def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
+    """The cache of --teacher-cache for this run's teacher: of quantised weights, what was quantised counts, too."""
+    config = read_config(Path(args.model))
+    teacher = [weights_digest(args.model, every_byte=True), str(args.dtype)]
+    if args.quantize:
+        teacher += [args.quantize, args.init, args.rank, args.alpha, args.targets, args.seed]
+    return open_cache(args.teacher_cache, json.dumps(teacher), rows, config.hidden_size * args.dtype.itemsize)
 
 
 def settings_of(args: Namespace, examples: list[Example]) -> dict:

@@ -65,10 +65,10 @@ class FrozenHead:
         return [buffer[:rows] for buffer in self.buffers[:count]]
 
     def logits(self, states: Tensor, out: Tensor) -> Tensor:
-        """(b, d) -> (b, V), written to `out`: rounded as the model's own are, then in out's dtype."""
-        if out.dtype == states.dtype:
-            return torch.mm(states, self.weight.T, out=out)
-        return out.copy_(F.linear(states, self.weight))
+        """(b, d) -> (b, V), written to `out`: rounded as the model's own are, then in out's dtype, and shifted."""
+        same = out.dtype == states.dtype
+        z = torch.mm(states, self.weight.T, out=out) if same else out.copy_(F.linear(states, self.weight))
+        return _shifted(z)
 
 
 def fused_objective(
@@ -156,7 +156,8 @@ def _token_terms(
             values["consistency"].append(temperature**2 * kl)
             slope.add_(difference, alpha=lambda1 * temperature)
         if non_target_kl != 0:
-            kl, difference = _kl(z.scatter_(1, y, LEFT_OUT), z_P.scatter_(1, y, LEFT_OUT), 1.0, more[1:])
+            z, z_P = (_shifted(logits.scatter_(1, y, LEFT_OUT)) for logits in (z, z_P))
+            kl, difference = _kl(z, z_P, 1.0, more[1:])
             values["non_target_kl"].append(kl)
             slope.add_(difference, alpha=non_target_kl)
         gradient[rows] = slope.div_(len(student)).to(head.weight.dtype) @ head.weight
@@ -164,12 +165,16 @@ def _token_terms(
     return sum(weights[name] * term for name, term in terms.items()), gradient, terms
 
 
+def _shifted(z: Tensor) -> Tensor:
+    """z with 0 as each row's largest, in place: no term changes, no exp overflows, differences keep their digits."""
+    return z.sub_(z.amax(-1, keepdim=True))
+
+
 def _softmax(z: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(z/T) (b, V), written to `out`, and logsumexp(z/T) (b, 1)."""
-    largest = z.amax(-1, keepdim=True)
-    e = torch.sub(z, largest, out=out).div_(temperature).exp_()
+    """softmax(z/T) (b, V), written to `out`, and logsumexp(z/T) (b, 1), of shifted z."""
+    e = torch.div(z, temperature, out=out).exp_()
     norm = e.sum(-1, keepdim=True)
-    return e.div_(norm), largest / temperature + norm.log()
+    return e.div_(norm), norm.log()
 
 
 def _kl(z: Tensor, z_P: Tensor, temperature: float, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:

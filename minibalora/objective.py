@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -95,7 +96,7 @@ def nlg_terms(
         "svd": lambda: R.svd_share(student, objective.svd_k, objective.svd_norm),
         "non_target_kl": lambda: R.non_target_kl(student, teacher, targets),
     }
-    task = F.cross_entropy(student.float(), targets)
+    task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), targets)
     return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
 
 

@@ -1,16 +1,126 @@
-"""What the pre-trained model makes of a step's rows, on the student's own weights."""
+"""What the pre-trained model makes of a step's rows, on the student's own weights; kept on disk if wanted."""
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
-from minibalora.data import Packed
+from minibalora.data import Packed, Row
+from minibalora.errors import InputError
+from minibalora.files import check_writable, is_full_disk, replacing
 from minibalora.lowrank import pretrained
 from minibalora.models.decoder import Decoder
 
+VERSION = 1  # raise it when the same weights and tokens give other states
 
-def teacher_states(model: Decoder, packed: Callable[..., Tensor], batches: list[Packed]) -> list[Tensor]:
-    """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger."""
+
+def teacher_states(
+    model: Decoder,
+    packed: Callable[..., Tensor],
+    batches: list[Packed],
+    micro: list[list[Row]],
+    cache: "TeacherCache | None" = None,
+) -> list[Tensor]:
+    """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger.
+
+    packed: `model.packed`, or that compiled; batches: the rows of `micro`, packed. With a cache only those batches are
+    computed of which it lacks a row, and their rows are put there.
+    """
+    known = [None if cache is None else cache.read(rows) for rows in micro]
     with pretrained(model), torch.inference_mode():
-        return [packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared) for batch in batches]
+        states = [
+            kept.to(batch.input_ids.device)
+            if kept is not None
+            else packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+            for batch, kept in zip(batches, known, strict=True)
+        ]
+    if cache is not None:
+        new = [index for index, kept in enumerate(known) if kept is None]
+        rows = [row for index in new for row in micro[index]]
+        cache.write(rows, [part for index in new for part in states[index].split(batches[index].wanted)])
+    return states
+
+
+class TeacherCache:
+    """A teacher's states of response tokens in safetensors files, one a step, in a folder of its own below `folder`.
+
+    `teacher` says all that the states depend on but the row; a row is known by the digest of its tokens. So what some
+    other model or other rows left there is never met. What is damaged has not the digest in its file's header, and
+    counts as missing: it is computed and written anew. A row is found whichever run met it, and in whatever batch.
+    """
+
+    def __init__(self, folder: Path, teacher: str):
+        self.folder = folder / hashlib.sha256(f"{VERSION} {teacher}".encode()).hexdigest()[:32]
+        self.files = {}  # digest of a row -> its file, and the digest of its states
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    self.files |= {name: (path, digest) for name, digest in file.metadata().items() if len(name) == 64}
+            except (SafetensorError, OSError, AttributeError):  # of no use: its rows will be written to another
+                continue
+
+    def missing(self, rows: list[Row]) -> list[Row]:
+        """Those of which no file says that it has them."""
+        return [row for row in rows if digest_of_row(row) not in self.files]
+
+    def read(self, rows: list[Row]) -> Tensor | None:
+        """The states of these rows, one after the other, (M, d); None unless all are there and undamaged."""
+        states = [self._states(row) for row in rows]
+        return None if any(each is None for each in states) else torch.cat(states)
+
+    def write(self, rows: list[Row], states: list[Tensor]) -> None:
+        """Add the rows' states. InputError if the folder can't be written to; a full disk stays an OSError."""
+        if not rows:
+            return
+        tensors = {digest_of_row(row): part.cpu().contiguous() for row, part in zip(rows, states, strict=True)}
+        path = self.folder / f"{hashlib.sha256(''.join(sorted(tensors)).encode()).hexdigest()}.safetensors"
+        digests = {name: _sha256(part) for name, part in tensors.items()}
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                save_file(tensors, temporary, metadata=digests)
+        except (OSError, SafetensorError) as error:
+            if is_full_disk(error):
+                raise
+            raise InputError(f"{path}: can't write it ({error}): give another --teacher-cache") from None
+        self.files |= {name: (path, digest) for name, digest in digests.items()}
+
+    def _states(self, row: Row) -> Tensor | None:
+        name = digest_of_row(row)
+        path, digest = self.files.get(name, (None, None))
+        try:
+            with safe_open(path, "pt") as file:
+                states = file.get_tensor(name).clone()  # for what safetensors gives is a view of the file
+        except (SafetensorError, OSError, TypeError):
+            return None
+        return states if _sha256(states) == digest else None
+
+
+def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int) -> TeacherCache:
+    """InputError if the folder can't be written to, or what it lacks of `rows` has no room on its disk."""
+    check_writable(folder, "--teacher-cache")
+    cache = TeacherCache(folder, teacher)
+    needed = bytes_of_token * sum(len(row.ids) - row.prompt_length for row in cache.missing(rows))
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        room = f"the teacher's states need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
+        raise InputError(f"--teacher-cache {folder}: {room}: give another folder, or fewer rows with --max-rows")
+    return cache
+
+
+def digest_of_row(row: Row) -> str:
+    """SHA-256, in hex, of a row's tokens and of which of them are its response."""
+    return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist()]).encode()).hexdigest()
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -275,11 +275,12 @@ def _some(names: set[str]) -> str:
     return ", ".join(ordered[:3]) + (f" and {len(ordered) - 3} more" if len(ordered) > 3 else "")
 
 
-def weights_digest(folder: str | Path) -> str:
+def weights_digest(folder: str | Path, every_byte: bool = False) -> str:
     """SHA-256 over config, tokenizer and, of each weight file, its size, first and last MiB: which checkpoint it is.
 
-    It reads a few MiB where a digest of every byte would read gigabytes; a fine-tuned copy differs in it, a single
-    flipped bit may not. Raises InputError as `load_model` does where a header can't be read.
+    It reads a few MiB where a digest of every byte would read gigabytes, a second for each; what was merged into the
+    middle of a file it may not see, so what must not be wrong asks for every byte. Raises InputError as `load_model`
+    does where a header can't be read.
     """
     folder = Path(folder)
     digest = hashlib.sha256()
@@ -288,7 +289,7 @@ def weights_digest(folder: str | Path) -> str:
     for path in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
-            for start in (0, max(0, size - MIB)):
+            for start in range(0, size, MIB) if every_byte else (0, max(0, size - MIB)):
                 file.seek(start)
                 digest.update(file.read(MIB))
             digest.update(str(size).encode())

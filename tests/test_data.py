@@ -22,6 +22,7 @@ from minibalora.data import (
     example_from,
     examples_digest,
     micro_batches,
+    pack,
     read_examples,
     rows_of_step,
     steps_per_epoch,
@@ -317,6 +318,23 @@ def test_the_predicted_tokens_are_those_of_the_response():
     states, targets = predicted_rows(input_ids[..., None].float(), labels)
     assert targets.tolist() == [103, 104, 105, 106, 103, 101, 102, 103, 104]
     assert states[:, 0].tolist() == [target - 1 for target in targets.tolist()]  # the position before
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 9))
+def test_packed_rows_come_back_whole_and_predict_exactly_the_response(parts, alike):
+    """Rows of the same ids as far as `alike`, then each its own."""
+    parts = [(max(prompt, 2 - response), response) for prompt, response in parts]  # two tokens at least
+    rows = [row_of(prompt + response, prompt) for prompt, response in parts]
+    for index, row in enumerate(rows):
+        row.ids[alike:] += 100 * (index + 1)
+    packed = pack(rows, "cpu")
+    assert packed.input_ids.dtype == packed.targets.dtype == torch.int64
+    begin, *own = (part.tolist() for part in packed.input_ids.split([packed.shared, *packed.lengths]))
+    assert [begin + part for part in own] == [row.ids[:-1].tolist() for row in rows]
+    predicted = [row.ids[max(row.prompt_length, 1) :].tolist() for row in rows]
+    assert [part.tolist() for part in packed.targets.split(packed.wanted)] == predicted
+    assert all(count <= length for count, length in zip(packed.wanted, packed.lengths, strict=True))
+    assert packed.shared == (0 if len(rows) == 1 else min(alike, *(max(prompt, 1) - 1 for prompt, _ in parts)))
 
 
 def test_conversations_without_an_answered_user_are_counted(write):

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from helpers import GOLDEN
+import torch.nn.functional as F
+from helpers import GOLDEN, distance, stretch
 from safetensors.torch import load_file
 
 import minibalora as mb
-from minibalora.models.decoder import KVCache, attention, visible
+from minibalora.models.decoder import KVCache, _SwiGLU, attention, visible
 
 MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
 
@@ -92,3 +93,52 @@ def test_hidden_and_head_make_the_logits():
     model, ids, *_ = golden("gemma")
     assert model.hidden(ids).shape == (3, 17, 24)
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2"])
+@pytest.mark.parametrize("shared", [0, 1, 6])
+def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
+    """Rows shorter and longer than mistral_window's window, one with a single wanted token."""
+    torch.manual_seed(shared)
+    model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
+    stretch(model)
+    lengths, wanted = [13, 20, 9, 3], [5, 12, 2, 1]
+    start = torch.randint(model.config.vocab_size, (shared,))
+    own = [torch.randint(model.config.vocab_size, (length,)) for length in lengths]
+    packed = model.packed(torch.cat([start, *own]), lengths, wanted, shared)
+    rows = zip(own, wanted, strict=True)
+    alone = torch.cat([model.hidden(torch.cat([start, row])[None])[0, -count:] for row, count in rows])
+    assert packed.shape == alone.shape and distance(packed, alone) < 1e-6
+    upstream, trained = torch.randn_like(alone), [p for p in model.parameters() if p.requires_grad]
+    got, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
+    for a, b in zip(got, expected, strict=True):
+        assert distance(a, b) < 1e-4
+
+
+def test_packed_rows_do_not_see_each_other():
+    model = mb.load_model(GOLDEN / "llama3")
+    ids = torch.randint(model.config.vocab_size, (20,))
+    other = torch.cat([ids[:12], (ids[12:] + 1) % model.config.vocab_size])
+    first, second = (model.packed(tokens, [9, 8], [4, 8], shared=3) for tokens in (ids, other))
+    assert torch.equal(first[:4], second[:4]) and not torch.allclose(first[4:], second[4:])
+
+
+def test_rows_longer_than_learned_positions_are_refused_packed_or_not():
+    model = mb.load_model(GOLDEN / "gpt2")
+    limit = model.config.max_position_embeddings
+    ids = torch.zeros(limit + 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="do not fit"):
+        model.hidden(ids[None])
+    with pytest.raises(ValueError, match="do not fit"):
+        model.packed(ids, [limit], [1], shared=1)
+    assert len(model.packed(torch.zeros(2 * limit, dtype=torch.long), [limit, limit], [1, 2])) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_swiglu_has_the_gradient_of_its_formula(dtype):
+    gate, up = (torch.randn(5, 7, dtype=dtype, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(5, 7, dtype=dtype)
+    ours, plain = _SwiGLU.apply(gate, up), F.silu(gate) * up
+    assert torch.equal(ours, plain)
+    for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (ours, plain)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN
+from helpers import GOLDEN, distance, stretch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -25,7 +25,8 @@ import minibalora as mb
 from minibalora import cli, init_cache, run_folder, training
 from minibalora.data import Row, collate, micro_batches, pack
 from minibalora.fused import FrozenHead
-from minibalora.objective import NLG_RECIPES
+from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, predicted_rows, weighted_sum
+from minibalora.teacher import teacher_states
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -50,10 +51,12 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    batches = [pack(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
+    micro = micro_batches(rows, micro_batch_size)
+    batches = [pack(part, "cpu") for part in micro]
+    teachers = teacher_states(model, model.packed, batches, micro)
     model.zero_grad()
     head = FrozenHead(model.head_weight)
-    losses, terms = train_nlg.backward(model, model.packed, head, batches, objective, step=5, steps=10, stop=[])
+    losses, terms = train_nlg.backward(model.packed, head, batches, teachers, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
@@ -76,6 +79,26 @@ def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, ada
     # float32 at the factors, the norms and the cross-entropy: 6e-8 a rounding
     assert (parts - whole).norm() < 1e-5 * whole.norm()
     assert got[0] == pytest.approx(expected[0], rel=1e-5) and got[1] == pytest.approx(expected[1], rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "gpt2"])
+@pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
+def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, recipe):
+    """float32: 6e-8 a rounding, and a few hundred of them in a row."""
+    model, rows, objective = mb.adapt(mb.load_model(GOLDEN / name), rank=3), random_rows(7, 0), NLG_RECIPES[recipe]
+    stretch(model)
+    gradient, loss, terms = gradients_of_a_step(model, rows, 7, objective)
+    input_ids, labels = collate(rows, "cpu")
+    with mb.pretrained(model):
+        teacher, _ = predicted_rows(model(input_ids), labels)
+    student, targets = predicted_rows(model(input_ids), labels)
+    expected = nlg_terms(student, teacher, targets, objective, lambdas(objective, 5, 10))
+    model.zero_grad()
+    weighted_sum(expected, lambdas(objective, 5, 10)).backward()
+    padded = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    assert distance(gradient, padded) < 1e-5
+    assert loss == pytest.approx(weighted_sum(expected, lambdas(objective, 5, 10)).item(), rel=1e-5)
+    assert terms == pytest.approx({name: term.item() for name, term in expected.items()}, rel=1e-4, abs=1e-7)
 
 
 def test_the_spectral_term_is_averaged_by_tokens():

@@ -1,0 +1,229 @@
+"""The objective without logits gives what the plain formulas give, in value and gradient, whatever the sizes."""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import distance
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minibalora import fused
+from minibalora import regularizers as R
+from minibalora.fused import FrozenHead, fused_objective, summed_entropy
+from minibalora.objective import NLG_RECIPES, Objective, entropy_share, nlg_loss
+
+WEIGHTS = {"consistency": 0.3, "diversity": 0.2, "svd": 0.5, "non_target_kl": 0.7}
+RECIPES = list(NLG_RECIPES)
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def states_and_head(M, d, V, seed=0, scale=1.0, dtype=torch.float64, peaked=False):
+    """Student, teacher (M, d), targets (M,) and head (V, d). peaked: states are rows of the head, as in a model that is
+    sure of a token, so that the softmax nearly is a one."""
+    torch.manual_seed(seed)
+    W = scale * torch.randn(V, d, dtype=torch.float64)
+    student = 3 * W[torch.randint(V, (M,))] if peaked else torch.randn(M, d, dtype=torch.float64)
+    teacher = student + 0.3 * torch.randn(M, d, dtype=torch.float64)
+    return student.to(dtype).requires_grad_(), teacher.to(dtype), torch.randint(V, (M,)), W.to(dtype)
+
+
+def both(student, teacher, targets, W, objective, weights=WEIGHTS):
+    """(value, gradient, terms) of the fused form and of the plain one."""
+    for head in (FrozenHead(W), lambda states: states @ W.T):
+        loss, terms = nlg_loss(student, teacher, targets, head, objective, weights)
+        yield loss.item(), torch.autograd.grad(loss, student)[0], terms
+
+
+def block_of(rows, monkeypatch):
+    monkeypatch.setattr(FrozenHead, "block", property(lambda self: rows, lambda self, _: None), raising=False)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    M=st.integers(1, 40), d=st.integers(1, 24), V=st.integers(2, 300), seed=st.integers(0, 99),
+    recipe=st.sampled_from(RECIPES), peaked=st.booleans(),
+)  # fmt: skip
+def test_in_float64_it_is_the_plain_formulas(M, d, V, seed, recipe, peaked):
+    objective = dataclasses.replace(NLG_RECIPES[recipe], svd_k=3)
+    weights = WEIGHTS if min(M, d) < V else WEIGHTS | {"svd": 0.0}  # else Z may lack full rank, see the next test
+    (loss, gradient, terms), plain = both(*states_and_head(M, d, V, seed, peaked=peaked), objective, weights)
+    assert loss == pytest.approx(plain[0], rel=1e-10, abs=1e-12)
+    if not peaked:  # equal states make equal rows: the spectral gradient is then not one but many
+        assert distance(gradient, plain[1]) < 1e-8
+    assert terms.keys() == plain[2].keys()
+    for name, term in terms.items():
+        assert term.item() == pytest.approx(plain[2][name].item(), rel=1e-10, abs=1e-10), name
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("M, d, V", [(67, 32, 1000), (20, 64, 1024), (64, 64, 129), (1, 5, 2), (130, 3, 70)])
+def test_in_float64_the_gradient_agrees_to_1e_10(recipe, M, d, V):
+    objective = dataclasses.replace(NLG_RECIPES[recipe], svd_k=4)
+    (_, gradient, _), plain = both(*states_and_head(M, d, V), objective)
+    assert distance(gradient, plain[1]) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["consistency", "diversity", "svd", "non_target_kl"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_each_term_alone_is_the_plain_one(recipe, name):
+    weights = dict.fromkeys(WEIGHTS, 0.0) | {name: 0.4}
+    (loss, gradient, terms), plain = both(*states_and_head(30, 16, 200), NLG_RECIPES[recipe], weights)
+    assert set(terms) == {"task", name} and loss == pytest.approx(plain[0], rel=1e-12)
+    assert distance(gradient, plain[1]) < 1e-10
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("M, d, V, peaked", [(50, 32, 999, False), (50, 32, 999, True), (7, 24, 4099, False)])
+def test_its_rounding_error_is_hardly_more_than_the_plain_formulas(dtype, recipe, M, d, V, peaked):
+    """Against float64 on the same, rounded, numbers. A quarter more, and what one rounding of the result makes."""
+    weights = WEIGHTS if not peaked else WEIGHTS | {"svd": 0.0}
+    narrow = states_and_head(M, d, V, scale=0.5, dtype=dtype, peaked=peaked)
+    student, teacher, targets, W = narrow
+    wide = student.detach().double().requires_grad_(), teacher.double(), targets, W.double()
+    _, (loss, gradient, terms) = both(*wide, NLG_RECIPES[recipe], weights)
+    ours, plain = both(*narrow, NLG_RECIPES[recipe], weights)
+    assert distance(ours[1], gradient) <= 1.25 * distance(plain[1], gradient) + torch.finfo(dtype).eps
+    assert abs(ours[0] - loss) <= 1.25 * abs(plain[0] - loss) + 1e-6 * abs(loss)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 100])
+def test_the_size_of_a_block_does_not_matter(rows, monkeypatch):
+    arguments, objective = states_and_head(50, 16, 200), NLG_RECIPES["iclr2026"]
+    loss, gradient, _ = next(both(*arguments, objective))
+    block_of(rows, monkeypatch)
+    again, again_gradient, _ = next(both(*arguments, objective))
+    assert again == pytest.approx(loss, rel=1e-13) and distance(again_gradient, gradient) < 1e-13
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor made inside, in numbers."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_no_tensor_is_larger_than_a_block_of_logits(recipe):
+    """8192 response tokens and 256 000 entries at d = 2: plain, one matrix of logits is 8 GB."""
+    student, teacher, targets, W = states_and_head(8192, 2, 256_000, dtype=torch.float32)
+    some = student[:64].detach().requires_grad_()  # as many rows as a test has time for
+    head = FrozenHead(W)
+    with Largest() as largest:
+        nlg_loss(some, teacher[:64], targets[:64], head, NLG_RECIPES[recipe], WEIGHTS)[0].backward()
+    assert largest.numbers <= head.block * len(W) < 64 * len(W)
+    assert len(head.buffers) == 5
+
+
+def test_the_non_target_kl_leaves_the_target_logit_alone():
+    """Its share of the gradient does not change when the target's row of the head does."""
+    student, teacher, targets, W = states_and_head(12, 8, 50)
+    targets = torch.full_like(targets, 7)
+    found = []
+    for factor in (1.0, 50.0):
+        head = W.clone()
+        head[7] *= factor
+        with_term, without = (
+            torch.autograd.grad(
+                fused_objective(student, teacher, targets, FrozenHead(head), non_target_kl=x)[0], student
+            )
+            for x in (0.5, 0.0)
+        )
+        found.append(with_term[0] - without[0])
+    assert torch.allclose(*found, atol=1e-12)
+
+
+def test_a_teacher_equal_to_the_student_costs_exactly_nothing():
+    student, _, targets, W = states_and_head(20, 8, 90, dtype=torch.float32)
+    _, terms = fused_objective(student, student.detach(), targets, FrozenHead(W), lambda1=1.0, non_target_kl=1.0)
+    assert terms["consistency"] == 0 and terms["non_target_kl"] == 0
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_equal_and_zero_singular_values_are_harmless(norm):
+    W = torch.randn(40, 6, dtype=torch.float64)
+    Q = torch.linalg.qr(W)[0]
+    equal = torch.eye(6, dtype=torch.float64)  # on an orthonormal head every singular value is 1
+    zero, low_rank = torch.zeros(5, 6, dtype=torch.float64), torch.ones(5, 6, dtype=torch.float64)
+    for states, head in ((equal, Q), (zero, W), (low_rank, W), (low_rank, torch.zeros_like(W))):
+        states = states.clone().requires_grad_()
+        loss, terms = fused_objective(
+            states,
+            None,
+            torch.zeros(len(states), dtype=torch.long),
+            FrozenHead(head),
+            lambda3=1.0,
+            svd_norm=norm,
+            svd_k=2,
+        )
+        loss.backward()
+        assert states.grad.isfinite().all()
+        assert terms["svd"].item() == pytest.approx(R.svd_share(states @ head.T, 2, norm).item(), abs=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])
+def test_float32_states_have_the_spectrum_to_float32_precision(norm, decay):
+    """Where a float32 Gram matrix would lose half of the digits."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(n, 48, dtype=torch.float64))[0] for n in (80, 48))
+    H = (U * (torch.arange(48) + 1.0) ** -decay @ V.T).float().requires_grad_()
+    W = torch.linalg.qr(torch.randn(500, 48))[0].contiguous()
+    truth = R.svd_share(H.double() @ W.double().T, 10, norm)
+    expected = torch.autograd.grad(truth, H)[0]
+    weights = dict.fromkeys(WEIGHTS, 0.0) | {"svd": 1.0}
+    objective = Objective(svd_k=10, svd_norm=norm)
+    task = nlg_loss(H, None, torch.zeros(80, dtype=torch.long), FrozenHead(W), objective, dict.fromkeys(WEIGHTS, 0.0))[
+        0
+    ]
+    loss, terms = nlg_loss(H, None, torch.zeros(80, dtype=torch.long), FrozenHead(W), objective, weights)
+    assert terms["svd"].item() == pytest.approx(truth.item(), rel=1e-6)
+    gradient = torch.autograd.grad(loss, H)[0] - torch.autograd.grad(task, H)[0]
+    assert distance(gradient, expected) < 1e-4
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_what_is_not_finite_gives_a_loss_that_is_not_and_no_exception(bad):
+    student, teacher, targets, W = states_and_head(9, 4, 30)
+    student.data[3, 1] = bad
+    loss, _ = fused_objective(student, teacher, targets, FrozenHead(W), lambda1=1.0, lambda3=1.0)
+    assert not loss.isfinite()
+
+
+@given(V=st.integers(1, 400), k=st.integers(1, 30), seed=st.integers(0, 99))
+def test_the_largest_are_those_of_topk(V, k, seed):
+    torch.manual_seed(seed)
+    z = torch.randn(3, V).round(decimals=1)  # with ties
+    largest, columns = fused._largest(z, k, width=8)
+    assert torch.equal(largest, z.topk(min(k, V)).values)
+    assert torch.equal(z.gather(1, columns), largest)
+    assert all(len(set(row)) == len(row) for row in columns.tolist())
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_summed_entropy_is_that_of_the_logits(temperature):
+    student, _, _, W = states_and_head(37, 8, 90)
+    expected = entropy_share(student.detach() @ W.T, temperature).sum() * torch.log(torch.tensor(90.0))
+    assert summed_entropy(student.detach(), FrozenHead(W), temperature).item() == pytest.approx(
+        expected.item(), rel=1e-5
+    )
+
+
+def test_a_head_that_is_trained_is_refused():
+    with pytest.raises(ValueError, match="trained"):
+        FrozenHead(torch.randn(3, 2, requires_grad=True))
+
+
+def test_the_gradient_scales_with_what_comes_from_above():
+    student, _, targets, W = states_and_head(9, 4, 30)
+    loss, _ = fused_objective(student, None, targets, FrozenHead(W), lambda2=0.5)
+    (once,) = torch.autograd.grad(loss, student, retain_graph=True)
+    (thrice,) = torch.autograd.grad(3 * loss, student)
+    assert torch.allclose(thrice, 3 * once)
