@@ -23,6 +23,7 @@ from minibalora.errors import InputError
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, summed_entropy
+from minibalora.models.decoder import Decoder
 from minibalora.objective import Objective, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
 from minibalora.tasks import Item
@@ -62,6 +63,8 @@ def main() -> int:
         if resumed_step is not None:
             run_folder.load_initial_values(args.out, model)
         training.quantize_residuals(model, args.device)
+    if args.compile:
+        training.compile_blocks(model)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
     optimizer = training.optimizer_of(model, args.device)
@@ -78,7 +81,6 @@ def main() -> int:
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
-    packed = torch.compile(model.packed, dynamic=True) if args.compile else model.packed
     head = model.head if full else FrozenHead(model.head_weight)
 
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
@@ -87,8 +89,8 @@ def main() -> int:
         batches = [data.pack(part, args.device) for part in micro]
         teachers = [None] * len(micro)
         if objective.needs_teacher:
-            teachers = teacher_states(model, packed, batches, micro, cache)
-        return *backward(packed, head, batches, teachers, objective, step, steps, stop), micro
+            teachers = teacher_states(model, batches, micro, cache)
+        return *backward(model, head, batches, teachers, objective, step, steps, stop), micro
 
     step, stop = training.train(args, model, optimizer, step, steps, gradients)
 
@@ -106,7 +108,7 @@ def main() -> int:
 
 
 def backward(
-    packed: Callable[..., Tensor],
+    model: Decoder,
     head: FrozenHead | Callable[[Tensor], Tensor],
     batches: list[Packed],
     teachers: list[Tensor | None],
@@ -117,7 +119,7 @@ def backward(
 ) -> tuple[list[float], dict[str, float]]:
     """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
-    packed: `Decoder.packed`; teachers: the pre-trained model's states (M, d) of each batch, None where nothing asks.
+    teachers: the pre-trained model's states (M, d) of each batch, None where nothing asks.
     Returns each micro-batch's part of L and the step's terms. Dividing is done once, by the tokens of the whole step,
     so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
     with gradients of no use, once `stop` is not empty.
@@ -127,7 +129,7 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for batch, teacher in zip(batches, teachers, strict=True):
-            student = packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+            student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
             yield len(batch.targets) / tokens, loss, terms
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from torch import Tensor, nn
 
 from minibalora.data import Row
-from minibalora.lowrank import LowRankLinear, adapted_layers
+from minibalora.fused import FrozenHead
+from minibalora.lowrank import adapted_layers
 from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
 from minibalora.objective import Objective
 
@@ -15,7 +16,7 @@ def print_plan(
     args: Namespace, model: nn.Module, formula: str, data: list[str], steps: int, memory: int | None = None
 ) -> None:
     """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
-    parameters = sum(parameter.numel() for parameter in base_parameters(model))
+    parameters = base_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
@@ -59,9 +60,12 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
     return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving
 
 
-def base_parameters(model: nn.Module) -> list[Tensor]:
+def base_parameters(model: nn.Module) -> int:
+    """How many numbers the model had before it was adapted; a quantised weight counts as the one that it was."""
     own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
-    return [parameter for parameter in model.parameters() if id(parameter) not in own]
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    quantised = [layer.W.shape for _, layer in adapted_layers(model) if not isinstance(layer.W, Tensor)]
+    return dense + sum(n * m for n, m in quantised)
 
 
 def expected_memory(
@@ -74,30 +78,31 @@ def expected_memory(
     config, element = model.config, model.embedding.weight.element_size()
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
     fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    fixed += sum(
-        element * ranks_of(layer) * (layer.in_features + layer.out_features) for _, layer in adapted_layers(model)
-    )
 
     longest = sorted(rows, key=lambda row: len(row.ids))[-micro_batch_size:]
-    tokens = len(longest) * len(longest[-1].ids)
+    tokens = sum(len(row.ids) for row in longest)
     predicted = sum(len(row.ids) - row.prompt_length for row in longest)
-    ranks = sum(ranks_of(layer) for _, layer in adapted_layers(model))
-    block = element * ranks // config.num_hidden_layers + block_bytes(config, element)
+    block = block_bytes(config, element)
     kept = element * config.hidden_size if grad_checkpoint else block
     activations = tokens * (config.num_hidden_layers * kept + block)
+    return fixed + activations + objective_bytes(model, predicted, objective)
 
+
+def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int:
+    """What L takes for that many predicted tokens: blocks of logits, or, where the head is trained, all of them."""
+    if not model.head_weight.requires_grad:
+        head = FrozenHead(model.head_weight)
+        blocks = 5 if objective.needs_teacher else 3
+        states = 3 * predicted * model.config.hidden_size * head.weight.element_size()  # student, teacher, gradient
+        return 4 * blocks * min(head.block, predicted) * len(head.weight) + states
     # float32 copies of the (M, V) logits: log-probabilities, their gradient, and those of each further term
     regularizers = (objective.lambda1, objective.lambda2, objective.lambda3, objective.non_target_kl)
     copies = 4 + 3 * sum(weight > 0 for weight in regularizers)
-    return fixed + activations + predicted * config.vocab_size * 4 * copies
-
-
-def ranks_of(layer: LowRankLinear) -> int:
-    """Columns of the factors in `LowRankLinear.update`."""
-    return layer.A.shape[1] * (1 if layer.A0 is None else 2)
+    return 4 * predicted * model.config.vocab_size * copies
 
 
 def block_bytes(config: DecoderConfig | GPT2Config, element: int) -> int:
-    """What autograd keeps of one block for one token: norms in float32, inputs of linears, q, k, v, gate and up."""
+    """What autograd keeps of one block for one token: the norms' inputs in float32 and their outputs, q, k, v and what
+    attention found, that once more as o_proj's input, gate, up and their product."""
     heads = config.num_attention_heads * config.head_dim
-    return 2 * 4 * config.hidden_size + element * (4 * config.hidden_size + 6 * heads + 4 * config.intermediate_size)
+    return 2 * 4 * config.hidden_size + element * (2 * config.hidden_size + 5 * heads + 3 * config.intermediate_size)

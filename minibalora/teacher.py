@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,22 +21,21 @@ VERSION = 1  # raise it when the same weights and tokens give other states
 
 def teacher_states(
     model: Decoder,
-    packed: Callable[..., Tensor],
     batches: list[Packed],
     micro: list[list[Row]],
     cache: "TeacherCache | None" = None,
 ) -> list[Tensor]:
     """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger.
 
-    packed: `model.packed`, or that compiled; batches: the rows of `micro`, packed. With a cache only those batches are
-    computed of which it lacks a row, and their rows are put there.
+    batches: the rows of `micro`, packed. With a cache only those batches are computed of which it lacks a row, and then
+    it has them.
     """
     known = [None if cache is None else cache.read(rows) for rows in micro]
     with pretrained(model), torch.inference_mode():
         states = [
             kept.to(batch.input_ids.device)
             if kept is not None
-            else packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+            else model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
             for batch, kept in zip(batches, known, strict=True)
         ]
     if cache is not None:

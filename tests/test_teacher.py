@@ -33,15 +33,12 @@ def micro_of(rows, size=3):
 
 def states_of(model, rows, cache, size=3):
     """The states of each row, and how many micro-batches were computed for them."""
-    calls = []
-
-    def packed(*batch):
-        calls.append(batch)
-        return model.packed(*batch)
-
+    calls, compute = [], model.packed
+    model.packed = lambda *batch: calls.append(batch) or compute(*batch)
     micro = micro_of(rows, size)
     batches = [pack(part, "cpu") for part in micro]
-    states = teacher_states(model, packed, batches, micro, cache)
+    states = teacher_states(model, batches, micro, cache)
+    model.packed = compute
     parts = [part for each, batch in zip(states, batches, strict=True) for part in each.split(batch.wanted)]
     return parts, len(calls)
 

@@ -53,10 +53,10 @@ def random_rows(count: int, seed: int) -> list[Row]:
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
     micro = micro_batches(rows, micro_batch_size)
     batches = [pack(part, "cpu") for part in micro]
-    teachers = teacher_states(model, model.packed, batches, micro)
+    teachers = teacher_states(model, batches, micro)
     model.zero_grad()
     head = FrozenHead(model.head_weight)
-    losses, terms = train_nlg.backward(model.packed, head, batches, teachers, objective, step=5, steps=10, stop=[])
+    losses, terms = train_nlg.backward(model, head, batches, teachers, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
