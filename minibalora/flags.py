@@ -191,6 +191,8 @@ def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
         "float32 on CPUs); A and B are float32 always")  # fmt: skip
+    add("--tf32", action="store_true", help="float32 products in TF32 while training on a GPU: several times faster, "
+        "with 10 bits of mantissa (default: all 23)")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: slower start, faster steps on GPUs")
     return add

@@ -46,7 +46,7 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "adapter_rank",
 }
-MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile", "teacher_cache"}
+MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile", "tf32", "teacher_cache"}
 
 
 def check_out(out: Path, resume: bool) -> None:

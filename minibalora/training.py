@@ -120,6 +120,7 @@ def train(
     """
     parameters = list(trained_parameters(model).values())
     model.train()
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32  # after PiSSA's factors were found, which want every bit
     bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
     with open_log(args.out, step) as log, stop_signals() as stop, bar:
         while step < steps and not stop:
