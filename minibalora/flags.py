@@ -7,7 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from minibalora import cli, toy
+import torch
+
+from minibalora import cli, distributed, toy
 from minibalora.cli import (
     OneLineParser,
     natural,
@@ -75,7 +77,9 @@ def nlg_parser() -> argparse.ArgumentParser:
         batch_size="2024: 128; iclr2026 and baselines: 32",
         micro_batch_size="default: 4; built-in: 32",
     )
-    _add_hardware_flags(parser)
+    add = _add_hardware_flags(parser)
+    add("--fsdp", action="store_true", help="under torchrun: each process keeps its own rows of the frozen weights, "
+        "and a block whole only while it computes: for a model that does not fit, slower where it does")  # fmt: skip
     _add_output_flags(parser, "nlg")
     return parser
 
@@ -177,13 +181,15 @@ def _add_optimisation_flags(
     add("--seed", type=natural, default=42, help="order of rows and random inits (published: 42, 1024, 2024)")
 
 
-def _add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
+    """As _add_method_flags."""
     add = parser.add_argument_group("hardware").add_argument
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
         "float32 on CPUs); A and B are float32 always")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: slower start, faster steps on GPUs")
+    return add
 
 
 def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
@@ -205,6 +211,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_task and args.eval is None:
         raise InputError("--eval-task goes with --eval: give both")
     _refuse_contradictions(args)
+    if args.fsdp:
+        _refuse_without_shards(args)
     defaults = TOY if args.model is None else DEFAULTS
     return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")
 
@@ -212,6 +220,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def parse_nlu_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """As parse_nlg_flags; `teacher` is None where nothing is compared with one."""
     args = nlu_parser().parse_args(argv)
+    if distributed.is_torchrun():
+        raise InputError("train_nlu.py runs in one process: start it with python, not torchrun")
     _refuse_half_a_source(args, ("task", "eval", "text_field", "label_field"))
     _refuse_contradictions(args)
     _refuse_task_contradictions(args)
@@ -224,6 +234,7 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
     """args with what was not given; `is_toy` says that the model, and so the data, is the built-in one."""
     args.is_toy = args.model is None
     cli.fill_in(args, defaults)
+    distributed.check_device(args.device)
     if args.method == "ba-lora":
         args.recipe = args.recipe or "iclr2026"
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
@@ -274,6 +285,22 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
     if args.init is not None and args.method in ("lora", "pissa"):
         if not args.init.startswith(args.method):
             raise InputError(f"--init {args.init} contradicts --method {args.method}: leave one out")
+
+
+def _refuse_without_shards(args: argparse.Namespace) -> None:
+    """InputError where --fsdp can't be, or would gain nothing."""
+    if not distributed.is_torchrun():
+        raise InputError("--fsdp needs processes to share the model: torchrun --nproc-per-node N train_nlg.py ...")
+    if torch.__version__ < (2, 7):
+        raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
+    if args.method == "full":
+        raise InputError("--fsdp shards frozen weights, and --method full has none: use an adapter method")
+    if args.model is None:
+        raise InputError("--fsdp is for large models, the built-in one is tiny: give --model and --data")
+    if args.eval is not None:
+        raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora.evaluate on the adapter")
+    if args.compile:
+        raise InputError("--compile does not go with --fsdp: leave one out")
 
 
 def _refuse_task_contradictions(args: argparse.Namespace) -> None:

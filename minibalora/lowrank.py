@@ -55,17 +55,27 @@ class LowRankLinear(nn.Module):
         self.is_teacher = False
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float | None = None, init: str = "pissa"):
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int,
+        alpha: float | None = None,
+        init: str = "pissa",
+        factors: tuple[Tensor, Tensor] | None = None,
+    ):
         """Wrap `linear`, on its own device. alpha=None means alpha = rank.
 
         init: "lora", "pissa" (exact SVD) or "pissa_niter_N" (randomised SVD, N subspace iterations).
+        factors: A and B of that init, where they are known already.
         Raises ValueError for a rank outside 1..min(m, n), a scaling that is not positive, or an unknown init.
         """
         _check_settings(linear, rank, alpha, init)
         scaling = (rank if alpha is None else alpha) / rank
-        if init == "lora":
-            return cls(linear, *lora_factors(linear.weight, rank), scaling, keep_initial=False)
-        return cls(linear, *pissa_factors(linear.weight, rank, scaling, init), scaling, keep_initial=True)
+        if factors is None and init == "lora":
+            factors = lora_factors(linear.weight, rank)
+        elif factors is None:
+            factors = pissa_factors(linear.weight, rank, scaling, init)
+        return cls(linear, *factors, scaling, keep_initial=init != "lora")
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.W, self.bias)
@@ -165,6 +175,7 @@ def adapt(
     init: str = "pissa",
     targets: str | Iterable[str] | None = None,
     progress: Callable[[list], Iterable] = iter,
+    factors: Callable[[str, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> nn.Module:
     """Replace linears of `model` by LowRankLinear, in place; freeze everything but their A and B; return the model.
 
@@ -173,6 +184,7 @@ def adapt(
 
     targets: the last part of the names of linears ("q_proj") or a dotted suffix ("mlp.up_proj"); None = every linear
     but the heads. progress wraps the list of layers, for instance `tqdm`: an SVD of a large model takes minutes.
+    factors: A (m, r) and B (r, n) of the layer of that name from its weight (n, m); None = as `init` says.
     Raises ValueError, with the model unchanged, if it is adapted already, if a target matches nothing (the message
     lists the names there are), or if a layer refuses (see LowRankLinear.from_linear).
     """
@@ -192,7 +204,12 @@ def adapt(
             _check_settings(linears[name], rank, alpha, init)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    layers = {name: LowRankLinear.from_linear(linears[name], rank, alpha, init) for name in progress(chosen)}
+    layers = {
+        name: LowRankLinear.from_linear(
+            linears[name], rank, alpha, init, factors and factors(name, linears[name].weight)
+        )
+        for name in progress(chosen)
+    }
     for module in _own_head(model):
         module.float()
     return install(model, layers)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from minibalora.data import Packed
@@ -12,5 +11,5 @@ from minibalora.models.decoder import Decoder
 
 def teacher_states(model: Decoder, packed: Callable[..., Tensor], batches: list[Packed]) -> list[Tensor]:
     """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger."""
-    with pretrained(model), torch.inference_mode():
+    with pretrained(model):  # inference_mode would make what FSDP gathers of no use to the student
         return [packed(batch.input_ids, batch.lengths, batch.wanted) for batch in batches]
