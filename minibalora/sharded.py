@@ -8,7 +8,7 @@ ranks are what they are without; so do the embedding, the final norm and the hea
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from minibalora import distributed
@@ -19,16 +19,15 @@ from minibalora.weights import read, set_parameter
 def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
     """Give an adapted `weights.skeleton` its numbers, in place: of what is sharded, this rank reads its own rows alone.
 
-    Afterwards `model.packed` is to be called, on all ranks equally often, and nothing else of it. InputError as
-    `weights.read`.
+    Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
     for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
         for block in blocks:
             fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if not p.is_meta})
-    # The model itself has nothing sharded: it lets a block be gathered while the one before computes.
-    fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if not isinstance(p, DTensor)})
-    register_fsdp_forward_method(model, "packed")
+    # What is above the blocks has nothing sharded: it lets a block be gathered while the one before computes.
+    rest = {p for p in model.parameters() if not isinstance(p, DTensor)}
+    fully_shard(model.backbone, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
         stored = model.stored.get(stored_name(name))
