@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from minibalora import distributed
 from minibalora.data import Row
 from minibalora.lowrank import LowRankLinear, adapted_layers
 from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
@@ -20,7 +21,8 @@ def print_plan(
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
     dtype = str(args.dtype).removeprefix("torch.")
-    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}")
+    ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}{ranks}")
     print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
     print(f"terms   {formula}")
     print("data    " + "\n        ".join(data))
@@ -72,7 +74,11 @@ def expected_memory(
     Counted from the shapes, for the largest micro-batch possible.
     """
     config, element = model.config, model.embedding.weight.element_size()
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    fixed -= sum(parameter.nbytes - parameter.to_local().nbytes for parameter in sharded)  # what other ranks keep
+    # Gathered: the block in use, the next one, and the buffer in which it arrives.
+    fixed += 3 * sum(parameter.nbytes for parameter in sharded) // config.num_hidden_layers
     fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     fixed += sum(
         element * ranks_of(layer) * (layer.in_features + layer.out_features) for _, layer in adapted_layers(model)

@@ -5,6 +5,7 @@ many tests.
 """
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -39,15 +40,13 @@ ADAPTER = "adapter_model.safetensors"
 # 45 rows in steps of 11: four micro-batches a step, and at the end of an epoch one, so that one of two ranks is idle.
 COMMON = ["--rank", "4", "--batch-size", "11", "--micro-batch-size", "3", "--lr", "1e-3", "--device", "cpu"]
 RUNS = {
-    "iclr2026": [],
     "iclr2026 sharded": ["--fsdp"],
-    "2024": ["--recipe", "2024", "--non-target-kl", "0.1"],
-    "adaptive sharded": ["--adaptive-lambda1", "--fsdp", "--grad-checkpoint"],
-    "lora sharded": ["--method", "lora", "--fsdp", "--targets", "q_proj", "down_proj"],
+    "2024 adaptive": ["--recipe", "2024", "--adaptive-lambda1", "--non-target-kl", "0.1"],
+    "lora sharded": ["--method", "lora", "--fsdp", "--grad-checkpoint", "--targets", "q_proj", "down_proj"],
     "full": ["--method", "full"],
 }
-STOPPED = ["--epochs", "2", "--recipe", "2024"]  # within step 4 of 10
-STOPPED_AT = 3
+WHOLE = "iclr2026 sharded"  # what a stopped and resumed run is compared with
+STOPPED_AT = 3  # of 5 steps
 GOLDENS = {"llama_bias_tied": torch.float32, "mistral_window": torch.float32, "gemma": torch.bfloat16}
 GOLDENS |= {"gpt2": torch.float32}
 
@@ -88,13 +87,13 @@ def as_a_rank(folder: Path) -> None:
     report, seed_step = {}, training.seed_step
     for name, more in RUNS.items():
         report[name] = status_of(command(folder / "two", name, *more))
-    report["refused"] = status_of(command(folder / "two", "iclr2026"))  # which rank 0 finds out
+    report["refused"] = status_of(command(folder / "two", WHOLE))  # which rank 0 finds out
     report["wrong flag"] = status_of(command(folder / "two", "new", "--rank", "129"))  # which every rank finds out
     training.seed_step = stopping(seed_step, stopped_rank=1)
-    report["stopped by two"] = status_of(command(folder / "two", "stopped", *STOPPED))
+    report["stopped by two"] = status_of(command(folder / "two", "stopped"))
     training.seed_step = seed_step
     with reading() as sizes:
-        report["resumed by two"] = status_of(command(folder / "one", "stopped", *STOPPED, "--fsdp", "--resume"))
+        report["resumed by two"] = status_of(command(folder / "one", "stopped", "--fsdp", "--resume"))
     report["read"] = sizes
     report["golden"] = {name: distance_from_whole(name, dtype) for name, dtype in GOLDENS.items()}
     (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))
@@ -164,9 +163,8 @@ def folder(tmp_path_factory) -> Path:
         for name, more in RUNS.items():
             arguments = command(folder / "one", name, *(flag for flag in more if flag != "--fsdp"))
             assert in_one_process(monkeypatch, *arguments) == 0
-        assert in_one_process(monkeypatch, *command(folder / "one", "whole", *STOPPED)) == 0
         monkeypatch.setattr(training, "seed_step", stopping(training.seed_step, stopped_rank=0))
-        assert in_one_process(monkeypatch, *command(folder / "one", "stopped", *STOPPED)) == 128 + signal.SIGTERM
+        assert in_one_process(monkeypatch, *command(folder / "one", "stopped")) == 128 + signal.SIGTERM
     result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (folder / "stderr").write_text(result.stderr)
@@ -184,8 +182,8 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
     assert len(logs[0]) == len(logs[1])
     for entries in zip(*logs, strict=True):
         for name in ("step", "loss", *training.TERMS, "lr"):
-            values = [entry[name] for entry in entries]
-            assert values[0] == pytest.approx(values[1], rel=0, abs=tolerance), name
+            values = [math.nan if entry[name] is None else entry[name] for entry in entries]
+            assert values[0] == pytest.approx(values[1], rel=0, abs=tolerance, nan_ok=True), name
     tensors = [load_file(next(out.rglob("*model*.safetensors"))) for out in (a, b)]
     assert tensors[0].keys() == tensors[1].keys()
     for name, tensor in tensors[0].items():
@@ -194,7 +192,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports):
-    """To 1e-5; measured: 1e-7, from another order in the sum of the gradients."""
+    """To 1e-5; measured: 2e-7, from another order in the sum of the gradients."""
     assert [report[name] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / name, folder / "two" / name)
     entries = (folder / "two" / name / "log.jsonl").read_text().splitlines()
@@ -203,15 +201,15 @@ def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports)
 
 def test_a_run_stopped_by_one_process_goes_on_with_two_that_share_its_weights(folder, reports):
     assert [report["resumed by two"] for report in reports] == [0, 0]
-    assert_same_run(folder / "one" / "whole", folder / "one" / "stopped")
+    assert_same_run(folder / "one" / WHOLE, folder / "one" / "stopped")
 
 
 def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports, monkeypatch):
     assert [report["stopped by two"] for report in reports] == [128 + signal.SIGTERM] * 2
     out = folder / "two" / "stopped"
     assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT
-    assert in_one_process(monkeypatch, *command(folder / "two", "stopped", *STOPPED, "--resume")) == 0
-    assert_same_run(folder / "one" / "whole", out)
+    assert in_one_process(monkeypatch, *command(folder / "two", "stopped", "--resume")) == 0
+    assert_same_run(folder / "one" / WHOLE, out)
 
 
 def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports):
