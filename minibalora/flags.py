@@ -291,8 +291,6 @@ def _refuse_without_shards(args: argparse.Namespace) -> None:
     """InputError where --fsdp can't be, or would gain nothing."""
     if not distributed.is_torchrun():
         raise InputError("--fsdp needs processes to share the model: torchrun --nproc-per-node N train_nlg.py ...")
-    if torch.__version__ < (2, 7):
-        raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
     if args.method == "full":
         raise InputError("--fsdp shards frozen weights, and --method full has none: use an adapter method")
     if args.model is None:
@@ -301,6 +299,8 @@ def _refuse_without_shards(args: argparse.Namespace) -> None:
         raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora.evaluate on the adapter")
     if args.compile:
         raise InputError("--compile does not go with --fsdp: leave one out")
+    if torch.__version__ < (2, 7):
+        raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
 
 
 def _refuse_task_contradictions(args: argparse.Namespace) -> None:
