@@ -88,7 +88,7 @@ def on_main(function: Callable[..., T], *args) -> T:
 
 
 def deal(parts: list[T], idle: T) -> list[T]:
-    """This rank's share of `parts`, dealt in rounds: rank r of R takes the r-th of every R.
+    """This rank's share of `parts`, dealt in rounds: rank r of R takes the r-th of every R, neighbours in length.
 
     All ranks get equally many, for where weights are sharded every forward pass needs every rank: one for which the
     last round has nothing left gets `idle`.

@@ -181,9 +181,9 @@ def add_gradients(
         if distributed.any_rank(stop):
             return [], {}
     numbers = distributed.gathered(torch.stack([value.double() for value in (*losses, *totals.values())]))
-    parts, sums = numbers[:, : len(losses)].T.flatten(), numbers[:, len(losses) :].sum(0)
-    numbers = torch.cat([parts, sums]).tolist()  # waits for a GPU once
-    return numbers[: len(parts)], dict(zip(totals, numbers[len(parts) :], strict=True))
+    each, sums = numbers[:, : len(losses)].T.flatten(), numbers[:, len(losses) :].sum(0)
+    numbers = torch.cat([each, sums]).tolist()  # waits for a GPU once
+    return numbers[: len(each)], dict(zip(totals, numbers[len(each) :], strict=True))
 
 
 def seed_step(seed: int, step: int) -> None:
