@@ -16,26 +16,27 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import cli, data, records, run_folder, tasks, training
+from minibalora import cli, data, distributed, records, run_folder, tasks, training
 from minibalora.config import read_config
-from minibalora.data import Example, Packed, Row
+from minibalora.data import Example, Row
 from minibalora.errors import InputError
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
-from minibalora.fused import FrozenHead, summed_entropy
+from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.models.decoder import Decoder
 from minibalora.objective import Objective, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
 from minibalora.tasks import Item
 from minibalora.teacher import TeacherCache, open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
-from minibalora.weights import weights_digest
+from minibalora.weights import skeleton, weights_digest
 
 
 def main() -> int:
+    distributed.join()
     args = parse_nlg_flags()
     objective = nlg_objective(args)
-    run_folder.check_out(args.out, args.resume)
+    distributed.on_main(run_folder.check_out, args.out, args.resume)
     if args.init_cache is not None:
         check_writable(args.init_cache, "--init-cache")
     torch.manual_seed(args.seed)
@@ -51,10 +52,13 @@ def main() -> int:
     data.check_fits(data.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
-    resumed_step = run_folder.resumed_step(args, settings, steps)
+    resumed_step = distributed.on_main(run_folder.resumed_step, args, settings, steps)
     cache = teacher_cache(args, rows) if args.teacher_cache else None
-    place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
-    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
+    if args.fsdp:
+        model = skeleton(args.model)
+    else:
+        place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
+        model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
@@ -67,9 +71,13 @@ def main() -> int:
         training.compile_blocks(model)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
+    if args.fsdp:
+        from minibalora.sharded import load_sharded  # a second of imports that nothing else needs
+
+        load_sharded(model, args.dtype, args.device)
     optimizer = training.optimizer_of(model, args.device)
     if not args.resume:
-        run_folder.start_run(args.out, settings)
+        distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
     print_plan(args, model, nlg_formula(objective), [amounts(args, rows), left_out], steps, memory)
@@ -77,7 +85,7 @@ def main() -> int:
     # At step 0 the student is the pre-trained model, whatever the init.
     task = tasks.TASKS[args.eval_task] if args.eval_task else None
     measure = partial(records.scores, model, tok, task, held_out, pretraining, args.micro_batch_size)
-    before = measure(args.out / "eval-before.jsonl", settings["model_digest"])
+    before = distributed.on_main(measure, args.out / "eval-before.jsonl", settings["model_digest"])
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
@@ -86,62 +94,71 @@ def main() -> int:
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
         micro = data.micro_batches(batch, args.micro_batch_size)
-        batches = [data.pack(part, args.device) for part in micro]
-        teachers = [None] * len(micro)
-        if objective.needs_teacher:
-            teachers = teacher_states(model, batches, micro, cache)
-        return *backward(model, head, batches, teachers, objective, step, steps, stop), micro
+        return *backward(model, head, micro, objective, step, steps, stop, cache), micro
 
     step, stop = training.train(args, model, optimizer, step, steps, gradients)
 
-    # Save: the adapter for the original base, in PEFT's format.
-    if full:
-        mb.save_model(model.to(args.dtype), args.out / "model")
-    else:
-        training.truncate_adapter(model, args.adapter_rank)
-        mb.save_adapter(model, args.out)
+    # Save, on one rank for all.
+    distributed.on_main(save, model, args)
     status = training.finish(args.out, step, steps, stop)
     if (held_out or pretraining) and not stop:
-        after = measure(args.out / "eval-after.jsonl", training.trained_digest(model))
+        after = distributed.on_main(measure, args.out / "eval-after.jsonl", training.trained_digest(model))
         print("\n" + records.before_and_after(before, after))
+    distributed.leave()
     return status
 
 
 def backward(
     model: Decoder,
     head: FrozenHead | Callable[[Tensor], Tensor],
-    batches: list[Packed],
-    teachers: list[Tensor | None],
+    micro: list[list[Row]],
     objective: Objective,
     step: int,
     steps: int,
     stop: list[int],
+    cache: TeacherCache | None = None,
 ) -> tuple[list[float], dict[str, float]]:
     """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
-    teachers: the pre-trained model's states (M, d) of each batch, None where nothing asks.
-    Returns each micro-batch's part of L and the step's terms. Dividing is done once, by the tokens of the whole step,
-    so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
-    with gradients of no use, once `stop` is not empty.
+    micro: the step's rows, cut; of several ranks each takes its share. Returns each micro-batch's part of L and the
+    step's terms. Dividing is done once, by the tokens of the whole step, so gradients are the same however it is cut
+    (but for the spectral term, see `nlg_terms`). Ends early, with gradients of no use, once `stop` is not empty.
     """
-    tokens = sum(len(batch.targets) for batch in batches)
-    weights = lambdas(objective, step, steps, mean_entropy_share(teachers, head, objective, tokens))
+    counts = [sum(row.predicted for row in rows) for rows in micro]
+    shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
+    own = distributed.deal(micro, idle=micro[-1])
+    batches = [data.pack(rows, model.embedding.weight.device) for rows in own]
+    teachers = teacher_states(model, batches, own, cache) if objective.needs_teacher else [None] * len(own)
+    weights = lambdas(objective, step, steps, mean_entropy_share(teachers, shares, head, objective))
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
-        for batch, teacher in zip(batches, teachers, strict=True):
+        for share, batch, teacher in zip(shares, batches, teachers, strict=True):
             student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
-            yield len(batch.targets) / tokens, loss, terms
+            yield share, loss, terms
 
-    return training.add_gradients(losses(), stop)
+    parts, terms = training.add_gradients(losses(), stop)
+    return parts[: len(micro)], terms  # beyond are those of idle ranks, which count for nothing
 
 
-def mean_entropy_share(teachers: list[Tensor], head: FrozenHead, objective: Objective, tokens: int) -> float | None:
+def mean_entropy_share(
+    teachers: list[Tensor], shares: list[float], head: FrozenHead, objective: Objective
+) -> float | None:
     """H̄ / ln V of the teacher over the whole step, which the adaptive λ1 goes by."""
     if not objective.adaptive_lambda1:
         return None
-    total = sum(summed_entropy(teacher, head, objective.temperature) for teacher in teachers)
-    return float(total) / (tokens * math.log(len(head.weight)))
+    entropies = [mean_entropy(teacher, head, objective.temperature).item() for teacher in teachers]
+    mean = sum(share * entropy for share, entropy in zip(shares, entropies, strict=True))
+    return distributed.total(mean) / math.log(len(head.weight))
+
+
+def save(model: Decoder, args: Namespace) -> None:
+    """The adapter for the original base, in PEFT's format; of a model that was trained in full, all of it."""
+    if args.method == "full":
+        mb.save_model(model.to(args.dtype), args.out / "model")
+    else:
+        training.truncate_adapter(model, args.adapter_rank)
+        mb.save_adapter(model, args.out)
 
 
 def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Example]]:

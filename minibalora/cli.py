@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
+from minibalora import distributed
 from minibalora.errors import InputError
 from minibalora.files import is_full_disk
 
@@ -36,11 +37,16 @@ def run_script(
         if not is_full_disk(error):
             raise
         _exit_with_line(1, f"the disk is full ({error}): make room{then}")
+    except RuntimeError as error:
+        if not distributed.is_lost_rank(error):
+            raise
+        _exit_with_line(1, f"another process of this run has ended: see what it says{then}")
 
 
 def _exit_with_line(status: int, message: object) -> None:
-    line = " ".join(str(message).split())
-    print(f"error: {line}", file=sys.stderr)
+    line = f"error: {' '.join(str(message).split())}"
+    if distributed.is_first_to_say(line):
+        print(line, file=sys.stderr)
     sys.exit(status)
 
 

@@ -61,6 +61,11 @@ class Row:
     prompt_length: int
     line: int
 
+    @property
+    def predicted(self) -> int:
+        """How many of its last tokens are learned: the response, but not a first token, which nothing predicts."""
+        return len(self.ids) - max(self.prompt_length, 1)
+
 
 def read_examples(
     path: str | Path,
@@ -246,12 +251,10 @@ def pack(rows: list[Row], device: torch.device | str) -> Packed:
     Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
     """
     shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
-    wanted = [len(row.ids) - max(row.prompt_length, 1) for row in rows]  # nothing predicts a first token
-    own = [row.ids[shared:-1] for row in rows]
-    targets = [row.ids[-count:] for row, count in zip(rows, wanted, strict=True)]
+    own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.predicted :] for row in rows]
     packed = (np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets))
     input_ids, targets = (to_device(torch.from_numpy(ids), device) for ids in packed)
-    return Packed(input_ids, [len(ids) for ids in own], wanted, shared, targets)
+    return Packed(input_ids, [len(ids) for ids in own], [row.predicted for row in rows], shared, targets)
 
 
 def common_start(texts: list[np.ndarray]) -> int:

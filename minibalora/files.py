@@ -35,9 +35,12 @@ def check_writable(folder: Path, flag: str) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error.
+
+    is_shared: other processes may write the same file now, so each needs a temporary path of its own.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if is_shared else ''}.tmp")
     try:
         yield temporary
         with open(temporary, "rb+") as file:

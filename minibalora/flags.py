@@ -7,7 +7,9 @@ from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-from minibalora import cli, toy
+import torch
+
+from minibalora import cli, distributed, toy
 from minibalora.cli import (
     OneLineParser,
     natural,
@@ -81,6 +83,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--quantize", choices=("nf4",), help="keep the frozen weights in 4 bits; of PiSSA, the residual (QPiSSA)")
     add("--teacher-cache", type=path, metavar="DIR", help="keep the teacher's states of response tokens there and take "
         "them from there: free from the second epoch on, and for every further run on the same rows")  # fmt: skip
+    add("--fsdp", action="store_true", help="under torchrun: each process keeps its own rows of the frozen weights, "
+        "and a block whole only while it computes: for a model that does not fit, slower where it does")  # fmt: skip
     _add_output_flags(parser, "nlg")
     return parser
 
@@ -225,6 +229,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.teacher_cache and args.method != "ba-lora" and args.non_target_kl == 0:
         raise InputError(f"--teacher-cache has no meaning with --method {args.method} without --non-target-kl, which "
                          "has no teacher: leave it out")  # fmt: skip
+    if args.fsdp:
+        _refuse_without_shards(args)
     defaults = TOY if args.model is None else DEFAULTS
     return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")
 
@@ -232,6 +238,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def parse_nlu_flags(argv: list[str] | None = None) -> argparse.Namespace:
     """As parse_nlg_flags; `teacher` is None where nothing is compared with one."""
     args = nlu_parser().parse_args(argv)
+    if distributed.is_torchrun():
+        raise InputError("train_nlu.py runs in one process: start it with python, not torchrun")
     _refuse_half_a_source(args, ("task", "eval", "text_field", "label_field"))
     _refuse_contradictions(args)
     _refuse_task_contradictions(args)
@@ -245,6 +253,7 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
     args.is_toy = args.model is None
     args.init = args.init or ("lora" if args.method == "lora" else None)
     cli.fill_in(args, defaults)
+    distributed.check_device(args.device)
     if args.method == "ba-lora":
         args.recipe = args.recipe or "iclr2026"
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
@@ -301,6 +310,23 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"--init {args.init} contradicts --method {args.method}: leave one out")
     if args.init_cache is not None and args.init is not None and args.init.startswith(("lora", "pissa_niter")):
         raise InputError(f"--init-cache keeps what depends on the weights alone, not --init {args.init}: leave one out")
+
+
+def _refuse_without_shards(args: argparse.Namespace) -> None:
+    """InputError where --fsdp can't be, or would gain nothing."""
+    if not distributed.is_torchrun():
+        raise InputError("--fsdp needs processes to share the model: torchrun --nproc-per-node N train_nlg.py ...")
+    if args.method == "full":
+        raise InputError("--fsdp shards frozen weights, and --method full has none: use an adapter method")
+    if args.model is None:
+        raise InputError("--fsdp is for large models, the built-in one is tiny: give --model and --data")
+    if args.eval is not None:
+        raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora.evaluate on the adapter")
+    for name in ("compile", "quantize"):
+        if getattr(args, name):
+            raise InputError(f"--{name} does not go with --fsdp: leave one out")
+    if torch.__version__ < (2, 7):
+        raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
 
 
 def _refuse_task_contradictions(args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ A file a layer, named by a SHA-256 of all that its factors depend on; it holds A
 """
 
 import hashlib
-import os
 from pathlib import Path
 
 import torch
@@ -50,15 +49,10 @@ def _read(path: Path, key: str, *shapes: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def _write(path: Path, key: str, A: Tensor, B: Tensor) -> None:
-    own = path.with_name(f"{key}.{os.getpid()}")  # runs of a sweep may write the same file at once
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(own) as temporary:
+        with replacing(path, is_shared=True) as temporary:
             save_file({"A": A, "B": B}, temporary, metadata={"digest": _sha256(key, A, B)})
-        try:
-            own.replace(path)
-        finally:
-            own.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         if is_full_disk(error):
             raise

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
+from minibalora import distributed
 from minibalora.data import Row
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapted_layers
@@ -21,7 +22,8 @@ def print_plan(
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
     dtype = str(args.dtype).removeprefix("torch.")
-    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}")
+    ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
+    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}{ranks}")
     print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
     print(f"terms   {formula}")
     print("data    " + "\n        ".join(data))
@@ -76,12 +78,16 @@ def expected_memory(
     Counted from the shapes, for the largest micro-batch possible.
     """
     config, element = model.config, model.embedding.weight.element_size()
+    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
     fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    fixed -= sum(parameter.nbytes - parameter.to_local().nbytes for parameter in sharded)  # what other ranks keep
+    # Gathered: the block in use, the next one, and the buffer in which it arrives.
+    fixed += 3 * sum(parameter.nbytes for parameter in sharded) // config.num_hidden_layers
     fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
 
     longest = sorted(rows, key=lambda row: len(row.ids))[-micro_batch_size:]
     tokens = sum(len(row.ids) for row in longest)
-    predicted = sum(len(row.ids) - row.prompt_length for row in longest)
+    predicted = sum(row.predicted for row in longest)
     block = block_bytes(config, element)
     kept = element * config.hidden_size if grad_checkpoint else block
     activations = tokens * (config.num_hidden_layers * kept + block)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minibalora import cli
+from minibalora import cli, distributed
 from minibalora.errors import InputError
 from minibalora.files import (
     appending,
@@ -46,7 +46,7 @@ MAY_CHANGE_ON_RESUME = {
     "save_every",
     "adapter_rank",
 }
-MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile", "tf32", "teacher_cache"}
+MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile", "tf32", "teacher_cache", "fsdp"}
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -135,7 +135,10 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
     """checkpoint/state.safetensors: trained parameters and Adam's moments after `step` steps, in one atomic file.
 
     Step 0 also writes checkpoint/initial.safetensors, which never changes: A₀, B₀ and a new classifier head's values.
+    All ranks have the same, so rank 0 writes it.
     """
+    if not distributed.is_main():
+        return
     folder = out / "checkpoint"
     folder.mkdir(exist_ok=True)
     if step == 0:
@@ -234,7 +237,11 @@ def _readable_checkpoint(path: Path) -> Iterator[None]:
 
 @contextmanager
 def open_log(out: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """A function that appends one JSON line to log.jsonl; what lies beyond the checkpoint's `step` is cut off first."""
+    """A function that appends one JSON line to log.jsonl, where rank 0 calls it; what lies beyond the checkpoint's
+    `step` is cut off first."""
+    if not distributed.is_main():
+        yield lambda entry: None
+        return
     path = out / "log.jsonl"
     keep_lines(path, lambda entry: type(entry.get("step")) is int and entry["step"] <= step)
     with appending(path) as log:

@@ -31,7 +31,7 @@ def teacher_states(
     it has them.
     """
     known = [None if cache is None else cache.read(rows) for rows in micro]
-    with pretrained(model), torch.inference_mode():
+    with pretrained(model):  # inference_mode would make what FSDP gathers of no use to the student
         states = [
             kept.to(batch.input_ids.device)
             if kept is not None
@@ -81,7 +81,7 @@ class TeacherCache:
         digests = {name: _sha256(part) for name, part in tensors.items()}
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
+            with replacing(path, is_shared=True) as temporary:
                 save_file(tensors, temporary, metadata=digests)
         except (OSError, SafetensorError) as error:
             if is_full_disk(error):
@@ -104,7 +104,7 @@ def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int)
     """InputError if the folder can't be written to, or what it lacks of `rows` has no room on its disk."""
     check_writable(folder, "--teacher-cache")
     cache = TeacherCache(folder, teacher)
-    needed = bytes_of_token * sum(len(row.ids) - row.prompt_length for row in cache.missing(rows))
+    needed = bytes_of_token * sum(row.predicted for row in cache.missing(rows))
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:

@@ -17,35 +17,82 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from minibalora import distributed
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
 from minibalora.init_cache import cached_factors
-from minibalora.lowrank import adapt, adapted_layers, pissa_factors, truncate
+from minibalora.lowrank import adapt, adapted_layers, lora_factors, pissa_factors, truncate
 from minibalora.nf4 import NF4
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
+from minibalora.weights import read
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 
 
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
-    """lowrank.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD."""
-    init = "pissa_niter_0" if is_resumed and args.init != "lora" else args.init
-    scaling = args.alpha / args.rank
+    """lowrank.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD.
 
-    def factors(_, weight: Tensor) -> tuple[Tensor, Tensor]:
-        weight = weight.to(args.device)  # where the model itself may not be, see quantize_residuals
-        if args.init_cache is None or is_resumed:
-            return pissa_factors(weight, args.rank, scaling, init)
-        return cached_factors(args.init_cache, args.rank, scaling, init, weight)
-
-    factors = None if init == "lora" else factors
-    bar = iter if is_resumed else partial(tqdm, desc=init, unit="layer", dynamic_ncols=True, leave=False)
+    Several ranks compute the factors of each layer once, on one of them.
+    """
+    is_silent = not distributed.is_main()
+    bar = partial(tqdm, desc=args.init, unit="layer", dynamic_ncols=True, leave=False, disable=is_silent)
+    is_shared = distributed.is_torchrun()
+    is_later = is_resumed or is_shared
     try:
-        adapt(model, args.rank, args.alpha, init, args.targets, progress=bar, factors=factors)
+        adapt(
+            model,
+            args.rank,
+            args.alpha,
+            args.init,
+            args.targets,
+            progress=iter if is_later else bar,
+            factors=partial(room_for_factors if is_later else first_factors, args),
+        )
     except InputError:
         raise
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
+    if is_shared and not is_resumed and args.init != "lora":
+        share_factors(model, args, bar)
+
+
+def first_factors(args: Namespace, _, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B by --init of a weight (n, m), on the run's device; PiSSA's from --init-cache, if they are there."""
+    if args.init == "lora":
+        return lora_factors(torch.empty(1, device=args.device).expand(weight.shape), args.rank)
+    weight, scaling = weight.to(args.device), args.alpha / args.rank
+    if args.init_cache is None:
+        return pissa_factors(weight, args.rank, scaling, args.init)
+    return cached_factors(args.init_cache, args.rank, scaling, args.init, weight)
+
+
+def room_for_factors(args: Namespace, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """What a rank knows of them by itself: LoRA's, the same on all ranks by the seed, or zeros in PiSSA's place."""
+    if args.init == "lora":
+        return first_factors(args, name, weight)
+    n, m = weight.shape
+    return torch.zeros(m, args.rank, device=args.device), torch.zeros(args.rank, n, device=args.device)
+
+
+@torch.no_grad()
+def share_factors(model: nn.Module, args: Namespace, bar: Callable[[list], Iterable]) -> None:
+    """PiSSA's factors of each layer from the rank whose turn it is, into every rank's A, B, A₀ and B₀.
+
+    A weight that the model does not hold yet is read by that rank alone. What pissa_niter_N draws depends on seed and
+    layer: another draw than that of one process, but the same on any number of ranks.
+    """
+    layers = list(enumerate(adapted_layers(model)))
+    for index, (name, layer) in bar(layers[distributed.rank() :: distributed.size()]):
+        torch.manual_seed(args.seed + index)
+        stored = f"{name}.weight"
+        W = read(model.stored[stored], stored, args.dtype, args.device) if layer.W.is_meta else layer.W
+        A, B = first_factors(args, name, W)
+        layer.A.copy_(A)
+        layer.B.copy_(B)
+    for index, (_, layer) in layers:
+        distributed.share((layer.A, layer.B), source=index % distributed.size())
+        layer.A0.copy_(layer.A)
+        layer.B0.copy_(layer.B)
 
 
 def quantize_residuals(model: nn.Module, device: torch.device) -> None:
@@ -121,16 +168,17 @@ def train(
     parameters = list(trained_parameters(model).values())
     model.train()
     torch.backends.cuda.matmul.allow_tf32 = args.tf32  # after PiSSA's factors were found, which want every bit
-    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True)
+    bar = tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, disable=not distributed.is_main())
     with open_log(args.out, step) as log, stop_signals() as stop, bar:
-        while step < steps and not stop:
+        while not distributed.any_rank(stop) and step < steps:
             started = time.perf_counter()
             seed_step(args.seed, step)
             # Where the weights themselves are trained, they are float32, and --dtype is that of the activations.
             with torch.autocast(args.device.type, args.dtype, args.method == "full" and args.dtype != torch.float32):
                 losses, terms, micro = gradients(step, stop)
-            if stop:
+            if distributed.any_rank(stop):
                 break
+            distributed.sum_gradients(parameters)
             norm = nn.utils.clip_grad_norm_(parameters, args.grad_clip)
             check_finite(losses, norm, step, micro)
             rate = learning_rate(step, steps, args.lr, args.warmup_ratio, args.schedule)
@@ -156,8 +204,9 @@ def add_gradients(
 ) -> tuple[list[float], dict[str, float]]:
     """The backward pass of L over a step's micro-batches, each given by its share of the step, its L and its terms.
 
-    Returns each micro-batch's part of L and the step's terms. `parts` is best a generator, so that only one micro-batch
-    is held at a time. Ends early, with gradients of no use, once `stop` is not empty.
+    `parts` are those that `distributed.deal` gave this rank, and best a generator, so that only one micro-batch is held
+    at a time. Returns each micro-batch's part of L, of all ranks in the order before dealing, and the step's terms.
+    Ends early, with gradients of no use, once `stop` is not empty on some rank.
     """
     losses, totals = [], {}
     for share, value, terms in parts:
@@ -166,18 +215,21 @@ def add_gradients(
         losses.append(loss.detach())
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + share * term.detach()
-        if stop:
+        if distributed.any_rank(stop):
             return [], {}
-    numbers = torch.stack([value.double() for value in (*losses, *totals.values())]).tolist()  # waits for a GPU once
-    return numbers[: len(losses)], dict(zip(totals, numbers[len(losses) :], strict=True))
+    numbers = distributed.gathered(torch.stack([value.double() for value in (*losses, *totals.values())]))
+    each, sums = numbers[:, : len(losses)].T.flatten(), numbers[:, len(losses) :].sum(0)
+    numbers = torch.cat([each, sums]).tolist()  # waits for a GPU once
+    return numbers[: len(each)], dict(zip(totals, numbers[len(each) :], strict=True))
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make dropout a pure function of the step, so that a resumed run repeats it exactly.
+    """Make dropout a pure function of the step and the rank, so that a resumed run repeats it exactly.
 
-    SeedSequence mixes both numbers: seed + step would give seed 43 the masks of seed 42, one step later.
+    SeedSequence mixes the numbers: seed + step would give seed 43 the masks of seed 42, one step later.
     """
-    torch.manual_seed(int(numpy.random.SeedSequence([seed, step]).generate_state(1, numpy.uint64)[0]))
+    numbers = [seed, step, distributed.rank()] if distributed.rank() > 0 else [seed, step]
+    torch.manual_seed(int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0]))
 
 
 def check_finite(losses: list[float], norm: Tensor, step: int, micro: list[list[Row]]) -> None:

@@ -233,21 +233,30 @@ def is_stored_transposed(model: nn.Module, name: str) -> bool:
 
 
 def read(
-    stored: StoredTensor, name: str, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    stored: StoredTensor,
+    name: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    rows: slice | None = None,
 ) -> Tensor:
-    """The tensor as the model has it, in its own dtype unless told otherwise.
+    """The tensor as the model has it, in its own dtype unless told otherwise; of it these rows, and no more is read.
 
     InputError, which calls it `name`, if a number is not finite.
     """
-    tensor = _as_stored(stored).to(device=device, dtype=dtype)
-    if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # aminmax allocates nothing and passes NaN on
+    tensor = _as_stored(stored, rows).to(device=device, dtype=dtype)
+    # aminmax allocates nothing and passes NaN on
+    if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise InputError(f"{stored.file}: {name} has NaN or infinite values in {tensor.dtype}: download the file again")
     return tensor.T.contiguous() if stored.is_transposed else tensor
 
 
-def _as_stored(stored: StoredTensor) -> Tensor:
+def _as_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
+    """rows: of the model's tensor, whose columns these are in a file that has it transposed."""
     with safe_open(stored.file, framework="pt") as shard:  # opened anew: closing gives a mapped file's pages back
-        return shard.get_tensor(stored.name)
+        if rows is None:
+            return shard.get_tensor(stored.name)
+        part = shard.get_slice(stored.name)
+        return part[:, rows] if stored.is_transposed else part[rows]
 
 
 def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.device | str) -> None:

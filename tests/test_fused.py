@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibalora import fused
 from minibalora import regularizers as R
-from minibalora.fused import FrozenHead, fused_objective, summed_entropy
+from minibalora.fused import FrozenHead, fused_objective, mean_entropy
 from minibalora.objective import NLG_RECIPES, Objective, entropy_share, nlg_loss
 
 WEIGHTS = {"consistency": 0.3, "diversity": 0.2, "svd": 0.5, "non_target_kl": 0.7}
@@ -112,13 +112,12 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_tensor_is_larger_than_a_block_of_logits(recipe):
-    """8192 response tokens and 256 000 entries at d = 2: plain, one matrix of logits is 8 GB."""
-    student, teacher, targets, W = states_and_head(8192, 2, 256_000, dtype=torch.float32)
-    some = student[:64].detach().requires_grad_()  # as many rows as a test has time for
+    """256 000 entries; for 8192 tokens one plain matrix of logits would be 8 GB."""
+    student, teacher, targets, W = states_and_head(200, 2, 256_000, dtype=torch.float32)
     head = FrozenHead(W)
     with Largest() as largest:
-        nlg_loss(some, teacher[:64], targets[:64], head, NLG_RECIPES[recipe], WEIGHTS)[0].backward()
-    assert largest.numbers <= head.block * len(W) < 64 * len(W)
+        nlg_loss(student, teacher, targets, head, NLG_RECIPES[recipe], WEIGHTS)[0].backward()
+    assert largest.numbers <= head.block * len(W) < 200 * len(W)
     assert len(head.buffers) == 5
 
 
@@ -208,12 +207,10 @@ def test_the_largest_are_those_of_topk(V, k, seed):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_summed_entropy_is_that_of_the_logits(temperature):
+def test_the_mean_entropy_is_that_of_the_logits(temperature):
     student, _, _, W = states_and_head(37, 8, 90)
-    expected = entropy_share(student.detach() @ W.T, temperature).sum() * torch.log(torch.tensor(90.0))
-    assert summed_entropy(student.detach(), FrozenHead(W), temperature).item() == pytest.approx(
-        expected.item(), rel=1e-5
-    )
+    expected = entropy_share(student.detach() @ W.T, temperature).mean() * torch.log(torch.tensor(90.0))
+    assert mean_entropy(student.detach(), FrozenHead(W), temperature).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_head_that_is_trained_is_refused():

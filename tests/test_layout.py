@@ -12,14 +12,14 @@ ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
     ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
-    ["models", "models.decoder", "models.encoder"],
+    ["models", "models.decoder", "models.encoder", "distributed"],
     ["files", "objective", "spm", "sandbox"],
     ["config", "cli", "init_cache"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
-    ["run_folder", "generate", "plan", "classify", "teacher"],
+    ["run_folder", "generate", "plan", "classify", "teacher", "sharded"],
     ["training", "plot"],
     ["records", "export"],
     ["evaluate"],

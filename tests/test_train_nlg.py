@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora import cli, init_cache, run_folder, training
-from minibalora.data import Row, collate, micro_batches, pack
+from minibalora.data import Row, collate, micro_batches
 from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, predicted_rows, weighted_sum
-from minibalora.teacher import TeacherCache, teacher_states
+from minibalora.teacher import TeacherCache
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -51,12 +51,9 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    micro = micro_batches(rows, micro_batch_size)
-    batches = [pack(part, "cpu") for part in micro]
-    teachers = teacher_states(model, batches, micro)
     model.zero_grad()
-    head = FrozenHead(model.head_weight)
-    losses, terms = train_nlg.backward(model, head, batches, teachers, objective, step=5, steps=10, stop=[])
+    head, micro = FrozenHead(model.head_weight), micro_batches(rows, micro_batch_size)
+    losses, terms = train_nlg.backward(model, head, micro, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
