@@ -3,6 +3,7 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -14,13 +15,16 @@ from torch import Tensor
 
 import minibalora as mb
 from minibalora import cli, data, records, run_folder, tasks, training
-from minibalora.data import Example, Row
+from minibalora.data import Example, Packed, Row
 from minibalora.errors import InputError
+from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
+from minibalora.fused import FrozenHead, summed_entropy
 from minibalora.models.decoder import Decoder
-from minibalora.objective import Objective, entropy_share, lambdas, nlg_terms, predicted_rows
+from minibalora.objective import Objective, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
 from minibalora.tasks import Item
+from minibalora.teacher import teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
 from minibalora.weights import weights_digest
 
@@ -29,6 +33,8 @@ def main() -> int:
     args = parse_nlg_flags()
     objective = nlg_objective(args)
     run_folder.check_out(args.out, args.resume)
+    if args.init_cache is not None:
+        check_writable(args.init_cache, "--init-cache")
     torch.manual_seed(args.seed)
 
     # Load: data, tokenizer, model.
@@ -43,11 +49,16 @@ def main() -> int:
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
-    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=args.device)
+    place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
+    model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
 
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
+    if args.quantize:
+        if resumed_step is not None:
+            run_folder.load_initial_values(args.out, model)
+        training.quantize_residuals(model, args.device)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
     optimizer = training.optimizer_of(model, args.device)
@@ -64,14 +75,14 @@ def main() -> int:
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
-    hidden = torch.compile(model.hidden, dynamic=True) if args.compile else model.hidden
+    packed = torch.compile(model.packed, dynamic=True) if args.compile else model.packed
+    head = model.head if full else FrozenHead(model.head_weight)
 
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
         micro = data.micro_batches(batch, args.micro_batch_size)
-        batches = [data.collate(part, args.device) for part in micro]
-        response_tokens = sum(len(row.ids) - row.prompt_length for row in batch)
-        return *backward(model, hidden, batches, response_tokens, objective, step, steps, stop), micro
+        batches = [data.pack(part, args.device) for part in micro]
+        return *backward(model, packed, head, batches, objective, step, steps, stop), micro
 
     step, stop = training.train(args, model, optimizer, step, steps, gradients)
 
@@ -90,9 +101,9 @@ def main() -> int:
 
 def backward(
     model: Decoder,
-    hidden: Callable[[Tensor], Tensor],
-    batches: list[tuple[Tensor, Tensor]],
-    response_tokens: int,
+    packed: Callable[..., Tensor],
+    head: FrozenHead | Callable[[Tensor], Tensor],
+    batches: list[Packed],
     objective: Objective,
     step: int,
     steps: int,
@@ -104,34 +115,25 @@ def backward(
     so gradients are the same however it is cut into `batches` (but for the spectral term, see `nlg_terms`). Ends early,
     with gradients of no use, once `stop` is not empty.
     """
-    teachers = teacher_states(model, hidden, batches) if objective.needs_teacher else [None] * len(batches)
-    weights = lambdas(objective, step, steps, mean_entropy_share(model, teachers, objective, response_tokens))
+    teachers = teacher_states(model, packed, batches) if objective.needs_teacher else [None] * len(batches)
+    tokens = sum(len(batch.targets) for batch in batches)
+    weights = lambdas(objective, step, steps, mean_entropy_share(teachers, head, objective, tokens))
 
-    def terms_of_parts() -> Iterator[tuple[float, dict[str, Tensor]]]:
-        for (input_ids, labels), teacher in zip(batches, teachers, strict=True):
-            states, targets = predicted_rows(hidden(input_ids), labels)  # (M, d), (M,)
-            teacher_logits = None if teacher is None else model.head(teacher)
-            terms = nlg_terms(model.head(states), teacher_logits, targets, objective, weights)
-            yield len(targets) / response_tokens, terms
+    def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
+        for batch, teacher in zip(batches, teachers, strict=True):
+            student = packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+            loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
+            yield len(batch.targets) / tokens, loss, terms
 
-    return training.add_gradients(terms_of_parts(), weights, stop)
-
-
-def teacher_states(model: Decoder, hidden: Callable[[Tensor], Tensor], batches: list[tuple[Tensor, Tensor]]):
-    """The pre-trained model's states (M, d) of each micro-batch, on the student's weights; logits are V/d larger."""
-    with mb.pretrained(model):
-        return [predicted_rows(hidden(input_ids), labels)[0] for input_ids, labels in batches]
+    return training.add_gradients(losses(), stop)
 
 
-def mean_entropy_share(
-    model: Decoder, teachers: list[Tensor], objective: Objective, response_tokens: int
-) -> float | None:
+def mean_entropy_share(teachers: list[Tensor], head: FrozenHead, objective: Objective, tokens: int) -> float | None:
     """H̄ / ln V of the teacher over the whole step, which the adaptive λ1 goes by."""
     if not objective.adaptive_lambda1:
         return None
-    with torch.no_grad():
-        shares = [entropy_share(model.head(teacher), objective.temperature).sum() for teacher in teachers]
-    return float(sum(shares)) / response_tokens
+    total = sum(summed_entropy(teacher, head, objective.temperature) for teacher in teachers)
+    return float(total) / (tokens * math.log(len(head.weight)))
 
 
 def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Example]]:

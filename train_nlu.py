@@ -23,10 +23,10 @@ import minibalora as mb
 from minibalora import classify, cli, data, glue, records, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
-from minibalora.files import read_json_object, replacing, write_json
+from minibalora.files import check_writable, read_json_object, replacing, write_json
 from minibalora.flags import nlu_objective, parse_nlu_flags
 from minibalora.glue import LabelledText, Task
-from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms
+from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
 from minibalora.plan import nlu_formula, print_plan
 from minibalora.toy import reviews
 from minibalora.weights import weights_digest
@@ -42,6 +42,8 @@ class EvalSet:
 def main() -> int:
     args = parse_nlu_flags()
     run_folder.check_out(args.out, args.resume)
+    if args.init_cache is not None:
+        check_writable(args.init_cache, "--init-cache")
     check_features(args)
 
     # Load: data, tokenizer, model. A head that the checkpoint lacks is new, drawn from the seed.
@@ -153,13 +155,14 @@ def backward(
         share = float(entropy_share(known, objective.temperature).mean())
     weights = lambdas(objective, step, steps, share)
 
-    def terms_of_parts() -> Iterator[tuple[float, dict[str, Tensor]]]:
+    def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for rows in micro:
             inputs, labels = classify.collate(rows, model, device)
             known = None if teacher is None else teacher[[row.index for row in rows]].to(device)
-            yield len(rows) / count, nlu_terms(forward(*inputs), known, labels, objective, weights)
+            terms = nlu_terms(forward(*inputs), known, labels, objective, weights)
+            yield len(rows) / count, weighted_sum(terms, weights), terms
 
-    return training.add_gradients(terms_of_parts(), weights, stop)
+    return training.add_gradients(losses(), stop)
 
 
 def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[LabelledText]) -> Tensor | None:

@@ -229,6 +229,47 @@ def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end, without padding: the arguments of `Decoder.packed`, and what is predicted."""
+
+    input_ids: Tensor  # (shared + Σ lengths,)
+    lengths: list[int]
+    wanted: list[int]  # how many of each row's last tokens predict a response token
+    shared: int  # first tokens, the same in every row: of Alpaca's prompt a third
+    targets: Tensor  # (Σ wanted,) those response tokens
+
+
+def pack(rows: list[Row], device: torch.device | str) -> Packed:
+    """A micro-batch without padding, and without each row's last token, from which nothing is predicted.
+
+    Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
+    """
+    shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
+    wanted = [len(row.ids) - max(row.prompt_length, 1) for row in rows]  # nothing predicts a first token
+    own = [row.ids[shared:-1] for row in rows]
+    targets = [row.ids[-count:] for row, count in zip(rows, wanted, strict=True)]
+    packed = (np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets))
+    input_ids, targets = (to_device(torch.from_numpy(ids), device) for ids in packed)
+    return Packed(input_ids, [len(ids) for ids in own], wanted, shared, targets)
+
+
+def common_start(texts: list[np.ndarray]) -> int:
+    """How many first tokens all of several texts share; a single text shares none."""
+    if len(texts) == 1:
+        return 0
+    shortest = min(len(ids) for ids in texts)
+    differs = (np.stack([ids[:shortest] for ids in texts]) != texts[0][:shortest]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To a GPU from pinned memory, while it is still at work."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere.
 

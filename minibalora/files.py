@@ -25,6 +25,15 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{folder}: can't write there, {existing} is no folder that you may write to: give another {flag}"
+        )
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error."""

@@ -24,17 +24,19 @@ from minibalora.glue import TASKS
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 
 METHODS = ("full", "lora", "pissa", "ba-lora")
-ADAPTER_FLAGS = ("rank", "alpha", "init", "targets", "adapter_rank")
+ADAPTER_FLAGS = ("rank", "alpha", "init", "init_cache", "targets", "adapter_rank")
 BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
 # As published, but for micro_batch_size, which was 1.
 DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
+DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; see lowrank.pissa_factors for what is gained and lost
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
-TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256}
+TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256, "init": "pissa"}
 TOY["model"] = str(toy.MODEL)
 # Published are ranges by task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
 NLU_DEFAULTS = {"rank": 8, "lr": 1e-4, "epochs": 10, "batch_size": 32, "max_length": 128, "label_noise": 0.0}
-NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(toy.BERT)}
+NLU_DEFAULTS["init"] = DEFAULTS["init"]
+NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(toy.BERT), "init": "pissa"}
 NLU_TOY |= {"max_rows": 6000, "label_noise": 0.2, "imbalance": 4.0}  # the paper's conditions, at known rates
 # Without a meaning where labels are scores.
 CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1", "non_target_kl")
@@ -42,8 +44,8 @@ CLASS_FLAGS += ("label_noise", "imbalance")
 
 
 def init(text: str) -> str:
-    if not re.fullmatch(r"lora|pissa|pissa_niter_[0-9]{1,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa or pissa_niter_N")
+    if not re.fullmatch(r"lora|pissa|pissa_(krylov|niter)_[0-9]{1,3}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa, pissa_krylov_N or pissa_niter_N")
     return text
 
 
@@ -75,7 +77,10 @@ def nlg_parser() -> argparse.ArgumentParser:
         batch_size="2024: 128; iclr2026 and baselines: 32",
         micro_batch_size="default: 4; built-in: 32",
     )
-    _add_hardware_flags(parser)
+    add = _add_hardware_flags(parser)
+    add("--quantize", choices=("nf4",), help="keep the frozen weights in 4 bits; of PiSSA, the residual (QPiSSA)")
+    add("--teacher-cache", type=path, metavar="DIR", help="keep the teacher's states of response tokens there and take "
+        "them from there: free from the second epoch on, and for every further run on the same rows")  # fmt: skip
     _add_output_flags(parser, "nlg")
     return parser
 
@@ -134,7 +139,10 @@ def _add_method_flags(
     add("--recipe", choices=sorted(recipes), help="the paper's version (default: iclr2026), which sets what follows")
     add("--rank", type=positive_int, help=f"rank r of the adapters (published: {rank})")
     add("--alpha", type=positive_rate, help="s = alpha / rank scales the product (default: the rank, as published)")
-    add("--init", type=init, help="lora, pissa (exact SVD, published) or pissa_niter_N (N subspace iterations: faster)")
+    add("--init", type=init, help="lora, pissa (exact SVD, published), pissa_krylov_N (basis of N + 1 blocks: faster; "
+        "8 is the default with --model) or pissa_niter_N (N subspace iterations: less exact)")  # fmt: skip
+    add("--init-cache", type=path, metavar="DIR", help="keep the factors of pissa or pissa_krylov_N there and take "
+        "them from there (for instance next to --out: a sweep over lambdas or seeds computes them once)")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
     add("--lambda1", type=rate, help=f"weight of consistency {published['lambda1']}")
     add("--lambda2", type=rate, help=f"weight of diversity {published['lambda2']}: {diversity}")
@@ -177,13 +185,15 @@ def _add_optimisation_flags(
     add("--seed", type=natural, default=42, help="order of rows and random inits (published: 42, 1024, 2024)")
 
 
-def _add_hardware_flags(parser: argparse.ArgumentParser) -> None:
+def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
+    """As _add_method_flags."""
     add = parser.add_argument_group("hardware").add_argument
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
         "float32 on CPUs); A and B are float32 always")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="torch.compile: slower start, faster steps on GPUs")
+    return add
 
 
 def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
@@ -205,6 +215,14 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eval_task and args.eval is None:
         raise InputError("--eval-task goes with --eval: give both")
     _refuse_contradictions(args)
+    if args.quantize and args.method == "full":
+        raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
+    if args.quantize and args.adapter_rank:
+        raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
+                         "minibalora.export afterwards")  # fmt: skip
+    if args.teacher_cache and args.method != "ba-lora" and args.non_target_kl == 0:
+        raise InputError(f"--teacher-cache has no meaning with --method {args.method} without --non-target-kl, which "
+                         "has no teacher: leave it out")  # fmt: skip
     defaults = TOY if args.model is None else DEFAULTS
     return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")
 
@@ -223,11 +241,11 @@ def parse_nlu_flags(argv: list[str] | None = None) -> argparse.Namespace:
 def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argparse.Namespace:
     """args with what was not given; `is_toy` says that the model, and so the data, is the built-in one."""
     args.is_toy = args.model is None
+    args.init = args.init or ("lora" if args.method == "lora" else None)
     cli.fill_in(args, defaults)
     if args.method == "ba-lora":
         args.recipe = args.recipe or "iclr2026"
     args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    args.init = args.init or ("lora" if args.method == "lora" else "pissa")
     args.alpha = args.alpha or args.rank
     if args.resume and args.out is None:
         raise InputError("--resume needs --out: name the folder of the run to go on with")
@@ -263,7 +281,12 @@ def _refuse_half_a_source(args: argparse.Namespace, with_model: tuple[str, ...])
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:
-    unused = {"full": ADAPTER_FLAGS + BA_LORA_FLAGS, "lora": BA_LORA_FLAGS, "pissa": BA_LORA_FLAGS, "ba-lora": ()}
+    unused = {
+        "full": ADAPTER_FLAGS + BA_LORA_FLAGS,
+        "lora": ("init_cache", *BA_LORA_FLAGS),
+        "pissa": BA_LORA_FLAGS,
+        "ba-lora": (),
+    }
     for name in unused[args.method]:
         if vars(args).get(name) is not None:  # --top-k is train_nlg.py's only
             raise InputError(f"{cli.flag(name)} has no meaning with --method {args.method}: leave one out")
@@ -274,6 +297,8 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
     if args.init is not None and args.method in ("lora", "pissa"):
         if not args.init.startswith(args.method):
             raise InputError(f"--init {args.init} contradicts --method {args.method}: leave one out")
+    if args.init_cache is not None and args.init is not None and args.init.startswith(("lora", "pissa_niter")):
+        raise InputError(f"--init-cache keeps what depends on the weights alone, not --init {args.init}: leave one out")
 
 
 def _refuse_task_contradictions(args: argparse.Namespace) -> None:

@@ -5,12 +5,14 @@ This file chooses the terms, their weights and how the weights move over a run; 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from minibalora import regularizers as R
+from minibalora.fused import FrozenHead, fused_objective
 
 IGNORED = -100  # the label of what is never predicted: prompt and padding
 
@@ -95,6 +97,38 @@ def nlg_terms(
     }
     task = F.cross_entropy(student.float(), targets)
     return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
+
+
+def nlg_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    head: FrozenHead | Callable[[Tensor], Tensor],
+    objective: Objective,
+    weights: dict[str, float],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L and its terms, as `nlg_terms` has them, from final hidden states (M, d) of predicted response tokens.
+
+    With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers); a head that is trained
+    comes as a function from states to logits, and the plain formulas are taken.
+    """
+    if not isinstance(head, FrozenHead):
+        terms = nlg_terms(head(student), None if teacher is None else head(teacher), targets, objective, weights)
+        return weighted_sum(terms, weights), terms
+    return fused_objective(
+        student,
+        teacher,
+        targets,
+        head,
+        lambda1=weights["consistency"],
+        temperature=objective.temperature,
+        lambda2=weights["diversity"],
+        top_k=objective.top_k,
+        lambda3=weights["svd"],
+        svd_k=objective.svd_k,
+        svd_norm=objective.svd_norm,
+        non_target_kl=weights["non_target_kl"],
+    )
 
 
 def nlu_terms(

@@ -18,7 +18,15 @@ from torch import nn
 
 from minibalora import cli
 from minibalora.errors import InputError
-from minibalora.files import appending, is_full_disk, keep_lines, read_json_object, replacing, write_json
+from minibalora.files import (
+    appending,
+    check_writable,
+    is_full_disk,
+    keep_lines,
+    read_json_object,
+    replacing,
+    write_json,
+)
 from minibalora.lowrank import initial_values
 
 RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
@@ -33,11 +41,12 @@ MAY_CHANGE_ON_RESUME = {
     "teacher",
     "out",
     "features",
+    "init_cache",
     "resume",
     "save_every",
     "adapter_rank",
 }
-MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile"}
+MAY_CHANGE_ON_RESUME |= {"device", "micro_batch_size", "grad_checkpoint", "compile", "teacher_cache"}
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -49,9 +58,7 @@ def check_out(out: Path, resume: bool) -> None:
         raise InputError(
             f"{out}: holds a run already ({used[0]}): give another --out, or go on with training by --resume"
         )
-    existing = next(path for path in (out, *out.absolute().parents) if os.path.exists(path))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: can't write there, {existing} is no folder that you may write to: give another --out")
+    check_writable(out, "--out")
 
 
 def plain_settings(args: Namespace) -> dict:
@@ -156,9 +163,8 @@ def checkpoint_step(out: Path) -> int | None:
 def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Put the checkpoint into model and optimizer; InputError if it does not fit them."""
     parameters = trained_parameters(model)
-    with _open_checkpoint(out) as (initial, state):
-        for name, buffer in initial_values(model).items():
-            buffer.copy_(initial.get_tensor(name))
+    load_initial_values(out, model)
+    with _open_checkpoint(out) as (_, state):
         for name, parameter in parameters.items():
             parameter.copy_(state.get_tensor(f"parameter/{name}"))
         step = int(state.metadata()["step"])
@@ -170,6 +176,14 @@ def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
             }  # cloned, for a tensor of safetensors is a view of its file, which the next checkpoint replaces
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
+
+
+@torch.no_grad()
+def load_initial_values(out: Path, model: nn.Module) -> None:
+    """Put A₀, B₀ and what a new head began with into the model, as they were at the start of the run in `out`."""
+    with _open_checkpoint(out) as (initial, _):
+        for name, buffer in initial_values(model).items():
+            buffer.copy_(initial.get_tensor(name))
 
 
 def keep_best(out: Path, model: nn.Module, step: int, score: float) -> None:

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
-from minibalora.lowrank import adapt, truncate
-from minibalora.objective import weighted_sum
+from minibalora.init_cache import cached_factors
+from minibalora.lowrank import adapt, adapted_layers, pissa_factors, truncate
+from minibalora.nf4 import NF4
 from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
@@ -29,11 +30,29 @@ TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 def adapt_model(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
     """lowrank.adapt with a progress bar; a resumed run takes its factors from the checkpoint and waits for no SVD."""
     init = "pissa_niter_0" if is_resumed and args.init != "lora" else args.init
+    scaling = args.alpha / args.rank
+
+    def factors(_, weight: Tensor) -> tuple[Tensor, Tensor]:
+        weight = weight.to(args.device)  # where the model itself may not be, see quantize_residuals
+        if args.init_cache is None or is_resumed:
+            return pissa_factors(weight, args.rank, scaling, init)
+        return cached_factors(args.init_cache, args.rank, scaling, init, weight)
+
+    factors = None if init == "lora" else factors
     bar = iter if is_resumed else partial(tqdm, desc=init, unit="layer", dynamic_ncols=True, leave=False)
     try:
-        adapt(model, args.rank, args.alpha, init, args.targets, progress=bar)
+        adapt(model, args.rank, args.alpha, init, args.targets, progress=bar, factors=factors)
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
+
+
+def quantize_residuals(model: nn.Module, device: torch.device) -> None:
+    """For --quantize nf4: bring the model to `device`, a layer at a time, each W as the four bits of its residual."""
+    for _, layer in adapted_layers(model):
+        layer.to(device).quantize(NF4.quantize)
+    model.to(device)
 
 
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:
@@ -120,23 +139,24 @@ def train(
 
 
 def add_gradients(
-    parts: Iterable[tuple[float, dict[str, Tensor]]], weights: dict[str, float], stop: list[int]
+    parts: Iterable[tuple[float, Tensor, dict[str, Tensor]]], stop: list[int]
 ) -> tuple[list[float], dict[str, float]]:
-    """The backward pass of L over a step's micro-batches, each given by its share of the step and its terms.
+    """The backward pass of L over a step's micro-batches, each given by its share of the step, its L and its terms.
 
     Returns each micro-batch's part of L and the step's terms. `parts` is best a generator, so that only one micro-batch
     is held at a time. Ends early, with gradients of no use, once `stop` is not empty.
     """
     losses, totals = [], {}
-    for share, terms in parts:
-        loss = share * weighted_sum(terms, weights)
+    for share, value, terms in parts:
+        loss = share * value
         loss.backward()
         losses.append(loss.detach())
         for name, term in terms.items():
             totals[name] = totals.get(name, 0.0) + share * term.detach()
         if stop:
             return [], {}
-    return torch.stack(losses).tolist(), {name: float(total) for name, total in totals.items()}
+    numbers = torch.stack([value.double() for value in (*losses, *totals.values())]).tolist()  # waits for a GPU once
+    return numbers[: len(losses)], dict(zip(totals, numbers[len(losses) :], strict=True))
 
 
 def seed_step(seed: int, step: int) -> None:

@@ -22,12 +22,26 @@ def nlu(*flags: str):
 
 def test_the_published_settings_of_classification_are_the_defaults():
     args = nlu(*GLUE)
-    assert (args.rank, args.alpha, args.init, args.method, args.recipe) == (8, 8, "pissa", "ba-lora", "iclr2026")
+    assert (args.rank, args.alpha, args.init, args.method, args.recipe) == (
+        8,
+        8,
+        "pissa_krylov_8",
+        "ba-lora",
+        "iclr2026",
+    )
     assert (args.lr, args.schedule, args.warmup_ratio, args.epochs, args.grad_clip) == (1e-4, "linear", 0.06, 10, 1)
     assert (args.batch_size, args.micro_batch_size, args.max_length, args.max_rows) == (32, 32, 128, None)
     assert (args.label_noise, args.imbalance, args.teacher, args.features) == (0, None, "pretrained", None)
     assert not args.is_toy and args.dtype == torch.float32 and args.out.name.startswith("nlu-")
     assert nlu_objective(args) == NLU_RECIPES["iclr2026"]
+
+
+def test_the_default_init_goes_with_method_and_model():
+    assert nlu().init == "pissa" and parse_nlg_flags(CPU).init == "pissa"
+    assert parse_nlg_flags([*CPU, "--model", "m", "--data", "d"]).init == "pissa_krylov_8"
+    assert nlu(*GLUE, "--method", "pissa", "--init-cache", "c").init_cache == Path("c")
+    assert nlu(*GLUE, "--method", "pissa", "--init", "pissa").init == "pissa"
+    assert nlu(*GLUE, "--method", "lora").init == "lora"
 
 
 def test_micro_batches_are_whole_batches_unless_asked_for():
@@ -44,7 +58,7 @@ def test_the_built_in_classifier_takes_what_any_task_takes():
 
 
 def test_both_scripts_share_the_flags_that_are_common():
-    only_nlg = {"prompt_field", "response_field", "top_k", "eval_task"}
+    only_nlg = {"prompt_field", "response_field", "top_k", "eval_task", "quantize", "teacher_cache"}
     only_nlu = {"task", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
     nlg_names, nlu_names = vars(parse_nlg_flags(CPU)).keys(), vars(nlu()).keys()
     assert nlg_names - nlu_names == only_nlg and nlu_names - nlg_names == only_nlu
@@ -108,6 +122,11 @@ def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
         ([*GLUE, "--method", "full", "--adapter-rank", "8"], ["--adapter-rank", "--method full"]),
         ([*GLUE, "--method", "pissa", "--recipe", "2024"], ["--recipe", "--method pissa"]),
         ([*GLUE, "--method", "lora", "--init", "pissa"], ["--init pissa", "--method lora"]),
+        ([*GLUE, "--method", "full", "--init-cache", "c"], ["--init-cache", "--method full"]),
+        ([*GLUE, "--method", "lora", "--init-cache", "c"], ["--init-cache", "--method lora"]),
+        ([*GLUE, "--init", "lora", "--init-cache", "c"], ["--init-cache", "--init lora"]),
+        ([*GLUE, "--init", "pissa_niter_4", "--init-cache", "c"], ["--init-cache", "--init pissa_niter_4"]),
+        *[([*GLUE, "--init", init], ["--init", init]) for init in ("pissa_krylov_", "pissa_krylov_x", "krylov_4")],
         ([*GLUE, "--recipe", "2024", "--temperature", "2"], ["--temperature", "--recipe 2024"]),
         ([*GLUE, "--adaptive-lambda1", "--lambda1", "0"], ["--adaptive-lambda1", "--lambda1 0"]),
         ([*GLUE, "--resume"], ["--resume needs --out"]),

@@ -11,22 +11,23 @@ import pytest
 ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
-    ["errors", "lowrank", "regularizers", "metrics", "models", "models.decoder", "models.encoder", "answers", "toy"],
+    ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
+    ["models", "models.decoder", "models.encoder"],
     ["files", "objective", "spm", "sandbox"],
-    ["config", "cli"],
+    ["config", "cli", "init_cache"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
-    ["run_folder", "generate", "plan", "classify"],
+    ["run_folder", "generate", "plan", "classify", "teacher"],
     ["training", "plot"],
     ["records", "export"],
     ["evaluate"],
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
 ]
-COPYABLE = {"lowrank": {"torch"}, "regularizers": {"torch"}, "answers": set()}  # what each needs
-COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}}
+COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
+COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}, "answers": set()}
 USE = """
 import torch
 from torch import nn

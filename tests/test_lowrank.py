@@ -9,9 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, best_factors, merge, pretrained, truncate
+from minibalora.lowrank import (
+    LowRankLinear,
+    adapt,
+    adapted_layers,
+    best_factors,
+    merge,
+    pissa_factors,
+    pretrained,
+    truncate,
+)
 
-INITS = ("lora", "pissa", "pissa_niter_4")
+INITS = ("lora", "pissa", "pissa_niter_4", "pissa_krylov_2")
 sizes = st.integers(1, 40)
 
 
@@ -94,6 +103,83 @@ def test_niter_comes_close_to_the_exact_factors():
     linear.weight.data = (U * 0.7 ** torch.arange(40.0) @ V.T).T.contiguous()
     exact, fast = (LowRankLinear.from_linear(linear, 6, init=init) for init in ("pissa", "pissa_niter_16"))
     assert distance(fast.A @ fast.B, exact.A @ exact.B) < 1e-5
+
+
+def with_spectrum(m: int, n: int, S: torch.Tensor) -> torch.Tensor:
+    """A weight (n, m) with these singular values, at most min(m, n), the rest being 0; float64."""
+    U, V = (torch.linalg.qr(torch.randn(size, len(S), dtype=torch.float64))[0] for size in (m, n))
+    return (U * S @ V.T).T
+
+
+SPECTRA = {
+    "decaying": lambda size: (torch.arange(size) + 1.0) ** -0.5,
+    "flat": torch.ones,
+    "tied": lambda size: (torch.arange(size) // 3 + 1.0) ** -1,
+    "of low rank": lambda size: torch.cat([torch.ones(size // 3), torch.zeros(size - size // 3)]),
+    "of condition 1e8": lambda size: torch.logspace(0, -8, size),
+    "zero": torch.zeros,
+}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    m=st.integers(1, 90),
+    n=st.integers(1, 90),
+    share=st.floats(0, 1),
+    scale=st.sampled_from([1e-25, 1e-3, 1.0, 1e18]),
+    spectrum=st.sampled_from(list(SPECTRA)),
+    init=st.sampled_from(["pissa", "pissa_krylov_0", "pissa_krylov_1", "pissa_krylov_8"]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_pissa_is_as_near_as_a_matrix_of_the_rank_can_be(m, n, share, scale, spectrum, init, dtype):
+    """Eckart and Young: no A B comes nearer to W than the singular values left out. "pissa" and a basis that is the
+    whole space reach that but for float32's rounding; with oversampling 16, Halko et al. (arXiv 0909.4061, theorem
+    10.5) expect at most √(1 + r / 15) of it from one block, and more blocks span more; 3 times that is never seen."""
+    torch.manual_seed(0)
+    weight = (scale * with_spectrum(m, n, SPECTRA[spectrum](min(m, n)).double())).to(dtype)
+    rank = 1 + int(share * (min(m, n) - 1))
+    A, B = pissa_factors(weight, rank, 1.0, init)
+    assert A.shape == (m, rank) and B.shape == (rank, n) and A.dtype == B.dtype == torch.float32
+    W = weight.T.double()
+    left_out = torch.linalg.svdvals(W)[rank:].norm()
+    depth = int(init[-1]) if init != "pissa" else 1000
+    is_exact = (depth + 1) * (rank + 16) >= min(m, n)
+    factor = 1 if is_exact else 3 * (1 + rank / 15) ** 0.5
+    assert (W - A.double() @ B.double()).norm() <= factor * left_out + 1e-5 * W.norm()
+    # √S on both sides, orthogonal: AᵀA = B Bᵀ = diag(S)
+    grams = A.double().T @ A.double(), B.double() @ B.double().T
+    assert all((gram - gram.diag().diag()).norm() <= 1e-5 * W.norm() for gram in grams)
+    assert (grams[0] - grams[1]).norm() <= 1e-5 * W.norm()
+
+
+@pytest.mark.parametrize("shape", [(100, 300), (300, 100), (200, 200)])
+def test_the_krylov_factors_are_the_exact_ones_where_singular_values_are_apart(shape):
+    torch.manual_seed(0)
+    weight = with_spectrum(*shape, 0.9 ** torch.arange(100.0).double()).float()
+    (A0, B0), (A, B) = (pissa_factors(weight, 5, 1.0, init) for init in ("pissa", "pissa_krylov_3"))
+    U, S, Vh = torch.linalg.svd(weight.T.double(), full_matrices=False)
+    best = U[:, :5] * S[:5] @ Vh[:5]
+    assert distance(A0 @ B0, best) < 1e-5
+    assert distance(A @ B, best) < 1e-5
+
+
+def test_the_krylov_factors_depend_on_the_weight_alone():
+    weight = torch.randn(200, 90)
+    state = torch.get_rng_state()
+    first = pissa_factors(weight, 3, 1.0, "pissa_krylov_2")
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(7)
+    again = pissa_factors(weight, 3, 1.0, "pissa_krylov_2")
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_factors_that_are_known_already_are_taken():
+    expected, model = adapt(net(), rank=2, alpha=3), net()
+    known = {name: (layer.A.detach() * 2, layer.B.detach()) for name, layer in adapted_layers(expected)}
+    adapt(model, rank=2, alpha=3, factors=lambda name, weight: known[name])
+    for name, layer in adapted_layers(model):
+        assert torch.equal(layer.A, known[name][0]) and torch.equal(layer.B, known[name][1])
+        assert torch.equal(layer.A0, layer.A) and layer.scaling == 1.5
 
 
 def test_lora_starts_as_the_reference_does():
@@ -233,7 +319,7 @@ def test_adapting_twice_is_an_error_that_names_the_layers():
         ({"rank": 0}, "rank 0"),
         ({"rank": 2, "alpha": 0}, "alpha is 0"),
         ({"rank": 2, "alpha": -1.0}, "alpha is -1.0"),
-        ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, pissa or pissa_niter_N"),
+        ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, pissa, pissa_krylov_N or pissa_niter_N"),
     ],
 )
 def test_a_refused_setting_leaves_the_model_alone(wrong, message):

@@ -22,8 +22,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora import cli, run_folder, training
-from minibalora.data import Row, collate, micro_batches
+from minibalora import cli, init_cache, run_folder, training
+from minibalora.data import Row, collate, micro_batches, pack
+from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
@@ -49,10 +50,10 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    batches = [collate(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
+    batches = [pack(micro, "cpu") for micro in micro_batches(rows, micro_batch_size)]
     model.zero_grad()
-    tokens = sum(len(row.ids) - row.prompt_length for row in rows)
-    losses, terms = train_nlg.backward(model, model.hidden, batches, tokens, objective, step=5, steps=10, stop=[])
+    head = FrozenHead(model.head_weight)
+    losses, terms = train_nlg.backward(model, model.packed, head, batches, objective, step=5, steps=10, stop=[])
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, sum(losses), terms
 
@@ -270,6 +271,19 @@ def test_flags_that_change_the_method_run(flags, small_data, tmp_path, monkeypat
     status, _ = in_process(monkeypatch, capsys, command(small_data, tmp_path / "out", "--max-steps", "3", *flags))
     assert status == 0 and len(logged(tmp_path / "out")) == 3
     assert all(np.isfinite(entry["loss"]) for entry in logged(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_krylov_1"])
+def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path, monkeypatch, capsys):
+    flags = ("--max-steps", "1", "--alpha", "7", "--init", init)
+    cached = (*flags, "--init-cache", str(tmp_path / "init"))
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "plain", *flags))[0] == 0
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "first", *cached))[0] == 0
+    monkeypatch.setattr(init_cache, "pissa_factors", None)
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "second", *cached))[0] == 0
+    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "third", *cached, "--seed", "1"))[0] == 0
+    first, *others = ((tmp_path / run / ADAPTER).read_bytes() for run in ("plain", "first", "second"))
+    assert others == [first, first]
 
 
 def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, capsys):

@@ -9,11 +9,16 @@ al., Language Models are Unsupervised Multitask Learners, 2019.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+# (layer, q, k, v, dropout) -> what each query found among the keys that it may see; shapes as in `attention`.
+Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
 
 
 @dataclass(frozen=True)
@@ -91,15 +96,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(d, kv_width, bias=config.attention_bias)
         self.o_proj = nn.Linear(width, d, bias=config.attention_bias)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None) -> Tensor:
         q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(of).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for projection, of in ((self.q_proj, pick(x, wanted)), (self.k_proj, x), (self.v_proj, x))
         )
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        y = attention(q, k, v, mask)
+        q, k = rotate(q, *(pick(table, wanted) for table in rotary)), rotate(k, *rotary)
+        y = attend(self.index, q, k, v, 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
@@ -115,9 +118,30 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate_proj(x)
-        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down_proj(gate * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation == "silu":
+            return self.down_proj(_SwiGLU.apply(gate, up))
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(g) · u with silu(g) = g σ(g), keeping g and u alone: autograd would keep silu(g), too.
+
+    d/dg silu(g) = σ(g) (1 + g (1 − σ(g))).
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(dy)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, d_up
 
 
 class Block(nn.Module):
@@ -129,8 +153,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(d, eps, offset)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None, cache: "KVCache | None") -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """(B, T, d) -> (B, T, d); of the tokens `wanted` only, where given: the others are seen, but do not look."""
+        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), rotary, attend, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -144,15 +169,15 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
-    def forward(self, input_ids: Tensor, cache: "KVCache | None") -> Tensor:
-        positions, mask = positions_and_mask(input_ids, cache, self.config.sliding_window)
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """Ids (B, T) at positions (1 or B, T) -> states (B, T, d), of the tokens `wanted` only, where given."""
         x = self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1:
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's dtype, as Gemma does
         rotary = rotary_table(positions, self.config, x.dtype)
-        for layer in self.layers:
-            x = layer(x, rotary, mask, cache)
-        return self.norm(x)
+        for layer in self.layers[:-1]:
+            x = layer(x, rotary, attend)
+        return self.norm(self.layers[-1](x, rotary, attend, wanted))
 
 
 class GPT2Attention(nn.Module):
@@ -163,15 +188,13 @@ class GPT2Attention(nn.Module):
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.resid_dropout = nn.Dropout(config.residual_dropout)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
+    def forward(self, x: Tensor, attend: Attend, wanted: Tensor | None) -> Tensor:
+        q, k, v = self.c_attn(x).chunk(3, dim=-1)
         q, k, v = (
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for part in self.c_attn(x).chunk(3, dim=-1)
+            for part in (pick(q, wanted), k, v)
         )
-        if cache is not None:
-            k, v = cache.extend(self.index, k, v)
-        dropout = self.dropout if self.training else 0.0
-        y = attention(q, k, v, mask, dropout)
+        y = attend(self.index, q, k, v, self.dropout if self.training else 0.0)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(-2)))  # (B, T, d)
 
 
@@ -194,8 +217,8 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = GPT2MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, cache: "KVCache | None") -> Tensor:
-        x = x + self.attn(self.ln_1(x), mask, cache)
+    def forward(self, x: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        x = pick(x, wanted) + self.attn(self.ln_1(x), attend, wanted)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -210,16 +233,11 @@ class GPT2Backbone(nn.Module):
         self.h = nn.ModuleList(GPT2Block(config, index) for index in range(config.num_hidden_layers))
         self.ln_f = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
-    def forward(self, input_ids: Tensor, cache: "KVCache | None") -> Tensor:
-        if input_ids.shape[1] > self.wpe.num_embeddings:
-            raise ValueError(
-                f"{input_ids.shape[1]} tokens do not fit: the model has {self.wpe.num_embeddings} positions"
-            )
-        positions, mask = positions_and_mask(input_ids, cache, window=None)
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         x = self.drop(self.wte(input_ids) + self.wpe(positions))
-        for block in self.h:
-            x = block(x, mask, cache)
-        return self.ln_f(x)
+        for block in self.h[:-1]:
+            x = block(x, attend)
+        return self.ln_f(self.h[-1](x, attend, wanted))
 
 
 class Decoder(nn.Module):
@@ -238,8 +256,17 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
+    def backbone(self) -> Backbone | GPT2Backbone:
+        return self.transformer if isinstance(self.config, GPT2Config) else self.model
+
+    @property
     def embedding(self) -> nn.Embedding:
         return self.transformer.wte if isinstance(self.config, GPT2Config) else self.model.embed_tokens
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, d) of the language-model head, which has no bias."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Logits; a language model's at t predict token t + 1. The arguments are those of `hidden`."""
@@ -261,8 +288,37 @@ class Decoder(nn.Module):
         """
         if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
             raise ValueError("attention_mask has a 0 before a 1: the decoder takes right padding only")
-        backbone = self.transformer if isinstance(self.config, GPT2Config) else self.model
-        return backbone(input_ids, cache)
+        window = None if isinstance(self.config, GPT2Config) else self.config.sliding_window
+        positions, mask = positions_and_mask(input_ids, cache, window)
+        _check_positions(input_ids.shape[1], self.config)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+            if cache is not None:
+                k, v = cache.extend(layer, k, v)
+            return attention(q, k, v, mask, dropout)
+
+        return self.backbone(input_ids, positions, attend)
+
+    def packed(self, input_ids: Tensor, lengths: list[int], wanted: list[int], shared: int = 0) -> Tensor:
+        """States (M, d) of the last wanted[i] tokens of each row i, as `hidden` has them, without a token of padding.
+
+        input_ids (shared + Σ lengths,): the first `shared` tokens, with which every row begins, then what else each row
+        has, end to end; wanted[i] <= lengths[i], M = Σ wanted. A row sees only itself and what is shared, which is
+        computed once: causal states do not depend on what follows. Nothing that is not wanted is computed: after the
+        last layer's keys and values, that is every other token.
+        """
+        _check_positions(shared + max(lengths), self.config)
+        window = None if isinstance(self.config, GPT2Config) else self.config.sliding_window
+        tokens, parts = torch.arange(len(input_ids), device=input_ids.device), [shared, *lengths]
+        start, *own = tokens.split(parts)
+        positions = torch.cat([start, *(span - span[0] + shared for span in own)])
+        last = torch.cat([span[len(span) - count :] for span, count in zip(own, wanted, strict=True)])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+            counts = parts if q.shape[2] == k.shape[2] else [0, *wanted]
+            return packed_attention(q.split(counts, 2), k.split(parts, 2), v.split(parts, 2), window, dropout)
+
+        return self.backbone(input_ids[None], positions[None], attend, last)[0]
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The state (B, d) of each row's last real token: the only one that has seen the whole row."""
@@ -286,6 +342,43 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: flo
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
+
+
+def packed_attention(
+    q: tuple[Tensor, ...], k: tuple[Tensor, ...], v: tuple[Tensor, ...], window: int | None, dropout: float
+) -> Tensor:
+    """Each row's queries on its own keys: first the part that rows share, then a part (1, heads, T_i, head_dim) a row.
+
+    -> (1, heads, Σ T_i, head_dim). A call a row, each causal and without a mask, takes Σ T_i² where one call with a
+    block-diagonal mask takes (Σ T_i)²: of 4 rows of 230 tokens a quarter. Queries are a row's last where they are fewer
+    than its keys, and then no queries are shared.
+    """
+    shared, found = q[0].shape[2], []
+    for own in zip(q[1:], k[1:], v[1:], strict=True):
+        row = [torch.cat([first[0], part], dim=2) for first, part in zip((q, k, v), own, strict=True)]
+        y = attention(*row, last_queries_mask(*row[:2], window), dropout)
+        found.append(y if not found else y[:, :, shared:])
+    return torch.cat([y.transpose(1, 2) for y in found], dim=1).transpose(1, 2)
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """The tokens `wanted` (M,) of (..., T, d), all of them if None."""
+    return x if wanted is None else x[..., wanted, :]
+
+
+def last_queries_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
+    """What the last q.shape[2] of k.shape[2] tokens may see, as `attention` takes it."""
+    count, length = q.shape[2], k.shape[2]
+    if count == length and (window is None or length <= window):
+        return None
+    positions = torch.arange(length, device=q.device)[None]
+    return visible(positions[:, length - count :], positions, window)
+
+
+def _check_positions(length: int, config: "DecoderConfig | GPT2Config") -> None:
+    """GPT-2's positions are learned: beyond the last there is nothing, where rotary ones go on."""
+    if isinstance(config, GPT2Config) and length > config.max_position_embeddings:
+        raise ValueError(f"{length} tokens do not fit: the model has {config.max_position_embeddings} positions")
 
 
 def positions_and_mask(input_ids: Tensor, cache: "KVCache | None", window: int | None) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,245 @@
+"""The objective of text and its exact gradient, without ever holding the (M, V) logits. This file needs only torch.
+
+The same numbers as `regularizers.py` gives, which stays the definition. A row is a predicted token: its student has
+the final hidden state h (d,), its teacher h_P, and their logits are z = W h and z_P = W h_P, with one frozen head W,
+(V, d).
+
+Every term but the spectral one is a mean over rows of a function ℓ of that row's logits. As W is frozen, the only
+gradient wanted is that of h, and the chain rule gives it as soon as z is there:
+
+    ∂ℓ/∂h = Wᵀ ∂ℓ/∂z                       so a block of rows needs W twice, and its logits are forgotten at once.
+
+With f = softmax(z), f_T = softmax(z/T), p_T = softmax(z_P/T) and ∂ log f_j / ∂z_i = [i = j] − f_i, by hand:
+
+    cross-entropy     ℓ = −log f_y                             ∂ℓ/∂z = f − e_y
+    consistency       ℓ = T² Σ_i p_T,i (log p_T,i − log f_T,i)  ∂ℓ/∂z = T (f_T − p_T)
+    diversity         ℓ = Σ_i f_i log f_i = −H                  ∂ℓ/∂z = f ⊙ (log f + H)
+    ... of the top K  the same over the K largest z_i           the same, 0 elsewhere
+    non-target KL     consistency at T = 1, entry y left out    f̃ − p̃, exactly 0 at y
+
+The spectral term is a function φ of the singular values of all rows together, Z = H Wᵀ. Take any R (d, d) with
+RᵀR = WᵀW, computed once: then Z Zᵀ = H RᵀR Hᵀ = Y Yᵀ with Y = H Rᵀ, so Z (M, V) has the singular values of Y (M, d).
+If Y = U Σ Vᵀ, then ∂φ/∂Y = U φ'(Σ) Vᵀ = U (φ'(Σ) Σ⁻¹) Uᵀ Y, and U and Σ² are the eigenvectors and -values of Y Yᵀ; or,
+where M > d, of YᵀY from the other side. No gap σ_i − σ_j is divided by, so equal values are harmless; where σ is 0,
+φ'(Σ) Σ⁻¹ is taken as 0, which is the smallest subgradient. Squaring halves the digits, so this is done in float64: in
+float32 a nuclear norm would be 5 to 16 % off on decaying spectra.
+
+BA-LoRA: arXiv 2408.04556. Non-target KL: arXiv 2605.29498. Cross-entropy in blocks: arXiv 2411.09009.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = {"cpu": 1 << 21}  # logits at a time: what stays in a CPU's cache, or
+BLOCK_ON_GPU = 1 << 25  # what keeps a GPU busy
+LEFT_OUT = -1e30  # as a logit: its probability is exactly 0, and the difference of two such is not NaN
+
+
+class FrozenHead:
+    """z = W h without a bias or a soft-cap; W (V, d) is not trained."""
+
+    def __init__(self, weight: Tensor):
+        if weight.requires_grad:
+            raise ValueError("the head is trained, so its gradient is needed: take the plain formulas")
+        self.weight = weight
+        self.block = max(16, BLOCK.get(weight.device.type, BLOCK_ON_GPU) // len(weight))  # rows
+        self.buffers = []
+
+    @cached_property
+    def root(self) -> Tensor:
+        """R (d, d) with RᵀR = WᵀW in float64: Λ^½ Qᵀ of WᵀW = Q Λ Qᵀ, which a W of any rank has."""
+        gram = sum(part.double().T @ part.double() for part in self.weight.split(4096))
+        values, Q = torch.linalg.eigh(gram)
+        return values.clamp_min(0).sqrt()[:, None] * Q.T
+
+    def workspace(self, count: int, rows: int) -> list[Tensor]:
+        """`count` blocks (rows, V) in float32 or wider, the same memory at every call: on a CPU fresh memory costs more
+        than what is computed in it."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for _ in range(count - len(self.buffers)):
+            shape = self.block, len(self.weight)
+            self.buffers.append(torch.empty(shape, dtype=dtype, device=self.weight.device))
+        return [buffer[:rows] for buffer in self.buffers[:count]]
+
+    def logits(self, states: Tensor, out: Tensor) -> Tensor:
+        """(b, d) -> (b, V), written to `out`: rounded as the model's own are, then in out's dtype."""
+        if out.dtype == states.dtype:
+            return torch.mm(states, self.weight.T, out=out)
+        return out.copy_(F.linear(states, self.weight))
+
+
+def fused_objective(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    head: FrozenHead,
+    *,
+    lambda1: float = 0.0,
+    temperature: float = 1.0,
+    lambda2: float = 0.0,
+    top_k: int | None = None,
+    lambda3: float = 0.0,
+    svd_k: int = 10,
+    svd_norm: str = "nuclear",
+    non_target_kl: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L = cross-entropy + λ1·L_CR + λ2·L_DR + λ3·L_SVDR + λ·non-target KL, and the value of every term with λ ≠ 0.
+
+    student, teacher: (M, d) final hidden states of predicted tokens, teacher None where neither KL is asked for;
+    targets: (M,) those tokens. Gradients flow through L into `student` alone; the terms are for looking at, named task,
+    consistency, diversity, svd and non_target_kl. The other arguments are those of `regularizers.py`'s functions.
+    """
+    weights = {"lambda1": lambda1, "lambda2": lambda2, "non_target_kl": non_target_kl}
+    value, gradient, terms = _token_terms(
+        student.detach(), teacher, targets, head, **weights, temperature=temperature, top_k=top_k
+    )
+    if lambda3 != 0:
+        terms["svd"], slope = _spectral_share(student.detach(), head.root, svd_k, svd_norm)
+        value, gradient = value + lambda3 * terms["svd"], gradient.add_(slope, alpha=lambda3)
+    return _WithGradient.apply(student, value, gradient), terms
+
+
+class _WithGradient(torch.autograd.Function):
+    """A value whose gradient is known already."""
+
+    @staticmethod
+    def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        (gradient,) = ctx.saved_tensors
+        return upstream.to(gradient.dtype) * gradient, None, None
+
+
+@torch.no_grad()
+def _token_terms(
+    student: Tensor,
+    teacher: Tensor | None,
+    targets: Tensor,
+    head: FrozenHead,
+    lambda1: float,
+    temperature: float,
+    lambda2: float,
+    top_k: int | None,
+    non_target_kl: float,
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The means over tokens: their weighted sum, its gradient (M, d) in student's dtype, and each by itself."""
+    weights = {"task": 1.0, "consistency": lambda1, "diversity": lambda2, "non_target_kl": non_target_kl}
+    needs_teacher = lambda1 != 0 or non_target_kl != 0
+    values = {name: [] for name, weight in weights.items() if weight != 0}
+    gradient = torch.empty_like(student)
+    for start in range(0, len(student), head.block):
+        rows = slice(start, start + head.block)
+        y = targets[rows, None]
+        z, slope, *more = head.workspace(5 if needs_teacher else 3, len(y))  # (b, V), as all that is computed in them
+        z = head.logits(student[rows], out=z)
+        f, lse = _softmax(z, 1.0, out=slope)
+        values["task"].append(lse - z.gather(1, y))
+        if lambda2 != 0 and top_k is None:
+            mean = _dot(f, z)
+            values["diversity"].append(mean - lse)  # Σ f log f, as log f = z − lse
+            slope.add_(torch.sub(z, mean, out=more[0]).mul_(f), alpha=lambda2)
+        if lambda2 != 0 and top_k is not None:
+            value, columns, entropic = _entropy_of_largest(z, top_k)
+            values["diversity"].append(value)
+            slope.scatter_add_(1, columns, lambda2 * entropic)
+        slope.scatter_add_(1, y, -torch.ones_like(y, dtype=slope.dtype))
+        if needs_teacher:
+            z_P = head.logits(teacher[rows], out=more[0])
+        if lambda1 != 0:
+            kl, difference = _kl(z, z_P, temperature, more[1:])
+            values["consistency"].append(temperature**2 * kl)
+            slope.add_(difference, alpha=lambda1 * temperature)
+        if non_target_kl != 0:
+            kl, difference = _kl(z.scatter_(1, y, LEFT_OUT), z_P.scatter_(1, y, LEFT_OUT), 1.0, more[1:])
+            values["non_target_kl"].append(kl)
+            slope.add_(difference, alpha=non_target_kl)
+        gradient[rows] = slope.div_(len(student)).to(head.weight.dtype) @ head.weight
+    terms = {name: torch.cat(parts).mean() for name, parts in values.items()}
+    return sum(weights[name] * term for name, term in terms.items()), gradient, terms
+
+
+def _softmax(z: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(z/T) (b, V), written to `out`, and logsumexp(z/T) (b, 1)."""
+    largest = z.amax(-1, keepdim=True)
+    e = torch.sub(z, largest, out=out).div_(temperature).exp_()
+    norm = e.sum(-1, keepdim=True)
+    return e.div_(norm), largest / temperature + norm.log()
+
+
+def _kl(z: Tensor, z_P: Tensor, temperature: float, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """KL(p_T ‖ f_T) = Σ p_T (z_P − z)/T − lse(z_P/T) + lse(z/T) of each row (b, 1), and f_T − p_T (b, V)."""
+    p, lse_P = _softmax(z_P, temperature, out=buffers[0])
+    value = _dot(p, torch.sub(z_P, z, out=buffers[1])) / temperature - lse_P
+    f, lse = _softmax(z, temperature, out=buffers[1])
+    return value + lse, f.sub_(p)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Σ_i a_i b_i of each row, (b, V) twice -> (b, 1), without their product in memory."""
+    return (a[:, None] @ b[..., None])[..., 0]
+
+
+def _entropy_of_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Σ f log f over the k largest logits of each row (b, 1), their columns (b, k) and the gradient there (b, k)."""
+    largest, columns = _largest(z, k)
+    log_f = largest.log_softmax(-1)
+    f = log_f.exp()
+    value = (f * log_f).sum(-1, keepdim=True)
+    return value, columns, f * (log_f - value)
+
+
+def _largest(z: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
+    """The k largest of each row and their columns, (b, k) twice, as z.topk has them, in a tenth of its time.
+
+    They lie in the k groups of `width` columns with the largest maxima, or in the columns beyond the last whole group.
+    """
+    k, groups = min(k, z.shape[1]), z.shape[1] // width
+    if groups <= k:
+        return z.topk(k)
+    whole = z[:, : groups * width].unflatten(1, (groups, width))
+    leading = whole.amax(-1).topk(k).indices  # (b, k)
+    columns = (leading[..., None] * width + torch.arange(width, device=z.device)).flatten(1)
+    beyond = torch.arange(groups * width, z.shape[1], device=z.device).expand(len(z), -1)
+    columns = torch.cat([columns, beyond], dim=1)
+    largest, place = z.gather(1, columns).topk(k)
+    return largest, columns.gather(1, place)
+
+
+@torch.no_grad()
+def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
+    """−Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ, and its gradient (M, d) in H's dtype; root: R of the docstring above."""
+    Y = student.double() @ root.T
+    M, d = Y.shape
+    gram = Y @ Y.T if M <= d else Y.T @ Y
+    if not gram.isfinite().all():  # eigh would raise, and hide which rows it was
+        return gram.new_tensor(torch.nan), torch.full_like(student, torch.nan)
+    squares, Q = torch.linalg.eigh(gram)
+    squares, Q = squares.flip(0), Q.flip(1)  # descending
+    is_noise = squares <= squares[0] * len(gram) * torch.finfo(gram.dtype).eps
+    sigma = squares.masked_fill(is_noise, 0.0).sqrt()
+
+    total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
+    if total == 0:
+        return total, torch.zeros_like(student)
+    share = -sigma[:k].sum() / total
+    slope = -share / total * (torch.ones_like(sigma) if norm == "nuclear" else sigma / total)  # φ'
+    slope[:k] -= 1 / total
+    core = (Q * (slope / sigma).masked_fill(is_noise, 0.0)) @ Q.T
+    return share, ((core @ Y if M <= d else Y @ core) @ root).to(student.dtype)
+
+
+@torch.no_grad()
+def summed_entropy(states: Tensor, head: FrozenHead, temperature: float) -> Tensor:
+    """H(softmax(z/T)) in nats, summed over the rows of `states` (M, d): how unsure the teacher is."""
+    total = states.new_zeros((), dtype=torch.float64)
+    for h in states.split(head.block):
+        z, f = head.workspace(2, len(h))
+        f, lse = _softmax(head.logits(h, out=z), temperature, out=f)
+        total += (lse - _dot(f, z) / temperature).sum()
+    return total

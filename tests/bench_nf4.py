@@ -1,0 +1,60 @@
+"""What four bits lose, take and save: `python tests/bench_nf4.py`.
+
+Layers are W = U diag(σ) Vᵀ with random orthogonal U and V, σ_i = i^-decay, and the linears of the built-in Llama.
+"""
+
+import time
+
+import torch
+from torch import Tensor
+
+from minibalora.lowrank import pissa_factors
+from minibalora.nf4 import NF4
+from minibalora.toy import MODEL
+from minibalora.weights import load_model
+
+SIZE, RANKS, LARGE = 512, (16, 32, 64), 4096
+
+
+def decaying(size: int, decay: float) -> Tensor:
+    """W = U diag(i^-decay) Vᵀ, (size, size)."""
+    U, V = (torch.linalg.qr(torch.randn(size, size))[0] for _ in range(2))
+    return U * (torch.arange(size) + 1.0) ** -decay @ V.T
+
+
+def errors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """W − nf4(W) of QLoRA and W − (nf4(W − A B) + A B) of QPiSSA, in float64; A and B are PiSSA's of this rank."""
+    A, B = pissa_factors(weight, rank, 1.0, "pissa")
+    product = (A @ B).T
+    residual = weight.float() - product
+    qpissa = weight.double() - (NF4.quantize(residual).dequantize().double() + product.double())
+    return weight.double() - NF4.quantize(weight).dequantize().double(), qpissa
+
+
+def kept(weights: list[Tensor], rank: int) -> float:
+    """QPiSSA's error as a share of QLoRA's, both summed over the layers in the nuclear norm."""
+    pairs = [[error.norm(p="nuc").item() for error in errors(weight, rank)] for weight in weights]
+    return sum(qpissa for _, qpissa in pairs) / sum(qlora for qlora, _ in pairs)
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    print(f"QPiSSA's error less than QLoRA's, nuclear norm, rank {RANKS}")
+    layers = {f"{SIZE} x {SIZE}, decay {decay}": [decaying(SIZE, decay)] for decay in (0, 0.25, 0.5, 1)}
+    layers["built-in Llama"] = [p for name, p in load_model(MODEL).named_parameters() if "proj" in name]
+    for name, weights in layers.items():
+        print(f"{name:22}", *(f"{1 - kept([w.detach() for w in weights], rank):5.0%}" for rank in RANKS))
+
+    weight = torch.randn(LARGE, LARGE)
+    seconds = [time.perf_counter()]
+    packed = NF4.quantize(weight)
+    for _ in range(3):  # the last is timed, on memory that has been touched before
+        seconds.append(time.perf_counter())
+        packed.dequantize(torch.bfloat16)
+    print(f"{LARGE} x {LARGE}, {torch.get_num_threads()} threads: quantise {seconds[1] - seconds[0]:.2f} s,", end=" ")
+    print(f"dequantise to bfloat16 {time.perf_counter() - seconds[-1]:.3f} s,", end=" ")
+    print(f"{8 * sum(buffer.nbytes for buffer in packed.buffers()) / weight.numel():.4f} bits a number")
+
+
+if __name__ == "__main__":
+    main()
