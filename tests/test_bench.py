@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 import train_nlg
 from minibalora import bench, cli, data
-from minibalora.bench import STEPS
+from minibalora.bench import STEPS, Contender
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapt
 from minibalora.models.decoder import Decoder
@@ -97,6 +97,15 @@ def test_a_step_is_that_of_train_nlg(contender):
     assert losses[0] == pytest.approx(sum(expected), rel=1e-5)
     assert len(set(losses)) == 3
     assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+
+
+def test_checkpointed_blocks_take_the_same_step():
+    base = bench.random_model(TINY, torch.device("cpu"), torch.float32)
+    plain, checkpointed = (
+        bench.step_of(base, Contender("ba-lora", "iclr2026"), settings(grad_checkpoint=value))
+        for value in (False, True)
+    )
+    assert [checkpointed(index) for index in range(2)] == pytest.approx([plain(index) for index in range(2)], rel=1e-6)
 
 
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
