@@ -132,8 +132,9 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
     status, out, error = run("--device", "cpu", "--rounds", 2, "--warmup", 1, "--rank", 4)
     assert status == 0, error
-    headline, where, columns, *lines, init, saved = out.splitlines()
-    assert headline == "small, rank 4, 4 rows a step, float32" and "GFLOP/s" in where
+    headline, where, columns, *lines, peak, init, saved = out.splitlines()
+    assert headline == "small, rank 4, 4 rows a step, float32" and f"torch {torch.__version__}" in where
+    assert peak == "peak: 1,000 GFLOP/s in matrix products alone"
     assert columns.split() == "form ms a step fastest tokens/s of peak peak MB x lora".split()
     assert [line[:40].split() for line in lines] == [[*str(each).split(), each.form] for each in EVERY]
     assert init.startswith("init pissa_krylov_8: ") and saved == "saved to bench-small-cpu.json"
@@ -155,7 +156,7 @@ def test_memory_is_taken_in_another_process_and_without_lora_there_is_no_ratio(r
         *("--device", "cpu", "--rounds", 1, "--warmup", 1, "--methods", "pissa", "--forms", "plain", "--json", "a.json")
     )
     assert status == 0, error
-    assert [line.split()[:2] for line in out.splitlines()[3:-2]] == [["pissa", "plain"]]
+    assert [line.split()[:2] for line in out.splitlines()[3:-3]] == [["pissa", "plain"]]
     assert out.splitlines()[3].split()[-1] == "-"
     (found,) = json.loads((tmp_path / "a.json").read_text())["results"]
     assert found["times_lora"] is None
