@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,6 +33,17 @@ def check_writable(folder: Path, flag: str) -> None:
         raise InputError(
             f"{folder}: can't write there, {existing} is no folder that you may write to: give another {flag}"
         )
+
+
+def check_file(path: Path, flag: str) -> None:
+    """InputError that names the flag if no file can be written at `path`, in a folder that exists."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a folder: give another name")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't write there ({error.strerror}): give another folder") from None
 
 
 @contextmanager

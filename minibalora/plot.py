@@ -8,7 +8,6 @@ import argparse
 import importlib
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 
 from minibalora import cli
 from minibalora.errors import InputError
-from minibalora.files import replacing
+from minibalora.files import check_file, replacing
 from minibalora.run_folder import recorded_settings
 
 if TYPE_CHECKING:
@@ -88,13 +87,7 @@ def check_out(path: Path) -> None:
     """InputError if no picture can be written to `path`, which would be known only after t-SNE."""
     if picture_format(path) not in FORMATS:
         raise InputError(f"--out {path}: no picture's name: end it in .{', .'.join(FORMATS[:-1])} or .{FORMATS[-1]}")
-    if path.is_dir():
-        raise InputError(f"--out {path}: is a folder: give another name")
-    try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
-    except OSError as error:
-        raise InputError(f"--out {path}: can't write there ({error.strerror}): give another folder") from None
+    check_file(path, "--out")
 
 
 def check_installed(*modules: str) -> None:

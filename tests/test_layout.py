@@ -25,6 +25,7 @@ ROWS = [
     ["evaluate"],
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
+    ["bench"],
 ]
 COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
 COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}, "answers": set()}

@@ -1,0 +1,181 @@
+"""How long a step takes and what memory it needs, ours beside transformers + PEFT: `python tests/bench_peft.py`.
+
+Needs transformers and peft, and the repository's root in PYTHONPATH. Every contender has the same random weights and
+takes the same rows in the same order, in turn; medians, each contender's peak memory in a process of its own, and the
+ratios are printed. The contenders:
+
+    ours METHOD, ours RECIPE           a step of ours, as `python -m minibalora.bench` takes it
+    peft lora                          LlamaForCausalLM in PEFT's LoRA, loss from its labels
+    straightforward RECIPE             BA-LoRA on transformers + PEFT as the paper's own program does it: a second model
+                                       as the teacher, full logits of both, randomised SVD of the response rows
+    straightforward exact RECIPE       the same with an exact SVD
+    lean RECIPE                        the same by somebody careful: full logits live only until their response rows are
+                                       taken, and the cross-entropy is taken on those
+"""
+
+import argparse
+import statistics
+from argparse import Namespace
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from minibalora import bench, cli, data
+from minibalora import regularizers as R
+from minibalora.bench import LEARNING_RATE, STEPS, Contender, Step
+from minibalora.objective import NLG_RECIPES, Objective, lambdas
+
+SHAPE = bench.SMALL
+
+
+def main() -> None:
+    args = parse_flags()
+    steps = {name: CONTENDERS[name](args) for name in args.contenders}
+    check_losses({name: step(0) for name, step in steps.items()})
+    seconds = bench.interleaved(steps, args)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    memories = {name: bench.in_own_process(peak_memory, name, args) for name in args.contenders}
+    print(f"{'':31} ms: median fastest slowest  peak MB")
+    for name, times in seconds.items():
+        median, fastest, slowest = (1000 * value for value in (medians[name], min(times), max(times)))
+        print(f"{name:31} {median:10.0f} {fastest:7.0f} {slowest:7.0f} {memories[name] / 1e6:8.0f}")
+    for mine, other in PAIRS:
+        if {mine, other} <= medians.keys():
+            ratios = f"time {medians[mine] / medians[other]:.2f}, memory {memories[mine] / memories[other]:.2f}"
+            print(f"{mine} / {other}: {ratios}")
+
+
+def parse_flags() -> Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=8, help="8 rounds of 4 rows see every row once")
+    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of a step")
+    parser.add_argument("--rank", type=int, default=SHAPE.hidden_size // 32, help="the paper has 128 at 4096")
+    parser.add_argument("--device", default="cpu")
+    parser.set_defaults(dtype=None, grad_checkpoint=False, compile=False)
+    args = parser.parse_args()
+    cli.fill_in(args, {})
+    return args
+
+
+def check_losses(losses: dict[str, float]) -> None:
+    """The first losses of all who minimise the same thing agree: the same rows, the same weights, adapters at their
+    start. BA-LoRA's spectral term is randomised over there, and of the nuclear norm only an estimate."""
+    for name, loss in losses.items():
+        kind, same = name.split()[-1], 1e-4 if name.endswith("lora") else 1e-3
+        others = [other for key, other in losses.items() if key.split()[-1] == kind]
+        assert max(abs(loss - other) for other in others) < same * loss, f"losses differ at the start: {losses}"
+
+
+def peak_memory(name: str, args: Namespace) -> int:
+    if args.device.type == "cpu":
+        return bench.own_peak(lambda: CONTENDERS[name](args), args)
+    bench.interleaved({name: CONTENDERS[name](args)}, args)
+    return torch.cuda.max_memory_allocated(args.device)
+
+
+def ours(contender: Contender, args: Namespace) -> Step:
+    return bench.step_of(bench.random_model(SHAPE, args.device, args.dtype), contender, args)
+
+
+def peft(loss_of: Callable[..., Tensor], objective: Objective | None, args: Namespace) -> Step:
+    """transformers + PEFT, minimising loss_of(student, teacher, batch, objective); no objective: LoRA, no teacher."""
+    student = hugging_face(args)
+    init = True if objective is None else "pissa_niter_16"
+    targets = list(bench.linears(SHAPE))
+    config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets, init_lora_weights=init)
+    student = get_peft_model(student, config).train()
+    teacher = None if objective is None else hugging_face(args).requires_grad_(False).eval()
+    parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)  # as the Trainer
+
+    def step(index: int) -> float:
+        batch = bench.rows_of_step(SHAPE.vocab_size, index, args.micro_batch_size)
+        ids, labels = data.collate(batch, args.device)
+        lengths = torch.tensor([len(row.ids) for row in batch], device=args.device)
+        mask = (torch.arange(ids.shape[1], device=args.device) < lengths[:, None]).long()
+        loss = loss_of(student, teacher, {"input_ids": ids, "attention_mask": mask, "labels": labels}, objective)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def hugging_face(args: Namespace) -> nn.Module:
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
+    names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
+    config = LlamaConfig(use_cache=False, **{name: getattr(SHAPE, name) for name in names})
+    model = LlamaForCausalLM._from_config(config, dtype=args.dtype, attn_implementation="sdpa")
+    return bench.fill(model.to(args.device))
+
+
+def lora_loss(student: nn.Module, teacher: None, batch: dict[str, Tensor], objective: None) -> Tensor:
+    return student(**batch).loss
+
+
+def straightforward_loss(
+    student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], objective: Objective, share: Callable
+) -> Tensor:
+    out = student(**batch)
+    with torch.no_grad():
+        teacher_logits = teacher(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    is_response = batch["labels"][:, 1:] != -100
+    z_f, z_p = out.logits[:, :-1][is_response], teacher_logits[:, :-1][is_response]
+    return out.loss + regularizers(z_f, z_p, objective, share)
+
+
+def lean_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], objective: Objective) -> Tensor:
+    inputs, targets = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"][:, 1:]
+    is_response = targets != -100
+    with torch.no_grad():
+        z_p = teacher(**inputs).logits[:, :-1][is_response]
+    z_f = student(**inputs).logits[:, :-1][is_response]
+    return F.cross_entropy(z_f.float(), targets[is_response]) + regularizers(z_f, z_p, objective, randomised_share)
+
+
+def regularizers(z_f: Tensor, z_p: Tensor, objective: Objective, share: Callable) -> Tensor:
+    """The three terms of (M, V) logits, with the weights of the run's middle; share: of the spectral term."""
+    weights = lambdas(objective, STEPS // 2, STEPS)
+    return (
+        weights["consistency"] * R.consistency_kl(z_f, z_p, objective.temperature)
+        + weights["diversity"] * R.diversity_entropy(z_f, objective.top_k)
+        + weights["svd"] * share(z_f.float(), objective.svd_k, objective.svd_norm)
+    )
+
+
+def randomised_share(Z: Tensor, k: int, norm: str) -> Tensor:
+    """svd_share by torch.svd_lowrank, k + 5 values and 2 iterations as in the paper's own program.
+
+    The nuclear norm is the sum of those k + 5 values: all of them would need the exact SVD, seconds at (500, 32000).
+    """
+    sigma = torch.svd_lowrank(Z, q=k + 5, niter=2)[1]
+    return -sigma[:k].sum() / (torch.linalg.vector_norm(Z) if norm == "frobenius" else sigma.sum())
+
+
+STRAIGHTFORWARD = partial(straightforward_loss, share=randomised_share)
+EXACT = partial(straightforward_loss, share=R.svd_share)
+CONTENDERS = {
+    "ours lora": partial(ours, Contender("lora")),
+    **{f"ours {name}": partial(ours, Contender("ba-lora", name)) for name in NLG_RECIPES},
+    "peft lora": partial(peft, lora_loss, None),
+    **{f"straightforward {name}": partial(peft, STRAIGHTFORWARD, recipe) for name, recipe in NLG_RECIPES.items()},
+    **{f"straightforward exact {name}": partial(peft, EXACT, recipe) for name, recipe in NLG_RECIPES.items()},
+    **{f"lean {name}": partial(peft, lean_loss, recipe) for name, recipe in NLG_RECIPES.items()},
+}
+
+PAIRS = [("ours lora", "peft lora")]
+for recipe in NLG_RECIPES:
+    others = [f"{kind} {recipe}" for kind in ("straightforward", "straightforward exact", "lean")]
+    PAIRS += [(f"ours {recipe}", other) for other in [*others, "peft lora"]]
+
+if __name__ == "__main__":
+    main()
