@@ -75,7 +75,7 @@ def main() -> int:
         from minibalora.sharded import load_sharded  # a second of imports that nothing else needs
 
         load_sharded(model, args.dtype, args.device)
-    optimizer = training.optimizer_of(model, args.device)
+    optimizer = training.optimizer_of(model)
     if not args.resume:
         distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"

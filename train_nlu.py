@@ -73,7 +73,7 @@ def main() -> int:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    optimizer = training.optimizer_of(model, args.device)
+    optimizer = training.optimizer_of(model)
     if not args.resume:
         run_folder.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -35,7 +36,7 @@ from minibalora.lowrank import adapt, pissa_factors
 from minibalora.models.decoder import Decoder, DecoderConfig
 from minibalora.objective import NLG_RECIPES, Objective, lambdas, nlg_loss
 from minibalora.run_folder import plain_settings
-from minibalora.teacher import teacher_states
+from minibalora.teacher import TeacherCache, teacher_states
 
 # As their config.json's have them.
 LLAMA_2_7B = DecoderConfig(
@@ -78,7 +79,7 @@ class Contender:
     method: str
     recipe: str | None = None  # of ba-lora
     form: str = "fused"  # or "plain": the formulas of regularizers.py on the whole (M, V) logits, exact SVD included
-    knows_teacher: bool = False  # its states of every row are there already, as from the second epoch with a cache
+    knows_teacher: bool = False  # --teacher-cache has the states of every row, as from the second epoch on
 
     @property
     def objective(self) -> Objective:
@@ -94,12 +95,14 @@ def main() -> int:
     facts = machine(args.device)
     print(headline(args, facts))
     rates = [matmul_rate(args.device, args.dtype)]
-    peaks = {} if args.device.type == "cuda" else memory_on_cpu(config, contenders, args)
-    base = random_model(config, args.device, args.dtype)
-    if args.device.type == "cuda" or args.compile:
-        seconds = one_after_another(base, contenders, args, peaks)
-    else:
-        seconds = interleaved({each: step_of(base, each, args) for each in contenders}, args)
+    with TemporaryDirectory() as folder:
+        args.teacher_cache = Path(folder)
+        peaks = {} if args.device.type == "cuda" else memory_on_cpu(config, contenders, args)
+        base = random_model(config, args.device, args.dtype)
+        if args.device.type == "cuda" or args.compile:
+            seconds = one_after_another(base, contenders, args, peaks)
+        else:
+            seconds = interleaved({each: step_of(base, each, args) for each in contenders}, args)
     rates.append(matmul_rate(args.device, args.dtype))  # others may have been at work during one of them
     found = [result(config, each, seconds, peaks.get(each), max(rates), args) for each in contenders]
     init = init_seconds(base, args.rank)
@@ -202,26 +205,23 @@ def step_of(base: Decoder, contender: Contender, args: argparse.Namespace) -> St
     adapt(model, args.rank, init="lora" if contender.method == "lora" else "pissa_niter_0").train()
     if args.grad_checkpoint:
         training.checkpoint_blocks(model)
-    optimizer = training.optimizer_of(model, args.device)
+    optimizer = training.optimizer_of(model)
     optimizer.param_groups[0]["lr"] = LEARNING_RATE
-    packed = torch.compile(model.packed, dynamic=True) if args.compile else model.packed
+    if args.compile:
+        training.compile_blocks(model)
     head = FrozenHead(model.head_weight) if contender.form == "fused" else model.head
     objective = contender.objective
     weights = lambdas(objective, STEPS // 2, STEPS)
+    cache = TeacherCache(args.teacher_cache, "bench") if contender.knows_teacher else None
 
-    def batch_of(index: int) -> Packed:
-        return data.pack(rows_of_step(base.config.vocab_size, index, args.micro_batch_size), args.device)
-
-    def teacher_of(batch: Packed) -> torch.Tensor | None:
-        return teacher_states(model, packed, [batch])[0] if objective.needs_teacher else None
-
-    measured = range(args.warmup + args.rounds) if contender.knows_teacher else ()
-    known = {index: teacher_of(batch_of(index)) for index in measured}
+    def teacher_of(rows: list[Row], batch: Packed) -> torch.Tensor | None:
+        return teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
 
     def step(index: int) -> float:
-        batch = batch_of(index)
-        teacher = known[index] if contender.knows_teacher else teacher_of(batch)
-        student = packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+        rows = rows_of_step(base.config.vocab_size, index, args.micro_batch_size)
+        batch = data.pack(rows, args.device)
+        teacher = teacher_of(rows, batch)
+        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
         loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
         (value,), _ = training.add_gradients([(1.0, loss, terms)], [])
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
@@ -229,6 +229,10 @@ def step_of(base: Decoder, contender: Contender, args: argparse.Namespace) -> St
         optimizer.zero_grad()
         return value
 
+    if contender.knows_teacher:
+        for index in range(args.warmup + args.rounds):
+            rows = rows_of_step(base.config.vocab_size, index, args.micro_batch_size)
+            teacher_of(rows, data.pack(rows, args.device))
     return step
 
 

@@ -139,10 +139,10 @@ def compile_blocks(model: nn.Module) -> None:
                     part.compile(dynamic=True)
 
 
-def optimizer_of(model: nn.Module, device: torch.device) -> torch.optim.AdamW:
+def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
     """Of everything that is trained, without weight decay, as published; `train` sets the rate of each step."""
     parameters = trained_parameters(model).values()
-    return torch.optim.AdamW(parameters, weight_decay=0.0, fused=device.type == "cuda")
+    return torch.optim.AdamW(parameters, weight_decay=0.0, fused=True)
 
 
 def steps_of_run(args: Namespace, rows: int) -> int:

@@ -131,7 +131,8 @@ class reading:
 
 def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
     """How far states, and gradients of all A and B, of a sharded model are from those of one that is whole."""
-    args = Namespace(rank=3, alpha=5, init="pissa", targets=None, seed=0, dtype=dtype, device=torch.device("cpu"))
+    settings = dict(rank=3, alpha=5, init="pissa", init_cache=None, targets=None, seed=0)
+    args = Namespace(**settings, dtype=dtype, device=torch.device("cpu"))
     whole = mb.adapt(mb.load_model(GOLDEN / name, dtype=dtype), 3, 5)
     sharded = weights.skeleton(GOLDEN / name)
     training.adapt_model(sharded, args, is_resumed=False)
@@ -141,9 +142,9 @@ def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
     rows = [Row(rng.integers(0, 61, length).astype(np.int32), 2, 0) for length in (5, 9)]
     batch, found = pack(rows, "cpu"), []
     for model in (whole, sharded):
-        states = model.packed(batch.input_ids, batch.lengths, batch.wanted)
+        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
         with mb.pretrained(model):
-            teacher = model.packed(batch.input_ids, batch.lengths, batch.wanted)
+            teacher = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
         states.float().square().sum().backward()
         gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
         found.append([states, teacher, *gradients])
