@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = {"cpu": 128, "cuda": 512}  # rows at a time: fewer, and matrix products slow down; 5 blocks of logits are held
+BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time: fewer, and matrix products slow down; 5 blocks of logits are held
 LEFT_OUT = -1e30  # as a logit: its probability is exactly 0, and the difference of two such is not NaN
 
 
