@@ -55,7 +55,7 @@ def main() -> int:
     resumed_step = distributed.on_main(run_folder.resumed_step, args, settings, steps)
     cache = teacher_cache(args, rows) if args.teacher_cache else None
     if args.fsdp:
-        model = skeleton(args.model)
+        model = skeleton(args.model)  # numbers come when it is known which of them this rank keeps
     else:
         place = "cpu" if args.quantize else args.device  # whole, it need not fit the GPU
         model = mb.load_model(args.model, dtype=torch.float32 if full else args.dtype, device=place)
@@ -63,18 +63,7 @@ def main() -> int:
     # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
     if not full:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
-    if args.quantize:
-        if resumed_step is not None:
-            run_folder.load_initial_values(args.out, model)
-        training.quantize_residuals(model, args.device)
-    if args.compile:
-        training.compile_blocks(model)
-    if args.grad_checkpoint:
-        training.checkpoint_blocks(model)
-    if args.fsdp:
-        from minibalora.sharded import load_sharded  # a second of imports that nothing else needs
-
-        load_sharded(model, args.dtype, args.device)
+    training.fit_hardware(model, args, is_resumed=resumed_step is not None)
     optimizer = training.optimizer_of(model)
     if not args.resume:
         distributed.on_main(run_folder.start_run, args.out, settings)

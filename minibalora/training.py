@@ -23,7 +23,7 @@ from minibalora.errors import InputError
 from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, adapted_layers, lora_factors, pissa_factors, truncate
 from minibalora.nf4 import NF4
-from minibalora.run_folder import open_log, save_checkpoint, trained_parameters
+from minibalora.run_folder import load_initial_values, open_log, save_checkpoint, trained_parameters
 from minibalora.weights import read
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
@@ -95,11 +95,22 @@ def share_factors(model: nn.Module, args: Namespace, bar: Callable[[list], Itera
         layer.B0.copy_(layer.B)
 
 
-def quantize_residuals(model: nn.Module, device: torch.device) -> None:
-    """For --quantize nf4: bring the model to `device`, a layer at a time, each W as the four bits of its residual."""
-    for _, layer in adapted_layers(model):
-        layer.to(device).quantize(NF4.quantize)
-    model.to(device)
+def fit_hardware(model: nn.Module, args: Namespace, is_resumed: bool) -> None:
+    """What --quantize, --compile, --grad-checkpoint and --fsdp ask for, in place, on an adapted model."""
+    if args.quantize:
+        if is_resumed:  # for the residual is what A₀ and B₀ leave of W
+            load_initial_values(args.out, model)
+        for _, layer in adapted_layers(model):  # one at a time is whole on the device
+            layer.to(args.device).quantize(NF4.quantize)
+        model.to(args.device)
+    if args.compile:
+        compile_blocks(model)
+    if args.grad_checkpoint:
+        checkpoint_blocks(model)
+    if args.fsdp:
+        from minibalora.sharded import load_sharded  # a second of imports that nothing else needs
+
+        load_sharded(model, args.dtype, args.device)
 
 
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:
