@@ -69,7 +69,8 @@ def main() -> int:
         distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
-    print_plan(args, model, nlg_formula(objective), [amounts(args, rows), left_out], steps, memory)
+    formula = nlg_formula(objective) + (", of whole logits, for the head is trained" if full else "")
+    print_plan(args, model, formula, [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
     task = tasks.TASKS[args.eval_task] if args.eval_task else None
@@ -136,9 +137,9 @@ def mean_entropy_share(
     """H̄ / ln V of the teacher over the whole step, which the adaptive λ1 goes by."""
     if not objective.adaptive_lambda1:
         return None
-    entropies = [mean_entropy(teacher, head, objective.temperature).item() for teacher in teachers]
+    entropies = [mean_entropy(teacher, head, objective.temperature) for teacher in teachers]
     mean = sum(share * entropy for share, entropy in zip(shares, entropies, strict=True))
-    return distributed.total(mean) / math.log(len(head.weight))
+    return distributed.total(mean.item()) / math.log(len(head.weight))
 
 
 def save(model: Decoder, args: Namespace) -> None:
@@ -171,9 +172,10 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
 def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
     """The cache of --teacher-cache for this run's teacher: of quantised weights, what was quantised counts, too."""
     config = read_config(Path(args.model))
-    teacher = [weights_digest(args.model, every_byte=True), str(args.dtype)]
+    teacher = [weights_digest(args.model, every_byte=True), str(args.dtype), args.tf32]
     if args.quantize:
         teacher += [args.quantize, args.init, args.rank, args.alpha, args.targets, args.seed]
+        teacher += [distributed.is_torchrun()]  # where pissa_niter_N draws otherwise
     return open_cache(args.teacher_cache, json.dumps(teacher), rows, config.hidden_size * args.dtype.itemsize)
 
 

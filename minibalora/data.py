@@ -229,7 +229,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
-    """Cut a step's rows into micro-batches of neighbours in length, so that little is padding."""
+    """Cut a step's rows into micro-batches of neighbours in length: little padding where there is any."""
     ordered = sorted(rows, key=lambda row: (len(row.ids), row.line))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 

@@ -105,9 +105,9 @@ def share(tensors: Iterable[Tensor], source: int) -> None:
 
 def gathered(numbers: Tensor) -> Tensor:
     """(n,) of each rank -> (ranks, n)."""
-    found = [torch.empty_like(numbers) for _ in range(size())]
     if size() == 1:
         return numbers[None]
+    found = [torch.empty_like(numbers) for _ in range(size())]
     dist.all_gather(found, numbers)
     return torch.stack(found)
 

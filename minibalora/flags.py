@@ -80,7 +80,8 @@ def nlg_parser() -> argparse.ArgumentParser:
         micro_batch_size="default: 4; built-in: 32",
     )
     add = _add_hardware_flags(parser)
-    add("--quantize", choices=("nf4",), help="keep the frozen weights in 4 bits; of PiSSA, the residual (QPiSSA)")
+    add("--quantize", choices=("nf4",), help="keep what is frozen of the adapted linears in 4 bits; of PiSSA, the "
+        "residual (QPiSSA)")  # fmt: skip
     add("--teacher-cache", type=path, metavar="DIR", help="keep the teacher's states of response tokens there and take "
         "them from there: free from the second epoch on, and for every further run on the same rows")  # fmt: skip
     add("--fsdp", action="store_true", help="under torchrun: each process keeps its own rows of the frozen weights, "
@@ -223,6 +224,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_contradictions(args)
     if args.quantize and args.method == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
+    if args.quantize and args.compile:
+        raise InputError("--compile does not go with --quantize: leave one out")
     if args.quantize and args.adapter_rank:
         raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
                          "minibalora.export afterwards")  # fmt: skip
@@ -322,9 +325,9 @@ def _refuse_without_shards(args: argparse.Namespace) -> None:
         raise InputError("--fsdp is for large models, the built-in one is tiny: give --model and --data")
     if args.eval is not None:
         raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora.evaluate on the adapter")
-    for name in ("compile", "quantize"):
+    for name in ("compile", "quantize", "teacher_cache"):  # with a cache, ranks would not go forward equally often
         if getattr(args, name):
-            raise InputError(f"--{name} does not go with --fsdp: leave one out")
+            raise InputError(f"{cli.flag(name)} does not go with --fsdp: leave one out")
     if torch.__version__ < (2, 7):
         raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
 

@@ -117,7 +117,8 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         (gradient,) = ctx.saved_tensors
-        return upstream.to(gradient.dtype) * gradient, None, None
+        wide = torch.promote_types(gradient.dtype, torch.float32)  # a micro-batch's share keeps its digits
+        return (upstream.to(wide) * gradient.to(wide)).to(gradient.dtype), None, None
 
 
 @torch.no_grad()
@@ -163,7 +164,7 @@ def _block_terms(
     f, lse = _softmax(z, 1.0, out=slope)
     yield "task", lse - z.gather(1, y)
     if "diversity" in weights and top_k is None:
-        mean = _dot(f, z)
+        mean = torch.mul(f, z, out=free[0]).sum(-1, keepdim=True)
         yield "diversity", mean - lse  # Σ f log f, as log f = z − lse
         slope.add_(torch.sub(z, mean, out=free[0]).mul_(f), alpha=weights["diversity"])
     if "diversity" in weights and top_k is not None:
@@ -197,14 +198,9 @@ def _softmax(z: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor
 def _kl(z: Tensor, z_P: Tensor, temperature: float, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
     """KL(p_T ‖ f_T) = Σ p_T (z_P − z)/T − lse(z_P/T) + lse(z/T) of each row (b, 1), and f_T − p_T (b, V)."""
     p, lse_P = _softmax(z_P, temperature, out=buffers[0])
-    value = _dot(p, torch.sub(z_P, z, out=buffers[1])) / temperature - lse_P
+    value = torch.sub(z_P, z, out=buffers[1]).mul_(p).sum(-1, keepdim=True) / temperature - lse_P
     f, lse = _softmax(z, temperature, out=buffers[1])
     return value + lse, f.sub_(p)
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Σ_i a_i b_i of each row, (b, V) twice -> (b, 1), without their product in memory."""
-    return (a[:, None] @ b[..., None])[..., 0]
 
 
 def _entropy_of_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,5 +259,5 @@ def mean_entropy(states: Tensor, head: FrozenHead, temperature: float) -> Tensor
     for h in states.split(head.block):
         z, f = head.workspace(2, len(h))
         f, lse = _softmax(head.logits(h, out=z), temperature, out=f)
-        entropies.append(lse - _dot(f, z) / temperature)
+        entropies.append(lse - f.mul_(z).sum(-1, keepdim=True) / temperature)
     return torch.cat(entropies).mean()

@@ -142,16 +142,16 @@ class _LowRankProduct(torch.autograd.Function):
     def forward(ctx, x: Tensor, W, bias: Tensor | None, A: Tensor, B: Tensor, A0, B0, s: float) -> Tensor:
         ctx.save_for_backward(x, A, B, A0, B0)
         ctx.W, ctx.scaling = W, s
-        rows = x.flatten(0, -2)
+        rows = x.reshape(-1, x.shape[-1])
         W, left, right = _acting(rows, W, A, B, A0, B0, s)
         y = F.linear(rows, W, bias)
-        return (y if left is None else y.addmm_(rows @ left, right, alpha=s)).unflatten(0, x.shape[:-1])
+        return (y if left is None else y.addmm_(rows @ left, right, alpha=s)).view(*x.shape[:-1], len(W))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy: Tensor):
         x, A, B, A0, B0 = ctx.saved_tensors
-        rows, dy, s = x.flatten(0, -2), dy.flatten(0, -2), ctx.scaling
+        rows, dy, s = x.reshape(-1, x.shape[-1]), dy.reshape(-1, dy.shape[-1]), ctx.scaling
         dA = s * (rows.T @ (dy @ B.T.to(x.dtype))).to(A.dtype)
         dB = s * ((rows @ A.to(x.dtype)).T @ dy).to(B.dtype)
         dx = None

@@ -99,8 +99,10 @@ def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int
     if not model.head_weight.requires_grad:
         head = FrozenHead(model.head_weight)
         blocks = 5 if objective.needs_teacher else 3
-        states = 3 * predicted * model.config.hidden_size * head.weight.element_size()  # student, teacher, gradient
-        return 4 * blocks * min(head.block, predicted) * len(head.weight) + states
+        d = model.config.hidden_size
+        states = 3 * predicted * d * head.weight.element_size()  # student, teacher, gradient
+        spectral = 8 * (d * d + 2 * predicted * d + 4 * min(predicted, d) ** 2) if objective.lambda3 > 0 else 0
+        return 4 * blocks * min(head.block, predicted) * len(head.weight) + states + spectral
     # float32 copies of the (M, V) logits: log-probabilities, their gradient, and those of each further term
     regularizers = (objective.lambda1, objective.lambda2, objective.lambda3, objective.non_target_kl)
     copies = 4 + 3 * sum(weight > 0 for weight in regularizers)

@@ -41,7 +41,8 @@ def teacher_states(
     if cache is not None:
         new = [index for index, kept in enumerate(known) if kept is None]
         rows = [row for index in new for row in micro[index]]
-        cache.write(rows, [part for index in new for part in states[index].split(batches[index].wanted)])
+        parts = [part for index in new for part in states[index].split(batches[index].wanted)]
+        cache.write(rows, parts)
     return states
 
 
@@ -49,14 +50,20 @@ class TeacherCache:
     """A teacher's states of response tokens in safetensors files, one a step, in a folder of its own below `folder`.
 
     `teacher` says all that the states depend on but the row; a row is known by the digest of its tokens. So what some
-    other model or other rows left there is never met. What is damaged has not the digest in its file's header, and
-    counts as missing: it is computed and written anew. A row is found whichever run met it, and in whatever batch.
+    other model or other rows left there is never met. What is damaged has not the digest in its file's header: the file
+    is deleted, its rows are missing, and computed and written anew. A row is found whichever run met it, and in whatever batch.
     """
 
     def __init__(self, folder: Path, teacher: str):
         self.folder = folder / hashlib.sha256(f"{VERSION} {teacher}".encode()).hexdigest()[:32]
         self.files = {}  # digest of a row -> its file, and the digest of its states
-        for path in sorted(self.folder.glob("*.safetensors")):
+        self.seen = set()
+        self.look()
+
+    def look(self) -> None:
+        """Take note of the files that are new in the folder, for instance from another rank."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self.seen):
+            self.seen.add(path)
             try:
                 with safe_open(path, "pt") as file:
                     self.files |= {name: (path, digest) for name, digest in file.metadata().items() if len(name) == 64}
@@ -69,14 +76,17 @@ class TeacherCache:
 
     def read(self, rows: list[Row]) -> Tensor | None:
         """The states of these rows, one after the other, (M, d); None unless all are there and undamaged."""
+        if self.missing(rows):
+            self.look()
         states = [self._states(row) for row in rows]
         return None if any(each is None for each in states) else torch.cat(states)
 
     def write(self, rows: list[Row], states: list[Tensor]) -> None:
-        """Add the rows' states. InputError if the folder can't be written to; a full disk stays an OSError."""
-        if not rows:
+        """Add those that are missing. InputError if the folder can't be written to; a full disk stays an OSError."""
+        named = {digest_of_row(row): part for row, part in zip(rows, states, strict=True)}
+        tensors = {name: part.cpu().contiguous() for name, part in named.items() if name not in self.files}
+        if not tensors:
             return
-        tensors = {digest_of_row(row): part.cpu().contiguous() for row, part in zip(rows, states, strict=True)}
         path = self.folder / f"{hashlib.sha256(''.join(sorted(tensors)).encode()).hexdigest()}.safetensors"
         digests = {name: _sha256(part) for name, part in tensors.items()}
         try:
@@ -88,16 +98,23 @@ class TeacherCache:
                 raise
             raise InputError(f"{path}: can't write it ({error}): give another --teacher-cache") from None
         self.files |= {name: (path, digest) for name, digest in digests.items()}
+        self.seen.add(path)
 
     def _states(self, row: Row) -> Tensor | None:
         name = digest_of_row(row)
-        path, digest = self.files.get(name, (None, None))
+        if name not in self.files:
+            return None
+        path, digest = self.files[name]
         try:
             with safe_open(path, "pt") as file:
                 states = file.get_tensor(name).clone()  # for what safetensors gives is a view of the file
-        except (SafetensorError, OSError, TypeError):
-            return None
-        return states if _sha256(states) == digest else None
+            if _sha256(states) == digest:
+                return states
+        except (SafetensorError, OSError):
+            pass  # as damaged as with a wrong digest
+        self.files = {other: place for other, place in self.files.items() if place[0] != path}
+        path.unlink(missing_ok=True)
+        return None
 
 
 def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int) -> TeacherCache:

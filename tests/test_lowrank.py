@@ -379,3 +379,15 @@ def test_truncating_what_learned_nothing_loses_nothing():
     assert all((layer.delta == 0).all() for _, layer in adapted_layers(model))
     with pytest.raises(ValueError, match="nothing to truncate"):
         truncate(net(), 1)
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+@pytest.mark.parametrize("shape", [(9,), (1, 9), (0, 9), (2, 3, 9)])
+def test_an_input_has_any_number_of_dimensions(init, shape):
+    layer = LowRankLinear.from_linear(nn.Linear(9, 5), rank=2, init=init)
+    layer.B.data += 1
+    x = torch.randn(shape, requires_grad=True)
+    y = layer(x)
+    assert y.shape == (*shape[:-1], 5) and torch.allclose(y, x @ layer.weight.T + layer.bias, atol=1e-5)
+    y.sum().backward()
+    assert torch.allclose(x.grad, layer.weight.sum(0).expand(shape), atol=1e-5)

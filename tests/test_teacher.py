@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import GOLDEN
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from test_train_nlg import random_rows
 
 import minibalora as mb
@@ -69,6 +69,16 @@ def test_only_what_is_missing_is_computed_and_then_it_is_there(model, tmp_path):
     assert len(cache.missing(rows)) == 3
     assert states_of(model, rows, cache)[1] == 1
     assert states_of(model, rows, cache)[1] == 0
+
+
+def test_what_another_process_wrote_meanwhile_is_found_and_nothing_is_written_twice(model, tmp_path):
+    rows = random_rows(6, 0)
+    mine, other = TeacherCache(tmp_path, "it"), TeacherCache(tmp_path, "it")
+    assert states_of(model, rows[:3], other)[1] == 1
+    assert states_of(model, rows[:3], mine)[1] == 0
+    assert states_of(model, rows[2:5], mine)[1] == 1  # of which one row is known
+    held = [name for path in tmp_path.rglob("*.safetensors") for name in load_file(path)]
+    assert len(held) == len(set(held)) == 5
 
 
 def test_another_teacher_and_other_rows_are_never_met(model, tmp_path):
