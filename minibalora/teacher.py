@@ -51,7 +51,8 @@ class TeacherCache:
 
     `teacher` says all that the states depend on but the row; a row is known by the digest of its tokens. So what some
     other model or other rows left there is never met. What is damaged has not the digest in its file's header: the file
-    is deleted, its rows are missing, and computed and written anew. A row is found whichever run met it, and in whatever batch.
+    is deleted, its rows are missing, and computed and written anew. A row is found whichever run met it, in whatever
+    batch.
     """
 
     def __init__(self, folder: Path, teacher: str):
