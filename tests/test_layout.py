@@ -32,7 +32,9 @@ COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}, "answers"
 USE = """
 import torch
 from torch import nn
+from fused import FrozenHead, fused_objective
 from lowrank import adapt, merge, pretrained
+from nf4 import NF4
 from regularizers import consistency_kl, diversity_entropy, svd_share
 
 model = adapt(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), rank=2)
@@ -40,8 +42,12 @@ x = torch.randn(4, 8)
 with pretrained(model):
     teacher = model(x)
 student = model(x)
-(consistency_kl(student, teacher) + diversity_entropy(student) + svd_share(student, 2)).backward()
+(consistency_kl(student, teacher) + diversity_entropy(student) + svd_share(student, 2)).backward(retain_graph=True)
 assert model[0].A.grad is not None
+head = FrozenHead(NF4.quantize(torch.randn(7, 5)).dequantize())
+loss, terms = fused_objective(student, teacher, torch.arange(4), head, lambda1=1.0, lambda2=1.0, lambda3=1.0)
+loss.backward()
+assert set(terms) == {"task", "consistency", "diversity", "svd"}
 assert torch.equal(merge(model)(x), teacher)
 """
 
@@ -78,8 +84,8 @@ def test_copyable_files_need_torch_at_most(name):
     assert {module.partition(".")[0] for module in imports(name)} - set(sys.stdlib_module_names) == COPYABLE[name]
 
 
-def test_lowrank_and_regularizers_work_alone_in_an_empty_folder(tmp_path):
-    for name in ("lowrank.py", "regularizers.py"):
+def test_what_can_be_copied_works_in_an_empty_folder(tmp_path):
+    for name in ("lowrank.py", "regularizers.py", "fused.py", "nf4.py"):
         shutil.copy(ROOT / "minibalora" / name, tmp_path)
     result = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{USE}"], cwd=tmp_path)
     assert result.returncode == 0
