@@ -1,5 +1,6 @@
 """Reading JSON with errors that a user can act on; writing files that are never half there."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -7,6 +8,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from minibalora.errors import InputError
 
@@ -28,11 +34,16 @@ def read_json_object(path: Path) -> dict:
 
 def check_writable(folder: Path, flag: str) -> None:
     """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    existing = nearest(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise InputError(
             f"{folder}: can't write there, {existing} is no folder that you may write to: give another {flag}"
         )
+
+
+def nearest(folder: Path) -> Path:
+    """`folder`, or, as long as it does not exist, the first of the folders above it that does."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
 
 
 def check_file(path: Path, flag: str) -> None:
@@ -63,6 +74,29 @@ def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_cached(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], flag: str) -> None:
+    """Write a file of a cache that other processes may be writing, too.
+
+    InputError that names the cache's flag if it can't be written; a full disk stays an OSError or SafetensorError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, is_shared=True) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        if is_full_disk(error):
+            raise
+        raise InputError(f"{path}: can't write it ({error}): give another {flag}") from None
+
+
+def tensors_digest(text: str, *tensors: Tensor) -> str:
+    """SHA-256, in hex, of a text and of the bytes of tensors on any device, whose shapes and dtypes do not count."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 @contextmanager

@@ -3,16 +3,13 @@
 A file a layer, named by a SHA-256 of all that its factors depend on; it holds A and B, 4 r (m + n) bytes.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minibalora.errors import InputError
-from minibalora.files import is_full_disk, replacing
+from minibalora.files import save_cached, tensors_digest
 from minibalora.lowrank import pissa_factors
 
 VERSION = 1  # raise it when pissa_factors gives other factors
@@ -26,13 +23,13 @@ def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: T
     """
     n, m = weight.shape
     settings = f"{VERSION} {n} {m} {weight.dtype} {rank} {scaling!r} {init} "
-    key = _sha256(settings, weight)
+    key = tensors_digest(settings, weight)
     path = folder / f"{key}.safetensors"
     stored = _read(path, key, (m, rank), (rank, n))
     if stored is not None:
         return stored[0].to(weight.device), stored[1].to(weight.device)
     A, B = pissa_factors(weight, rank, scaling, init)
-    _write(path, key, A.cpu(), B.cpu())
+    save_cached(path, {"A": A.cpu(), "B": B.cpu()}, {"digest": tensors_digest(key, A, B)}, "--init-cache")
     return A, B
 
 
@@ -44,23 +41,5 @@ def _read(path: Path, key: str, *shapes: tuple[int, int]) -> tuple[Tensor, Tenso
             A, B, digest = file.get_tensor("A").clone(), file.get_tensor("B").clone(), file.metadata()["digest"]
     except (SafetensorError, OSError, KeyError, TypeError):
         return None
-    is_whole = digest == _sha256(key, A, B) and all(factor.isfinite().all() for factor in (A, B))
+    is_whole = digest == tensors_digest(key, A, B) and all(factor.isfinite().all() for factor in (A, B))
     return (A, B) if is_whole and (A.shape, B.shape) == shapes and A.dtype == B.dtype == torch.float32 else None
-
-
-def _write(path: Path, key: str, A: Tensor, B: Tensor) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, is_shared=True) as temporary:
-            save_file({"A": A, "B": B}, temporary, metadata={"digest": _sha256(key, A, B)})
-    except (OSError, SafetensorError) as error:
-        if is_full_disk(error):
-            raise
-        raise InputError(f"{path}: can't write it ({error}): give another --init-cache") from None
-
-
-def _sha256(text: str, *tensors: Tensor) -> str:
-    digest = hashlib.sha256(text.encode())
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()

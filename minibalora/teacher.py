@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minibalora.data import Packed, Row
 from minibalora.errors import InputError
-from minibalora.files import check_writable, is_full_disk, replacing
+from minibalora.files import check_writable, nearest, save_cached, tensors_digest
 from minibalora.lowrank import pretrained
 from minibalora.models.decoder import Decoder
 
@@ -89,15 +88,8 @@ class TeacherCache:
         if not tensors:
             return
         path = self.folder / f"{hashlib.sha256(''.join(sorted(tensors)).encode()).hexdigest()}.safetensors"
-        digests = {name: _sha256(part) for name, part in tensors.items()}
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path, is_shared=True) as temporary:
-                save_file(tensors, temporary, metadata=digests)
-        except (OSError, SafetensorError) as error:
-            if is_full_disk(error):
-                raise
-            raise InputError(f"{path}: can't write it ({error}): give another --teacher-cache") from None
+        digests = {name: digest_of_states(part) for name, part in tensors.items()}
+        save_cached(path, tensors, digests, "--teacher-cache")
         self.files |= {name: (path, digest) for name, digest in digests.items()}
         self.seen.add(path)
 
@@ -109,7 +101,7 @@ class TeacherCache:
         try:
             with safe_open(path, "pt") as file:
                 states = file.get_tensor(name).clone()  # for what safetensors gives is a view of the file
-            if _sha256(states) == digest:
+            if digest_of_states(states) == digest:
                 return states
         except (SafetensorError, OSError):
             pass  # as damaged as with a wrong digest
@@ -123,8 +115,7 @@ def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int)
     check_writable(folder, "--teacher-cache")
     cache = TeacherCache(folder, teacher)
     needed = bytes_of_token * sum(row.predicted for row in cache.missing(rows))
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = shutil.disk_usage(nearest(folder)).free
     if free < needed:
         room = f"the teacher's states need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free there"
         raise InputError(f"--teacher-cache {folder}: {room}: give another folder, or fewer rows with --max-rows")
@@ -136,7 +127,6 @@ def digest_of_row(row: Row) -> str:
     return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist()]).encode()).hexdigest()
 
 
-def _sha256(tensor: Tensor) -> str:
-    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
-    digest.update(tensor.view(torch.uint8).numpy())
-    return digest.hexdigest()
+def digest_of_states(states: Tensor) -> str:
+    """SHA-256, in hex, of a row's states, their dtype and shape."""
+    return tensors_digest(f"{states.dtype} {list(states.shape)}", states)

@@ -1,6 +1,5 @@
 """What the training scripts share: adapting, the optimisation loop, stop signals."""
 
-import hashlib
 import math
 import signal
 import sys
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from minibalora import distributed
 from minibalora.data import Row, steps_per_epoch
 from minibalora.errors import InputError
+from minibalora.files import tensors_digest
 from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, adapted_layers, lora_factors, pissa_factors, truncate
 from minibalora.nf4 import NF4
@@ -122,10 +122,7 @@ def truncate_adapter(model: nn.Module, rank: int | None) -> None:
 
 def trained_digest(model: nn.Module) -> str:
     """SHA-256 of what was trained, in hex: answers of another state of the model are not this one's."""
-    digest = hashlib.sha256()
-    for parameter in trained_parameters(model).values():
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return tensors_digest("", *trained_parameters(model).values())
 
 
 def checkpoint_blocks(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minibalora import init_cache
+from minibalora import files, init_cache
 from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, pissa_factors
 
@@ -132,7 +132,7 @@ def test_a_full_disk_is_not_taken_for_a_bad_flag(weight, tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(init_cache, "save_file", fail)
+    monkeypatch.setattr(files, "save_file", fail)
     with pytest.raises(type(error), match="No space left"):
         cached_factors(tmp_path, RANK, SCALING, INIT, weight)
     assert not os.listdir(tmp_path)
