@@ -1,17 +1,19 @@
 """Makes `tests/golden/greedy.json`: what transformers' greedy generate writes after a batch of padded prompts.
 
 Needs transformers, which the project itself never imports: `python tests/make_generation_values.py` in an environment
-that has it and minibalora, after make_golden.py. The prompts are drawn so that no choice is nearly a tie, which another
-order of summing would decide otherwise; that is checked here, once.
+that has it and minibalora, after make_golden.py; with names to make these only. The prompts are drawn so that no choice
+is nearly a tie, which another order of summing would decide otherwise; that is checked here, once.
 """
 
 import json
+import sys
 
 import torch
 from helpers import GOLDEN, restless
 from transformers import AutoModelForCausalLM
 
 MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2")
+MODELS += ("yi", "qwen2", "qwen2_window", "qwen3")
 LENGTHS = (11, 4, 7, 1)
 NEW_TOKENS = 24  # beyond mistral_window's 5; 11 + 24 fit gpt2's 40
 PADDING = 0  # not drawn
@@ -59,9 +61,11 @@ def continued(model, prompts: list[list[int]], eos: int | None) -> tuple[list[li
 
 
 def main() -> None:
-    values = {name: greedy(name) for name in MODELS}
+    path = GOLDEN / "greedy.json"
+    values = json.loads(path.read_text()) if sys.argv[1:] else {}
+    values |= {name: greedy(name) for name in sys.argv[1:] or MODELS}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
-    (GOLDEN / "greedy.json").write_text("{\n" + lines + "\n}\n")
+    path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":
