@@ -1,16 +1,30 @@
-"""What a run is going to do and to take, said before its first step."""
+"""What a run is going to do and to take, said before its first step; or before its weights are there:
+`python -m minibalora.plan --model DIR` needs nothing but config.json.
+"""
 
+import argparse
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
-from minibalora import distributed
-from minibalora.data import Row
-from minibalora.fused import FrozenHead
-from minibalora.lowrank import adapted_layers
-from minibalora.models.decoder import Decoder, DecoderConfig
-from minibalora.objective import Objective, head_of
+from minibalora import cli, distributed
+from minibalora.config import Family
+from minibalora.errors import InputError
+from minibalora.families import read_family
+from minibalora.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
+from minibalora.lowrank import adapt, adapted_layers
+from minibalora.memory import Amount, expected_memory, padded_amount
+from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
+from minibalora.objective import NLG_RECIPES, Objective
+
+DTYPES = (torch.bfloat16, torch.float32)
+GPUS = (1, 2, 4, 8)
+CARDS = {24: "s", 40: "m", 80: "l"}  # GB of a GPU, and the mark of what fits
+DISK_RATE = 1e9  # bytes a second: a local SSD reads that or more
+CLASSES = 2  # of a classifier, whose size they do not change
 
 
 def print_plan(
@@ -70,46 +84,155 @@ def base_parameters(model: nn.Module) -> int:
     return dense + sum(n * m for n, m in quantised)
 
 
-def expected_memory(
-    model: Decoder, rows: list[Row], micro_batch_size: int, grad_checkpoint: bool, objective: Objective
-) -> int:
-    """Bytes at the peak of a step: weights, gradients, Adam's moments, and what the backward pass keeps.
-
-    Counted from the shapes, for the largest micro-batch possible.
-    """
-    config, element = model.config, model.embedding.weight.element_size()
-    sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "to_local")]
-    fixed = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-    fixed -= sum(parameter.nbytes - parameter.to_local().nbytes for parameter in sharded)  # what other ranks keep
-    # Gathered: the block in use, the next one, and the buffer in which it arrives.
-    fixed += 3 * sum(parameter.nbytes for parameter in sharded) // config.num_hidden_layers
-    fixed += sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-
-    longest = sorted(rows, key=lambda row: len(row.ids))[-micro_batch_size:]
-    tokens = sum(len(row.ids) for row in longest)
-    predicted = sum(row.predicted for row in longest)
-    block = block_bytes(config, element)
-    kept = element * config.hidden_size if grad_checkpoint else block
-    activations = tokens * (config.num_hidden_layers * kept + block)
-    return fixed + activations + objective_bytes(model, predicted, objective)
+# The command.
 
 
-def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int:
-    """What L takes for that many predicted tokens: blocks of logits, or all of them (see `head_of`)."""
-    if isinstance(head := head_of(model), FrozenHead):
-        blocks = 5 if objective.needs_teacher else 3
-        d = model.config.hidden_size
-        states = 3 * predicted * d * head.weight.element_size()  # student, teacher, gradient
-        spectral = 8 * (d * d + 2 * predicted * d + 4 * min(predicted, d) ** 2) if objective.lambda3 > 0 else 0
-        return 4 * blocks * min(head.block, predicted) * len(head.weight) + states + spectral
-    # float32 copies of the (M, V) logits: log-probabilities, their gradient, and those of each further term
-    regularizers = (objective.lambda1, objective.lambda2, objective.lambda3, objective.non_target_kl)
-    copies = 4 + 3 * sum(weight > 0 for weight in regularizers)
-    return 4 * predicted * model.config.vocab_size * copies
+def main() -> int:
+    args = parser().parse_args()
+    family, config = read_family(Path(args.model))
+    fill_in(args, family, config)
+    amount = amount_of(args, family)
+    print("\n".join(facts(args, family, config, amount)) + "\n")
+    print("\n".join(table(args, family, config, amount)))
+    return 0
 
 
-def block_bytes(config: DecoderConfig, element: int) -> int:
-    """What autograd keeps of one block for one token: the norms' inputs in float32 and their outputs, q, k, v and what
-    attention found, that once more as o_proj's input, gate, up and their product."""
-    heads = config.num_attention_heads * config.head_dim
-    return 2 * 4 * config.hidden_size + element * (2 * config.hidden_size + 5 * heads + 3 * config.intermediate_size)
+def parser() -> argparse.ArgumentParser:
+    parser = cli.OneLineParser(
+        prog="python -m minibalora.plan",
+        description="Say what training a model takes, by config.json alone: parameters, files, and GB on each GPU for "
+        "every method. Of a decoder as train_nlg.py trains it, of an encoder as train_nlu.py does.",
+    )
+    add = parser.add_argument
+    published = f"default: {DEFAULTS['rank']}; encoders: {NLU_DEFAULTS['rank']}"
+    add("--model", metavar="DIR", required=True, help="folder with config.json")
+    add("--rank", type=cli.positive_int, help=f"rank r of the adapters ({published})")
+    add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
+    add("--micro-batch-size", type=cli.positive_int, help=f"rows at a time (default: {DEFAULTS['micro_batch_size']}; "
+        f"encoders: {NLU_DEFAULTS['batch_size']})")  # fmt: skip
+    add("--max-length", type=cli.positive_int, help="tokens of each of these rows (default: "
+        f"{DEFAULTS['max_length']}; encoders: {NLU_DEFAULTS['max_length']})")  # fmt: skip
+    add("--response-share", type=cli.share, default=0.5, help="share of the tokens that are response (default: 0.5)")
+    return parser
+
+
+def fill_in(args: Namespace, family: Family, config: object) -> None:
+    """The training scripts' defaults; InputError for rows longer than the model's positions."""
+    if family.has_language_model:
+        defaults = DEFAULTS | {"batch_size": BATCH_SIZE["iclr2026"]}
+    else:
+        defaults = NLU_DEFAULTS | {"micro_batch_size": NLU_DEFAULTS["batch_size"]}
+    for name in ("rank", "micro_batch_size", "max_length"):
+        if getattr(args, name) is None:
+            setattr(args, name, defaults[name])
+    args.batch_size = max(defaults["batch_size"], args.micro_batch_size)
+    args.device = torch.device("cuda")
+    limit = config.max_position_embeddings if getattr(config, "has_learned_positions", True) else None
+    if limit is not None and args.max_length > limit:
+        raise InputError(f"--max-length {args.max_length}: the model has {limit} positions: give at most that many")
+
+
+def amount_of(args: Namespace, family: Family) -> Amount:
+    amount = padded_amount(args.micro_batch_size, args.max_length)
+    if not family.has_language_model:
+        return amount
+    response = max(1, round(args.response_share * args.max_length))
+    return replace(amount, wanted=args.micro_batch_size * response, is_packed=True)
+
+
+def on_meta(
+    args: Namespace, family: Family, config: object, method: str, dtype: torch.dtype, is_quantized: bool = False
+) -> nn.Module:
+    """The model as `method` trains it, without a number in it. InputError if rank or targets do not fit."""
+    with torch.device("meta"):
+        model = family.build(config, None if family.has_language_model else CLASSES)
+    model.own_head = [] if family.has_language_model else [family.names.head]
+    if method == "full":
+        return model
+    try:
+        init = "lora" if method == "lora" else "pissa"
+        adapt(model.to(dtype), args.rank, None, init, args.targets, factors=lambda _, weight: room(weight, args.rank))
+    except ValueError as error:
+        raise InputError(f"--rank or --targets: {error}") from None
+    if is_quantized:
+        for _, layer in adapted_layers(model):
+            layer.quantize(room_in_four_bits)
+    return model
+
+
+def room(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """A and B of a weight (n, m)."""
+    n, m = weight.shape
+    return torch.empty(m, rank, device="meta"), torch.empty(rank, n, device="meta")
+
+
+def room_in_four_bits(weight: Tensor) -> NF4:
+    blocks = -(-weight.numel() // BLOCK)
+    codes, scale_codes = (torch.empty(size, dtype=torch.uint8, device="meta") for size in ((blocks, BLOCK // 2), blocks))
+    return NF4(weight.shape, codes, scale_codes, *(torch.empty(n, device="meta") for n in (-(-blocks // SCALE_BLOCK), ())))
+
+
+def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
+    model = on_meta(args, family, config, "lora", torch.bfloat16)
+    parameters = base_parameters(model)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    sizes = [parameters * dtype.itemsize for dtype in DTYPES]
+    response = f", {amount.wanted // args.micro_batch_size} of them response" if family.has_language_model else ""
+    return [
+        f"model    {args.model}, {parameters:,} parameters",
+        f"load     {sizes[0] / 1e9:.1f} GB in bfloat16, {sizes[1] / 1e9:.1f} GB in float32, read and held once: "
+        f"{sizes[0] / DISK_RATE:.0f} and {sizes[1] / DISK_RATE:.0f} s from a disk of {DISK_RATE / 1e9:.0f} GB/s",
+        f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {args.rank} in "
+        f"{len(adapted_layers(model))} layers; all by full",
+        f"rows     {args.micro_batch_size} of {args.max_length} tokens at a time{response}; {args.batch_size} a step",
+    ]
+
+
+def table(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
+    """GB on each GPU, a line for each method and what saves memory; the columns say on how many GPUs."""
+    counts = GPUS if family.has_language_model else GPUS[:1]
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    width = 8 * len(counts)
+    titles = "".join(f"{name:>{width}}" for name in dtypes)
+    lines = [f"{'GB on each GPU':34}{titles}"]
+    if len(counts) > 1:
+        lines.append(f"{'':34}" + "".join(f"{'1' if count == 1 else f'fsdp {count}':>8}" for count in counts) * 2)
+    for method in METHODS:
+        for quantize in (False, True) if method != "full" and family.has_language_model else (False,):
+            models = [on_meta(args, family, config, method, dtype, quantize) for dtype in DTYPES]
+            for checkpoint in (False, True):
+                name = f"{method}{' --quantize nf4' if quantize else ''}{' --grad-checkpoint' if checkpoint else ''}"
+                cells = [
+                    cell(args, model, dtype, method, amount, checkpoint, ranks, quantize)
+                    for model, dtype in zip(models, DTYPES, strict=True)
+                    for ranks in counts
+                ]
+                lines.append(f"{name:34}" + "".join(cells))
+    marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
+    return [*lines, f"fits a card of {marks}. Beside it CUDA takes about half a GB."]
+
+
+def cell(
+    args: Namespace,
+    model: nn.Module,
+    dtype: torch.dtype,
+    method: str,
+    amount: Amount,
+    grad_checkpoint: bool,
+    ranks: int,
+    is_quantized: bool,
+) -> str:
+    """GB and the mark of the smallest card that has them; "-" for what --fsdp does not do."""
+    if ranks > 1 and (method == "full" or is_quantized):
+        return f"{'-':>6}  "
+    objective = None
+    if hasattr(model, "head_weight"):
+        objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
+    args = Namespace(**vars(args) | {"dtype": dtype, "grad_checkpoint": grad_checkpoint})
+    gigabytes = expected_memory(args, model, amount, objective, ranks) / 1e9
+    mark = next((mark for size, mark in CARDS.items() if gigabytes <= size), "")
+    return f"{gigabytes:>6.1f} {mark:1}"
+
+
+if __name__ == "__main__":
+    cli.run_script(main, goes_on=None)

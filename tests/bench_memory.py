@@ -1,0 +1,180 @@
+"""What a training step holds in memory, predicted and measured: `python tests/bench_memory.py [word ...]`.
+
+Measured are the bytes of all tensors alive at once while a step of the training scripts runs on the CPU, counted where
+torch makes a tensor and where its memory is given back. That is what `torch.cuda.max_memory_allocated` counts, but for
+an allocator's rounding; a process's resident memory has torch's own, mapped files and freed pages in it, which is more
+than these models are. A case is `shape method dtype`, and what else is asked for; words choose the cases that have them.
+"""
+
+import json
+import sys
+import weakref
+from argparse import Namespace
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_nlg
+import train_nlu
+from minibalora import bench, data, memory, training
+from minibalora.classify import ClassRow
+from minibalora.data import Row
+from minibalora.families import read_family
+from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of
+
+LLAMA = {
+    "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
+    "num_attention_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+}  # fmt: skip
+BERT = LLAMA | {
+    "model_type": "bert", "max_position_embeddings": 128, "hidden_dropout_prob": 0.1, "type_vocab_size": 2,
+}  # fmt: skip
+SHAPES = {
+    "toy": LLAMA | {"vocab_size": 512},
+    "small": LLAMA | {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
+                      "num_attention_heads": 8},
+    "llama-3": LLAMA | {"num_key_value_heads": 1, "hidden_size": 192, "head_dim": 48, "intermediate_size": 672},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 5000, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512},
+    "gemma": LLAMA | {"model_type": "gemma", "vocab_size": 32000, "intermediate_size": 1024, "num_key_value_heads": 1,
+                      "head_dim": 64},
+    "gemma2": LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 48, "intermediate_size": 512},
+    "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2},
+    "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 48},
+    "bert": BERT,
+    "roberta": BERT | {"model_type": "roberta", "max_position_embeddings": 130, "type_vocab_size": 1},
+    "deberta": BERT | {"model_type": "deberta-v2", "type_vocab_size": 0, "relative_attention": True,
+                       "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
+                       "pos_att_type": "p2c|c2p", "position_buckets": 64},
+}  # fmt: skip
+KINDS = ("", "grad-checkpoint", "nf4", "one micro-batch")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Inside: `peak`, the most bytes that were alive at once of the tensors given to it or made by torch."""
+
+    def __init__(self, *tensors: Tensor):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {}
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known[key] = weakref.ref(storage, partial(self.drop, key, size))
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def drop(self, key: int, size: int, _) -> None:
+        del self.known[key]
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, Tensor):
+                self.add(leaf)
+        return found
+
+
+def cases() -> list[tuple[str, str, str, str]]:
+    """(shape, method, dtype, kind): each shape with each method, and what else there is in turn."""
+    chosen = []
+    for shape in SHAPES:
+        for method in ("full", "lora", "pissa", "ba-lora"):
+            for dtype in ("float32", "bfloat16"):
+                kinds = [kind for kind in KINDS if kind != "nf4" or method in ("pissa", "ba-lora")]
+                kinds = [kind for kind in kinds if kind != "nf4" or not is_encoder(shape)]
+                chosen += [(shape, method, dtype, kind) for kind in kinds]
+    return chosen
+
+
+def is_encoder(shape: str) -> bool:
+    return SHAPES[shape]["model_type"] in ("bert", "roberta", "deberta-v2")
+
+
+def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -> tuple[int, int]:
+    """Bytes predicted and measured of a step on rows of `length` tokens, half of them response."""
+    args = Namespace(
+        method=method, dtype=getattr(torch, dtype), device=torch.device("cpu"), rank=8, alpha=8, targets=None,
+        init="lora" if method == "lora" else "pissa_niter_1", init_cache=None, quantize=kind == "nf4" or None,
+        grad_checkpoint=kind == "grad-checkpoint", compile=False, fsdp=False, micro_batch_size=3,
+        batch_size=3 if kind == "one micro-batch" else 6,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = random_model(shape, args)
+    if method != "full":
+        training.adapt_model(model, args, is_resumed=False)
+    training.fit_hardware(model.train(), args, is_resumed=False)
+    optimizer = training.optimizer_of(model)
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()  # so that Adam's moments are there
+    optimizer.zero_grad()
+    if is_encoder(shape):
+        objective, amount, gradients = nlu_step(model, args, min(length, 128))
+    else:
+        objective, amount, gradients = nlg_step(model, args, length)
+    predicted = memory.expected_memory(args, model, amount, objective)
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    with LiveBytes(*model.parameters(), *model.buffers(), *state) as live:
+        with torch.autocast("cpu", args.dtype, method == "full" and dtype != "float32"):
+            gradients()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        optimizer.step()
+    return predicted, live.peak
+
+
+def random_model(shape: str, args: Namespace) -> nn.Module:
+    with TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(SHAPES[shape]))
+        family, config = read_family(Path(folder))
+    with torch.device("meta"):
+        model = family.build(config, 3 if is_encoder(shape) else None)
+    model.own_head = [family.names.head] if is_encoder(shape) else []
+    model = model.to(torch.float32 if args.method == "full" else args.dtype).to_empty(device="cpu")
+    return bench.fill(model).requires_grad_(args.method == "full")
+
+
+def nlg_step(model: nn.Module, args: Namespace, length: int):
+    """The objective, how much a micro-batch is, and a function that adds the gradients of a step."""
+    objective = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
+    random = np.random.default_rng(0)
+    shared = random.integers(model.config.vocab_size, size=bench.SHARED)
+    ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(args.batch_size)]
+    rows = [Row(own, length // 2, line) for line, own in enumerate(ids)]
+    micro = data.micro_batches(rows, args.micro_batch_size)
+    head = head_of(model)
+    gradients = partial(train_nlg.backward, model, head, micro, objective, 50, 100, [])
+    return objective, memory.packed_amount(data.pack(micro[0], "cpu")), gradients
+
+
+def nlu_step(model: nn.Module, args: Namespace, length: int):
+    objective = NLU_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
+    ids, types = np.random.default_rng(0).integers(500, size=length), np.zeros(length, np.int32)
+    rows = [ClassRow(ids, types, index % 3, index, index) for index in range(args.batch_size)]
+    micro = data.micro_batches(rows, args.micro_batch_size)
+    teacher = torch.zeros(len(rows), 3)
+    gradients = partial(train_nlu.backward, model, model, micro, teacher, objective, 50, 100, "cpu", [])
+    return None, memory.padded_amount(args.micro_batch_size, length), gradients
+
+
+def main() -> None:
+    for case in cases():
+        if set(sys.argv[1:]) <= {*case, *(["plain"] if not case[-1] else [])}:
+            predicted, measured = compare(*case)
+            ratio = predicted / measured
+            missed = "" if abs(ratio - 1) <= 0.1 else "  more than 10 % off"
+            print(f"{' '.join(case):44}{predicted / 1e6:9.1f}{measured / 1e6:9.1f} MB{ratio:7.3f}{missed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
