@@ -23,9 +23,10 @@ from minibalora.families import read_config
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, mean_entropy
+from minibalora.memory import expected_memory, packed_amount
 from minibalora.models.decoder import Decoder
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
-from minibalora.plan import expected_memory, nlg_formula, print_plan
+from minibalora.plan import nlg_formula, print_plan
 from minibalora.tasks import Item
 from minibalora.teacher import TeacherCache, open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
@@ -68,7 +69,9 @@ def main() -> int:
     if not args.resume:
         distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
-    memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
+    longest = sorted(rows, key=lambda row: len(row.ids))[-args.micro_batch_size :]
+    amount = packed_amount(data.pack(longest, "cpu"))
+    memory = expected_memory(args, model, amount, objective, distributed.size() if args.fsdp else 1)
     why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 

@@ -26,6 +26,7 @@ from minibalora.errors import InputError
 from minibalora.files import check_writable, read_json_object, replacing, write_json
 from minibalora.flags import nlu_objective, parse_nlu_flags
 from minibalora.glue import LabelledText, Task
+from minibalora.memory import expected_memory, padded_amount
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
 from minibalora.plan import nlu_formula, print_plan
 from minibalora.toy import reviews
@@ -80,7 +81,9 @@ def main() -> int:
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
     if model.new_modules:
         lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
-    print_plan(args, model, nlu_formula(objective, classes), lines, steps)
+    amount = padded_amount(min(args.micro_batch_size, len(rows)), max(len(row.ids) for row in rows))
+    memory = expected_memory(args, model, amount, None)
+    print_plan(args, model, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step the student is the pre-trained model, whatever the init.
     answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device)

@@ -117,8 +117,8 @@ def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: A
     """Bytes that autograd keeps of one block.
 
     Of a linear that widens the output, which the activation or attention keeps; of one that narrows the input. So the
-    wider of the two, which are q, k (as many heads of it as of queries), v, what attention found, gate, up, and their
-    product. Of a norm the input, in float32 where the norm is written out (RMSNorm), and the output, which linears read.
+    wider of the two: q, k and v, with as many heads as there are queries, what attention found, gate, up, and their
+    product. Of a norm the input, in float32 where it is written out (RMSNorm), and the output, which linears read.
     """
     config, element, linears = model.config, args.dtype.itemsize, linears_of(model, block)
     products = element * sum(share * max(linear.in_features, linear.out_features) for linear, share in linears)
@@ -186,8 +186,8 @@ def has_head_norms(config: object) -> bool:
 
 
 def is_norm(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return weight is not None and weight.ndim == 1
+    own = dict(module.named_parameters(recurse=False))  # a LowRankLinear would compute its `weight`
+    return "weight" in own and own["weight"].ndim == 1
 
 
 def dropout_bytes(args: Namespace, block: nn.Module) -> int:

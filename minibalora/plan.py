@@ -5,6 +5,7 @@
 import argparse
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from minibalora.objective import NLG_RECIPES, Objective
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
 CARDS = {24: "s", 40: "m", 80: "l"}  # GB of a GPU, and the mark of what fits
-DISK_RATE = 1e9  # bytes a second: a local SSD reads that or more
+DISK_RATE = 1  # GB a second: a local SSD reads that or more
 CLASSES = 2  # of a classifier, whose size they do not change
 
 
@@ -94,6 +95,8 @@ def main() -> int:
     amount = amount_of(args, family)
     print("\n".join(facts(args, family, config, amount)) + "\n")
     print("\n".join(table(args, family, config, amount)))
+    marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
+    print(f"\nfits a card of {marks}; what CUDA and torch take for themselves, half a GB or more, comes on top")
     return 0
 
 
@@ -140,27 +143,21 @@ def amount_of(args: Namespace, family: Family) -> Amount:
     return replace(amount, wanted=args.micro_batch_size * response, is_packed=True)
 
 
-def on_meta(
-    args: Namespace, family: Family, config: object, method: str, dtype: torch.dtype, is_quantized: bool = False
-) -> nn.Module:
+def on_meta(args: Namespace, family: Family, config: object, method: str, dtype: torch.dtype) -> nn.Module:
     """The model as `method` trains it, without a number in it. InputError if rank or targets do not fit."""
     with torch.device("meta"):
         model = family.build(config, None if family.has_language_model else CLASSES)
     model.own_head = [] if family.has_language_model else [family.names.head]
     if method == "full":
         return model
+    init = "lora" if method == "lora" else "pissa"
     try:
-        init = "lora" if method == "lora" else "pissa"
-        adapt(model.to(dtype), args.rank, None, init, args.targets, factors=lambda _, weight: room(weight, args.rank))
+        return adapt(model.to(dtype), args.rank, None, init, args.targets, factors=partial(room_for_factors, args.rank))
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
-    if is_quantized:
-        for _, layer in adapted_layers(model):
-            layer.quantize(room_in_four_bits)
-    return model
 
 
-def room(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def room_for_factors(rank: int, _, weight: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of a weight (n, m)."""
     n, m = weight.shape
     return torch.empty(m, rank, device="meta"), torch.empty(rank, n, device="meta")
@@ -168,70 +165,60 @@ def room(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 def room_in_four_bits(weight: Tensor) -> NF4:
     blocks = -(-weight.numel() // BLOCK)
-    codes, scale_codes = (torch.empty(size, dtype=torch.uint8, device="meta") for size in ((blocks, BLOCK // 2), blocks))
-    return NF4(weight.shape, codes, scale_codes, *(torch.empty(n, device="meta") for n in (-(-blocks // SCALE_BLOCK), ())))
+    codes, scale_codes = (torch.empty(blocks, *more, dtype=torch.uint8, device="meta") for more in ([BLOCK // 2], []))
+    steps, least = torch.empty(-(-blocks // SCALE_BLOCK), device="meta"), torch.empty((), device="meta")
+    return NF4(weight.shape, codes, scale_codes, steps, least)
 
 
 def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
     model = on_meta(args, family, config, "lora", torch.bfloat16)
     parameters = base_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    sizes = [parameters * dtype.itemsize for dtype in DTYPES]
+    narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
     response = f", {amount.wanted // args.micro_batch_size} of them response" if family.has_language_model else ""
     return [
         f"model    {args.model}, {parameters:,} parameters",
-        f"load     {sizes[0] / 1e9:.1f} GB in bfloat16, {sizes[1] / 1e9:.1f} GB in float32, read and held once: "
-        f"{sizes[0] / DISK_RATE:.0f} and {sizes[1] / DISK_RATE:.0f} s from a disk of {DISK_RATE / 1e9:.0f} GB/s",
-        f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {args.rank} in "
+        f"load     {narrow:.1f} GB in bfloat16, {wide:.1f} GB in float32, read and held once: "
+        f"{narrow / DISK_RATE:.0f} and {wide / DISK_RATE:.0f} s from a disk of {DISK_RATE} GB/s",
+        f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {args.rank}, in "
         f"{len(adapted_layers(model))} layers; all by full",
         f"rows     {args.micro_batch_size} of {args.max_length} tokens at a time{response}; {args.batch_size} a step",
     ]
 
 
 def table(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
-    """GB on each GPU, a line for each method and what saves memory; the columns say on how many GPUs."""
+    """GB on each GPU: a line for each method and what saves memory, a column for each dtype and number of GPUs."""
     counts = GPUS if family.has_language_model else GPUS[:1]
-    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-    width = 8 * len(counts)
-    titles = "".join(f"{name:>{width}}" for name in dtypes)
-    lines = [f"{'GB on each GPU':34}{titles}"]
-    if len(counts) > 1:
-        lines.append(f"{'':34}" + "".join(f"{'1' if count == 1 else f'fsdp {count}':>8}" for count in counts) * 2)
-    for method in METHODS:
-        for quantize in (False, True) if method != "full" and family.has_language_model else (False,):
-            models = [on_meta(args, family, config, method, dtype, quantize) for dtype in DTYPES]
-            for checkpoint in (False, True):
-                name = f"{method}{' --quantize nf4' if quantize else ''}{' --grad-checkpoint' if checkpoint else ''}"
-                cells = [
-                    cell(args, model, dtype, method, amount, checkpoint, ranks, quantize)
-                    for model, dtype in zip(models, DTYPES, strict=True)
-                    for ranks in counts
-                ]
-                lines.append(f"{name:34}" + "".join(cells))
-    marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
-    return [*lines, f"fits a card of {marks}. Beside it CUDA takes about half a GB."]
+    found = {}
+    for dtype in DTYPES:
+        for init in ("full", "lora", "pissa"):
+            model = on_meta(args, family, config, init, dtype)
+            for quantize in ("", " --quantize nf4") if family.has_language_model and init != "full" else ("",):
+                for _, layer in adapted_layers(model) if quantize else ():
+                    layer.quantize(room_in_four_bits)
+                can_shard = init != "full" and not quantize
+                for method in ("pissa", "ba-lora") if init == "pissa" else (init,):
+                    for checkpoint in ("", " --grad-checkpoint"):
+                        run = Namespace(**vars(args), method=method, dtype=dtype, grad_checkpoint=bool(checkpoint))
+                        cells = [
+                            cell(run, model, amount, ranks) if ranks == 1 or can_shard else "-" for ranks in counts
+                        ]
+                        found.setdefault(f"{method}{quantize}{checkpoint}", []).extend(cells)
+    titles = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    columns = [f"{'1 GPU' if count == 1 else f'fsdp {count}':>9} " for count in counts] * len(DTYPES)
+    lines = ["GB on each GPU".ljust(40) + "".join(f"{title:>9} ".ljust(10 * len(counts)) for title in titles)]
+    lines.append(" " * 40 + "".join(columns))
+    for name in sorted(found, key=lambda name: METHODS.index(name.split()[0])):
+        lines.append(f"{name:40}" + "".join(f"{each:>9} " for each in found[name]))
+    return [line.rstrip() for line in lines]
 
 
-def cell(
-    args: Namespace,
-    model: nn.Module,
-    dtype: torch.dtype,
-    method: str,
-    amount: Amount,
-    grad_checkpoint: bool,
-    ranks: int,
-    is_quantized: bool,
-) -> str:
-    """GB and the mark of the smallest card that has them; "-" for what --fsdp does not do."""
-    if ranks > 1 and (method == "full" or is_quantized):
-        return f"{'-':>6}  "
-    objective = None
-    if hasattr(model, "head_weight"):
-        objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
-    args = Namespace(**vars(args) | {"dtype": dtype, "grad_checkpoint": grad_checkpoint})
+def cell(args: Namespace, model: nn.Module, amount: Amount, ranks: int) -> str:
+    """GB, and the mark of the smallest card that has them."""
+    recipe = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
+    objective = recipe if hasattr(model, "head_weight") else None
     gigabytes = expected_memory(args, model, amount, objective, ranks) / 1e9
-    mark = next((mark for size, mark in CARDS.items() if gigabytes <= size), "")
-    return f"{gigabytes:>6.1f} {mark:1}"
+    return f"{gigabytes:.1f} " + next((mark for size, mark in CARDS.items() if gigabytes <= size), " ")
 
 
 if __name__ == "__main__":

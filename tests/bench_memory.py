@@ -3,14 +3,14 @@
 Measured are the bytes of all tensors alive at once while a step of the training scripts runs on the CPU, counted where
 torch makes a tensor and where its memory is given back. That is what `torch.cuda.max_memory_allocated` counts, but for
 an allocator's rounding; a process's resident memory has torch's own, mapped files and freed pages in it, which is more
-than these models are. A case is `shape method dtype`, and what else is asked for; words choose the cases that have them.
+than these models are. A case is `shape method dtype` and what else is asked for, or `plain`; words choose cases that
+have them all.
 """
 
 import json
 import sys
 import weakref
 from argparse import Namespace
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory

@@ -21,13 +21,13 @@ ROWS = [
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
-    ["run_folder", "generate", "plan", "classify", "teacher", "sharded"],
+    ["run_folder", "generate", "classify", "teacher", "sharded", "memory"],
     ["training", "plot"],
     ["records", "export"],
     ["evaluate"],
     ["toy.problems", "toy.pretrain", "toy.reviews", "toy.pretrain_bert"],
     ["flags"],
-    ["bench"],
+    ["bench", "plan"],
 ]
 COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
 COPYABLE |= {f"models.{name}": {"torch"} for name in ("decoder", "encoder", "llama", "gpt2")}  # as a folder
