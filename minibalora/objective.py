@@ -118,8 +118,8 @@ def nlg_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L and its terms, as `nlg_terms` has them, from final hidden states (M, d) of predicted response tokens.
 
-    head: see `head_of`. With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers); of
-    a function from states to logits the plain formulas are taken.
+    head: see `head_of`. With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers);
+    of a function from states to logits the plain formulas are taken.
     """
     if not isinstance(head, FrozenHead):
         terms = nlg_terms(head(student), None if teacher is None else head(teacher), targets, objective, weights)
