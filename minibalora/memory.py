@@ -121,7 +121,7 @@ def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: A
     product. Of a norm the input, in float32 where it is written out (RMSNorm), and the output, which linears read.
     """
     config, element, linears = model.config, args.dtype.itemsize, linears_of(model, block)
-    products = element * sum(share * max(linear.in_features, linear.out_features) for linear, share in linears)
+    products = element * sum(share * kept_numbers(linear, widest(linears)) for linear, share in linears)
     if is_gated(linears) and config.activation != "silu":
         products += element * linears[-1][1] * widest(linears)  # gelu(gate), which SwiGLU makes anew
     norms = norm_bytes(args, model, block, linears)
@@ -149,6 +149,18 @@ def linears_of(model: nn.Module, block: nn.Module) -> list[tuple[nn.Module, floa
     return found
 
 
+def kept_numbers(linear: nn.Module, widest: int) -> int:
+    """How many numbers a token are kept for a linear: the wider of input and output."""
+    if linear.in_features == widest and not keeps_input(linear):
+        return 0  # only the linear itself would need an MLP's product
+    return max(linear.in_features, linear.out_features)
+
+
+def keeps_input(linear: nn.Module) -> bool:
+    """A frozen one, which `targets` left out, does not."""
+    return isinstance(linear, LowRankLinear) or linear.weight.requires_grad
+
+
 def widest(linears: list[tuple[nn.Module, float]]) -> int:
     return max(max(linear.in_features, linear.out_features) for linear, _ in linears)
 
@@ -173,16 +185,14 @@ def norm_bytes(args: Namespace, model: nn.Module, block: nn.Module, linears: lis
     if is_autocast(args, model):  # each linear has its own copy; what attention found is no norm's output
         readers = sum(share for linear, share in linears if linear.in_features == d) - (attention_width(config) == d)
     else:
-        readers = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added
-    heads = (
-        4 * (attention_width(config) + config.num_key_value_heads * config.head_dim) if has_head_norms(config) else 0
-    )
+        halves = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added
+        of_mlp = [linear for linear, _ in linears if linear.out_features == widest(linears)]
+        others = [linear for linear, _ in linears if widest(linears) not in (linear.in_features, linear.out_features)]
+        readers = any(map(keeps_input, of_mlp)) + (halves - 1) * any(map(keeps_input, others))
+    heads = 0
+    if getattr(config, "qk_norm", False):  # queries and keys have norms of their own, whose input is kept, too (Qwen 3)
+        heads = 4 * config.head_dim * (config.num_attention_heads + config.num_key_value_heads)
     return d * (inputs + normalised + element * readers) + heads
-
-
-def has_head_norms(config: object) -> bool:
-    """Queries and keys have norms of their own, whose input is kept (Qwen 3)."""
-    return getattr(config, "qk_norm", False)
 
 
 def is_norm(module: nn.Module) -> bool:

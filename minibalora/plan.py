@@ -45,7 +45,7 @@ def print_plan(
     print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
           f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
     if memory is not None:
-        print(f"memory  about {memory / 1e9:.1f} GB on {args.device}, beside what Python and torch take")
+        print(f"memory  about {memory / 1e9:.2f} GB on {args.device}, beside what Python and torch take")
     print(f"out     {args.out}", flush=True)
 
 
