@@ -17,9 +17,9 @@ from torch import Tensor
 
 import minibalora as mb
 from minibalora import cli, data, distributed, records, run_folder, tasks, training
-from minibalora.config import read_config
 from minibalora.data import Example, Row
 from minibalora.errors import InputError
+from minibalora.families import read_config
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, mean_entropy

@@ -33,30 +33,31 @@ from minibalora.files import check_file, write_json
 from minibalora.flags import DEFAULTS
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapt, pissa_factors
-from minibalora.models.decoder import Decoder, DecoderConfig
+from minibalora.models.decoder import Decoder
+from minibalora.models.llama import LlamaConfig, llama
 from minibalora.objective import NLG_RECIPES, Objective, lambdas, nlg_loss
 from minibalora.run_folder import plain_settings
 from minibalora.teacher import TeacherCache, teacher_states
 
 # As their config.json's have them.
-LLAMA_2_7B = DecoderConfig(
+LLAMA_2_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None, sliding_window=None,
-    attention_bias=False, mlp_bias=False, tie_word_embeddings=False, activation="silu", norm_offset=0.0,
-    embedding_scale=1.0, max_position_embeddings=4096, initializer_range=0.02,
+    num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
+    windows=(None,) * 32, qk_norm=False, qkv_bias=False, o_bias=False, mlp_bias=False, tie_word_embeddings=False,
+    activation="silu", norm_offset=0.0, embedding_scale=1.0, max_position_embeddings=4096, initializer_range=0.02,
 )  # fmt: skip
 MISTRAL_7B = replace(
-    LLAMA_2_7B, intermediate_size=14336, num_key_value_heads=8, sliding_window=4096, max_position_embeddings=32768
+    LLAMA_2_7B, intermediate_size=14336, num_key_value_heads=8, windows=(4096,) * 32, max_position_embeddings=32768
 )
 GEMMA_7B = replace(
     LLAMA_2_7B, vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28,
     num_attention_heads=16, num_key_value_heads=16, head_dim=256, rms_norm_eps=1e-6, max_position_embeddings=8192,
-    tie_word_embeddings=True, activation="gelu_tanh", norm_offset=1.0, embedding_scale=3072**0.5,
+    tie_word_embeddings=True, activation="gelu_tanh", norm_offset=1.0, embedding_scale=3072**0.5, windows=(None,) * 28,
 )  # fmt: skip
 # 60 M parameters: LLaMA's proportions and vocabulary, an eighth of its width, a quarter of its depth.
 SMALL = replace(
     LLAMA_2_7B, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
-    num_key_value_heads=8, head_dim=64,
+    num_key_value_heads=8, head_dim=64, windows=(None,) * 8,
 )  # fmt: skip
 SHAPES = {"llama-2-7b": LLAMA_2_7B, "mistral-7b": MISTRAL_7B, "gemma-7b": GEMMA_7B, "small": SMALL}
 METHODS, FORMS = ("lora", "pissa", "ba-lora"), ("fused", "plain")
@@ -178,10 +179,10 @@ def rows_of_step(vocab_size: int, index: int, count: int) -> list[Row]:
     return [rows[number] for number in numbers_of_step(index, count)]
 
 
-def random_model(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
+def random_model(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> Decoder:
     """Made where and as what it is used: a 7B model in bfloat16 never takes more than its 13 GB."""
     with torch.device("meta"):
-        model = Decoder(config).to(dtype)
+        model = llama(config).to(dtype)
     return fill(model.to_empty(device=device)).requires_grad_(False)
 
 
@@ -239,7 +240,7 @@ def step_of(base: Decoder, contender: Contender, args: argparse.Namespace) -> St
 # What a step needs.
 
 
-def linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
+def linears(config: LlamaConfig) -> dict[str, tuple[int, int]]:
     """(m, n) = (in, out) of the linears of a block."""
     d, f = config.hidden_size, config.intermediate_size
     width, kv_width = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
@@ -247,7 +248,7 @@ def linears(config: DecoderConfig) -> dict[str, tuple[int, int]]:
     return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
 
 
-def flops(config: DecoderConfig, batch: Packed, rank: int, contender: Contender, dtype: torch.dtype) -> int:
+def flops(config: LlamaConfig, batch: Packed, rank: int, contender: Contender, dtype: torch.dtype) -> int:
     """Floating-point operations of the matrix products that a step needs, 2 m n a row of an (m, n) matrix.
 
     A frozen W takes part in the student's pass, in the gradient of its input (not where that is an embedding, which is
@@ -322,7 +323,7 @@ def one_after_another(
     return seconds
 
 
-def memory_on_cpu(config: DecoderConfig, contenders: list[Contender], args: argparse.Namespace) -> dict[Contender, int]:
+def memory_on_cpu(config: LlamaConfig, contenders: list[Contender], args: argparse.Namespace) -> dict[Contender, int]:
     """Of each contender in a process of its own, see `own_peak`; none where the system does not tell: outside Linux."""
     if not Path("/proc/self/status").exists():
         return {}
@@ -342,7 +343,7 @@ def in_own_process(function: Callable, *arguments: object) -> object:
         return pool.submit(function, *arguments).result()
 
 
-def step_memory(config: DecoderConfig, contender: Contender, args: argparse.Namespace) -> int:
+def step_memory(config: LlamaConfig, contender: Contender, args: argparse.Namespace) -> int:
     return own_peak(lambda: step_of(random_model(config, args.device, args.dtype), contender, args), args)
 
 
@@ -408,7 +409,7 @@ def cpu_name() -> str:
 
 
 def result(
-    config: DecoderConfig,
+    config: LlamaConfig,
     contender: Contender,
     seconds: dict[Contender, list[float]],
     peak_bytes: int | None,

@@ -19,15 +19,6 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
     "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
 ).split()
-CLASSES = {  # transformers' spelling of a model_type
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "gemma": "Gemma",
-    "gpt2": "GPT2",
-    "bert": "Bert",
-    "roberta": "Roberta",
-    "deberta-v2": "DebertaV2",
-}
 
 
 @torch.no_grad()
@@ -81,7 +72,7 @@ def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str
     stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
     names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
     return {
-        "architectures": [f"{CLASSES[source['model_type']]}ForSequenceClassification"],
+        "architectures": [f"{model.family.transformers}ForSequenceClassification"],
         "problem_type": "regression" if count == 1 else "single_label_classification",
         "num_labels": count,
         "id2label": dict(enumerate(names)),

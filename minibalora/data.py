@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minibalora.config import read_config
 from minibalora.errors import InputError
+from minibalora.families import read_config
 from minibalora.objective import IGNORED
 from minibalora.text import Tokenizer
 

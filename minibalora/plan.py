@@ -9,7 +9,7 @@ from minibalora import distributed
 from minibalora.data import Row
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapted_layers
-from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
+from minibalora.models.decoder import Decoder, DecoderConfig
 from minibalora.objective import Objective
 
 
@@ -109,7 +109,7 @@ def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int
     return 4 * predicted * model.config.vocab_size * copies
 
 
-def block_bytes(config: DecoderConfig | GPT2Config, element: int) -> int:
+def block_bytes(config: DecoderConfig, element: int) -> int:
     """What autograd keeps of one block for one token: the norms' inputs in float32 and their outputs, q, k, v and what
     attention found, that once more as o_proj's input, gate, up and their product."""
     heads = config.num_attention_heads * config.head_dim

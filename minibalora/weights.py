@@ -15,45 +15,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minibalora.config import read_config
 from minibalora.errors import InputError
+from minibalora.families import read_family
 from minibalora.files import read_json_object
-from minibalora.models.decoder import Decoder, DecoderConfig, GPT2Config
-from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig, RobertaClassifier
+from minibalora.models.decoder import Decoder
 
-ENCODERS = {"bert": BertClassifier, "roberta": RobertaClassifier, "deberta-v2": DebertaClassifier}
 LAST_OF_HEAD = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # one row a class
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
-
-
-@dataclass(frozen=True)
-class Names:
-    """How a family's files name what is not simply named as in our model."""
-
-    head: str  # the classifier's own module
-    pooler: str | None = None  # a module between backbone and head, which a file may lack as it may lack the head
-    ignored: str = "$^"  # regular expression: buffers, and heads of other tasks
-    transposed: str = "$^"  # stored as (in, out)
-
-
-# By the name of the backbone, which is the prefix of its tensors, too.
-NAMES = {
-    "model": Names("score", ignored=r".*rotary_emb\.inv_freq|lm_head\.weight"),
-    "transformer": Names(
-        "score",
-        ignored=r".*\.attn\.(masked_)?bias|lm_head\.weight",
-        transposed=r".*\.(c_attn|c_fc|c_proj)\.weight",
-    ),
-    "bert": Names("classifier", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"),
-    "roberta": Names("classifier", ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*"),
-    "deberta": Names(
-        "classifier",
-        "pooler",
-        ignored=r"(lm_predictions|mask_predictions|cls|qa_outputs)\..*|.*\.position_(ids|embeddings.*)",
-    ),
-}
 
 
 def load_model(
@@ -62,7 +32,7 @@ def load_model(
     num_labels: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-) -> Decoder | BertClassifier | RobertaClassifier | DebertaClassifier:
+) -> nn.Module:
     """The model in the folder `path`, in eval mode, its parameters in `dtype` on `device`.
 
     head "lm": model(input_ids) -> logits (B, T, V). "classifier": (B, num_labels); None means as many as the stored
@@ -88,7 +58,10 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         raise InputError(f"head {head!r} with num_labels {num_labels}: give 'lm', without labels, or 'classifier'")
     if num_labels is not None and num_labels < 1:
         raise InputError(f"num_labels is {num_labels}: give at least 1 (1 is regression)")
-    config = read_config(folder)
+    family, config = read_family(folder)
+    if head == "lm" and not family.has_language_model:
+        raise InputError(f"{folder}: {family.transformers} is an encoder, which has no language model here: "
+                         "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
     if config.num_hidden_layers > len(stored):  # before building them, for a wrong number may be a million
         layers = f"{config.num_hidden_layers} hidden layers, but the weights are {len(stored)} tensors"
@@ -97,8 +70,8 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
         num_labels = next((shape[0] for shape in shapes if shape), 2)
     with torch.device("meta"):
-        model = build(config, num_labels, folder)
-    names = NAMES[backbone_of(model)]
+        model = family.build(config, num_labels)
+    model.family, names = family, family.names
     stored = by_our_names(stored, model)
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
@@ -113,21 +86,6 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         set_parameter(model, name, nn.Parameter(empty))
     return model.eval()
-
-
-def build(config: DecoderConfig | GPT2Config | EncoderConfig, num_labels: int | None, folder: Path) -> nn.Module:
-    """The model of a configuration, a language model if num_labels is None; with torch's own initial values."""
-    if isinstance(config, EncoderConfig):
-        if num_labels is None:
-            raise InputError(f"{folder}: {config.family} is an encoder, which has no language model here: "
-                             "give head='classifier', or use train_nlu.py")  # fmt: skip
-        return ENCODERS[config.family](config, num_labels)
-    return Decoder(config, num_labels)
-
-
-def backbone_of(model: nn.Module) -> str:
-    """The name of everything below the head."""
-    return next(name for name, _ in model.named_children() if name in NAMES)
 
 
 @dataclass(frozen=True)
@@ -189,14 +147,13 @@ def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str,
     Files of a backbone alone leave its prefix out; old ones call LayerNorm's weight gamma and its bias beta, as
     TensorFlow does; GPT-2 stores its linears transposed.
     """
-    backbone = backbone_of(model)
-    expected, names = dict(model.named_parameters()), NAMES[backbone]
-    is_bare = not any(name.startswith(f"{backbone}.") for name in stored)
+    expected, names = dict(model.named_parameters()), model.family.names
+    is_bare = not any(name.startswith(f"{names.backbone}.") for name in stored)
     ours = {}
     for name, tensor in stored.items():
         name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NEW_LAYER_NORM[m[1]]}", name)
         if is_bare and name not in expected:
-            name = f"{backbone}.{name}"
+            name = f"{names.backbone}.{name}"
         if re.fullmatch(names.transposed, name):
             tensor = replace(tensor, shape=tensor.shape[::-1], is_transposed=True)
         ours[name] = tensor
@@ -210,7 +167,7 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
     if missing := {name for name in expected.keys() - stored.keys() if not name.startswith(new)}:
         files = ", ".join(sorted({tensor.file.name for tensor in stored.values()}))
         raise InputError(f"{folder}: {files or 'no file'} lacks {_some(missing)}: download the weights again")
-    names = NAMES[backbone_of(model)]
+    names = model.family.names
     for name, tensor in stored.items():
         if name in expected and tensor.dtype not in DTYPES:
             known = ", ".join(DTYPES)
@@ -228,8 +185,8 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
 
 def is_stored_transposed(model: nn.Module, name: str) -> bool:
     """Whether checkpoints of this model hold the tensor as (in, out), as GPT-2's Conv1D does."""
-    children = dict(model.named_children())
-    return any(re.fullmatch(names.transposed, name) for backbone, names in NAMES.items() if backbone in children)
+    family = getattr(model, "family", None)  # none has a model that is not read from a checkpoint
+    return family is not None and re.fullmatch(family.names.transposed, name) is not None
 
 
 def read(

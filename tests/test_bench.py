@@ -16,7 +16,7 @@ from minibalora import bench, cli, data
 from minibalora.bench import STEPS, Contender
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapt
-from minibalora.models.decoder import Decoder
+from minibalora.models.llama import llama
 
 TINY = replace(
     bench.SMALL, vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
@@ -54,7 +54,7 @@ def run(monkeypatch, capsys, tmp_path):
 )
 def test_a_shape_has_the_parameters_of_its_checkpoint(shape, parameters):
     with torch.device("meta"):
-        model = Decoder(bench.SHAPES[shape])
+        model = llama(bench.SHAPES[shape])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
     block = dict(model.model.layers[0].named_modules())
     for name, (m, n) in bench.linears(bench.SHAPES[shape]).items():

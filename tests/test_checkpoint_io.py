@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import minibalora as mb
 from minibalora import checkpoint_io, cli, export
-from minibalora.config import read_config
+from minibalora.families import read_family
 from minibalora.lowrank import adapted_layers
-from minibalora.weights import build, skeleton
+from minibalora.weights import skeleton
 
 EXPECTED = load_file(GOLDEN / "llama3" / "expected.safetensors")
 IDS, REAL = EXPECTED["input_ids"], EXPECTED["attention_mask"].bool()
@@ -257,4 +257,5 @@ def test_merging_takes_the_memory_of_a_shard_and_not_of_the_model(tmp_path):
 
 def big_llama(folder):
     with torch.device("meta"):
-        return build(read_config(folder), None, folder)
+        family, config = read_family(folder)
+        return family.build(config, None)

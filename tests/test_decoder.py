@@ -7,7 +7,8 @@ from helpers import GOLDEN, distance, stretch
 from safetensors.torch import load_file
 
 import minibalora as mb
-from minibalora.models.decoder import KVCache, _SwiGLU, attention, visible
+from minibalora.models.decoder import KVCache, attention, visible
+from minibalora.models.llama import _SwiGLU
 
 MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
 

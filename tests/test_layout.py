@@ -13,8 +13,10 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
     ["models", "models.decoder", "models.encoder", "distributed"],
-    ["files", "objective", "spm", "sandbox"],
+    ["models.llama", "models.gpt2", "files", "objective", "spm", "sandbox"],
     ["config", "cli", "init_cache"],
+    ["families.llama", "families.gpt2", "families.encoders"],
+    ["families"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
@@ -28,7 +30,8 @@ ROWS = [
     ["bench"],
 ]
 COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
-COPYABLE |= {"models.decoder": {"torch"}, "models.encoder": {"torch"}, "answers": set()}
+COPYABLE |= {f"models.{name}": {"torch"} for name in ("decoder", "encoder", "llama", "gpt2")}  # as a folder
+COPYABLE |= {"answers": set()}
 USE = """
 import torch
 from torch import nn
@@ -49,6 +52,11 @@ loss, terms = fused_objective(student, teacher, torch.arange(4), head, lambda1=1
 loss.backward()
 assert set(terms) == {"task", "consistency", "diversity", "svd"}
 assert torch.equal(merge(model)(x), teacher)
+
+from models.gpt2 import GPT2Config, gpt2
+
+tiny = gpt2(GPT2Config(11, 8, 16, 2, 2, 20, 1e-5, 0.0, 0.0, 0.0, True, 0.02))
+assert tiny(torch.arange(6)[None]).shape == (1, 6, 11)
 """
 
 
@@ -59,8 +67,9 @@ def imports(name: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        if isinstance(node, ast.ImportFrom):  # relative in models/, which can be copied as a folder
+            module = f"minibalora.{name.rpartition('.')[0]}.{node.module}" if node.level else node.module
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
     return found
 
 
@@ -81,12 +90,14 @@ def test_no_file_imports_from_a_row_below_its_own(depth):
 
 @pytest.mark.parametrize("name", COPYABLE)
 def test_copyable_files_need_torch_at_most(name):
-    assert {module.partition(".")[0] for module in imports(name)} - set(sys.stdlib_module_names) == COPYABLE[name]
+    others = {module.partition(".")[0] for module in imports(name) if not module.startswith("minibalora.models.")}
+    assert others - set(sys.stdlib_module_names) == COPYABLE[name]
 
 
 def test_what_can_be_copied_works_in_an_empty_folder(tmp_path):
     for name in ("lowrank.py", "regularizers.py", "fused.py", "nf4.py"):
         shutil.copy(ROOT / "minibalora" / name, tmp_path)
+    shutil.copytree(ROOT / "minibalora" / "models", tmp_path / "models")
     result = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{USE}"], cwd=tmp_path)
     assert result.returncode == 0
 

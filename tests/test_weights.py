@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 import minibalora as mb
-from minibalora.models.decoder import Decoder
-from minibalora.weights import read_config, weights_digest
+from minibalora.families import read_config
+from minibalora.models.llama import llama
+from minibalora.weights import weights_digest
 
 ABSENT = object()
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -404,7 +405,7 @@ def test_loading_takes_the_model_once_in_memory(tmp_path, dtype):
     config = json.loads((GOLDEN / "llama2" / "config.json").read_text()) | sizes | {"head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Decoder(read_config(tmp_path)).named_parameters()}
+        shapes = {name: p.shape for name, p in llama(read_config(tmp_path)).named_parameters()}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     program = f"""
 import torch, minibalora as mb

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 class EncoderConfig:
     """Field names are config.json's, where it has them."""
 
-    family: str  # "bert", "roberta" or "deberta-v2"
     vocab_size: int
     hidden_size: int  # d
     intermediate_size: int
@@ -32,6 +31,7 @@ class EncoderConfig:
     classifier_dropout: float
     initializer_range: float  # standard deviation of a new head's weights
     # BERT and RoBERTa
+    has_pooler: bool = False  # BERT: a dense layer on the state of [CLS]
     max_position_embeddings: int | None = None  # tokens that a text may have; None: no limit
     type_vocab_size: int = 0
     first_position: int = 0  # RoBERTa: the padding index + 1
@@ -134,7 +134,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         layers = [Layer(config, SelfAttention(config)) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        if config.family == "bert":
+        if config.has_pooler:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:

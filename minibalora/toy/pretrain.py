@@ -17,12 +17,13 @@ from tqdm import tqdm
 
 from minibalora.checkpoint_io import save_model
 from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
+from minibalora.families import read_config
 from minibalora.models.decoder import Decoder
+from minibalora.models.llama import llama
 from minibalora.objective import predicted_rows
 from minibalora.perplexity import whole_text
 from minibalora.text import load_tokenizer
 from minibalora.toy.problems import flawed_problems
-from minibalora.weights import read_config
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,7 +70,7 @@ def new_model(folder: Path, seed: int) -> Decoder:
     """Random weights as GPT-2 draws them: normal, 0.02, and smaller by √(2 · layers) where a block ends."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     torch.manual_seed(seed)
-    model = Decoder(read_config(folder))
+    model = llama(read_config(folder))
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             ends_block = name.endswith(("o_proj", "down_proj"))

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from minibalora.checkpoint_io import save_model
 from minibalora.classify import ClassRow, collate, encode
+from minibalora.families import read_config
 from minibalora.glue import LabelledText
 from minibalora.models.encoder import Bert
 from minibalora.text import load_tokenizer
 from minibalora.toy.pretrain import BATCH_SIZE, CORPUS_ROWS, CORPUS_SEED, train
 from minibalora.toy.reviews import corpus
-from minibalora.weights import read_config
 
 CONFIG = {
     "architectures": ["BertModel"],

@@ -1,0 +1,32 @@
+"""Every family of models that is implemented: a file here reads its config.json, one in `models/` has its blocks.
+
+Whatever would change the numbers and is not implemented is refused by name; nothing is silently approximated.
+"""
+
+import os
+from pathlib import Path
+
+from minibalora.config import Family, Fields
+from minibalora.errors import InputError
+from minibalora.families import encoders, gpt2, llama
+from minibalora.files import read_json_object
+
+FAMILIES = llama.FAMILIES | gpt2.FAMILIES | encoders.FAMILIES  # by model_type
+
+
+def read_family(folder: Path) -> tuple[Family, object]:
+    """The family that config.json names and its configuration; InputError says what is wrong or not implemented."""
+    path = folder / "config.json"
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
+    raw = read_json_object(path)
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"{path}: model_type {name!r} is not implemented: there are {', '.join(FAMILIES)}")
+    fields = Fields(FAMILIES[name].defaults | raw, path)
+    fields.refuse("quantization_config", "quantised weights are")
+    return FAMILIES[name], FAMILIES[name].read(fields)
+
+
+def read_config(folder: Path) -> object:
+    return read_family(folder)[1]

@@ -1,0 +1,197 @@
+"""LLaMA 1 to 3.3, Yi, Mistral, Gemma, Qwen 1.5 to 3: one model with several settings.
+
+Pre-norm blocks of causal self-attention with rotary positions, and a gated MLP. Modules are named as in Hugging Face
+checkpoints, so a checkpoint's tensor names are this file's attribute names.
+
+LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.06825. Gemma: 2403.08295. Qwen:
+2309.16609, 2407.10671, 2505.09388.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .decoder import Attend, Decoder, pick
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Field names are config.json's, where it has them; those of `DecoderConfig` are explained there."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # LLaMA 3.1's, see `rotary_frequencies`; None = plain RoPE
+    windows: tuple[int | None, ...]
+    qk_norm: bool  # Qwen 3 normalises each head's queries and keys
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    activation: str  # "silu" or "gelu_tanh"
+    norm_offset: float  # Gemma stores w and multiplies by 1 + w
+    embedding_scale: float  # Gemma multiplies embeddings by √d
+    max_position_embeddings: int
+    initializer_range: float
+
+    has_learned_positions = False
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean(x²) + eps) · (offset + w), in float32."""
+
+    def __init__(self, size: int, eps: float, offset: float):
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps)
+        return y.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        d, self.head_dim, self.index = config.hidden_size, config.head_dim, index
+        width = config.num_attention_heads * config.head_dim
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(d, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(width, d, bias=config.o_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (RMSNorm(self.head_dim, config.rms_norm_eps, config.norm_offset) for _ in "qk")
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None) -> Tensor:
+        q, k, v = (
+            projection(of).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for projection, of in ((self.q_proj, pick(x, wanted)), (self.k_proj, x), (self.v_proj, x))
+        )
+        q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *(pick(table, wanted) for table in rotary)), rotate(k, *rotary)
+        y = attend(self.index, q, k, v, 0.0)
+        return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, d)
+
+
+class MLP(nn.Module):
+    """Gated: down(act(gate(x)) · up(x)); SwiGLU with silu, GeGLU with gelu (arXiv 2002.05202)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(d, f, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(f, d, bias=config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.activation == "silu":
+            return self.down_proj(_SwiGLU.apply(gate, up))
+        return self.down_proj(F.gelu(gate, approximate="tanh") * up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(g) · u with silu(g) = g σ(g), keeping g and u alone: autograd would keep silu(g), too.
+
+    d/dg silu(g) = σ(g) (1 + g (1 − σ(g))).
+    """
+
+    @staticmethod
+    def forward(ctx, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        gate, up = ctx.saved_tensors
+        d_up = F.silu(gate).mul_(dy)
+        d_gate = torch.ops.aten.silu_backward(dy * up, gate)
+        return d_gate, d_up
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        d, eps, offset = config.hidden_size, config.rms_norm_eps, config.norm_offset
+        self.input_layernorm = RMSNorm(d, eps, offset)
+        self.self_attn = Attention(config, index)
+        self.post_attention_layernorm = RMSNorm(d, eps, offset)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """(B, T, d) -> (B, T, d); of the tokens `wanted` only, where given: the others are seen, but do not look."""
+        x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), rotary, attend, wanted)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Backbone(nn.Module):
+    """Ids to the states after the final norm: everything below the head."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.embed_tokens
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        """Ids (B, T) at positions (1 or B, T) -> states (B, T, d), of the tokens `wanted` only, where given."""
+        x = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's dtype, as Gemma does
+        rotary = rotary_table(positions, self.config, x.dtype)
+        for layer in self.layers[:-1]:
+            x = layer(x, rotary, attend)
+        return self.norm(self.layers[-1](x, rotary, attend, wanted))
+
+
+def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
+    return Decoder(config, Backbone(config), "model", num_labels)
+
+
+def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864); LLaMA 3.1 slows the slow ones.
+
+    LLaMA 3.1 (rope_type "llama3"): wavelengths beyond original_context/low_freq_factor are stretched by `factor`,
+    those below original_context/high_freq_factor are kept, and between the two the frequency is interpolated.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequency = 1.0 / config.rope_theta**exponent
+    if config.rope_scaling is None:
+        return frequency
+    low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
+    turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, untouched; 0: a long one, stretched
+    return kept * frequency + (1 - kept) * frequency / config.rope_scaling["factor"]
+
+
+def rotary_table(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · frequency, each (B, 1, T, head_dim) with the frequencies twice in a row."""
+    angle = positions[:, None, :, None].float() * rotary_frequencies(config, positions.device)
+    angle = torch.cat([angle, angle], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x_i, x_{i + head_dim/2}) by its angle; x: (B, heads, T, head_dim)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
