@@ -14,17 +14,22 @@ GOLDEN = Path(__file__).with_name("golden")
 
 
 def golden_example(name: str) -> list[torch.Tensor]:
-    """The arguments of a model of `tests/golden/`, BERT's token types included, and the logits of transformers."""
+    """The arguments of a model of `tests/golden/`, as it takes them, and the logits of transformers."""
+    return list(named_example(name).values())
+
+
+def named_example(name: str) -> dict[str, torch.Tensor]:
+    """The same by transformers' names: BERT's token types are in it, and what T5's decoder reads."""
     expected = load_file(GOLDEN / name / "expected.safetensors")
-    names = ("input_ids", "attention_mask", "token_type_ids", "logits")
-    return [expected[name] for name in names if name in expected]
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "logits")
+    return {name: expected[name] for name in names if name in expected}
 
 
 def headless(name: str, folder: Path) -> Path:
     """A copy of a golden checkpoint without pooler and classifier, as a base checkpoint is."""
     folder.mkdir(exist_ok=True)
     tensors = load_file(GOLDEN / name / "model.safetensors")
-    is_head = re.compile(r"(.*\.)?(pooler|classifier|score)\.")
+    is_head = re.compile(r"(.*\.)?(pooler|classifier|score|classification_head)\.")
     kept = {name: tensor for name, tensor in tensors.items() if not is_head.match(name)}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(GOLDEN / name / "config.json", folder)
@@ -49,7 +54,8 @@ def stretch(model: nn.Module) -> None:
 def restless(model: nn.Module) -> nn.Module:
     """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
     for name, parameter in model.named_parameters():
-        if model.config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
+        last = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
+        if model.config.tie_word_embeddings and name in last:
             parameter.abs_().neg_()
         if name == "transformer.ln_f.bias":
             parameter.zero_()

@@ -1,17 +1,19 @@
 """Makes `tests/golden/greedy.json`: what transformers' greedy generate writes after a batch of padded prompts.
 
 Needs transformers, which the project itself never imports: `python tests/make_generation_values.py` in an environment
-that has it and minibalora, after make_golden.py. The prompts are drawn so that no choice is nearly a tie, which another
-order of summing would decide otherwise; that is checked here, once.
+that has it and minibalora, after make_golden.py; names of models after it make their entries alone. The prompts are
+drawn so that no choice is nearly a tie, which another order of summing would decide otherwise; that is checked here,
+once.
 """
 
 import json
+import sys
 
 import torch
 from helpers import GOLDEN, restless
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2")
+MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2", "t5", "t5_gated")
 LENGTHS = (11, 4, 7, 1)
 NEW_TOKENS = 24  # beyond mistral_window's 5; 11 + 24 fit gpt2's 40
 PADDING = 0  # not drawn
@@ -20,7 +22,8 @@ PADDING = 0  # not drawn
 @torch.no_grad()
 def greedy(name: str) -> dict:
     """Prompts, the EOS that ends one of them early, and what follows each, without EOS."""
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
+    auto_class = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
+    model = auto_class.from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
     restless(model.eval())
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
@@ -54,14 +57,17 @@ def continued(model, prompts: list[list[int]], eos: int | None) -> tuple[list[li
         pad_token_id=PADDING,
         return_dict_in_generate=True,
         output_logits=True,
+        use_cache=not model.config.is_encoder_decoder,  # transformers' has no room for more decoder than encoder layers
     )
-    return out.sequences[:, width:].tolist(), torch.stack(out.logits)
+    start = 1 if model.config.is_encoder_decoder else width  # of T5 only the answer comes back, after its start token
+    return out.sequences[:, start:].tolist(), torch.stack(out.logits)
 
 
 def main() -> None:
-    values = {name: greedy(name) for name in MODELS}
+    path, names = GOLDEN / "greedy.json", sys.argv[1:] or MODELS
+    values = (json.loads(path.read_text()) if path.exists() else {}) | {name: greedy(name) for name in names}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
-    (GOLDEN / "greedy.json").write_text("{\n" + lines + "\n}\n")
+    path.write_text("{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,23 @@
 """Makes `tests/golden/`: tiny random checkpoints with the logits that transformers and PEFT give for them.
 
 Needs transformers and peft, which the project itself never imports: `python tests/make_golden.py` in an environment
-that has them and minibalora. Every folder is a checkpoint as transformers writes it, plus expected.safetensors.
+that has them and minibalora; names of folders after it make those alone. Every folder is a checkpoint as transformers
+writes it, plus expected.safetensors.
 """
 
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
-from helpers import GOLDEN, golden_example, headless, stretch
+from helpers import GOLDEN, golden_example, headless, named_example, stretch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
@@ -23,6 +26,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     RobertaConfig,
+    T5Config,
 )
 
 import minibalora as mb
@@ -56,6 +60,19 @@ CONFIGS = {
     "gemma": GemmaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=1, head_dim=12),
     "gpt2": GPT2Config(vocab_size=61, n_embd=24, n_layer=2, n_head=3, n_positions=40),
 }
+T5 = {"vocab_size": 61, "d_model": 24, "d_ff": 40, "num_layers": 2, "decoder_start_token_id": 0}
+FEW_BUCKETS = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+SEQ2SEQ = {  # prompts of up to 17 tokens, answers of 7
+    "t5": T5Config(**T5, num_heads=3, d_kv=8, **FEW_BUCKETS),
+    "t5_gated": T5Config(
+        **T5,
+        num_heads=3,
+        d_kv=10,
+        num_decoder_layers=3,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ),
+}
 DEBERTA_V3 = {
     "relative_attention": True,
     "position_biased_input": False,
@@ -85,6 +102,7 @@ CLASSIFIERS = {
     "gpt2_classifier": GPT2Config(
         vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=20, num_labels=3, pad_token_id=0
     ),
+    "t5_classifier": T5Config(**T5, num_heads=3, d_kv=10, **FEW_BUCKETS, classifier_dropout=0.1, num_labels=3),
     "llama_classifier": LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=2, num_labels=2, pad_token_id=0),
 }
 ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
@@ -94,6 +112,9 @@ ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
     "adapter_bert": ("bert", "lora", False),
     "adapter_roberta": ("roberta", "lora", True),
     "adapter_deberta": ("deberta", "pissa", True),
+    "adapter_t5": ("t5", "pissa", False),
+    "adapter_t5_gated": ("t5_gated", "lora", False),
+    "adapter_t5_classifier": ("t5_classifier", "pissa", True),
 }
 
 
@@ -108,6 +129,8 @@ def random_batch(vocab_size: int, padding: int = 0) -> tuple[torch.Tensor, torch
 def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
     """Weights are rounded to bfloat16, which keeps the files small, and large enough that attention is not flat."""
     model = auto_class.from_config(config, attn_implementation="eager")
+    if name == "t5_gated":  # new, transformers 5 ties what a published v1.1 has apart
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter).mul(0.3).bfloat16())
     folder = GOLDEN / name
@@ -125,10 +148,21 @@ def make_model(name: str, config) -> None:
 
 
 @torch.no_grad()
+def make_seq2seq(name: str, config) -> None:
+    model = make_checkpoint(name, config, AutoModelForSeq2SeqLM)
+    ids, mask = random_batch(config.vocab_size)
+    answers = torch.randint(2, config.vocab_size, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
+    save_file(inputs | {"logits": model(**inputs).logits}, GOLDEN / name / "expected.safetensors")
+
+
+@torch.no_grad()
 def make_classifier(name: str, config) -> None:
-    """BERT gets a second text, token type 1, in its first row."""
+    """BERT gets a second text, token type 1, in its first row; each of T5's ends with EOS."""
     model = make_checkpoint(name, config, AutoModelForSequenceClassification)
     ids, mask = random_batch(config.vocab_size, padding=config.pad_token_id)
+    if name.startswith("t5"):
+        ids[torch.arange(3), mask.sum(1) - 1] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name.startswith("bert"):
         inputs["token_type_ids"] = ((torch.arange(17) > 8) & (mask.sum(1, keepdim=True) > 9)).long()
@@ -170,15 +204,17 @@ def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
         mb.save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
+        auto_class = AutoModelForSeq2SeqLM if base in SEQ2SEQ else AutoModelForCausalLM
+        auto_class = AutoModelForSequenceClassification if is_classifier else auto_class
         theirs = auto_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         theirs = PeftModel.from_pretrained(theirs, folder).eval()
 
-    *inputs, _ = golden_example(base)
-    logits = theirs(*inputs[:2], **({"token_type_ids": inputs[2]} if len(inputs) > 2 else {})).logits
+    inputs = named_example(base)
+    del inputs["logits"]
+    logits = theirs(**inputs).logits
     save_file({"logits": logits}, folder / "expected.safetensors")
-    real = ... if is_classifier else inputs[1].bool()
-    report(name, model(*inputs)[real], logits[real])
+    real = inputs["attention_mask"].bool() if base in CONFIGS else ...
+    report(name, model(*inputs.values())[real], logits[real])
 
 
 def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -188,23 +224,21 @@ def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    for name in (*CONFIGS, *CLASSIFIERS, *ADAPTERS):
+    for name in sys.argv[1:] or (*CONFIGS, *SEQ2SEQ, *CLASSIFIERS, *ADAPTERS):
         shutil.rmtree(GOLDEN / name, ignore_errors=True)
-    torch.manual_seed(0)
-    for name, config in CONFIGS.items():
-        make_model(name, config)
-    for name, config in CLASSIFIERS.items():
-        make_classifier(name, config)
-    for name in ("llama2", "llama3"):
-        spell_rope_the_old_way(name)
-    for name, arguments in ADAPTERS.items():
-        make_adapter(name, *arguments)
-    for name in CONFIGS:
-        ids, mask, logits = golden_example(name)
-        report(name, mb.load_model(GOLDEN / name)(ids, mask)[mask.bool()], logits[mask.bool()])
-    for name in CLASSIFIERS:
+        torch.manual_seed(0)
+        if name in ADAPTERS:
+            make_adapter(name, *ADAPTERS[name])
+            continue
+        for configs, make in ((CONFIGS, make_model), (SEQ2SEQ, make_seq2seq), (CLASSIFIERS, make_classifier)):
+            if name in configs:
+                make(name, configs[name])
+        if name in ("llama2", "llama3"):
+            spell_rope_the_old_way(name)
         *inputs, logits = golden_example(name)
-        report(name, mb.load_model(GOLDEN / name, head="classifier")(*inputs), logits)
+        model = mb.load_model(GOLDEN / name, head="classifier" if name in CLASSIFIERS else "lm")
+        real = inputs[1].bool() if name in CONFIGS else ...
+        report(name, model(*inputs)[real], logits[real])
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import RMSNorm
 from .encoder import in_dtype_of, key_mask, split_heads
+from .llama import RMSNorm
 
 # (layer, q, k, v, dropout) -> what each query found, (B, heads, T, head_dim) as q; k and v None: those of a cache.
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -332,6 +332,10 @@ class T5Classifier(nn.Module):
         self.transformer = Backbone(config)
         self.classification_head = ClassificationHead(config, num_labels)
 
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.transformer.shared
+
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """attention_mask (B, T): 1 = real token, right padding only."""
         return self.head(self.features(input_ids, attention_mask))
@@ -346,3 +350,7 @@ class T5Classifier(nn.Module):
 
     def head(self, features: Tensor) -> Tensor:
         return self.classification_head(features)
+
+
+def t5(config: T5Config, num_labels: int | None = None) -> T5 | T5Classifier:
+    return T5(config) if num_labels is None else T5Classifier(config, num_labels)
