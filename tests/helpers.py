@@ -53,9 +53,12 @@ def stretch(model: nn.Module) -> None:
 @torch.no_grad()
 def restless(model: nn.Module) -> nn.Module:
     """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
+    is_tied = getattr(
+        model.config, "scale_decoder_outputs", model.config.tie_word_embeddings
+    )  # transformers' T5 says so
     for name, parameter in model.named_parameters():
         last = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
-        if model.config.tie_word_embeddings and name in last:
+        if is_tied and name in last:
             parameter.abs_().neg_()
         if name == "transformer.ln_f.bias":
             parameter.zero_()

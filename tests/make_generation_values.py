@@ -1,9 +1,8 @@
 """Makes `tests/golden/greedy.json`: what transformers' greedy generate writes after a batch of padded prompts.
 
 Needs transformers, which the project itself never imports: `python tests/make_generation_values.py` in an environment
-that has it and minibalora, after make_golden.py; names of models after it make their entries alone. The prompts are
-drawn so that no choice is nearly a tie, which another order of summing would decide otherwise; that is checked here,
-once.
+that has it and minibalora, after make_golden.py; with names to make these only. The prompts are drawn so that no choice
+is nearly a tie, which another order of summing would decide otherwise; that is checked here, once.
 """
 
 import json
@@ -13,7 +12,8 @@ import torch
 from helpers import GOLDEN, restless
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2", "t5", "t5_gated")
+MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2")
+MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "t5", "t5_gated")
 LENGTHS = (11, 4, 7, 1)
 NEW_TOKENS = 24  # beyond mistral_window's 5; 11 + 24 fit gpt2's 40
 PADDING = 0  # not drawn
@@ -64,8 +64,9 @@ def continued(model, prompts: list[list[int]], eos: int | None) -> tuple[list[li
 
 
 def main() -> None:
-    path, names = GOLDEN / "greedy.json", sys.argv[1:] or MODELS
-    values = (json.loads(path.read_text()) if path.exists() else {}) | {name: greedy(name) for name in names}
+    path = GOLDEN / "greedy.json"
+    values = json.loads(path.read_text()) if sys.argv[1:] else {}
+    values |= {name: greedy(name) for name in sys.argv[1:] or MODELS}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     path.write_text("{\n" + lines + "\n}\n")
 

@@ -1,11 +1,13 @@
 """Makes `tests/golden/peft_*/`: adapters as PEFT trains and saves them, with the logits that PEFT gives.
 
 Needs transformers and peft: `python tests/make_peft_adapters.py` in an environment that has them and minibalora. Only
-the folders of adapters are made anew; their bases are `make_golden.py`'s. Then prints how near our logits are.
+the folders of adapters are made anew, of those named or of all; their bases are `make_golden.py`'s. Prints how near our
+logits are.
 """
 
 import json
 import shutil
+import sys
 
 import torch
 from helpers import GOLDEN, golden_example
@@ -40,6 +42,7 @@ ADAPTERS = {  # name: base, LoraConfig
     "peft_gpt2": ("gpt2", {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "peft_bert": ("bert", {"r": 3, "target_modules": ["query", "value", "dense"], "task_type": TaskType.SEQ_CLS}),
     "peft_roberta": ("roberta", {"r": 2, "target_modules": ["query", "key"], "task_type": TaskType.SEQ_CLS}),
+    "peft_qwen2": ("qwen2", {"r": 3, "target_modules": "all-linear"}),
     "peft_pissa": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
     "peft_pissa_converted": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
 }
@@ -88,7 +91,7 @@ def compare(name: str, base: str, settings: dict) -> None:
 
 
 if __name__ == "__main__":
-    for arguments in ((name, *rest) for name, rest in ADAPTERS.items()):
-        shutil.rmtree(GOLDEN / arguments[0], ignore_errors=True)
-        make_adapter(*arguments)
-        compare(*arguments)
+    for name in sys.argv[1:] or ADAPTERS:
+        shutil.rmtree(GOLDEN / name, ignore_errors=True)
+        make_adapter(name, *ADAPTERS[name])
+        compare(name, *ADAPTERS[name])

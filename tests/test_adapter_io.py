@@ -32,14 +32,18 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("init", ["pissa", "lora"])
+SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "qwen2", "adapter_qwen3": "qwen3"}
+
+
+@pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
-def test_a_saved_adapter_is_what_peft_loads_on_the_original_base(init):
+def test_a_saved_adapter_is_what_peft_loads_on_the_original_base(name):
     """expected.safetensors holds PEFT's logits with exactly these files on transformers' model of the base."""
-    golden = GOLDEN / f"adapter_{init}"
-    expected = load_file(golden / "expected.safetensors")["logits"][REAL]
-    model = mb.load_adapter(mb.load_model(GOLDEN / "llama3"), golden)
-    assert (model(IDS)[REAL] - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4
+    ids, mask, _ = golden_example(SAVED[name])
+    real, golden = mask.bool(), GOLDEN / name
+    expected = load_file(golden / "expected.safetensors")["logits"][real]
+    model = mb.load_adapter(mb.load_model(GOLDEN / SAVED[name]), golden)
+    assert (model(ids)[real] - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4
 
 
 @torch.no_grad()
@@ -138,6 +142,7 @@ PEFTS = {
     "peft_whole_head": "llama2",
     "peft_adapted_head": "llama3",
     "peft_gpt2": "gpt2",
+    "peft_qwen2": "qwen2",
     "peft_bert": "bert",
     "peft_roberta": "roberta",
     "peft_pissa_converted": "llama3",

@@ -11,6 +11,7 @@ from minibalora.models.decoder import KVCache, attention, visible
 from minibalora.models.llama import _SwiGLU
 
 MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
+MODELS += ["yi", "qwen2", "qwen2_window", "qwen3"]
 
 
 def golden(name: str):
@@ -96,7 +97,9 @@ def test_hidden_and_head_make_the_logits():
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2", "qwen2_window", "qwen3"]
+)
 @pytest.mark.parametrize("shared", [0, 1, 6])
 def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
     """Rows shorter and longer than mistral_window's window, one with a single wanted token."""
