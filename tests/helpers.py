@@ -25,6 +25,13 @@ def named_example(name: str) -> dict[str, torch.Tensor]:
     return {name: expected[name] for name in names if name in expected}
 
 
+def real_tokens(name: str) -> torch.Tensor:
+    """Which of the example's logits are not of padding: an index of its first axes."""
+    example = named_example(name)
+    mask, logits = example["attention_mask"].bool(), example["logits"]
+    return mask if mask.shape == logits.shape[:2] else torch.ones(len(logits), dtype=torch.bool)
+
+
 def headless(name: str, folder: Path) -> Path:
     """A copy of a golden checkpoint without pooler and classifier, as a base checkpoint is."""
     folder.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import sys
 
 import torch
 from helpers import GOLDEN, restless
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from make_golden import auto_class_of
 
 MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2")
 MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "t5", "t5_gated")
@@ -22,8 +22,7 @@ PADDING = 0  # not drawn
 @torch.no_grad()
 def greedy(name: str) -> dict:
     """Prompts, the EOS that ends one of them early, and what follows each, without EOS."""
-    auto_class = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
-    model = auto_class.from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
+    model = auto_class_of(name).from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
     restless(model.eval())
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)

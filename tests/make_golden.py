@@ -13,7 +13,7 @@ import zlib
 from pathlib import Path
 
 import torch
-from helpers import GOLDEN, golden_example, headless, named_example, stretch
+from helpers import GOLDEN, golden_example, headless, named_example, real_tokens, stretch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import (
@@ -142,9 +142,17 @@ def random_batch(vocab_size: int, padding: int = 0) -> tuple[torch.Tensor, torch
     return ids.masked_fill(~mask, padding), mask.long()
 
 
+def auto_class_of(name: str) -> type:
+    """Transformers' class of a model of `tests/golden/`."""
+    if name in CLASSIFIERS:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if name in SEQ2SEQ else AutoModelForCausalLM
+
+
 @torch.no_grad()
-def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
+def make_checkpoint(name: str, config) -> torch.nn.Module:
     """Weights are rounded to bfloat16, which keeps the files small, and large enough that attention is not flat."""
+    auto_class = auto_class_of(name)
     model = auto_class.from_config(config, attn_implementation="eager")
     if name == "t5_gated":  # new, transformers 5 ties what a published v1.1 has apart
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
@@ -158,7 +166,7 @@ def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
 
 @torch.no_grad()
 def make_model(name: str, config) -> None:
-    model = make_checkpoint(name, config, AutoModelForCausalLM)
+    model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size)
     logits = model(ids, attention_mask=mask).logits
     save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, GOLDEN / name / "expected.safetensors")
@@ -166,7 +174,7 @@ def make_model(name: str, config) -> None:
 
 @torch.no_grad()
 def make_seq2seq(name: str, config) -> None:
-    model = make_checkpoint(name, config, AutoModelForSeq2SeqLM)
+    model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size)
     answers = torch.randint(2, config.vocab_size, (3, 7))
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
@@ -176,7 +184,7 @@ def make_seq2seq(name: str, config) -> None:
 @torch.no_grad()
 def make_classifier(name: str, config) -> None:
     """BERT gets a second text, token type 1, in its first row; each of T5's ends with EOS."""
-    model = make_checkpoint(name, config, AutoModelForSequenceClassification)
+    model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size, padding=config.pad_token_id)
     if name.startswith("t5"):
         ids[torch.arange(3), mask.sum(1) - 1] = config.eos_token_id
@@ -220,16 +228,14 @@ def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
         mb.save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        auto_class = AutoModelForSeq2SeqLM if base in SEQ2SEQ else AutoModelForCausalLM
-        auto_class = AutoModelForSequenceClassification if is_classifier else auto_class
-        theirs = auto_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        theirs = auto_class_of(base).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         theirs = PeftModel.from_pretrained(theirs, folder).eval()
 
     inputs = named_example(base)
     del inputs["logits"]
     logits = theirs(**inputs).logits
     save_file({"logits": logits}, folder / "expected.safetensors")
-    real = inputs["attention_mask"].bool() if base in CONFIGS else ...
+    real = real_tokens(base)
     report(name, model(*inputs.values())[real], logits[real])
 
 
