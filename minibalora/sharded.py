@@ -22,12 +22,15 @@ def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> No
     Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
-        for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if not p.is_meta})
-    # What is above the blocks has nothing sharded: it lets a block be gathered while the one before computes.
-    rest = {p for p in model.parameters() if not isinstance(p, DTensor)}
-    fully_shard(model.backbone, mesh=mesh, ignored_params=rest)
+    stacks = [
+        module for module in model.modules() if any(isinstance(child, nn.ModuleList) for child in module.children())
+    ]
+    for stack in stacks:
+        for block in [block for child in stack.children() if isinstance(child, nn.ModuleList) for block in child]:
+            fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
+        # What is above the blocks has nothing sharded: it lets a block be gathered while the one before computes.
+        rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
+        fully_shard(stack, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
         stored = model.stored.get(stored_name(name))
@@ -39,6 +42,12 @@ def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> No
             set_parameter(model, name, nn.Parameter(shard, requires_grad=False))
         elif parameter.is_meta:
             set_parameter(model, name, nn.Parameter(read(stored, name, dtype, device), requires_grad=False))
+
+
+def whole_parameters(block: nn.Module) -> set[nn.Parameter]:
+    """A and B, and the numbers that T5 keeps in its first block and uses in all."""
+    embeddings = [p for part in block.modules() if isinstance(part, nn.Embedding) for p in part.parameters()]
+    return {p for p in block.parameters() if not p.is_meta} | set(embeddings)
 
 
 def own_rows(count: int) -> slice:

@@ -142,9 +142,15 @@ def compile_blocks(model: nn.Module) -> None:
     """
     for blocks in model.modules():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            for name, part in block.named_children():
-                if "attn" not in name:
+            for name, part in parts_of(block):
+                if not name.endswith(("attn", "Attention")):
                     part.compile(dynamic=True)
+
+
+def parts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what a block calls: of a ModuleDict, which is never called, what stands in it."""
+    for name, part in block.named_children():
+        yield from parts_of(part) if isinstance(part, nn.ModuleDict) else [(name, part)]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
