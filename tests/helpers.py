@@ -11,6 +11,12 @@ from torch import nn
 from minibalora.lowrank import adapted_layers
 
 GOLDEN = Path(__file__).with_name("golden")
+# The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
+LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gemma2", "gpt2")
+LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3")
+SEQ2SEQ = ("t5", "t5_gated")
+CLASSIFIERS = ("bert", "bert_relu", "roberta", "deberta", "deberta_tanh", "gpt2_classifier", "llama_classifier")
+CLASSIFIERS += ("t5_classifier",)
 
 
 def golden_example(name: str) -> list[torch.Tensor]:
@@ -60,9 +66,8 @@ def stretch(model: nn.Module) -> None:
 @torch.no_grad()
 def restless(model: nn.Module) -> nn.Module:
     """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
-    is_tied = getattr(
-        model.config, "scale_decoder_outputs", model.config.tie_word_embeddings
-    )  # transformers' T5 says so
+    # Transformers' T5 says that its head is tied where it is not, but not that its outputs are scaled.
+    is_tied = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
     for name, parameter in model.named_parameters():
         last = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
         if is_tied and name in last:

@@ -22,6 +22,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
+    Gemma2Config,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -72,6 +73,16 @@ CONFIGS = {
         use_sliding_window=True,
         sliding_window=5,
         max_window_layers=1,
+    ),
+    "gemma2": Gemma2Config(  # caps low enough to bend scores and logits
+        **SIZE,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        query_pre_attn_scalar=11,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
     ),
     "qwen3": Qwen3Config(**SIZE, num_attention_heads=4, num_key_value_heads=2, head_dim=10),
 }
@@ -178,7 +189,14 @@ def make_seq2seq(name: str, config) -> None:
     ids, mask = random_batch(config.vocab_size)
     answers = torch.randint(2, config.vocab_size, (3, 7))
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
-    save_file(inputs | {"logits": model(**inputs).logits}, GOLDEN / name / "expected.safetensors")
+    found = {"logits": model(**inputs).logits}
+    for part in ("encoder", "decoder"):  # distances from −300 to 300
+        sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        attention = getattr(model, part).block[0].layer[0].SelfAttention
+        found[f"{part}_buckets"] = attention._relative_position_bucket(
+            torch.arange(-300, 301), part == "encoder", *sizes
+        )
+    save_file(inputs | found, GOLDEN / name / "expected.safetensors")
 
 
 @torch.no_grad()

@@ -42,7 +42,9 @@ class T5Config:
     decoder_start_token_id: int
     tie_word_embeddings: bool  # v1.0; its states are divided by √d before the head
     initializer_range: float  # standard deviation of a new head's weights
-    max_position_embeddings: None = None  # distances have no end
+
+    max_position_embeddings = None  # distances have no end
+    logit_cap = None
 
     @property
     def num_hidden_layers(self) -> int:
