@@ -164,12 +164,12 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
         )
         return train, 0, tasks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
-    train, unanswered = data.read_examples(args.data, *fields, args.max_rows)
+    train, unanswered = data.read_examples(args.data, *fields, args.max_rows, args.raw)
     if args.eval is None:
         return train, unanswered, [], []
     if args.eval_task:
         return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
-    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields)[0]), []
+    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
 def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
