@@ -99,7 +99,7 @@ def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
 def parse_flags() -> argparse.Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.evaluate",
-        description="Measure a decoder, with or without an adapter, on a benchmark, or its predictions of a text.",
+        description="Measure a language model, with an adapter or without, on a benchmark, or how it predicts a text.",
     )
     add_model_flags(parser)
     add = parser.add_argument_group("what is measured").add_argument

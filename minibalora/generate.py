@@ -1,4 +1,4 @@
-"""Text from a decoder, in batches with a KV cache: the most likely, or drawn. `python -m minibalora.generate`."""
+"""Text from a model, in batches with a KV cache: the most likely, or drawn. `python -m minibalora.generate`."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from minibalora.adapter_io import load_adapter
 from minibalora.data import FIELDS, example_from
 from minibalora.errors import InputError
 from minibalora.lowrank import evaluating, merge
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 from minibalora.text import Tokenizer, load_tokenizer
 from minibalora.toy import MODEL
 from minibalora.weights import load_model
@@ -42,7 +42,7 @@ class Decoding:
 
 
 def generate(
-    model: Decoder, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
 ) -> list[str]:
     """How each prompt goes on, as one batch: without the prompt and special tokens, up to EOS or a stop string.
 
@@ -54,7 +54,7 @@ def generate(
 
 
 def generate_each(
-    model: Decoder,
+    model: LanguageModel,
     tok: Tokenizer,
     prompts: list[str],
     decoding: Decoding,
@@ -86,7 +86,7 @@ def generate_each(
 
 
 def encode_prompts(
-    model: Decoder, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     """The prompts' ids; InputError names the first that the model cannot take."""
     vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings or math.inf
@@ -105,7 +105,7 @@ def encode_prompts(
 
 
 def _texts(
-    model: Decoder,
+    model: LanguageModel,
     tok: Tokenizer,
     encoded: list[list[int]],
     decoding: Decoding,
@@ -123,7 +123,7 @@ def _texts(
 
 @torch.inference_mode()
 def generate_ids(
-    model: Decoder,
+    model: LanguageModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     decoding: Decoding,
@@ -274,7 +274,7 @@ def main() -> int:
 def parse_flags() -> Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.generate",
-        description="Let a decoder answer prompts. They are put into the template that train_nlg.py trains with.",
+        description="Let a model answer prompts. They are put into the template that train_nlg.py trains with.",
     )
     add_model_flags(parser)
     add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
@@ -337,7 +337,7 @@ def fill_in_defaults(args: Namespace, others: dict) -> None:
     cli.fill_in(args, {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42} | others)
 
 
-def load(args: Namespace) -> tuple[Decoder, Tokenizer]:
+def load(args: Namespace) -> tuple[LanguageModel, Tokenizer]:
     """What `add_model_flags` names, the adapter apart from its base."""
     tok, model = load_tokenizer(args.model), load_model(args.model, dtype=args.dtype, device=args.device)
     return model if args.adapter is None else load_adapter(model, args.adapter), tok

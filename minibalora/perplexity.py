@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from minibalora.data import Row, micro_batches, pack
 from minibalora.errors import InputError
 from minibalora.lowrank import adapted_layers, pretrained
+from minibalora.models import LanguageModel
 from minibalora.models.decoder import Decoder
 from minibalora.regularizers import consistency_kl
 from minibalora.text import Tokenizer
 
 
 @torch.no_grad()
-def mean_loss(model: Decoder, rows: list[Row], batch_size: int) -> float:
+def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
     """Mean cross-entropy of the rows' response tokens, in nats."""
     device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):

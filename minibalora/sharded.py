@@ -12,11 +12,11 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from minibalora import distributed
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 from minibalora.weights import read, set_parameter
 
 
-def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device) -> None:
     """Give an adapted `weights.skeleton` its numbers, in place: of what is sharded, this rank reads its own rows alone.
 
     Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.

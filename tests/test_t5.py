@@ -18,6 +18,7 @@ from minibalora.families import read_config
 from minibalora.models.t5 import bucket, t5
 from minibalora.text import load_tokenizer
 from minibalora.toy.problems import clean_problems
+from minibalora.training import checkpoint_blocks
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_nlg  # noqa: E402
@@ -123,6 +124,21 @@ def test_a_packed_row_is_what_data_cuts_it_into():
         hidden = model.hidden(*padded(prompts), inputs)
     assert torch.allclose(states, torch.cat([hidden[0], hidden[1, :2]]), atol=1e-5)
     assert batch.targets.tolist() == sum(answers, [])
+
+
+def test_all_of_it_can_be_trained_and_checkpointed():
+    """The numbers of the distances, too, which the first block holds and all use."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = mb.load_model(GOLDEN / "t5_gated")
+        if is_checkpointed:
+            checkpoint_blocks(model)
+        torch.manual_seed(0)
+        model.packed(torch.randint(61, (30,)), [20, 10], [5, 3]).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    plain, checkpointed = gradients
+    assert {name for name, gradient in plain.items() if gradient is None} == {"lm_head.weight"}
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain.keys() - {"lm_head.weight"})
 
 
 def test_packed_rows_do_not_see_each_other():
@@ -328,36 +344,31 @@ NLG = [
     "--device",
     "cpu",
 ]
-WAYS = {
-    "plain": [],
-    "teacher cache": ["--teacher-cache", "cache"],
-    "grad checkpoint": ["--grad-checkpoint"],
-    "nf4": ["--quantize", "nf4"],
-    "full": ["--method", "full"],
-}
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_language_model_is_tuned_and_answers(run, way):
+def test_a_language_model_is_tuned_and_answers(run):
     """The table's loss goes through `packed`, its answers through the cache."""
-    flags = [*WAYS[way], *([] if way == "full" else ["--rank", "4"]), "--eval", "problems.jsonl", "--out", "tuned"]
-    status, out, _ = run(train_nlg.main, *NLG, *flags)
-    assert status == 0 and "loss on held-out responses" in out
-    if way != "plain":
-        return
-    config = json.loads(open("tuned/adapter_config.json").read())
-    assert config["task_type"] == "SEQ_2_SEQ_LM"
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clean_problems(2, seed=3)))
+    status, out, _ = run(train_nlg.main, *NLG, "--rank", "4", "--eval", "held_out.jsonl", "--out", "tuned")
+    assert status == 0 and "loss on held-out responses" in out and "exact match, all (2)" in out
+    assert json.loads(Path("tuned/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
     asked = ["--adapter", "tuned", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "5", "--device", "cpu"]
     status, text, _ = run(generate.main, *asked)
     assert status == 0 and text.strip()
 
 
-def test_grad_checkpointing_and_a_cached_teacher_change_nothing(run):
+def test_checkpointed_blocks_and_a_cached_teacher_change_nothing(run):
     logs = []
-    for index, way in enumerate(("plain", "grad checkpoint", "teacher cache", "teacher cache")):
-        assert run(train_nlg.main, *NLG, "--rank", "4", *WAYS[way], "--out", f"run{index}")[0] == 0
-        logs.append([json.loads(line)["loss"] for line in open(f"run{index}/log.jsonl")])
+    for index, flags in enumerate(([], ["--grad-checkpoint"], *2 * [["--teacher-cache", "cache"]])):
+        assert run(train_nlg.main, *NLG, "--rank", "4", *flags, "--out", f"run{index}")[0] == 0
+        lines = Path(f"run{index}/log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["loss"] for line in lines])
     assert logs[1:] == [pytest.approx(logs[0], rel=1e-5)] * 3
+
+
+@pytest.mark.parametrize("way", [["--quantize", "nf4", "--rank", "4"], ["--method", "full"]])
+def test_four_bits_and_all_parameters(run, way):
+    assert run(train_nlg.main, *NLG, *way, "--out", "tuned")[0] == 0
 
 
 @pytest.mark.parametrize("method", ["ba-lora", "full"])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .encoder import in_dtype_of, key_mask, split_heads
+from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
 
 # (layer, q, k, v, dropout) -> what each query found, (B, heads, T, head_dim) as q; k and v None: those of a cache.
@@ -309,18 +309,6 @@ class Cache:
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
 
 
-class ClassificationHead(nn.Module):
-    def __init__(self, config: T5Config, num_labels: int):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, num_labels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(in_dtype_of(self.dense, self.dropout(x)))
-        return in_dtype_of(self.out_proj, self.dropout(x))
-
-
 class T5Classifier(nn.Module):
     """input_ids (B, T) -> logits (B, num_labels), as transformers' T5ForSequenceClassification.
 
@@ -332,7 +320,7 @@ class T5Classifier(nn.Module):
         super().__init__()
         self.config, self.num_labels = config, num_labels
         self.transformer = Backbone(config)
-        self.classification_head = ClassificationHead(config, num_labels)
+        self.classification_head = RobertaHead(config, num_labels)  # which is the same
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -343,7 +331,7 @@ class T5Classifier(nn.Module):
         return self.head(self.features(input_ids, attention_mask))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The state (B, d) at each row's last real token, its EOS, of which the decoder itself sees what is before."""
+        """The decoder's state (B, d) at each row's last real token, its EOS: it has read what comes before that."""
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         states = self.transformer.states(input_ids, attention_mask, shifted)
         if attention_mask is None:
