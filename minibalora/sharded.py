@@ -22,15 +22,14 @@ def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device)
     Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
-    stacks = [
-        module for module in model.modules() if any(isinstance(child, nn.ModuleList) for child in module.children())
-    ]
-    for stack in stacks:
-        for block in [block for child in stack.children() if isinstance(child, nn.ModuleList) for block in child]:
+    for stack in list(model.modules()):  # of blocks: a decoder has one, T5 two
+        blocks = [block for child in stack.children() if isinstance(child, nn.ModuleList) for block in child]
+        for block in blocks:
             fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
-        # What is above the blocks has nothing sharded: it lets a block be gathered while the one before computes.
-        rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
-        fully_shard(stack, mesh=mesh, ignored_params=rest)
+        if blocks:
+            # What is above them has nothing sharded: it lets a block be gathered while the one before computes.
+            rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
+            fully_shard(stack, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
         stored = model.stored.get(stored_name(name))
