@@ -8,6 +8,7 @@ import minibalora as mb
 from minibalora.as_text import first_tokens, logits_of, questions, words_of
 from minibalora.glue import TASKS, LabelledText, Task
 from minibalora.text import Tokenizer
+from minibalora.toy import MODEL
 
 # arXiv 1910.10683, appendix D
 ASKED = {
@@ -52,7 +53,7 @@ def test_classes_are_told_apart_by_the_first_token_of_their_words(refuses):
 
 
 def test_a_decoder_is_refused(refuses):
-    tok = mb.load_tokenizer(mb.toy.MODEL)
+    tok = mb.load_tokenizer(MODEL)
     assert isinstance(tok, Tokenizer)
     refuses(lambda: first_tokens(TASKS["sst2"], tok), "--as-text", "T5")
 
