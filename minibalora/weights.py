@@ -232,8 +232,9 @@ def _check_tied(model: Decoder, stored: dict[str, StoredTensor]) -> None:
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """In the place of the one that is there, which says whether it is trained: a mixture's router never is."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, parameter.requires_grad_(model.get_parameter(name).requires_grad))
 
 
 def _some(names: set[str]) -> str:

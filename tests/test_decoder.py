@@ -12,6 +12,8 @@ from minibalora.models.llama import _SwiGLU
 
 MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
 MODELS += ["yi", "qwen2", "qwen2_window", "qwen3"]
+MIXTURES = ["mixtral", "mixtral_window", "deepseek", "deepseek_norm"]
+MODELS += MIXTURES
 
 
 def golden(name: str):
@@ -98,7 +100,7 @@ def test_hidden_and_head_make_the_logits():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2", "qwen2_window", "qwen3"]
+    "name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2", "qwen2_window", "qwen3"] + MIXTURES
 )
 @pytest.mark.parametrize("shared", [0, 1, 6])
 def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):

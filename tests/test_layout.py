@@ -13,9 +13,9 @@ ROOT = Path(__file__).parents[1]
 ROWS = [
     ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
     ["models", "models.decoder", "models.encoder", "distributed"],
-    ["models.llama", "models.gpt2", "files", "objective", "spm", "sandbox"],
+    ["models.llama", "models.mixture", "models.gpt2", "files", "objective", "spm", "sandbox"],
     ["config", "cli", "init_cache"],
-    ["families.llama", "families.gpt2", "families.encoders"],
+    ["families.llama", "families.mixture", "families.gpt2", "families.encoders"],
     ["families"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
@@ -30,7 +30,7 @@ ROWS = [
     ["bench"],
 ]
 COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
-COPYABLE |= {f"models.{name}": {"torch"} for name in ("decoder", "encoder", "llama", "gpt2")}  # as a folder
+COPYABLE |= {f"models.{name}": {"torch"} for name in ("decoder", "encoder", "llama", "mixture", "gpt2")}  # as a folder
 COPYABLE |= {"answers": set()}
 USE = """
 import torch

@@ -8,6 +8,7 @@ LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.0
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -142,11 +143,11 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Ids to the states after the final norm: everything below the head."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig, int], nn.Module] = Block):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
     @property
