@@ -152,6 +152,7 @@ ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
     "adapter_lora": ("llama3", "lora", False),
     "adapter_qwen2": ("qwen2", "pissa", False),
     "adapter_qwen3": ("qwen3", "lora", False),
+    "adapter_mixtral": ("mixtral", "pissa", False),
     "adapter_gpt2": ("gpt2_classifier", "pissa", False),
     "adapter_bert": ("bert", "lora", False),
     "adapter_roberta": ("roberta", "lora", True),
@@ -183,8 +184,10 @@ def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
 def make_model(name: str, config) -> None:
     model = make_checkpoint(name, config, AutoModelForCausalLM)
     ids, mask = random_batch(config.vocab_size)
-    logits = model(ids, attention_mask=mask).logits
-    save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, GOLDEN / name / "expected.safetensors")
+    expected = {"input_ids": ids, "attention_mask": mask, "logits": model(ids, attention_mask=mask).logits}
+    if "mixtral" in name:
+        expected["load_balance"] = model(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    save_file(expected, GOLDEN / name / "expected.safetensors")
 
 
 def sharpen_routers(tensors: dict[str, torch.Tensor]) -> None:

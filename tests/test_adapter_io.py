@@ -33,6 +33,7 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
 
 
 SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "qwen2", "adapter_qwen3": "qwen3"}
+SAVED |= {"adapter_mixtral": "mixtral"}
 
 
 @pytest.mark.parametrize("name", SAVED)
