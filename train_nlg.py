@@ -25,7 +25,7 @@ from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.models.decoder import Decoder
 from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
-from minibalora.objective import Objective, lambdas, nlg_loss
+from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
 from minibalora.tasks import Item
 from minibalora.teacher import TeacherCache, open_cache, teacher_states
@@ -67,13 +67,13 @@ def main() -> int:
     if not full:
         training.adapt_model(model, args, is_resumed=resumed_step is not None)
     training.fit_hardware(model, args, is_resumed=resumed_step is not None)
-    optimizer = training.optimizer_of(model)
+    optimizer, head = training.optimizer_of(model), head_of(model)
     if not args.resume:
         distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     memory = expected_memory(model, rows, args.micro_batch_size, args.grad_checkpoint, objective)
-    formula = nlg_formula(objective) + (", of whole logits, for the head is trained" if full else "")
-    print_plan(args, model, formula, [amounts(args, rows), left_out], steps, memory)
+    why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
+    print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
     task = tasks.TASKS[args.eval_task] if args.eval_task else None
@@ -82,7 +82,6 @@ def main() -> int:
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
-    head = model.head if full else FrozenHead(model.head_weight)
 
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
@@ -140,14 +139,18 @@ def backward(
 
 
 def mean_entropy_share(
-    teachers: list[Tensor], shares: list[float], head: FrozenHead, objective: Objective
+    teachers: list[Tensor], shares: list[float], head: FrozenHead | Callable[[Tensor], Tensor], objective: Objective
 ) -> float | None:
     """H̄ / ln V of the teacher over the whole step, which the adaptive λ1 goes by."""
     if not objective.adaptive_lambda1:
         return None
-    entropies = [mean_entropy(teacher, head, objective.temperature) for teacher in teachers]
-    mean = sum(share * entropy for share, entropy in zip(shares, entropies, strict=True))
-    return distributed.total(mean.item()) / math.log(len(head.weight))
+    mean = 0.0
+    for share, teacher in zip(shares, teachers, strict=True):
+        if isinstance(head, FrozenHead):
+            mean += share * mean_entropy(teacher, head, objective.temperature) / math.log(len(head.weight))
+        else:
+            mean += share * entropy_share(head(teacher), objective.temperature).mean()
+    return distributed.total(mean.item())
 
 
 def save(model: Decoder, args: Namespace) -> None:
@@ -169,12 +172,12 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
         )
         return train, 0, tasks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
-    train, unanswered = data.read_examples(args.data, *fields, args.max_rows)
+    train, unanswered = data.read_examples(args.data, *fields, args.max_rows, args.raw)
     if args.eval is None:
         return train, unanswered, [], []
     if args.eval_task:
         return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
-    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields)[0]), []
+    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
 def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:

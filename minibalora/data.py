@@ -72,13 +72,14 @@ def read_examples(
     prompt_field: str | None = None,
     response_field: str | None = None,
     limit: int | None = None,
+    raw: bool = False,
 ) -> tuple[list[Example], int]:
     """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one.
 
     Conversations in which no user is answered are left out, for published collections have many, and counted.
     """
     rows = islice(read_rows(Path(path)), limit)
-    found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field) for line, row in rows]
+    found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field, raw) for line, row in rows]
     examples = [example for example in found if example is not None]
     if not examples:
         raise InputError(
@@ -129,8 +130,11 @@ def example_from(
     where: str = "built-in data",
     prompt_field: str | None = None,
     response_field: str | None = None,
+    raw: bool = False,
 ) -> Example | None:
     """A row as an example, its prompt template filled in; None for a conversation in which no user is answered.
+
+    raw: the prompt is what the row asks, and its input on a line below, without a template.
 
     InputError, beginning with `where`, if it is no such row.
     """
@@ -148,8 +152,10 @@ def example_from(
         fields = _guess(row, where)
     question, response = (_string(row, field, where) for field in fields)
     context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
-    template = PROMPT_WITH_INPUT if context else PROMPT
-    prompt = template.format(instruction=question, input=context)
+    if raw:
+        prompt = f"{question}\n{context}" if context else question
+    else:
+        prompt = (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context)
     kind = row.get("type")
     return Example(prompt, response, kind if isinstance(kind, str) else "", line)
 

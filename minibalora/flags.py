@@ -64,6 +64,9 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
+    add(
+        "--raw", action="store_true", help="prompts as they are, without Alpaca's template: for instance T5's own tasks"
+    )
     add("--max-rows", type=positive_int, help="use the first N rows (published: 100000; built-in model: 3200)")
     add("--max-length", type=positive_int, help="tokens of prompt and response, what is beyond is cut (published: 512)")
 
@@ -223,6 +226,9 @@ def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
     _refuse_half_a_source(args, ("eval", "eval_task", "prompt_field", "response_field"))
     if args.eval_task and args.eval is None:
         raise InputError("--eval-task goes with --eval: give both")
+    if args.raw and (args.model is None or args.eval_task):
+        raise InputError("--raw has no meaning with the built-in data or --eval-task, which have prompts of their own: "
+                         "leave it out")  # fmt: skip
     _refuse_contradictions(args)
     if args.quantize and args.method == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")

@@ -385,8 +385,8 @@ def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str, str]:
     field = next((field for field in PROMPT_FIELDS if field in row), None)
     if field is None:
         raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
-    example = example_from(row, 0, where, field, field)  # of the prompt alone, for there is no response yet
-    return where, row[field], row[field] if raw else example.prompt
+    example = example_from(row, 0, where, field, field, raw)  # of the prompt alone, for there is no response yet
+    return where, row[field], example.prompt
 
 
 def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:

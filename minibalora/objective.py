@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minibalora import regularizers as R
 from minibalora.fused import FrozenHead, fused_objective
@@ -101,6 +101,14 @@ def nlg_terms(
     return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
 
 
+def head_of(model: nn.Module) -> FrozenHead | Callable[[Tensor], Tensor]:
+    """What `nlg_loss` takes of a language model: its frozen head, or a function where there are whole logits to take,
+    for the head is trained or caps them (Gemma 2), and then they are no product of states and weight."""
+    if model.head_weight.requires_grad or model.config.logit_cap is not None:
+        return model.head
+    return FrozenHead(model.head_weight)
+
+
 def nlg_loss(
     student: Tensor,
     teacher: Tensor | None,
@@ -111,8 +119,8 @@ def nlg_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L and its terms, as `nlg_terms` has them, from final hidden states (M, d) of predicted response tokens.
 
-    With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers); a head that is trained
-    comes as a function from states to logits, and the plain formulas are taken.
+    head: see `head_of`. With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers);
+    of a function from states to logits the plain formulas are taken.
     """
     if not isinstance(head, FrozenHead):
         terms = nlg_terms(head(student), None if teacher is None else head(teacher), targets, objective, weights)

@@ -11,7 +11,7 @@ from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapted_layers
 from minibalora.models.decoder import Decoder, DecoderConfig
 from minibalora.models.mixture import MixtureConfig
-from minibalora.objective import Objective
+from minibalora.objective import Objective, head_of
 
 
 def print_plan(
@@ -97,9 +97,8 @@ def expected_memory(
 
 
 def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int:
-    """What L takes for that many predicted tokens: blocks of logits, or, where the head is trained, all of them."""
-    if not model.head_weight.requires_grad:
-        head = FrozenHead(model.head_weight)
+    """What L takes for that many predicted tokens: blocks of logits, or all of them (see `head_of`)."""
+    if isinstance(head := head_of(model), FrozenHead):
         blocks = 5 if objective.needs_teacher else 3
         d = model.config.hidden_size
         states = 3 * predicted * d * head.weight.element_size()  # student, teacher, gradient

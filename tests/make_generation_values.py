@@ -9,11 +9,10 @@ import json
 import sys
 
 import torch
-from helpers import GOLDEN, restless
+from helpers import GOLDEN, LANGUAGE_MODELS, restless
 from transformers import AutoModelForCausalLM
 
-MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2")
-MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window")
+MODELS = [name for name in LANGUAGE_MODELS if not name.startswith("deepseek")]  # which transformers does not have
 LENGTHS = (11, 4, 7, 1)
 NEW_TOKENS = 24  # beyond mistral_window's 5; 11 + 24 fit gpt2's 40
 PADDING = 0  # not drawn

@@ -87,6 +87,8 @@ def test_alpaca_s_input_has_a_template_of_its_own():
     example = example_from({"instruction": "q", "input": "i", "output": "a"}, 1)
     assert example.prompt == PROMPT_WITH_INPUT.format(instruction="q", input="i")
     assert example.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:")
+    assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, raw=True).prompt == "q\ni"
+    assert example_from({"query": "q", "response": "a"}, 1, raw=True).prompt == "q"
     other = example_from({"query": "q", "input": "i", "response": "a"}, 1)
     assert other.prompt == PROMPT.format(instruction="q")  # MetaMathQA has no such field
 

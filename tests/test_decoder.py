@@ -3,17 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, distance, stretch
+from helpers import GOLDEN, LANGUAGE_MODELS, distance, stretch
 from safetensors.torch import load_file
 
 import minibalora as mb
 from minibalora.models.decoder import KVCache, attention, visible
 from minibalora.models.llama import _SwiGLU
-
-MODELS = ["llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gpt2"]
-MODELS += ["yi", "qwen2", "qwen2_window", "qwen3"]
-MIXTURES = ["mixtral", "mixtral_window", "deepseek", "deepseek_norm"]
-MODELS += MIXTURES
 
 
 def golden(name: str):
@@ -23,7 +18,7 @@ def golden(name: str):
     return mb.load_model(GOLDEN / name), expected["input_ids"], mask, expected["logits"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_logits_are_those_of_transformers(name):
     model, ids, mask, expected = golden(name)
@@ -33,7 +28,7 @@ def test_logits_are_those_of_transformers(name):
     assert torch.equal(model(ids)[real], model(ids, mask)[real])
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_bfloat16_stays_near_float32(name):
     _, ids, mask, expected = golden(name)
@@ -42,7 +37,7 @@ def test_bfloat16_stays_near_float32(name):
     assert (logits - expected)[real].norm() < 0.03 * expected[real].norm()  # 0.4 % a rounding, through two blocks
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_padding_and_later_tokens_change_nothing(name):
     model, ids, mask, _ = golden(name)
@@ -59,7 +54,7 @@ def test_left_padding_is_refused():
         model(ids, mask.flip(1))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
 def test_the_cache_gives_the_same_states(name):
     """Prompts of 17, 9 and 1 tokens, then four more tokens each, against one whole pass a row."""
@@ -99,9 +94,7 @@ def test_hidden_and_head_make_the_logits():
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
 
 
-@pytest.mark.parametrize(
-    "name", ["llama3", "llama_bias_tied", "mistral_window", "gemma", "gpt2", "qwen2_window", "qwen3"] + MIXTURES
-)
+@pytest.mark.parametrize("name", [name for name in LANGUAGE_MODELS if name not in ("llama2", "mistral", "yi")])
 @pytest.mark.parametrize("shared", [0, 1, 6])
 def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
     """Rows shorter and longer than mistral_window's window, one with a single wanted token."""

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from helpers import GOLDEN, golden_example, headless
+from helpers import CLASSIFIERS, GOLDEN, golden_example, headless
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -14,7 +14,6 @@ import minibalora as mb
 from minibalora.models.encoder import bucket
 
 ENCODERS = ["bert", "bert_relu", "roberta", "deberta", "deberta_tanh"]
-CLASSIFIERS = [*ENCODERS, "gpt2_classifier", "llama_classifier"]
 BACKBONES = {"bert": "bert", "roberta": "roberta", "deberta": "deberta", "gpt2_classifier": "transformer"}
 OTHER_HEADS = {
     "bert": ["cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.seq_relationship.weight"],

@@ -23,10 +23,27 @@ def read_mistral(fields: Fields) -> LlamaConfig:
 
 
 def read_gemma(fields: Fields) -> LlamaConfig:
+    return LlamaConfig(**gemma_settings(fields))
+
+
+def gemma_settings(fields: Fields) -> dict:
     name = fields.raw["hidden_act"]  # its first releases say "gelu" and mean the tanh form
     fields.raw["hidden_act"] = fields.raw.get("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
     settings = llama_settings(fields)
-    return LlamaConfig(**settings | {"norm_offset": 1.0, "embedding_scale": settings["hidden_size"] ** 0.5})
+    return settings | {"norm_offset": 1.0, "embedding_scale": settings["hidden_size"] ** 0.5}
+
+
+def read_gemma2(fields: Fields) -> LlamaConfig:
+    layers = fields.integer("num_hidden_layers")
+    kinds = ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)]
+    settings = gemma_settings(fields) | {
+        "windows": windows_of_kinds(fields, fields.raw.get("layer_types", kinds)),
+        "has_post_norms": True,
+        "query_scale": (fields.integer("head_dim") / fields.number("query_pre_attn_scalar")) ** 0.5,
+    }
+    for setting, key in (("attention_cap", "attn_logit_softcapping"), ("logit_cap", "final_logit_softcapping")):
+        settings[setting] = fields.number(key) if key in fields.raw else None
+    return LlamaConfig(**settings)
 
 
 def read_qwen2(fields: Fields) -> LlamaConfig:
@@ -137,6 +154,13 @@ GEMMA = {
     "head_dim": 256,
     "max_position_embeddings": 8192,
 }
+GEMMA2 = GEMMA | {
+    "num_key_value_heads": 4,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+}
 QWEN = LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
@@ -150,6 +174,7 @@ FAMILIES = {
     "llama": family(read_llama, transformers="Llama", defaults=LLAMA),
     "mistral": family(read_mistral, transformers="Mistral", defaults=MISTRAL),
     "gemma": family(read_gemma, transformers="Gemma", defaults=GEMMA),
+    "gemma2": family(read_gemma2, transformers="Gemma2", defaults=GEMMA2),
     "qwen2": family(read_qwen2, transformers="Qwen2", defaults=QWEN),
     "qwen3": family(read_qwen3, transformers="Qwen3", defaults=QWEN | {"head_dim": 128}),
 }

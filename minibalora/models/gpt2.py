@@ -29,6 +29,7 @@ class GPT2Config:
     initializer_range: float
 
     has_learned_positions = True
+    attention_cap = logit_cap = None
 
     @property
     def num_key_value_heads(self) -> int:

@@ -1,15 +1,16 @@
-"""LLaMA 1 to 3.3, Yi, Mistral, Gemma, Qwen 1.5 to 3: one model with several settings.
+"""LLaMA 1 to 3.3, Yi, Mistral, Gemma 1 and 2, Qwen 1.5 to 3: one model with several settings.
 
 Pre-norm blocks of causal self-attention with rotary positions, and a gated MLP. Modules are named as in Hugging Face
 checkpoints, so a checkpoint's tensor names are this file's attribute names.
 
-LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.06825. Gemma: 2403.08295. Qwen:
-2309.16609, 2407.10671, 2505.09388.
+LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.06825. Gemma: 2403.08295,
+2408.00118. Qwen: 2309.16609, 2407.10671, 2505.09388.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,11 @@ class LlamaConfig:
     embedding_scale: float  # Gemma multiplies embeddings by √d
     max_position_embeddings: int
     initializer_range: float
+    # Gemma 2
+    has_post_norms: bool = False  # a norm after attention and MLP, too
+    query_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
 
     has_learned_positions = False
 
@@ -64,7 +70,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
-        d, self.head_dim, self.index = config.hidden_size, config.head_dim, index
+        d, self.head_dim, self.index, self.query_scale = config.hidden_size, config.head_dim, index, config.query_scale
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
@@ -83,7 +89,7 @@ class Attention(nn.Module):
         )
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *(pick(table, wanted) for table in rotary)), rotate(k, *rotary)
-        y = attend(self.index, q, k, v, 0.0)
+        y = attend(self.index, q if self.query_scale == 1 else q * self.query_scale, k, v, 0.0)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
@@ -140,10 +146,27 @@ class Block(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class Gemma2Block(nn.Module):
+    """A block with norms before and after each half; post_attention_layernorm is what its name says here."""
+
+    def __init__(self, config: LlamaConfig, index: int):
+        super().__init__()
+        norm = partial(RMSNorm, config.hidden_size, config.rms_norm_eps, config.norm_offset)
+        self.input_layernorm, self.post_attention_layernorm = norm(), norm()
+        self.self_attn = Attention(config, index)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = norm(), norm()
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
+        y = self.self_attn(self.input_layernorm(x), rotary, attend, wanted)
+        x = pick(x, wanted) + self.post_attention_layernorm(y)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
+
+
 class Backbone(nn.Module):
     """Ids to the states after the final norm: everything below the head."""
 
-    def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig, int], nn.Module] = Block):
+    def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig, int], nn.Module]):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
@@ -166,7 +189,7 @@ class Backbone(nn.Module):
 
 
 def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
-    return Decoder(config, Backbone(config), "model", num_labels)
+    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:

@@ -1,0 +1,70 @@
+"""What every family must do, on its golden checkpoints: a new one is tested here by its name in helpers.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, golden_example, stretch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import minibalora as mb  # noqa: E402
+import train_nlg  # noqa: E402
+from minibalora.data import Row  # noqa: E402
+from minibalora.families import FAMILIES
+from minibalora.lowrank import adapted_layers
+from minibalora.objective import NLG_RECIPES, head_of
+
+
+def load(name: str, folder: Path | None = None):
+    """A golden checkpoint, or one in `folder`, its inputs, and which of its outputs count."""
+    *inputs, _ = golden_example(name)
+    model = mb.load_model(folder or GOLDEN / name, "classifier" if name in CLASSIFIERS else "lm")
+    return model, inputs, inputs[1].bool() if name in LANGUAGE_MODELS else ...
+
+
+ALL = [*LANGUAGE_MODELS, *CLASSIFIERS]
+
+
+def test_every_family_has_a_golden_checkpoint():
+    configs = [json.loads((GOLDEN / name / "config.json").read_text()) for name in ALL]
+    assert {config["model_type"] for config in configs} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
+    """From PiSSA's start: the teacher is the checkpoint, the adapter is for it, the merged checkpoint is the sum."""
+    model, inputs, real = load(name)
+    expected = model(*inputs)[real]
+    stretch(mb.adapt(model, rank=3))
+    changed = model(*inputs)[real]
+    scale = expected.abs().max()
+    with mb.pretrained(model):
+        assert (model(*inputs)[real] - expected).abs().max() < 1e-5 * scale
+    assert (changed - expected).abs().max() > 1e-3 * scale
+
+    mb.save_adapter(model, tmp_path / "adapter")
+    again = mb.load_adapter(load(name)[0], tmp_path / "adapter")
+    assert (again(*inputs)[real] - changed).abs().max() < 1e-5 * scale
+    mb.save_model(model, tmp_path / "merged")
+    merged, *_ = load(name, tmp_path / "merged")
+    assert (merged(*inputs)[real] - changed).abs().max() < 0.05 * scale  # rounded to the golden weights' bfloat16
+
+
+@pytest.mark.parametrize("recipe", NLG_RECIPES)
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_a_training_step_reaches_every_factor(name, recipe):
+    torch.manual_seed(0)
+    model = mb.adapt(mb.load_model(GOLDEN / name), rank=2)
+    stretch(model)
+    lengths = ((8, 19), (9, 14), (3, 11), (6, 7))  # of a prompt, and with the response
+    rows = [Row(torch.randint(2, 61, (total,)).numpy(), prompt, line) for line, (prompt, total) in enumerate(lengths)]
+    objective = NLG_RECIPES[recipe]
+    losses, terms = train_nlg.backward(model, head_of(model), [rows[:2], rows[2:]], objective, 50, 100, [])
+    assert set(terms) == {"task", "consistency", "diversity", "svd"} and terms["consistency"] > 0
+    gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert sum(gradient.norm() > 0 for gradient in gradients) > 0.9 * len(gradients)  # an expert may get no token
