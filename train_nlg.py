@@ -1,4 +1,4 @@
-"""Fine-tune a LLaMA, Mistral, Gemma or GPT-2 checkpoint with BA-LoRA, LoRA, PiSSA or in full; see `--help`.
+"""Fine-tune a decoder or T5 checkpoint with BA-LoRA, LoRA, PiSSA or in full; see `--help`.
 
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
@@ -23,7 +23,7 @@ from minibalora.families import read_config
 from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, mean_entropy
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.plan import expected_memory, nlg_formula, print_plan
@@ -101,7 +101,7 @@ def main() -> int:
 
 
 def backward(
-    model: Decoder,
+    model: LanguageModel,
     head: FrozenHead | Callable[[Tensor], Tensor],
     micro: list[list[Row]],
     objective: Objective,
@@ -153,7 +153,7 @@ def mean_entropy_share(
     return distributed.total(mean.item())
 
 
-def save(model: Decoder, args: Namespace) -> None:
+def save(model: LanguageModel, args: Namespace) -> None:
     """The adapter for the original base, in PEFT's format; of a model that was trained in full, all of it."""
     if args.method == "full":
         mb.save_model(model.to(args.dtype), args.out / "model")

@@ -1,4 +1,4 @@
-"""Fine-tune BERT, RoBERTa, DeBERTa-v3 or a decoder to classify texts with BA-LoRA or a baseline; see `--help`.
+"""Fine-tune BERT, RoBERTa, DeBERTa-v3, T5 or a decoder to classify texts with BA-LoRA or a baseline; see `--help`.
 
 The whole story, top to bottom: load, adapt, the teacher's logits once, then steps, with a look at the dev set after
 every epoch; save the best one.

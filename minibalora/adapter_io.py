@@ -63,7 +63,7 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if getattr(model, "num_labels", None) is not None else "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
         "r": rank,
         "lora_alpha": alpha,
@@ -79,6 +79,12 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
+
+
+def _task_type(model: nn.Module) -> str:
+    if getattr(model, "num_labels", None) is not None:
+        return "SEQ_CLS"
+    return model.family.peft_task if hasattr(model, "family") else "CAUSAL_LM"
 
 
 def _target_modules(model: nn.Module) -> list[str]:

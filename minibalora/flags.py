@@ -54,7 +54,7 @@ def init(text: str) -> str:
 def nlg_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlg.py",
-        description="Fine-tune a LLaMA, Mistral, Gemma or GPT-2 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
+        description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
@@ -98,8 +98,9 @@ def nlg_parser() -> argparse.ArgumentParser:
 def nlu_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlu.py",
-        description="Fine-tune a BERT, RoBERTa, DeBERTa-v3 or decoder checkpoint to classify texts with BA-LoRA (arXiv "
-        "2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on a CPU.",
+        description="Fine-tune a BERT, RoBERTa, DeBERTa-v3, T5 or decoder checkpoint to classify texts with BA-LoRA "
+        "(arXiv 2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on "
+        "a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")

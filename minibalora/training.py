@@ -139,14 +139,20 @@ def checkpoint_blocks(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile what takes tokens one by one, each block's norms and MLP: once for rows of any length.
 
-    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. So
-    would a mixture be, for its experts get other counts of tokens at every step: it stays as it is.
+    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. A
+    mixture would be, whenever other experts have no token or one (half a minute for 5 tiny ones): it stays as it is.
     """
     for blocks in model.modules():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            for name, part in block.named_children():
-                if "attn" not in name and not isinstance(part, Mixture):
+            for name, part in parts_of(block):
+                if not name.endswith(("attn", "Attention")) and not isinstance(part, Mixture):
                     part.compile(dynamic=True)
+
+
+def parts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what a block calls: of a ModuleDict, which is never called, what stands in it."""
+    for name, part in block.named_children():
+        yield from parts_of(part) if isinstance(part, nn.ModuleDict) else [(name, part)]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
