@@ -19,6 +19,7 @@ from minibalora.adapter_config import is_target, read_adapter_config, setting
 from minibalora.errors import InputError
 from minibalora.files import replacing, write_json
 from minibalora.lowrank import LowRankLinear, adapted_layers, install
+from minibalora.models.mixture import Router
 from minibalora.weights import is_stored_transposed, read, set_parameter
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
@@ -124,6 +125,9 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     if adapted_layers(model):
         raise ValueError("the model has an adapter already: load the base anew")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and name in adapter.factors:
+            raise InputError(f"{adapter.file}: adapts {name}, a router, which stays frozen here: merge it in PEFT")
     _check_whole(model, adapter)
     layers = {name: _layer(name, linears.get(name), adapter) for name in adapter.factors}
     if absent := [name for name in linears if is_target(adapter.config, name) and name not in layers]:

@@ -73,6 +73,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add = _add_method_flags(parser, NLG_RECIPES, "128; built-in model: 16", "entropy of the predictions", "tokens")
     top_k = _published(NLG_RECIPES, "top_k")
     add("--top-k", type=natural, help=f"K largest logits of the entropy, 0 = all ({top_k})")
+    add("--router-aux-loss", type=rate, default=0.0, help="weight of the load balance of a mixture's experts (default: "
+        "0), taken per micro-batch like the spectral term; its router stays frozen")  # fmt: skip
     _add_optimisation_flags(
         parser,
         lr="published: 2e-5; built-in model: 2e-3",
@@ -278,7 +280,7 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
 
 def nlg_objective(args: argparse.Namespace) -> Objective:
     objective = _objective(args, NLG_RECIPES)
-    return dataclasses.replace(objective, top_k=objective.top_k or None)  # --top-k 0: all
+    return dataclasses.replace(objective, top_k=objective.top_k or None, router_aux=args.router_aux_loss)  # 0: all
 
 
 def nlu_objective(args: argparse.Namespace) -> Objective:

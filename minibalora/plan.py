@@ -10,6 +10,7 @@ from minibalora.data import Row
 from minibalora.fused import FrozenHead
 from minibalora.lowrank import adapted_layers
 from minibalora.models.decoder import Decoder, DecoderConfig
+from minibalora.models.mixture import MixtureConfig
 from minibalora.objective import Objective, head_of
 
 
@@ -57,6 +58,7 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
         diversity: objective.lambda2,
         f"{share} of {objective.svd_k} singular values": objective.lambda3,
         "non-target KL": objective.non_target_kl,
+        "load balance of the experts": objective.router_aux,
     }
     moving = ", weights on the iclr2026 schedule" if objective.moving_lambdas else ""
     return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving
@@ -110,6 +112,10 @@ def objective_bytes(model: Decoder, predicted: int, objective: Objective) -> int
 
 def block_bytes(config: DecoderConfig, element: int) -> int:
     """What autograd keeps of one block for one token: the norms' inputs in float32 and their outputs, q, k, v and what
-    attention found, that once more as o_proj's input, gate, up and their product."""
-    heads = config.num_attention_heads * config.head_dim
-    return 2 * 4 * config.hidden_size + element * (2 * config.hidden_size + 5 * heads + 3 * config.intermediate_size)
+    attention found, that once more as o_proj's input, gate, up and their product; of a mixture those of each expert
+    that the token goes through, with a copy of the input and an output of its own."""
+    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    width, copies = config.intermediate_size, 0
+    if isinstance(config, MixtureConfig):
+        width, copies = config.active_size, 2 * config.num_experts_per_tok
+    return 2 * 4 * d + element * ((2 + copies) * d + 5 * heads + 3 * width)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.files import read_json_object
+from minibalora.models.mixture import MixtureConfig
 
 LAST_OF_HEAD = (  # one row a class
     "score.weight",
@@ -67,9 +68,13 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         raise InputError(f"{folder}: {family.transformers} is an encoder, which has no language model here: "
                          "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
-    if config.num_hidden_layers > len(stored):  # before building them, for a wrong number may be a million
-        layers = f"{config.num_hidden_layers} hidden layers, but the weights are {len(stored)} tensors"
-        raise InputError(f"{folder}: config.json has {layers}: download both again")
+    experts = config.num_experts * sum(config.has_experts) if isinstance(config, MixtureConfig) else 0
+    if max(config.num_hidden_layers, experts) > len(
+        stored
+    ):  # before building them, for a wrong number may be a million
+        parts = f"{config.num_hidden_layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
+        raise InputError(f"{folder}: config.json has {parts}, but the weights are {len(stored)} tensors: "
+                         "download both again")  # fmt: skip
     if head == "classifier" and num_labels is None:
         shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
         num_labels = next((shape[0] for shape in shapes if shape), 2)
@@ -240,8 +245,9 @@ def _check_copy(model: nn.Module, stored: dict[str, StoredTensor], name: str, cu
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """In the place of the one that is there, which says whether it is trained: a mixture's router never is."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, parameter.requires_grad_(model.get_parameter(name).requires_grad))
 
 
 def _some(names: set[str]) -> str:

@@ -13,7 +13,7 @@ from minibalora.lowrank import adapted_layers
 GOLDEN = Path(__file__).with_name("golden")
 # The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
 LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gemma2", "gpt2")
-LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3")
+LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window", "deepseek", "deepseek_norm")
 SEQ2SEQ = ("t5", "t5_gated")
 CLASSIFIERS = ("bert", "bert_relu", "roberta", "deberta", "deberta_tanh", "gpt2_classifier", "llama_classifier")
 CLASSIFIERS += ("t5_classifier",)

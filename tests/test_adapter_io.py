@@ -33,7 +33,7 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
 
 
 SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "qwen2", "adapter_qwen3": "qwen3"}
-SAVED |= {"adapter_t5": "t5", "adapter_t5_gated": "t5_gated"}
+SAVED |= {"adapter_t5": "t5", "adapter_t5_gated": "t5_gated", "adapter_mixtral": "mixtral"}
 
 
 @pytest.mark.parametrize("name", SAVED)
