@@ -1,4 +1,4 @@
-"""Fine-tune a LLaMA, Mistral, Gemma or GPT-2 checkpoint with BA-LoRA, LoRA, PiSSA or in full; see `--help`.
+"""Fine-tune a decoder or T5 checkpoint with BA-LoRA, LoRA, PiSSA or in full; see `--help`.
 
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
@@ -24,7 +24,8 @@ from minibalora.files import check_writable
 from minibalora.flags import nlg_objective, parse_nlg_flags
 from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.memory import expected_memory, packed_amount
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
+from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.plan import nlg_formula, print_plan
 from minibalora.tasks import Item
@@ -49,6 +50,8 @@ def main() -> int:
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
+    if objective.router_aux > 0 and not isinstance(read_config(Path(args.model)), MixtureConfig):
+        raise InputError(f"--router-aux-loss: {args.model} has no experts to choose from: leave it out")
     data.check_fits(rows, args.data, args.model, args.max_length)
     data.check_fits(data.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
     settings = settings_of(args, examples)
@@ -101,7 +104,7 @@ def main() -> int:
 
 
 def backward(
-    model: Decoder,
+    model: LanguageModel,
     head: FrozenHead | Callable[[Tensor], Tensor],
     micro: list[list[Row]],
     objective: Objective,
@@ -114,7 +117,8 @@ def backward(
 
     micro: the step's rows, cut; of several ranks each takes its share. Returns each micro-batch's part of L and the
     step's terms. Dividing is done once, by the tokens of the whole step, so gradients are the same however it is cut
-    (but for the spectral term, see `nlg_terms`). Ends early, with gradients of no use, once `stop` is not empty.
+    (but for the spectral term, see `nlg_terms`, and the routers' load balance, which is a product of two means). Ends
+    early, with gradients of no use, once `stop` is not empty.
     """
     counts = [sum(row.predicted for row in rows) for rows in micro]
     shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
@@ -125,8 +129,12 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for share, batch, teacher in zip(shares, batches, teachers, strict=True):
-            student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+            with watched_routers(model) as given:
+                student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
+            if objective.router_aux > 0:
+                terms["router_aux"] = load_balance(given)
+                loss = loss + objective.router_aux * terms["router_aux"]
             yield share, loss, terms
 
     parts, terms = training.add_gradients(losses(), stop)
@@ -148,7 +156,7 @@ def mean_entropy_share(
     return distributed.total(mean.item())
 
 
-def save(model: Decoder, args: Namespace) -> None:
+def save(model: LanguageModel, args: Namespace) -> None:
     """The adapter for the original base, in PEFT's format; of a model that was trained in full, all of it."""
     if args.method == "full":
         mb.save_model(model.to(args.dtype), args.out / "model")

@@ -19,6 +19,7 @@ from minibalora.adapter_config import is_target, read_adapter_config, setting
 from minibalora.errors import InputError
 from minibalora.files import replacing, write_json
 from minibalora.lowrank import LowRankLinear, adapted_layers, install
+from minibalora.models.mixture import Router
 from minibalora.weights import is_stored_transposed, read, set_parameter
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
@@ -62,7 +63,7 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
-        "task_type": "SEQ_CLS" if getattr(model, "num_labels", None) is not None else "CAUSAL_LM",
+        "task_type": _task_type(model),
         "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
         "r": rank,
         "lora_alpha": alpha,
@@ -78,6 +79,12 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
+
+
+def _task_type(model: nn.Module) -> str:
+    if getattr(model, "num_labels", None) is not None:
+        return "SEQ_CLS"
+    return model.family.peft_task if hasattr(model, "family") else "CAUSAL_LM"
 
 
 def _target_modules(model: nn.Module) -> list[str]:
@@ -118,6 +125,9 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     if adapted_layers(model):
         raise ValueError("the model has an adapter already: load the base anew")
     linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for name, module in model.named_modules():
+        if isinstance(module, Router) and name in adapter.factors:
+            raise InputError(f"{adapter.file}: adapts {name}, a router, which stays frozen here: merge it in PEFT")
     _check_whole(model, adapter)
     layers = {name: _layer(name, linears.get(name), adapter) for name in adapter.factors}
     if absent := [name for name in linears if is_target(adapter.config, name) and name not in layers]:

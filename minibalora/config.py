@@ -21,6 +21,7 @@ class Names:
     pooler: str | None = None  # a module between backbone and head, which a file may lack as it may lack the head
     ignored: str = "$^"  # regular expression: buffers, and heads of other tasks
     transposed: str = "$^"  # stored as (in, out)
+    copies: str = "$^"  # that repeat the embedding
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Family:
     transformers: str  # how its classes begin there, as in LlamaForSequenceClassification
     defaults: dict = field(default_factory=dict)  # what config.json may leave out, as the family's own code fills it in
     has_language_model: bool = True
+    peft_task: str = "CAUSAL_LM"  # what PEFT calls that of its language model
 
 
 class Fields:

@@ -19,6 +19,7 @@ from minibalora.generate import (
     fill_in_defaults,
     load,
 )
+from minibalora.models.t5 import T5
 from minibalora.perplexity import mean_predictions, predict, text_windows
 from minibalora.records import answer, by_model, in_words, summarize
 from minibalora.run_folder import check_out, check_settings, plain_settings, start_run
@@ -67,6 +68,8 @@ def evaluate_task(args: argparse.Namespace, settings: dict) -> int:
 def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
     """Loss and perplexity of a text file; of an adapter also those of its base, and the KL between the two."""
     model, tok = load(args)
+    if isinstance(model, T5):
+        raise InputError(f"--task text: {args.model} is a T5, which predicts answers and not the text: give a decoder")
     longest = model.config.max_position_embeddings
     length = args.max_length or min(1024, longest)
     if not 2 <= length <= longest:
@@ -96,7 +99,7 @@ def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
 def parse_flags() -> argparse.Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.evaluate",
-        description="Measure a decoder, with or without an adapter, on a benchmark, or its predictions of a text.",
+        description="Measure a language model, with an adapter or without, on a benchmark, or how it predicts a text.",
     )
     add_model_flags(parser)
     add = parser.add_argument_group("what is measured").add_argument

@@ -54,7 +54,7 @@ def init(text: str) -> str:
 def nlg_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlg.py",
-        description="Fine-tune a LLaMA, Mistral, Gemma or GPT-2 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
+        description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
@@ -73,6 +73,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add = _add_method_flags(parser, NLG_RECIPES, "128; built-in model: 16", "entropy of the predictions", "tokens")
     top_k = _published(NLG_RECIPES, "top_k")
     add("--top-k", type=natural, help=f"K largest logits of the entropy, 0 = all ({top_k})")
+    add("--router-aux-loss", type=rate, default=0.0, help="weight of the load balance of a mixture's experts (default: "
+        "0), taken per micro-batch like the spectral term; its router stays frozen")  # fmt: skip
     _add_optimisation_flags(
         parser,
         lr="published: 2e-5; built-in model: 2e-3",
@@ -96,8 +98,9 @@ def nlg_parser() -> argparse.ArgumentParser:
 def nlu_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlu.py",
-        description="Fine-tune a BERT, RoBERTa, DeBERTa-v3 or decoder checkpoint to classify texts with BA-LoRA (arXiv "
-        "2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on a CPU.",
+        description="Fine-tune a BERT, RoBERTa, DeBERTa-v3, T5 or decoder checkpoint to classify texts with BA-LoRA "
+        "(arXiv 2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on "
+        "a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
@@ -105,6 +108,8 @@ def nlu_parser() -> argparse.ArgumentParser:
     add("--task", choices=(*TASKS, "custom"), help="what the columns and labels are; needed with --model")
     add("--eval", metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
         "the first selects the best epoch")  # fmt: skip
+    add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and take for the classes '
+        'the words that it would answer, "positive", by its own head in place of a new one')  # fmt: skip
     add("--text-field", metavar="NAME", nargs="+", help="custom task: the field of the text, or two for a pair")
     add("--label-field", metavar="NAME", help="custom task: the field of the label")
     add("--max-rows", type=positive_int, help="use the first N rows (default: all)")
@@ -275,7 +280,7 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
 
 def nlg_objective(args: argparse.Namespace) -> Objective:
     objective = _objective(args, NLG_RECIPES)
-    return dataclasses.replace(objective, top_k=objective.top_k or None)  # --top-k 0: all
+    return dataclasses.replace(objective, top_k=objective.top_k or None, router_aux=args.router_aux_loss)  # 0: all
 
 
 def nlu_objective(args: argparse.Namespace) -> Objective:
@@ -346,6 +351,8 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
         if args.task != "custom" and getattr(args, name) is not None:
             raise InputError(f"{cli.flag(name)} goes with --task custom: {args.task} has its own fields")
+    if args.as_text and (args.model is None or args.task == "stsb" or args.teacher not in (None, "pretrained")):
+        raise InputError("--as-text is for a T5 and a --task of classes, and has no --teacher but itself: leave it out")
     if len(args.text_field or ()) > 2:
         raise InputError(f"--text-field names {len(args.text_field)} fields: give one, or two for a pair")
     has_scores = args.task in TASKS and TASKS[args.task].labels is None

@@ -1,6 +1,7 @@
-"""Text from a decoder, in batches with a KV cache: the most likely, or drawn. `python -m minibalora.generate`."""
+"""Text from a model, in batches with a KV cache: the most likely, or drawn. `python -m minibalora.generate`."""
 
 import json
+import math
 import os
 import re
 import sys
@@ -20,7 +21,7 @@ from minibalora.adapter_io import load_adapter
 from minibalora.data import FIELDS, example_from
 from minibalora.errors import InputError
 from minibalora.lowrank import evaluating, merge
-from minibalora.models.decoder import Decoder, KVCache
+from minibalora.models import LanguageModel
 from minibalora.text import Tokenizer, load_tokenizer
 from minibalora.toy import MODEL
 from minibalora.weights import load_model
@@ -41,7 +42,7 @@ class Decoding:
 
 
 def generate(
-    model: Decoder, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
 ) -> list[str]:
     """How each prompt goes on, as one batch: without the prompt and special tokens, up to EOS or a stop string.
 
@@ -53,7 +54,7 @@ def generate(
 
 
 def generate_each(
-    model: Decoder,
+    model: LanguageModel,
     tok: Tokenizer,
     prompts: list[str],
     decoding: Decoding,
@@ -85,10 +86,10 @@ def generate_each(
 
 
 def encode_prompts(
-    model: Decoder, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
 ) -> list[list[int]]:
     """The prompts' ids; InputError names the first that the model cannot take."""
-    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings
+    vocabulary, context = model.config.vocab_size, model.config.max_position_embeddings or math.inf
     encoded = tok.encode_prompts(prompts)
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if names is None else names
     for name, ids in zip(names, encoded, strict=True):
@@ -104,7 +105,7 @@ def encode_prompts(
 
 
 def _texts(
-    model: Decoder,
+    model: LanguageModel,
     tok: Tokenizer,
     encoded: list[list[int]],
     decoding: Decoding,
@@ -122,7 +123,7 @@ def _texts(
 
 @torch.inference_mode()
 def generate_ids(
-    model: Decoder,
+    model: LanguageModel,
     input_ids: Tensor,
     attention_mask: Tensor,
     decoding: Decoding,
@@ -137,18 +138,16 @@ def generate_ids(
     far) is asked after each token; progress(tokens of this step, rows that ended with it) is told of each step.
     decoding.stop is `generate`'s. Raises ValueError for a mask with holes, an empty row, and one without room.
     """
-    weight, context = model.embedding.weight, model.config.max_position_embeddings
+    context = model.config.max_position_embeddings or math.inf
     input_ids, lengths = padded_on_the_right(input_ids, attention_mask)
     if not 0 < min(lengths) <= max(lengths) < context:
         raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens: they must have 1 to {context - 1}")
     room = [min(decoding.max_new_tokens, context - length) for length in lengths]
-    cache = KVCache(model.config, lengths, max(lengths) + max(room), weight.dtype, weight.device)
     rngs = [np.random.default_rng([decoding.seed, key]) for key in (range(len(lengths)) if keys is None else keys)]
     rows: list[list[int]] = [[] for _ in lengths]
     running = list(range(len(rows)))
     with evaluating(model):
-        states = model.hidden(input_ids.to(weight.device), cache=cache)
-        state = states[torch.arange(len(rows)), torch.tensor(lengths) - 1]  # (B, d), of each row's last token
+        cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
         while True:
             tokens = next_tokens(model.head(state), decoding, rngs)
             ids, were_running = tokens.tolist(), len(running)
@@ -163,7 +162,7 @@ def generate_ids(
             progress(were_running, were_running - len(running))
             if not running:
                 return rows
-            state = model.hidden(tokens[:, None], cache=cache)[:, 0]  # rows that have ended go along, unread
+            state = model.decode(tokens, cache)  # rows that have ended go along, unread
 
 
 def padded_on_the_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[int]]:
@@ -275,7 +274,7 @@ def main() -> int:
 def parse_flags() -> Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora.generate",
-        description="Let a decoder answer prompts. They are put into the template that train_nlg.py trains with.",
+        description="Let a model answer prompts. They are put into the template that train_nlg.py trains with.",
     )
     add_model_flags(parser)
     add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
@@ -338,7 +337,7 @@ def fill_in_defaults(args: Namespace, others: dict) -> None:
     cli.fill_in(args, {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42} | others)
 
 
-def load(args: Namespace) -> tuple[Decoder, Tokenizer]:
+def load(args: Namespace) -> tuple[LanguageModel, Tokenizer]:
     """What `add_model_flags` names, the adapter apart from its base."""
     tok, model = load_tokenizer(args.model), load_model(args.model, dtype=args.dtype, device=args.device)
     return model if args.adapter is None else load_adapter(model, args.adapter), tok

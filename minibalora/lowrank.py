@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 OVERSAMPLING = 16  # columns of a Krylov block beyond the rank: a third of the error on a flat spectrum
-HEADS = ("lm_head", "score", "classifier", "pooler")  # adapt leaves these alone, as all three papers do
+# adapt leaves these alone, as all three papers do
+HEADS = ("lm_head", "score", "classifier", "pooler", "classification_head")
 
 
 class LowRankLinear(nn.Module):

@@ -13,7 +13,7 @@ on a CPU, tensor by tensor.
 """
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -43,8 +43,11 @@ def packed_amount(batch: Packed) -> Amount:
     return Amount(len(batch.input_ids), sum(lengths), len(batch.targets), pairs, is_packed=True)
 
 
-def padded_amount(rows: int, longest: int) -> Amount:
+def padded_amount(rows: int, longest: int, as_text: bool = False) -> Amount:
+    """as_text: the encoder reads them, and the decoder is asked for one token of each row."""
     tokens = rows * longest
+    if as_text:
+        return Amount(tokens, tokens + rows, rows, tokens * longest, is_packed=False)
     return Amount(tokens, tokens, tokens, tokens * longest, is_packed=False)
 
 
@@ -66,8 +69,8 @@ def expected_memory(
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What stands in the outermost ModuleList, in order."""
-    return list(next(module for module in model.modules() if isinstance(module, nn.ModuleList)))
+    """What stands in a ModuleList, for which our models have no other use."""
+    return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
 
 
 # What is always there.
@@ -100,20 +103,31 @@ def is_autocast(args: Namespace, model: nn.Module) -> bool:
 
 def activations(args: Namespace, model: nn.Module, amount: Amount) -> tuple[int, int]:
     """Bytes kept of all blocks when the forward pass is done, and those of the backward pass at its peak."""
-    blocks, element = blocks_of(model), args.dtype.itemsize
-    each = [kept_of_block(args, model, block, amount) for block in blocks[:-1]]
-    last = kept_of_block(args, model, blocks[-1], amount, is_last=True)
-    working = [working_of_block(args, model, block, amount.tokens) for block in blocks[:-1]] or [0]
-    working_of_last = working_of_block(args, model, blocks[-1], amount.wanted)
+    parts = [(block, part) for blocks, part in stacks(model, amount) for block in blocks]
+    is_last = [part.wanted < part.tokens and block is parts[-1][0] for block, part in parts]
+    each = [kept_of_block(args, model, *part, last) for part, last in zip(parts, is_last, strict=True)]
+    seen = [part.wanted if last else part.tokens for (_, part), last in zip(parts, is_last, strict=True)]
+    working = [working_of_block(args, model, block, tokens) for (block, _), tokens in zip(parts, seen, strict=True)]
     if args.grad_checkpoint:
-        inputs = element * model.config.hidden_size * amount.tokens * len(blocks)
-        again = max([*(kept + work for kept, work in zip(each, working, strict=False)), last + working_of_last])
-        return inputs, inputs + again
-    kept = sum(each) + last
-    return kept, max(kept + working_of_last, kept - last + max(working))
+        inputs = args.dtype.itemsize * model.config.hidden_size * sum(part.tokens for _, part in parts)
+        return inputs, inputs + max(kept + work for kept, work in zip(each, working, strict=True))
+    earlier = sum(each) - each[-1] + max(working[:-1], default=0)
+    return sum(each), max(sum(each) + working[-1], earlier)
 
 
-def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: Amount, is_last: bool = False) -> int:
+def stacks(model: nn.Module, amount: Amount) -> list[tuple[list[nn.Module], Amount]]:
+    """A model's lists of blocks, each with what goes through it: prompts through T5's encoder, answers its decoder."""
+    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    if len(lists) == 1 or amount.wanted == amount.seen:  # a classifier's decoder reads all that its encoder reads
+        return [(blocks, amount) for blocks in lists]
+    answer = amount.wanted / amount.seen
+    prompts, answers = amount.seen - amount.wanted, amount.wanted
+    of_prompts = replace(amount, tokens=prompts, seen=prompts, wanted=prompts, pairs=amount.pairs * (1 - answer) ** 2)
+    of_answers = replace(amount, tokens=answers, seen=answers, pairs=amount.pairs * answer)  # its own and the prompt's
+    return [(lists[0], of_prompts), (lists[1], of_answers)]
+
+
+def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: Amount, is_last: bool) -> int:
     """Bytes that autograd keeps of one block.
 
     Of a linear that widens the output, which the activation or attention keeps; of one that narrows the input. So the
@@ -122,16 +136,18 @@ def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: A
     """
     config, element, linears = model.config, args.dtype.itemsize, linears_of(model, block)
     products = element * sum(share * kept_numbers(linear, widest(linears)) for linear, share in linears)
-    if is_gated(linears) and config.activation != "silu":
+    if has_experts(linears):  # of every token the input and the output of each of its experts, in their order
+        products += element * 2 * config.num_experts_per_tok * config.hidden_size
+    if is_gated(linears) and getattr(config, "activation", "gelu") != "silu":
         products += element * linears[-1][1] * widest(linears)  # gelu(gate), which SwiGLU makes anew
     norms = norm_bytes(args, model, block, linears)
     width = attention_width(config)
     copied = element * width if amount.is_packed else 0  # what attention found, all rows in one
-    masks = dropout_bytes(args, block) * config.hidden_size
+    masks = dropout_bytes(args, model, block, linears)
     a_token, a_pair = attention_bytes(args, config, amount)
     a_token += products + norms + copied + masks
     shared = 4 * element * width * (amount.seen - amount.tokens)  # q, k, v and what was found
-    if not is_last or amount.wanted == amount.tokens:
+    if not is_last:
         return int(amount.tokens * a_token + shared + amount.pairs * a_pair)
     early = norms / 2 + 2 * element * width  # the first norm, keys and values are of all tokens
     of_wanted = amount.wanted * (a_token - early) + amount.wanted / amount.tokens * amount.pairs * a_pair
@@ -143,10 +159,13 @@ def linears_of(model: nn.Module, block: nn.Module) -> list[tuple[nn.Module, floa
     found = []
     for name, module in block.named_modules():
         if isinstance(module, nn.Linear | LowRankLinear):
-            parent, is_expert, _ = name.partition("experts.")
-            experts = len(block.get_submodule(f"{parent}experts")) if is_expert else 1
-            found.append((module, model.config.num_experts_per_tok / experts if is_expert else 1))
+            is_expert = ".experts." in name  # not ".shared_experts."
+            found.append((module, model.config.num_experts_per_tok / model.config.num_experts if is_expert else 1))
     return found
+
+
+def has_experts(linears: list[tuple[nn.Module, float]]) -> bool:
+    return any(share != 1 for _, share in linears)
 
 
 def kept_numbers(linear: nn.Module, widest: int) -> int:
@@ -200,10 +219,18 @@ def is_norm(module: nn.Module) -> bool:
     return "weight" in own and own["weight"].ndim == 1
 
 
-def dropout_bytes(args: Namespace, block: nn.Module) -> int:
-    """Of the masks of a state, a number of it."""
-    count = sum(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
-    return count * (1 if args.device.type == "cuda" else args.dtype.itemsize)
+def dropout_bytes(args: Namespace, model: nn.Module, block: nn.Module, linears: list[tuple[nn.Module, float]]) -> int:
+    """Bytes a token of the masks: of the states of each half of a block, and, in T5, within the MLP."""
+    used = [module for module in block.modules() if isinstance(module, nn.Dropout) and module.p > 0]
+    numbers = len(used) * model.config.hidden_size
+    if used and is_t5(model.config):  # one module for all halves
+        numbers = sum(map(is_norm, block.modules())) * model.config.hidden_size + widest(linears)
+    return numbers * (1 if args.device.type == "cuda" else args.dtype.itemsize)
+
+
+def is_t5(config: object) -> bool:
+    """Its dropouts are one number of the configuration."""
+    return hasattr(config, "num_decoder_layers")
 
 
 def attention_bytes(args: Namespace, config: object, amount: Amount) -> tuple[float, float]:
@@ -217,7 +244,8 @@ def attention_bytes(args: Namespace, config: object, amount: Amount) -> tuple[fl
         a_token += 2 * element * width
         a_pair += 2 * element * heads * min(2, 2 * config.position_buckets / length)
         a_pair += element * heads if args.device.type == "cuda" else 0  # their sum is the kernel's bias
-    if getattr(config, "attention_dropout", 0) and args.device.type != "cuda":
+    dropout = config.dropout_rate if is_t5(config) else getattr(config, "attention_dropout", 0)
+    if dropout and args.device.type != "cuda":
         a_token += 3 * (4 - element) * width  # no kernel for dropout on a CPU: float32, softmax, mask and product
         a_pair += 12 * heads
     return a_token, a_pair
@@ -226,10 +254,10 @@ def attention_bytes(args: Namespace, config: object, amount: Amount) -> tuple[fl
 def working_of_block(args: Namespace, model: nn.Module, block: nn.Module, tokens: int) -> int:
     """Bytes that the backward pass of a block takes at its peak besides what is kept: in the MLP."""
     element, linears = args.dtype.itemsize, linears_of(model, block)
-    slope = element * tokens * widest(linears)
+    slope = element * tokens * max(share * max(linear.in_features, linear.out_features) for linear, share in linears)
     dense = max(dense_bytes(args, linear, tokens) for linear, _ in linears)
     states = 2 * element * tokens * model.config.hidden_size
-    return states + max(slope + dense, 3 * slope if is_gated(linears) else 0)
+    return int(states + max(slope + dense, 3 * slope if is_gated(linears) else 0))
 
 
 def dense_bytes(args: Namespace, linear: nn.Module, tokens: int) -> int:

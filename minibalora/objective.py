@@ -26,6 +26,7 @@ class Objective:
     lambda2: float = 0.0  # diversity
     lambda3: float = 0.0  # leading singular values
     non_target_kl: float = 0.0
+    router_aux: float = 0.0  # of a mixture of experts: `mixture.load_balance`, which needs no logits
     consistency: str = "kl"  # or "mse", of rows of length 1
     temperature: float = 1.0  # of the KL
     top_k: int | None = None  # of the entropy (generation only); None = the whole vocabulary

@@ -7,24 +7,24 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minibalora.data import Row, collate, micro_batches
+from minibalora.data import Row, micro_batches, pack
 from minibalora.errors import InputError
 from minibalora.lowrank import adapted_layers, pretrained
+from minibalora.models import LanguageModel
 from minibalora.models.decoder import Decoder
-from minibalora.objective import predicted_rows
 from minibalora.regularizers import consistency_kl
 from minibalora.text import Tokenizer
 
 
 @torch.no_grad()
-def mean_loss(model: Decoder, rows: list[Row], batch_size: int) -> float:
+def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
     """Mean cross-entropy of the rows' response tokens, in nats."""
     device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
-        input_ids, labels = collate(batch, device)
-        states, targets = predicted_rows(model.hidden(input_ids), labels)
-        total += F.cross_entropy(model.head(states).float(), targets, reduction="sum").item()
-        tokens += len(targets)
+        batch = pack(batch, device)
+        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        total += F.cross_entropy(model.head(states).float(), batch.targets, reduction="sum").item()
+        tokens += len(batch.targets)
     return total / tokens
 
 

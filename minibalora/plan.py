@@ -72,6 +72,7 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
         diversity: objective.lambda2,
         f"{share} of {objective.svd_k} singular values": objective.lambda3,
         "non-target KL": objective.non_target_kl,
+        "load balance of the experts": objective.router_aux,
     }
     moving = ", weights on the iclr2026 schedule" if objective.moving_lambdas else ""
     return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving

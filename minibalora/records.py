@@ -18,7 +18,7 @@ from minibalora.files import appending, keep_lines
 from minibalora.generate import Decoding, generate_each
 from minibalora.lowrank import evaluating
 from minibalora.metrics import pass_at_k, wilson
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 from minibalora.perplexity import mean_loss, whole_text
 from minibalora.sandbox import Limits
 from minibalora.tasks import RIGHT, Item, Judge, Task, judge_answer
@@ -27,7 +27,7 @@ from minibalora.text import Tokenizer
 Complete = Callable[[list[Item], list[int]], Iterable[tuple[int, str]]]  # (items, keys) -> (index, completion)
 
 
-def by_model(model: Decoder, tok: Tokenizer, decoding: Decoding, batch_size: int, desc: str) -> Complete:
+def by_model(model: LanguageModel, tok: Tokenizer, decoding: Decoding, batch_size: int, desc: str) -> Complete:
     return lambda items, keys: generate_each(
         model, tok, [item.prompt for item in items], decoding, batch_size, keys, desc
     )
@@ -121,7 +121,7 @@ def in_words(found: dict) -> str:
 
 
 def scores(
-    model: Decoder,
+    model: LanguageModel,
     tok: Tokenizer,
     task: Task | None,
     items: list[Item],

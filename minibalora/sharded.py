@@ -12,22 +12,24 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from minibalora import distributed
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 from minibalora.weights import read, set_parameter
 
 
-def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> None:
+def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device) -> None:
     """Give an adapted `weights.skeleton` its numbers, in place: of what is sharded, this rank reads its own rows alone.
 
     Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
-    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+    for stack in list(model.modules()):  # of blocks: a decoder has one, T5 two
+        blocks = [block for child in stack.children() if isinstance(child, nn.ModuleList) for block in child]
         for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params={p for p in block.parameters() if not p.is_meta})
-    # What is above the blocks has nothing sharded: it lets a block be gathered while the one before computes.
-    rest = {p for p in model.parameters() if not isinstance(p, DTensor)}
-    fully_shard(model.backbone, mesh=mesh, ignored_params=rest)
+            fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
+        if blocks:
+            # What is above them has nothing sharded: it lets a block be gathered while the one before computes.
+            rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
+            fully_shard(stack, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
         stored = model.stored.get(stored_name(name))
@@ -39,6 +41,12 @@ def load_sharded(model: Decoder, dtype: torch.dtype, device: torch.device) -> No
             set_parameter(model, name, nn.Parameter(shard, requires_grad=False))
         elif parameter.is_meta:
             set_parameter(model, name, nn.Parameter(read(stored, name, dtype, device), requires_grad=False))
+
+
+def whole_parameters(block: nn.Module) -> set[nn.Parameter]:
+    """A and B, and the numbers that T5 keeps in its first block and uses in all."""
+    embeddings = [p for part in block.modules() if isinstance(part, nn.Embedding) for p in part.parameters()]
+    return {p for p in block.parameters() if not p.is_meta} | set(embeddings)
 
 
 def own_rows(count: int) -> slice:

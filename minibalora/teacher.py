@@ -13,13 +13,13 @@ from minibalora.data import Packed, Row
 from minibalora.errors import InputError
 from minibalora.files import check_writable, nearest, save_cached, tensors_digest
 from minibalora.lowrank import pretrained
-from minibalora.models.decoder import Decoder
+from minibalora.models import LanguageModel
 
 VERSION = 1  # raise it when the same weights and tokens give other states
 
 
 def teacher_states(
-    model: Decoder,
+    model: LanguageModel,
     batches: list[Packed],
     micro: list[list[Row]],
     cache: "TeacherCache | None" = None,

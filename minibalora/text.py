@@ -15,10 +15,11 @@ class Tokenizer:
 
     That file alone decides, as in transformers 5: `add_bos_token` in tokenizer_config.json is the slow tokenizers'.
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
+    is_encoder_decoder: the model reads a prompt as a whole text, EOS included, and writes its response as another.
     """
 
-    def __init__(self, backend: Backend, settings: dict, where: Path):
-        self.backend = backend
+    def __init__(self, backend: Backend, settings: dict, where: Path, is_encoder_decoder: bool = False):
+        self.backend, self.is_encoder_decoder = backend, is_encoder_decoder
         self.bos_id, self.eos_id = (self._special(settings, name, where) for name in ("bos_token", "eos_token"))
         pad_id = self._special(settings, "pad_token", where)
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
@@ -58,8 +59,10 @@ class Tokenizer:
         return [(encoding.ids, encoding.type_ids) for encoding in encoded], cut
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on all cores, but without the EOS that some tokenizers add: the response is to follow."""
+        """`encode` of each, on all cores, but without the EOS that some tokenizers add if the response is to follow."""
         encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+        if self.is_encoder_decoder:
+            return encoded
         return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
@@ -69,6 +72,8 @@ class Tokenizer:
     def decode_after(self, before: list[int], ids: list[int]) -> str:
         """The text that `ids` add to that of `before`. Decoded alone, they would lose a space in front, and the first
         line of a Python function its indentation: tokenizers that mark the start of a word drop it there."""
+        if before[-1:] == [self.eos_id]:
+            return self.decode(ids)  # they are a text of their own
         context = before[-8:]  # enough for the last character to be whole
         return self.decode(context + ids)[len(self.decode(context)) :]
 
@@ -103,7 +108,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         token_id = config.get(f"{name}_id")
         if name not in settings and type(token_id) is int and token_id >= 0:
             settings[name] = backend.id_to_token(token_id)
-    return Tokenizer(backend, settings, settings_file)
+    tok = Tokenizer(backend, settings, settings_file, config.get("is_encoder_decoder") is True)
+    if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
+        raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
+    return tok
 
 
 def _read_tokenizer_json(file: Path) -> Backend:

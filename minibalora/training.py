@@ -22,6 +22,7 @@ from minibalora.errors import InputError
 from minibalora.files import tensors_digest
 from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, adapted_layers, lora_factors, pissa_factors, truncate
+from minibalora.models.mixture import Mixture
 from minibalora.nf4 import NF4
 from minibalora.run_folder import load_initial_values, open_log, save_checkpoint, trained_parameters
 from minibalora.weights import read
@@ -138,13 +139,20 @@ def checkpoint_blocks(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile what takes tokens one by one, each block's norms and MLP: once for rows of any length.
 
-    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute.
+    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. A
+    mixture would be, whenever other experts have no token or one (half a minute for 5 tiny ones): it stays as it is.
     """
     for blocks in model.modules():
         for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            for name, part in block.named_children():
-                if "attn" not in name:
+            for name, part in parts_of(block):
+                if not name.endswith(("attn", "Attention")) and not isinstance(part, Mixture):
                     part.compile(dynamic=True)
+
+
+def parts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(name, module) of what a block calls: of a ModuleDict, which is never called, what stands in it."""
+    for name, part in block.named_children():
+        yield from parts_of(part) if isinstance(part, nn.ModuleDict) else [(name, part)]
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:

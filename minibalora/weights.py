@@ -18,9 +18,14 @@ from torch import Tensor, nn
 from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.files import read_json_object
-from minibalora.models.decoder import Decoder
+from minibalora.models.mixture import MixtureConfig
 
-LAST_OF_HEAD = ("score.weight", "classifier.weight", "classifier.out_proj.weight")  # one row a class
+LAST_OF_HEAD = (  # one row a class
+    "score.weight",
+    "classifier.weight",
+    "classifier.out_proj.weight",
+    "classification_head.out_proj.weight",
+)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
@@ -63,9 +68,13 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         raise InputError(f"{folder}: {family.transformers} is an encoder, which has no language model here: "
                          "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
-    if config.num_hidden_layers > len(stored):  # before building them, for a wrong number may be a million
-        layers = f"{config.num_hidden_layers} hidden layers, but the weights are {len(stored)} tensors"
-        raise InputError(f"{folder}: config.json has {layers}: download both again")
+    experts = config.num_experts * sum(config.has_experts) if isinstance(config, MixtureConfig) else 0
+    if max(config.num_hidden_layers, experts) > len(
+        stored
+    ):  # before building them, for a wrong number may be a million
+        parts = f"{config.num_hidden_layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
+        raise InputError(f"{folder}: config.json has {parts}, but the weights are {len(stored)} tensors: "
+                         "download both again")  # fmt: skip
     if head == "classifier" and num_labels is None:
         shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
         num_labels = next((shape[0] for shape in shapes if shape), 2)
@@ -77,8 +86,11 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
     model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
     model.own_head = [part for part in parts if part == names.head or part in model.new_modules]
     check_tensors(folder, model, stored)
-    if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
-        _check_tied(model, stored)
+    for name in stored:
+        if re.fullmatch(names.copies, name):
+            _check_copy(model, stored, name, "download the weights again")
+        if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
+            _check_copy(model, stored, name, "set tie_word_embeddings to false")
 
     model.source = folder
     model.stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
@@ -127,7 +139,8 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         if list(folder.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{folder}: has only pytorch_model.bin, a pickle, never read here: convert it with transformers, "
-                'AutoModelForCausalLM (of an encoder: AutoModel).from_pretrained(folder).save_pretrained("new folder")'
+                "AutoModelForCausalLM (of an encoder AutoModel, of T5 AutoModelForSeq2SeqLM)"
+                '.from_pretrained(folder).save_pretrained("new folder")'
             )
         raise InputError(f"{folder}: has neither {single.name} nor {index.name}: download the weights")
     weight_map = read_json_object(index).get("weight_map")
@@ -148,7 +161,7 @@ def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str,
     TensorFlow does; GPT-2 stores its linears transposed.
     """
     expected, names = dict(model.named_parameters()), model.family.names
-    is_bare = not any(name.startswith(f"{names.backbone}.") for name in stored)
+    is_bare = hasattr(model, names.backbone) and not any(name.startswith(f"{names.backbone}.") for name in stored)
     ours = {}
     for name, tensor in stored.items():
         name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda m: f"LayerNorm.{NEW_LAYER_NORM[m[1]]}", name)
@@ -223,17 +236,18 @@ def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.devic
         set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
-def _check_tied(model: Decoder, stored: dict[str, StoredTensor]) -> None:
-    """Some files repeat the tied head; if it differs from the embedding, one of the two would be silently lost."""
+def _check_copy(model: nn.Module, stored: dict[str, StoredTensor], name: str, cure: str) -> None:
+    """Some files repeat the embedding, for instance as a tied head; if the copy differs, it would be silently lost."""
     embedding = next(name for name, parameter in model.named_parameters() if parameter is model.embedding.weight)
-    tied, head = stored[embedding], stored["lm_head.weight"]
-    if head.shape != tied.shape or not torch.equal(_as_stored(head).float(), _as_stored(tied).float()):
-        raise InputError(f"{head.file}: lm_head.weight differs from the embedding: set tie_word_embeddings to false")
+    tied, copy = stored[embedding], stored[name]
+    if copy.shape != tied.shape or not torch.equal(_as_stored(copy).float(), _as_stored(tied).float()):
+        raise InputError(f"{copy.file}: {name} differs from the embedding: {cure}")
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    """In the place of the one that is there, which says whether it is trained: a mixture's router never is."""
     owner, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(owner), leaf, parameter)
+    setattr(model.get_submodule(owner), leaf, parameter.requires_grad_(model.get_parameter(name).requires_grad))
 
 
 def _some(names: set[str]) -> str:

@@ -36,6 +36,10 @@ LLAMA = {
 BERT = LLAMA | {
     "model_type": "bert", "max_position_embeddings": 128, "hidden_dropout_prob": 0.1, "type_vocab_size": 2,
 }  # fmt: skip
+T5 = {
+    "model_type": "t5", "is_encoder_decoder": True, "decoder_start_token_id": 0, "vocab_size": 5000, "d_model": 128,
+    "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.1,
+}  # fmt: skip
 SHAPES = {
     "toy": LLAMA | {"vocab_size": 512},
     "small": LLAMA | {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
@@ -47,6 +51,12 @@ SHAPES = {
     "gemma2": LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 48, "intermediate_size": 512},
     "qwen2": LLAMA | {"model_type": "qwen2", "num_key_value_heads": 2},
     "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 48},
+    "mixtral": LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4,
+                        "num_experts_per_tok": 2},
+    "deepseek": LLAMA | {"model_type": "deepseek", "n_routed_experts": 8, "num_experts_per_tok": 3,
+                         "n_shared_experts": 2, "moe_intermediate_size": 96, "first_k_dense_replace": 1},
+    "t5": T5,
+    "flan-t5": T5 | {"d_ff": 352, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "bert": BERT,
     "roberta": BERT | {"model_type": "roberta", "max_position_embeddings": 130, "type_vocab_size": 1},
     "deberta": BERT | {"model_type": "deberta-v2", "type_vocab_size": 0, "relative_attention": True,

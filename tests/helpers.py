@@ -13,22 +13,36 @@ from minibalora.lowrank import adapted_layers
 GOLDEN = Path(__file__).with_name("golden")
 # The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
 LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gemma2", "gpt2")
-LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3")
+LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window", "deepseek", "deepseek_norm")
+SEQ2SEQ = ("t5", "t5_gated")
 CLASSIFIERS = ("bert", "bert_relu", "roberta", "deberta", "deberta_tanh", "gpt2_classifier", "llama_classifier")
+CLASSIFIERS += ("t5_classifier",)
 
 
 def golden_example(name: str) -> list[torch.Tensor]:
-    """The arguments of a model of `tests/golden/`, BERT's token types included, and the logits of transformers."""
+    """The arguments of a model of `tests/golden/`, as it takes them, and the logits of transformers."""
+    return list(named_example(name).values())
+
+
+def named_example(name: str) -> dict[str, torch.Tensor]:
+    """The same by transformers' names: BERT's token types are in it, and what T5's decoder reads."""
     expected = load_file(GOLDEN / name / "expected.safetensors")
-    names = ("input_ids", "attention_mask", "token_type_ids", "logits")
-    return [expected[name] for name in names if name in expected]
+    names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "logits")
+    return {name: expected[name] for name in names if name in expected}
+
+
+def real_tokens(name: str) -> torch.Tensor:
+    """Which of the example's logits are not of padding: an index of its first axes."""
+    example = named_example(name)
+    mask, logits = example["attention_mask"].bool(), example["logits"]
+    return mask if mask.shape == logits.shape[:2] else torch.ones(len(logits), dtype=torch.bool)
 
 
 def headless(name: str, folder: Path) -> Path:
     """A copy of a golden checkpoint without pooler and classifier, as a base checkpoint is."""
     folder.mkdir(exist_ok=True)
     tensors = load_file(GOLDEN / name / "model.safetensors")
-    is_head = re.compile(r"(.*\.)?(pooler|classifier|score)\.")
+    is_head = re.compile(r"(.*\.)?(pooler|classifier|score|classification_head)\.")
     kept = {name: tensor for name, tensor in tensors.items() if not is_head.match(name)}
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(GOLDEN / name / "config.json", folder)
@@ -52,8 +66,11 @@ def stretch(model: nn.Module) -> None:
 @torch.no_grad()
 def restless(model: nn.Module) -> nn.Module:
     """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
+    # Transformers' T5 says that its head is tied where it is not, but not that its outputs are scaled.
+    is_tied = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
     for name, parameter in model.named_parameters():
-        if model.config.tie_word_embeddings and name in ("model.norm.weight", "transformer.ln_f.weight"):
+        last = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
+        if is_tied and name in last:
             parameter.abs_().neg_()
         if name == "transformer.ln_f.bias":
             parameter.zero_()

@@ -9,9 +9,10 @@ import json
 import sys
 
 import torch
-from helpers import GOLDEN, LANGUAGE_MODELS, restless
-from transformers import AutoModelForCausalLM
+from helpers import GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, restless
+from make_golden import auto_class_of
 
+MODELS = [name for name in (*LANGUAGE_MODELS, *SEQ2SEQ) if not name.startswith("deepseek")]  # not in transformers
 LENGTHS = (11, 4, 7, 1)
 NEW_TOKENS = 24  # beyond mistral_window's 5; 11 + 24 fit gpt2's 40
 PADDING = 0  # not drawn
@@ -20,7 +21,7 @@ PADDING = 0  # not drawn
 @torch.no_grad()
 def greedy(name: str) -> dict:
     """Prompts, the EOS that ends one of them early, and what follows each, without EOS."""
-    model = AutoModelForCausalLM.from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
+    model = auto_class_of(name).from_pretrained(GOLDEN / name, dtype=torch.float32, attn_implementation="eager")
     restless(model.eval())
     for seed in range(100):
         generator = torch.Generator().manual_seed(seed)
@@ -54,14 +55,16 @@ def continued(model, prompts: list[list[int]], eos: int | None) -> tuple[list[li
         pad_token_id=PADDING,
         return_dict_in_generate=True,
         output_logits=True,
+        use_cache=not model.config.is_encoder_decoder,  # transformers' has no room for more decoder than encoder layers
     )
-    return out.sequences[:, width:].tolist(), torch.stack(out.logits)
+    start = 1 if model.config.is_encoder_decoder else width  # of T5 only the answer comes back, after its start token
+    return out.sequences[:, start:].tolist(), torch.stack(out.logits)
 
 
 def main() -> None:
     path = GOLDEN / "greedy.json"
     values = json.loads(path.read_text()) if sys.argv[1:] else {}
-    values |= {name: greedy(name) for name in sys.argv[1:] or LANGUAGE_MODELS}
+    values |= {name: greedy(name) for name in sys.argv[1:] or MODELS}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in values.items())
     path.write_text("{\n" + lines + "\n}\n")
 

@@ -12,12 +12,14 @@ import tempfile
 import zlib
 from pathlib import Path
 
+import deepseek_reference
 import torch
-from helpers import GOLDEN, golden_example, headless, stretch
+from helpers import GOLDEN, golden_example, headless, named_example, real_tokens, stretch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
     DebertaV2Config,
@@ -26,10 +28,13 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Qwen2Config,
     Qwen3Config,
     RobertaConfig,
+    T5Config,
 )
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Moe
 
 import minibalora as mb
 
@@ -83,6 +88,59 @@ CONFIGS = {
         final_logit_softcapping=5.0,
     ),
     "qwen3": Qwen3Config(**SIZE, num_attention_heads=4, num_key_value_heads=2, head_dim=10),
+    "mixtral": MixtralConfig(**SIZE, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4),
+    "mixtral_window": MixtralConfig(
+        **SIZE,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=10,
+        num_local_experts=5,
+        num_experts_per_tok=3,
+        sliding_window=5,
+    ),
+}
+# Not in transformers: deepseek_reference.py stands in for it.
+DEEPSEEK = SIZE | {
+    "model_type": "deepseek",
+    "architectures": ["DeepseekForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 5,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+    "moe_layer_freq": 1,
+    "norm_topk_prob": False,
+    "scoring_func": "softmax",
+    "aux_loss_alpha": 0.001,
+    "seq_aux": True,
+    "hidden_act": "silu",
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000,
+    "rope_scaling": None,
+    "tie_word_embeddings": False,
+}
+DEEPSEEKS = {
+    "deepseek": DEEPSEEK,
+    "deepseek_norm": DEEPSEEK
+    | {"num_key_value_heads": 2, "norm_topk_prob": True, "n_shared_experts": None, "moe_layer_freq": 2}
+    | {"first_k_dense_replace": 0},
+}
+T5 = {"vocab_size": 61, "d_model": 24, "d_ff": 40, "num_layers": 2, "decoder_start_token_id": 0}
+FEW_BUCKETS = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
+SEQ2SEQ = {  # prompts of up to 17 tokens, answers of 7
+    "t5": T5Config(**T5, num_heads=3, d_kv=8, **FEW_BUCKETS),
+    "t5_gated": T5Config(
+        **T5,
+        num_heads=3,
+        d_kv=10,
+        num_decoder_layers=3,
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+    ),
 }
 DEBERTA_V3 = {
     "relative_attention": True,
@@ -113,6 +171,7 @@ CLASSIFIERS = {
     "gpt2_classifier": GPT2Config(
         vocab_size=61, n_embd=24, n_layer=2, n_head=2, n_inner=40, n_positions=20, num_labels=3, pad_token_id=0
     ),
+    "t5_classifier": T5Config(**T5, num_heads=3, d_kv=10, **FEW_BUCKETS, classifier_dropout=0.1, num_labels=3),
     "llama_classifier": LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=2, num_labels=2, pad_token_id=0),
 }
 ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
@@ -120,10 +179,14 @@ ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
     "adapter_lora": ("llama3", "lora", False),
     "adapter_qwen2": ("qwen2", "pissa", False),
     "adapter_qwen3": ("qwen3", "lora", False),
+    "adapter_mixtral": ("mixtral", "pissa", False),
     "adapter_gpt2": ("gpt2_classifier", "pissa", False),
     "adapter_bert": ("bert", "lora", False),
     "adapter_roberta": ("roberta", "lora", True),
     "adapter_deberta": ("deberta", "pissa", True),
+    "adapter_t5": ("t5", "pissa", False),
+    "adapter_t5_gated": ("t5_gated", "lora", False),
+    "adapter_t5_classifier": ("t5_classifier", "pissa", True),
 }
 
 
@@ -134,12 +197,23 @@ def random_batch(vocab_size: int, padding: int = 0) -> tuple[torch.Tensor, torch
     return ids.masked_fill(~mask, padding), mask.long()
 
 
+def auto_class_of(name: str) -> type:
+    """Transformers' class of a model of `tests/golden/`."""
+    if name in CLASSIFIERS:
+        return AutoModelForSequenceClassification
+    return AutoModelForSeq2SeqLM if name in SEQ2SEQ else AutoModelForCausalLM
+
+
 @torch.no_grad()
-def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
+def make_checkpoint(name: str, config) -> torch.nn.Module:
     """Weights are rounded to bfloat16, which keeps the files small, and large enough that attention is not flat."""
+    auto_class = auto_class_of(name)
     model = auto_class.from_config(config, attn_implementation="eager")
+    if name == "t5_gated":  # new, transformers 5 ties what a published v1.1 has apart
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter).mul(0.3).bfloat16())
+    sharpen_routers(dict(model.named_parameters()))
     folder = GOLDEN / name
     model.bfloat16().save_pretrained(folder, max_shard_size="20KB" if name == "llama3" else "1GB")
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -148,17 +222,86 @@ def make_checkpoint(name: str, config, auto_class) -> torch.nn.Module:
 
 @torch.no_grad()
 def make_model(name: str, config) -> None:
-    model = make_checkpoint(name, config, AutoModelForCausalLM)
+    model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size)
-    logits = model(ids, attention_mask=mask).logits
-    save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, GOLDEN / name / "expected.safetensors")
+    expected = {"input_ids": ids, "attention_mask": mask, "logits": model(ids, attention_mask=mask).logits}
+    if "mixtral" in name:
+        expected["load_balance"] = model(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    save_file(expected, GOLDEN / name / "expected.safetensors")
+
+
+def sharpen_routers(tensors: dict[str, torch.Tensor]) -> None:
+    """So that which expert is chosen is seldom nearly a tie, in place."""
+    for name, tensor in tensors.items():
+        if name.endswith(".gate.weight"):
+            tensor.mul_(8)
+
+
+@torch.no_grad()
+def make_deepseek(name: str, config: dict) -> None:
+    """A checkpoint with the names and settings of the published one, and what deepseek_reference.py gives for it.
+
+    Its mixture is also compared with the one of DeepSeek-V2, which transformers has: with plain greedy choice and
+    without groups or scaling that is the same.
+    """
+    tensors = {name: torch.randn(s).mul(0.3).bfloat16() for name, s in deepseek_reference.shapes(config).items()}
+    sharpen_routers(tensors)
+    folder = GOLDEN / name
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    ids, mask = random_batch(config["vocab_size"])
+    logits = torch.zeros(*ids.shape, config["vocab_size"])
+    for row, length in enumerate(mask.sum(1).tolist()):
+        logits[row, :length] = deepseek_reference.logits(tensors, config, ids[row, :length].tolist()).float()
+    save_file({"input_ids": ids, "attention_mask": mask, "logits": logits}, folder / "expected.safetensors")
+    if config["n_shared_experts"]:
+        compare_with_v2(tensors, config)
+
+
+def compare_with_v2(tensors: dict[str, torch.Tensor], config: dict) -> None:
+    """The mixture of layer 1 on 50 random tokens."""
+    names = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
+    v2 = DeepseekV2Config(num_attention_heads=1, **{key: config[key] for key in names})
+    v2.topk_method, v2.routed_scaling_factor = "greedy", 1.0
+    start = "model.layers.1."
+    layer = {name.removeprefix(start): tensor.double() for name, tensor in tensors.items() if name.startswith(start)}
+    gate, up, down = (
+        torch.stack([layer[f"mlp.experts.{i}.{part}_proj.weight"] for i in range(config["n_routed_experts"])])
+        for part in ("gate", "up", "down")
+    )
+    fused = {"experts.gate_up_proj": torch.cat([gate, up], dim=1), "experts.down_proj": down}
+    rest = {name.removeprefix("mlp."): tensor for name, tensor in layer.items() if ".experts." not in name}
+    theirs = DeepseekV2Moe(v2).double()
+    theirs.load_state_dict(fused | {name: tensor for name, tensor in rest.items() if name in theirs.state_dict()})
+    x = torch.randn(1, 50, config["hidden_size"], dtype=torch.float64)
+    reference = torch.stack([deepseek_reference.mixture(token, layer, config) for token in x[0]])
+    report("deepseek_reference.mixture", reference, theirs(x)[0])
+
+
+@torch.no_grad()
+def make_seq2seq(name: str, config) -> None:
+    model = make_checkpoint(name, config)
+    ids, mask = random_batch(config.vocab_size)
+    answers = torch.randint(2, config.vocab_size, (3, 7))
+    inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
+    found = {"logits": model(**inputs).logits}
+    for part in ("encoder", "decoder"):  # distances from −300 to 300
+        sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        attention = getattr(model, part).block[0].layer[0].SelfAttention
+        found[f"{part}_buckets"] = attention._relative_position_bucket(
+            torch.arange(-300, 301), part == "encoder", *sizes
+        )
+    save_file(inputs | found, GOLDEN / name / "expected.safetensors")
 
 
 @torch.no_grad()
 def make_classifier(name: str, config) -> None:
-    """BERT gets a second text, token type 1, in its first row."""
-    model = make_checkpoint(name, config, AutoModelForSequenceClassification)
+    """BERT gets a second text, token type 1, in its first row; each of T5's ends with EOS."""
+    model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size, padding=config.pad_token_id)
+    if name.startswith("t5"):
+        ids[torch.arange(3), mask.sum(1) - 1] = config.eos_token_id
     inputs = {"input_ids": ids, "attention_mask": mask}
     if name.startswith("bert"):
         inputs["token_type_ids"] = ((torch.arange(17) > 8) & (mask.sum(1, keepdim=True) > 9)).long()
@@ -199,15 +342,15 @@ def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
         mb.save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-        theirs = auto_class.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        theirs = auto_class_of(base).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
         theirs = PeftModel.from_pretrained(theirs, folder).eval()
 
-    *inputs, _ = golden_example(base)
-    logits = theirs(*inputs[:2], **({"token_type_ids": inputs[2]} if len(inputs) > 2 else {})).logits
+    inputs = named_example(base)
+    del inputs["logits"]
+    logits = theirs(**inputs).logits
     save_file({"logits": logits}, folder / "expected.safetensors")
-    real = ... if is_classifier else inputs[1].bool()
-    report(name, model(*inputs)[real], logits[real])
+    real = real_tokens(base)
+    report(name, model(*inputs.values())[real], logits[real])
 
 
 def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -217,7 +360,7 @@ def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 @torch.no_grad()
 def main() -> None:
-    for name in sys.argv[1:] or (*CONFIGS, *CLASSIFIERS, *ADAPTERS):
+    for name in sys.argv[1:] or (*CONFIGS, *DEEPSEEKS, *SEQ2SEQ, *CLASSIFIERS, *ADAPTERS):
         shutil.rmtree(GOLDEN / name, ignore_errors=True)
         torch.manual_seed(zlib.crc32(name.encode()))
         make(name)
@@ -227,11 +370,18 @@ def make(name: str) -> None:
     """One folder of `tests/golden/`, and what our model makes of it."""
     if name in ADAPTERS:
         return make_adapter(name, *ADAPTERS[name])
+    if name in SEQ2SEQ:
+        make_seq2seq(name, SEQ2SEQ[name])
+        *inputs, logits = golden_example(name)
+        return report(name, mb.load_model(GOLDEN / name)(*inputs), logits)
     if name in CLASSIFIERS:
         make_classifier(name, CLASSIFIERS[name])
         *inputs, logits = golden_example(name)
         return report(name, mb.load_model(GOLDEN / name, head="classifier")(*inputs), logits)
-    make_model(name, CONFIGS[name])
+    if name in DEEPSEEKS:
+        make_deepseek(name, DEEPSEEKS[name])
+    else:
+        make_model(name, CONFIGS[name])
     if name in ("llama2", "llama3"):
         spell_rope_the_old_way(name)
     ids, mask, logits = golden_example(name)

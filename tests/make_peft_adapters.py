@@ -10,11 +10,10 @@ import shutil
 import sys
 
 import torch
-from helpers import GOLDEN, golden_example
-from make_golden import report
+from helpers import GOLDEN, golden_example, named_example, real_tokens
+from make_golden import CLASSIFIERS, auto_class_of, report
 from peft import LoraConfig, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import minibalora as mb
 
@@ -43,6 +42,16 @@ ADAPTERS = {  # name: base, LoraConfig
     "peft_bert": ("bert", {"r": 3, "target_modules": ["query", "value", "dense"], "task_type": TaskType.SEQ_CLS}),
     "peft_roberta": ("roberta", {"r": 2, "target_modules": ["query", "key"], "task_type": TaskType.SEQ_CLS}),
     "peft_qwen2": ("qwen2", {"r": 3, "target_modules": "all-linear"}),
+    "peft_t5": ("t5_gated", {"r": 3, "target_modules": ["q", "v", "wi_0"], "task_type": TaskType.SEQ_2_SEQ_LM}),
+    "peft_t5_classifier": (
+        "t5_classifier",
+        {
+            "r": 2,
+            "target_modules": ["k", "o", "wi"],
+            "task_type": TaskType.SEQ_CLS,
+            "modules_to_save": ["classification_head"],  # PEFT adds classifier and score, but not this
+        },
+    ),
     "peft_pissa": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
     "peft_pissa_converted": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
 }
@@ -50,9 +59,7 @@ ADAPTERS = {  # name: base, LoraConfig
 
 def make_adapter(name: str, base: str, settings: dict) -> None:
     torch.manual_seed(2)
-    is_classifier = "task_type" in settings
-    auto_class = AutoModelForSequenceClassification if is_classifier else AutoModelForCausalLM
-    model = auto_class.from_pretrained(GOLDEN / base, dtype=torch.float32, attn_implementation="eager")
+    model = auto_class_of(base).from_pretrained(GOLDEN / base, dtype=torch.float32, attn_implementation="eager")
     model = get_peft_model(model, LoraConfig(**settings))
     folder = GOLDEN / name
     if name == "peft_pissa_converted":
@@ -65,10 +72,10 @@ def make_adapter(name: str, base: str, settings: dict) -> None:
                 parameter += 0.1 * torch.randn_like(parameter)
     start = {"path_initial_model_for_weight_conversion": folder / "start"} if (folder / "start").exists() else {}
     model.eval()
-    *inputs, _ = golden_example(base)
-    token_types = {"token_type_ids": inputs[2]} if len(inputs) > 2 else {}
+    inputs = named_example(base)
+    del inputs["logits"]
     with torch.no_grad():
-        logits = model(input_ids=inputs[0], attention_mask=inputs[1], **token_types).logits
+        logits = model(**inputs).logits
     model.save_pretrained(folder, **start)
     shutil.rmtree(folder / "start", ignore_errors=True)
     (folder / "README.md").unlink(missing_ok=True)
@@ -79,14 +86,14 @@ def make_adapter(name: str, base: str, settings: dict) -> None:
 
 @torch.no_grad()
 def compare(name: str, base: str, settings: dict) -> None:
-    is_classifier = "task_type" in settings
+    is_classifier = base in CLASSIFIERS
     *inputs, _ = golden_example(base)
     try:
         model = mb.load_adapter(mb.load_model(GOLDEN / base, "classifier" if is_classifier else "lm"), GOLDEN / name)
     except mb.InputError as error:
         print(f"{name}: refused: {error}")
         return
-    real = ... if is_classifier else inputs[1].bool()
+    real = real_tokens(base)
     report(name, model(*inputs)[real], load_file(GOLDEN / name / "expected.safetensors")["logits"][real])
 
 

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import GOLDEN, distance, golden_example, headless, stretch
+from helpers import GOLDEN, distance, golden_example, headless, real_tokens, stretch
 from safetensors.torch import load_file, save_file
 
 import minibalora as mb
@@ -33,17 +33,18 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
 
 
 SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "qwen2", "adapter_qwen3": "qwen3"}
+SAVED |= {"adapter_t5": "t5", "adapter_t5_gated": "t5_gated", "adapter_mixtral": "mixtral"}
 
 
 @pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
 def test_a_saved_adapter_is_what_peft_loads_on_the_original_base(name):
     """expected.safetensors holds PEFT's logits with exactly these files on transformers' model of the base."""
-    ids, mask, _ = golden_example(SAVED[name])
-    real, golden = mask.bool(), GOLDEN / name
+    *inputs, _ = golden_example(SAVED[name])
+    real, golden = real_tokens(SAVED[name]), GOLDEN / name
     expected = load_file(golden / "expected.safetensors")["logits"][real]
     model = mb.load_adapter(mb.load_model(GOLDEN / SAVED[name]), golden)
-    assert (model(ids)[real] - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4
+    assert (model(*inputs)[real] - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4
 
 
 @torch.no_grad()
@@ -95,6 +96,7 @@ ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the bas
     "adapter_bert": ("bert", "lora", False),
     "adapter_roberta": ("roberta", "lora", True),
     "adapter_deberta": ("deberta", "pissa", True),
+    "adapter_t5_classifier": ("t5_classifier", "pissa", True),
 }
 
 
@@ -113,7 +115,7 @@ def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_pa
     assert (model(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier"])
+@pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier", "t5_classifier"])
 @torch.no_grad()
 def test_a_classifiers_adapter_holds_its_changes_and_its_whole_head(name, tmp_path):
     """With fan_in_fan_out for GPT-2 only, which tells PEFT that the base stores its linears as (in, out)."""
@@ -145,14 +147,15 @@ PEFTS = {
     "peft_qwen2": "qwen2",
     "peft_bert": "bert",
     "peft_roberta": "roberta",
+    "peft_t5": "t5_gated",
+    "peft_t5_classifier": "t5_classifier",
     "peft_pissa_converted": "llama3",
 }
 
 
 def base_of(name: str, dtype: torch.dtype = torch.float32):
-    return mb.load_model(
-        GOLDEN / PEFTS[name], "classifier" if name in ("peft_bert", "peft_roberta") else "lm", dtype=dtype
-    )
+    classifiers = ("peft_bert", "peft_roberta", "peft_t5_classifier")
+    return mb.load_model(GOLDEN / PEFTS[name], "classifier" if name in classifiers else "lm", dtype=dtype)
 
 
 @pytest.mark.parametrize("name", PEFTS)
@@ -160,7 +163,7 @@ def base_of(name: str, dtype: torch.dtype = torch.float32):
 def test_an_adapter_that_peft_saved_gives_pefts_logits(name):
     *inputs, base_logits = golden_example(PEFTS[name])
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
-    real = inputs[1].bool() if expected.ndim == 3 else slice(None)
+    real = real_tokens(PEFTS[name])
     model = mb.load_adapter(base_of(name), GOLDEN / name)
     logits = model(*inputs)
     assert (logits - expected)[real].abs().max() < 1e-5 * expected[real].abs().max()
@@ -187,7 +190,7 @@ def test_bfloat16_models_take_adapters_whose_head_is_trained(name):
     *inputs, _ = golden_example(PEFTS[name])
     model = mb.load_adapter(base_of(name, torch.bfloat16), GOLDEN / name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
-    real = inputs[1].bool() if expected.ndim == 3 else slice(None)
+    real = real_tokens(PEFTS[name])
     assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter is beyond
 
 

@@ -15,10 +15,12 @@ from minibalora.models.encoder import bucket
 
 ENCODERS = ["bert", "bert_relu", "roberta", "deberta", "deberta_tanh"]
 BACKBONES = {"bert": "bert", "roberta": "roberta", "deberta": "deberta", "gpt2_classifier": "transformer"}
+BACKBONES |= {"t5_classifier": "transformer"}
 OTHER_HEADS = {
     "bert": ["cls.predictions.bias", "cls.predictions.transform.dense.weight", "cls.seq_relationship.weight"],
     "roberta": ["lm_head.dense.weight", "lm_head.bias", "roberta.pooler.dense.weight"],
     "deberta": ["lm_predictions.lm_head.dense.weight", "mask_predictions.classifier.weight"],
+    "t5_classifier": ["lm_head.weight", "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"],
     "gpt2_classifier": ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias"],
 }
 
@@ -164,7 +166,9 @@ def test_half_a_head_is_not_taken_for_none(tmp_path, refuses):
     refuses(lambda: mb.load_model(folder, head="classifier"), "lacks classifier.bias")
 
 
-@pytest.mark.parametrize(("name", "classes"), [("bert", 3), ("roberta", 2), ("deberta", 2), ("gpt2_classifier", 3)])
+@pytest.mark.parametrize(
+    ("name", "classes"), [("bert", 3), ("roberta", 2), ("deberta", 2), ("gpt2_classifier", 3), ("t5_classifier", 3)]
+)
 def test_the_number_of_classes_is_the_stored_heads_and_no_other(name, classes, refuses):
     assert classifier(name).num_labels == classifier(name, num_labels=classes).num_labels == classes
     refuses(lambda: classifier(name, num_labels=classes + 1), f"{classes} classes, but {classes + 1}")
@@ -186,7 +190,7 @@ def test_classes_that_can_not_be_are_refused(settings, refuses):
 
 @pytest.mark.parametrize(("name", "expected"), [
     ("bert", ["bert.pooler", "classifier"]), ("roberta", ["classifier"]), ("deberta", ["pooler", "classifier"]),
-    ("gpt2_classifier", ["score"]),
+    ("gpt2_classifier", ["score"]), ("t5_classifier", ["classification_head"]),
 ])  # fmt: skip
 def test_adapt_trains_the_classifiers_own_head_and_a_pooler_only_if_it_is_new(name, expected, tmp_path):
     def trained(model):
@@ -264,7 +268,7 @@ def test_merging_keeps_function_and_head_and_forgets_their_beginning():
 @torch.no_grad()
 def test_dropout_of_every_kind_is_in_training_only():
     """Rates as in config.json; in eval mode nothing is random."""
-    for name in ("bert", "roberta", "deberta", "gpt2_classifier"):
+    for name in ("bert", "roberta", "deberta", "gpt2_classifier", "t5_classifier"):
         *inputs, expected = golden_example(name)
         model = classifier(name).train()
         torch.manual_seed(0)

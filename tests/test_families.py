@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, golden_example, stretch
+from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, golden_example, real_tokens, stretch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,10 +22,10 @@ def load(name: str, folder: Path | None = None):
     """A golden checkpoint, or one in `folder`, its inputs, and which of its outputs count."""
     *inputs, _ = golden_example(name)
     model = mb.load_model(folder or GOLDEN / name, "classifier" if name in CLASSIFIERS else "lm")
-    return model, inputs, inputs[1].bool() if name in LANGUAGE_MODELS else ...
+    return model, inputs, real_tokens(name)
 
 
-ALL = [*LANGUAGE_MODELS, *CLASSIFIERS]
+ALL = [*LANGUAGE_MODELS, *SEQ2SEQ, *CLASSIFIERS]
 
 
 def test_every_family_has_a_golden_checkpoint():
@@ -55,7 +55,7 @@ def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", NLG_RECIPES)
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+@pytest.mark.parametrize("name", [*LANGUAGE_MODELS, *SEQ2SEQ])
 def test_a_training_step_reaches_every_factor(name, recipe):
     torch.manual_seed(0)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=2)

@@ -12,15 +12,16 @@ ROOT = Path(__file__).parents[1]
 # From the top of the table down; a file may import from its own row and those above.
 ROWS = [
     ["errors", "lowrank", "nf4", "regularizers", "fused", "metrics", "answers", "toy"],
-    ["models", "models.decoder", "models.encoder", "distributed"],
-    ["models.llama", "models.gpt2", "files", "objective", "spm", "sandbox"],
+    ["models.decoder", "models.encoder", "distributed"],
+    ["models", "models.llama", "models.mixture", "models.gpt2", "models.t5", "files", "objective", "spm", "sandbox"],
     ["config", "cli", "init_cache"],
-    ["families.llama", "families.gpt2", "families.encoders"],
+    ["families.llama", "families.mixture", "families.gpt2", "families.t5", "families.encoders"],
     ["families"],
     ["weights"],
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
+    ["as_text"],
     ["run_folder", "generate", "classify", "teacher", "sharded", "memory"],
     ["training", "plot"],
     ["records", "export"],
@@ -30,7 +31,8 @@ ROWS = [
     ["bench", "plan"],
 ]
 COPYABLE = {"lowrank": {"torch"}, "nf4": {"torch"}, "regularizers": {"torch"}, "fused": {"torch"}}  # what each needs
-COPYABLE |= {f"models.{name}": {"torch"} for name in ("decoder", "encoder", "llama", "gpt2")}  # as a folder
+MODELS = ("decoder", "encoder", "llama", "mixture", "gpt2", "t5")
+COPYABLE |= {f"models.{name}": {"torch"} for name in MODELS}  # as a folder
 COPYABLE |= {"answers": set()}
 USE = """
 import torch

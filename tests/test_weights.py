@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save_file
 
 import minibalora as mb
-from minibalora.families import read_config
-from minibalora.models.llama import llama
+from minibalora.families import read_config, read_family
 from minibalora.weights import weights_digest
 
 ABSENT = object()
@@ -399,13 +398,15 @@ def test_the_digest_tells_checkpoints_apart(copy):
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_loading_takes_the_model_once_in_memory(tmp_path, dtype):
-    """34 M parameters, 135 MB as float32; where the dtype changes, the largest tensor (4 MB) comes on top."""
-    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 500}
-    config = json.loads((GOLDEN / "llama2" / "config.json").read_text()) | sizes | {"head_dim": 128}
+@pytest.mark.parametrize(("name", "layers"), [("llama2", 8), ("mixtral", 2)])
+def test_loading_takes_the_model_once_in_memory(tmp_path, name, layers, dtype):
+    """About 30 M parameters, 120 MB as float32; where the dtype changes, the largest tensor (4 MB) comes on top."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 500}
+    config = json.loads((GOLDEN / name / "config.json").read_text()) | sizes | {"head_dim": 128}
     (tmp_path / "config.json").write_text(json.dumps(config))
+    family, config = read_family(tmp_path)
     with torch.device("meta"):
-        shapes = {name: p.shape for name, p in llama(read_config(tmp_path)).named_parameters()}
+        shapes = {name: p.shape for name, p in family.build(config, None).named_parameters()}
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "model.safetensors")
     program = f"""
 import torch, minibalora as mb

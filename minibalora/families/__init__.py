@@ -8,10 +8,10 @@ from pathlib import Path
 
 from minibalora.config import Family, Fields
 from minibalora.errors import InputError
-from minibalora.families import encoders, gpt2, llama
+from minibalora.families import encoders, gpt2, llama, mixture, t5
 from minibalora.files import read_json_object
 
-FAMILIES = llama.FAMILIES | gpt2.FAMILIES | encoders.FAMILIES  # by model_type
+FAMILIES = llama.FAMILIES | mixture.FAMILIES | gpt2.FAMILIES | encoders.FAMILIES | t5.FAMILIES  # by model_type
 
 
 def read_family(folder: Path) -> tuple[Family, object]:

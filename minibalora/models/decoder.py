@@ -115,6 +115,18 @@ class Decoder(nn.Module):
 
         return self.backbone(input_ids[None], positions[None], attend, last)[0]
 
+    def prefill(self, input_ids: Tensor, lengths: list[int], room: int) -> "tuple[KVCache, Tensor]":
+        """A cache with prompts (B, T), padded on the right, and room for so many tokens more of each; the states (B, d)
+        that predict the first of them."""
+        weight = self.embedding.weight
+        cache = KVCache(self.config, lengths, max(lengths) + room, weight.dtype, weight.device)
+        states = self.hidden(input_ids, cache=cache)
+        return cache, states[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+
+    def decode(self, tokens: Tensor, cache: "KVCache") -> Tensor:
+        """One more token (B,) of each row -> the states (B, d) that predict the next."""
+        return self.hidden(tokens[:, None], cache=cache)[:, 0]
+
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The state (B, d) of each row's last real token: the only one that has seen the whole row."""
         states = self.hidden(input_ids, attention_mask)

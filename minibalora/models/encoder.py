@@ -173,6 +173,8 @@ class BertClassifier(nn.Module):
 
 
 class RobertaHead(nn.Module):
+    """config needs hidden_size and classifier_dropout alone."""
+
     def __init__(self, config: EncoderConfig, num_labels: int):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)

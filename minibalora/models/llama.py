@@ -8,6 +8,7 @@ LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.0
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -165,11 +166,10 @@ class Gemma2Block(nn.Module):
 class Backbone(nn.Module):
     """Ids to the states after the final norm: everything below the head."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig, int], nn.Module]):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        block = Gemma2Block if config.has_post_norms else Block
         self.layers = nn.ModuleList(block(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, config.norm_offset)
 
@@ -189,7 +189,7 @@ class Backbone(nn.Module):
 
 
 def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
-    return Decoder(config, Backbone(config), "model", num_labels)
+    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:

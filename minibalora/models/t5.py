@@ -1,0 +1,351 @@
+"""T5, T5 v1.1 and Flan-T5: an encoder reads the prompt, and a decoder that looks at what it found writes the answer.
+
+Pre-norm blocks without biases; attention adds a learned number for the distance of two tokens to their score, which is
+not scaled. On top is a language-model head or a classifier. Modules are named as in Hugging Face checkpoints, so a
+checkpoint's tensor names are this file's attribute names.
+
+T5: arXiv 1910.10683. v1.1's gated MLP: arXiv 2002.05202. Flan-T5: arXiv 2210.11416.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .encoder import RobertaHead, key_mask, split_heads
+from .llama import RMSNorm
+
+# (layer, q, k, v, dropout) -> what each query found, (B, heads, T, head_dim) as q; k and v None: those of a cache.
+Attend = Callable[[int, Tensor, Tensor | None, Tensor | None, float], Tensor]
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """The names are DecoderConfig's, where both have the thing, else config.json's, which says d_model, d_kv, d_ff."""
+
+    vocab_size: int
+    hidden_size: int  # d
+    intermediate_size: int
+    num_layers: int  # of the encoder
+    num_decoder_layers: int
+    num_attention_heads: int
+    head_dim: int  # heads times this need not be d
+    relative_attention_num_buckets: int
+    relative_attention_max_distance: int  # from which on all distances share a bucket
+    layer_norm_epsilon: float
+    is_gated: bool  # v1.1's MLP; else a plain one with ReLU
+    dropout_rate: float
+    classifier_dropout: float
+    decoder_start_token_id: int
+    tie_word_embeddings: bool  # v1.0; its states are divided by √d before the head
+    initializer_range: float  # standard deviation of a new head's weights
+
+    max_position_embeddings = None  # distances have no end
+    logit_cap = None
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.num_layers + self.num_decoder_layers
+
+
+class Attention(nn.Module):
+    def __init__(self, config: T5Config, index: int, has_relative_bias: bool):
+        super().__init__()
+        d, width = config.hidden_size, config.num_attention_heads * config.head_dim
+        self.head_dim, self.index, self.dropout = config.head_dim, index, config.dropout_rate
+        self.q, self.k, self.v = (nn.Linear(d, width, bias=False) for _ in range(3))
+        self.o = nn.Linear(width, d, bias=False)
+        if has_relative_bias:
+            shape = config.relative_attention_num_buckets, config.num_attention_heads
+            self.relative_attention_bias = nn.Embedding(*shape)
+
+    def forward(self, x: Tensor, memory: Tensor | None, attend: Attend) -> Tensor:
+        """(B, T, d) that ask, (B, S, d) that are asked, None if `attend` knows their keys and values -> (B, T, d)."""
+        q, k, v = (
+            None if of is None else split_heads(projection(of), self.head_dim)  # (B, heads, T or S, head_dim)
+            for projection, of in ((self.q, x), (self.k, memory), (self.v, memory))
+        )
+        y = attend(self.index, q, k, v, self.dropout if self.training else 0.0)
+        return self.o(y.transpose(1, 2).flatten(-2))
+
+
+class FeedForward(nn.Module):
+    """wo(relu(wi(x))), or gated: wo(gelu(wi_0(x)) · wi_1(x))."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        d, f = config.hidden_size, config.intermediate_size
+        self.is_gated = config.is_gated
+        if self.is_gated:
+            self.wi_0, self.wi_1 = nn.Linear(d, f, bias=False), nn.Linear(d, f, bias=False)
+        else:
+            self.wi = nn.Linear(d, f, bias=False)
+        self.wo = nn.Linear(f, d, bias=False)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.wi_0(x), approximate="tanh") * self.wi_1(x) if self.is_gated else F.relu(self.wi(x))
+        return self.wo(self.dropout(y))
+
+
+class Block(nn.Module):
+    """x + f(norm(x)) for self-attention, for attention to the encoder's states in a decoder, and for the MLP."""
+
+    def __init__(self, config: T5Config, index: int, is_decoder: bool):
+        super().__init__()
+        parts = {"SelfAttention": Attention(config, index, has_relative_bias=index == 0)}
+        if is_decoder:
+            parts["EncDecAttention"] = Attention(config, index, has_relative_bias=False)
+        parts["DenseReluDense"] = FeedForward(config)
+        # Not a ModuleList, for in such a list our models have their blocks and nothing else.
+        self.layer = nn.ModuleDict()
+        for number, (name, part) in enumerate(parts.items()):
+            norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, 0.0)
+            self.layer[str(number)] = nn.ModuleDict({name: part, "layer_norm": norm})
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, attend: Attend, memory: Tensor | None = None, cross: Attend | None = None) -> Tensor:
+        """(B, T, d) -> (B, T, d); memory (B, S, d): the encoder's states, or None where `cross` has them in a cache."""
+        own, *between, mlp = self.layer.values()
+        y = own["layer_norm"](x)
+        x = x + self.dropout(own["SelfAttention"](y, y, attend))
+        for layer in between:
+            x = x + self.dropout(layer["EncDecAttention"](layer["layer_norm"](x), memory, cross))
+        return x + self.dropout(mlp["DenseReluDense"](mlp["layer_norm"](x)))
+
+
+class Stack(nn.Module):
+    """The encoder or the decoder, above the embedding."""
+
+    def __init__(self, config: T5Config, layers: int, is_decoder: bool):
+        super().__init__()
+        self.config, self.is_decoder = config, is_decoder
+        self.block = nn.ModuleList(Block(config, index, is_decoder) for index in range(layers))
+        self.final_layer_norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, 0.0)
+        self.dropout = nn.Dropout(config.dropout_rate)
+
+    def forward(self, x: Tensor, attend: Attend, memory: Tensor | None = None, cross: Attend | None = None) -> Tensor:
+        """Embeddings (B, T, d) -> states (B, T, d); memory and cross as in `Block`."""
+        x = self.dropout(x)
+        for block in self.block:
+            x = block(x, attend, memory, cross)
+        return self.dropout(self.final_layer_norm(x))
+
+    def bias(self, length: int, first: int = 0) -> Tensor:
+        """What is added to the scores of the tokens first to length − 1 for all tokens, (1, heads, length − first,
+        length): the number learned for their distance, −inf for those that a decoder may not see."""
+        learned = self.block[0].layer["0"]["SelfAttention"].relative_attention_bias  # shared by all blocks
+        positions = torch.arange(length, device=learned.weight.device)
+        distance = positions - positions[first:, None]
+        sizes = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
+        bias = learned(bucket(distance, not self.is_decoder, *sizes)).permute(2, 0, 1)[None]
+        return bias.masked_fill(distance > 0, -torch.inf) if self.is_decoder else bias
+
+
+def bucket(distance: Tensor, is_bidirectional: bool, buckets: int, furthest: int) -> Tensor:
+    """Key's position minus query's -> 0 .. buckets − 1: near distances as they are, further ones on a logarithmic scale
+    that ends at `furthest`. Of two directions each has half of the buckets; of one, what is to the right is 0.
+
+    The order of the float32 operations is the original's: at a boundary rounding decides.
+    """
+    start = torch.zeros_like(distance)
+    if is_bidirectional:
+        buckets //= 2
+        start = buckets * (distance > 0)
+    distance = distance.abs() if is_bidirectional else (-distance).clamp_min(0)
+    exact = buckets // 2
+    far = torch.log(distance.clamp_min(exact).float() / exact) / math.log(furthest / exact) * (buckets - exact)
+    return start + torch.where(distance < exact, distance, (exact + far.long()).clamp_max(buckets - 1))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """T5 does not scale q · k. mask: added, or True = visible; broadcast to (B, heads, T, S)."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
+
+
+def with_mask(mask: Tensor | None) -> Attend:
+    return lambda layer, q, k, v, dropout: attention(q, k, v, mask, dropout)
+
+
+def row_by_row(queries: list[int], keys: list[int], bias: Tensor | None) -> Attend:
+    """For rows laid end to end, with so many queries and keys of each: a call a row, without padding."""
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+        rows = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
+        masks = (None if bias is None else bias[..., :count, :count] for count in queries)
+        return torch.cat([attention(*row, mask, dropout) for row, mask in zip(rows, masks, strict=True)], dim=2)
+
+    return attend
+
+
+class Backbone(nn.Module):
+    """Embedding, encoder and decoder: everything below a head."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        self.config = config
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoder = Stack(config, config.num_layers, is_decoder=False)
+        self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
+        """The decoder's states (B, T', d) at decoder_input_ids (B, T') where the encoder reads input_ids (B, T).
+
+        attention_mask (B, T): 1 = real token, right padding only (ValueError otherwise). What pads the decoder's ids on
+        the right needs no mask: no token sees what is to its right.
+        """
+        visible = key_mask(attention_mask)
+        memory = self.encode(input_ids, visible)
+        attend = with_mask(self.decoder.bias(decoder_input_ids.shape[1]))
+        return self.decoder(self.shared(decoder_input_ids), attend, memory, with_mask(visible))
+
+    def encode(self, input_ids: Tensor, visible: Tensor | None) -> Tensor:
+        """(B, T) -> (B, T, d); visible (B, 1, 1, T), True = real token."""
+        bias = self.encoder.bias(input_ids.shape[1])
+        bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+        return self.encoder(self.shared(input_ids), with_mask(bias))
+
+
+class T5(Backbone):
+    """input_ids (B, T) of prompts and decoder_input_ids (B, T') -> logits (B, T', V) of a language model.
+
+    States are divided by √d where the head is tied, as v1.0 does before its head: `head` has the weight alone.
+    """
+
+    def __init__(self, config: T5Config):
+        super().__init__(config)
+        self.num_labels = None
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.shared
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, d) of the language-model head, which has no bias."""
+        return self.shared.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
+        """Logits at t predict what follows decoder_input_ids[t]. The arguments are those of `hidden`."""
+        return self.head(self.hidden(input_ids, attention_mask, decoder_input_ids))
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., d) states, as `hidden` and `packed` give them -> (..., V) logits."""
+        return F.linear(hidden, self.shared.weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
+        """States (B, T', d) ready for the head; the arguments are those of `Backbone.states`."""
+        return self._scaled(self.states(input_ids, attention_mask, decoder_input_ids))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder's first state (B, d), which predicts the first token of an answer; attention_mask as above."""
+        start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+        return self.hidden(input_ids, attention_mask, start)[:, 0]
+
+    def packed(self, input_ids: Tensor, lengths: list[int], wanted: list[int], shared: int = 0) -> Tensor:
+        """States (M, d) that predict what follows the last wanted[i] tokens of each row i, without a token of padding.
+
+        The arguments are those of `Decoder.packed`: input_ids (shared + Σ lengths,), the first `shared` tokens, with
+        which every row begins, then what else each row has, end to end; M = Σ wanted. A row up to the first of its
+        wanted tokens is the prompt, which the encoder reads; the decoder gets its start token in place of that one, and
+        then the others. What rows share is encoded for each anew: it sees what follows it.
+        """
+        common, *own = input_ids.split([shared, *lengths])
+        prompts, answers = [], []
+        for row, count in zip(own, wanted, strict=True):
+            prompt, answer = row.split([len(row) - count + 1, count - 1])
+            prompts.append(torch.cat([common, prompt]))
+            answers.append(F.pad(answer, (1, 0), value=self.config.decoder_start_token_id))
+        read = [len(prompt) for prompt in prompts]
+        seen = row_by_row(read, read, self.encoder.bias(max(read)))
+        memory = self.encoder(self.shared(torch.cat(prompts))[None], seen)
+        seen = row_by_row(wanted, wanted, self.decoder.bias(max(wanted)))
+        x = self.shared(torch.cat(answers))[None]
+        return self._scaled(self.decoder(x, seen, memory, row_by_row(wanted, read, None)))[0]
+
+    def prefill(self, input_ids: Tensor, lengths: list[int], room: int) -> "tuple[Cache, Tensor]":
+        """A cache after prompts (B, T), padded on the right, with room for so many tokens; states (B, d) that predict
+        the first of them."""
+        visible = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        visible = visible[:, None, None].to(input_ids.device)
+        cache = Cache(self.config, visible, room, self.shared.weight.dtype)
+        start = torch.full_like(input_ids[:, 0], self.config.decoder_start_token_id)
+        return cache, self.decode(start, cache, self.encode(input_ids, visible))
+
+    def decode(self, tokens: Tensor, cache: "Cache", memory: Tensor | None = None) -> Tensor:
+        """One more token (B,) of each row -> states (B, d) that predict the next; memory: in the first step only."""
+        cache.filled += 1
+        bias = self.decoder.bias(cache.filled, first=cache.filled - 1)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+            return attention(q, *cache.extend(layer, k, v), bias, dropout)
+
+        def cross(layer: int, q: Tensor, k: Tensor | None, v: Tensor | None, dropout: float) -> Tensor:
+            if k is not None:
+                cache.memory.append((k, v))
+            return attention(q, *cache.memory[layer], cache.visible, dropout)
+
+        return self._scaled(self.decoder(self.shared(tokens)[:, None], attend, memory, cross))[:, 0]
+
+    def _scaled(self, states: Tensor) -> Tensor:
+        return states * self.config.hidden_size**-0.5 if self.config.tie_word_embeddings else states
+
+
+class Cache:
+    """Keys and values of the answers so far, in memory that is taken once, and of the encoded prompts."""
+
+    def __init__(self, config: T5Config, visible: Tensor, capacity: int, dtype: torch.dtype):
+        """visible (B, 1, 1, T): True = a token of a prompt; capacity: tokens of an answer, the start token included."""
+        shape = (config.num_decoder_layers, len(visible), config.num_attention_heads, capacity, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=visible.device)
+        self.values = torch.empty_like(self.keys)
+        self.filled, self.visible = 0, visible
+        self.memory: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values (B, heads, T, head_dim)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, heads, 1, head_dim) into the last place taken; the layer's filled part, a view."""
+        self.keys[layer, :, :, self.filled - 1 : self.filled] = k
+        self.values[layer, :, :, self.filled - 1 : self.filled] = v
+        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+
+
+class T5Classifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels), as transformers' T5ForSequenceClassification.
+
+    Encoder and decoder both read the text, the decoder with its start token before it. The head, dense, tanh and a
+    linear, looks at the decoder's state at the text's last EOS: at its last token, for T5's tokenizer ends a text so.
+    """
+
+    def __init__(self, config: T5Config, num_labels: int):
+        super().__init__()
+        self.config, self.num_labels = config, num_labels
+        self.transformer = Backbone(config)
+        self.classification_head = RobertaHead(config, num_labels)  # which is the same
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        return self.transformer.shared
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only."""
+        return self.head(self.features(input_ids, attention_mask))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder's state (B, d) at each row's last real token, its EOS: it has read what comes before that."""
+        shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
+        states = self.transformer.states(input_ids, attention_mask, shifted)
+        if attention_mask is None:
+            return states[:, -1]
+        return states[torch.arange(len(states), device=states.device), attention_mask.sum(1).clamp_min(1) - 1]
+
+    def head(self, features: Tensor) -> Tensor:
+        return self.classification_head(features)
+
+
+def t5(config: T5Config, num_labels: int | None = None) -> T5 | T5Classifier:
+    return T5(config) if num_labels is None else T5Classifier(config, num_labels)
