@@ -135,7 +135,8 @@ def kept_of_block(args: Namespace, model: nn.Module, block: nn.Module, amount: A
     product. Of a norm the input, in float32 where it is written out (RMSNorm), and the output, which linears read.
     """
     config, element, linears = model.config, args.dtype.itemsize, linears_of(model, block)
-    products = element * sum(share * kept_numbers(linear, widest(linears)) for linear, share in linears)
+    f = widest(linears)
+    products = element * sum(share * kept_numbers(linear, f) for linear, share in linears)
     if has_experts(linears):  # of every token the input and the output of each of its experts, in their order
         products += element * 2 * config.num_experts_per_tok * config.hidden_size
     if is_gated(linears) and getattr(config, "activation", "gelu") != "silu":
@@ -186,7 +187,8 @@ def widest(linears: list[tuple[nn.Module, float]]) -> int:
 
 def is_gated(linears: list[tuple[nn.Module, float]]) -> bool:
     """Gate, up and down: three linears as wide as the MLP."""
-    return sum(widest(linears) in (linear.in_features, linear.out_features) for linear, _ in linears) >= 3
+    f = widest(linears)
+    return sum(f in (linear.in_features, linear.out_features) for linear, _ in linears) >= 3
 
 
 def attention_width(config: object) -> int:
@@ -205,8 +207,9 @@ def norm_bytes(args: Namespace, model: nn.Module, block: nn.Module, linears: lis
         readers = sum(share for linear, share in linears if linear.in_features == d) - (attention_width(config) == d)
     else:
         halves = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added
-        of_mlp = [linear for linear, _ in linears if linear.out_features == widest(linears)]
-        others = [linear for linear, _ in linears if widest(linears) not in (linear.in_features, linear.out_features)]
+        f = widest(linears)
+        of_mlp = [linear for linear, _ in linears if linear.out_features == f]
+        others = [linear for linear, _ in linears if f not in (linear.in_features, linear.out_features)]
         readers = any(map(keeps_input, of_mlp)) + (halves - 1) * any(map(keeps_input, others))
     heads = 0
     if getattr(config, "qk_norm", False):  # queries and keys have norms of their own, whose input is kept, too (Qwen 3)
