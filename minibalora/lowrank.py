@@ -290,8 +290,8 @@ def adapt(
         raise ValueError(f"the model is adapted already, in {', '.join(done)}: merge it first")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear and name}
     linears = {name: module for name, module in linears.items() if not set(HEADS) & set(name.split("."))}
-    wanted = list(linears) if targets is None else [targets] if isinstance(targets, str) else list(targets)
-    chosen = [name for name in linears if any(_matches(name, target) for target in wanted)]
+    wanted = [] if targets is None else [targets] if isinstance(targets, str) else list(targets)
+    chosen = [name for name in linears if targets is None or any(_matches(name, target) for target in wanted)]
     unknown = [target for target in wanted if not any(_matches(name, target) for name in linears)]
     if unknown or not chosen:
         missing = ", ".join(unknown) or "an empty list"
