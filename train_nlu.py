@@ -10,7 +10,7 @@ import tempfile
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import classify, cli, data, glue, records, run_folder, training
+from minibalora import as_text, classify, cli, data, glue, records, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
 from minibalora.files import check_writable, read_json_object, replacing, write_json
@@ -53,6 +53,10 @@ def main() -> int:
     if classes == 2 and objective.non_target_kl > 0:
         raise InputError("--non-target-kl needs three classes or more: of two, one is left, and the term is always 0")
     tok = mb.load_tokenizer(args.model)
+    words = as_text.first_tokens(task, tok) if args.as_text else []
+    if args.as_text:
+        examples, *asked = (as_text.questions(each, task) for each in (examples, *(e.examples for e in eval_sets)))
+        eval_sets = [replace(eval_set, examples=each) for eval_set, each in zip(eval_sets, asked, strict=True)]
     rows, cut = classify.encode(examples, tok, args.max_length)
     eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
     sources = [args.data, *(eval_set.name for eval_set in eval_sets)]
@@ -64,8 +68,9 @@ def main() -> int:
     full = args.method == "full"
     teacher = fine_tuned_logits(args, task, classes, examples) if objective.needs_teacher else None
     torch.manual_seed(args.seed)
-    model = mb.load_model(args.model, "classifier", classes, torch.float32 if full else args.dtype, args.device)
-    if model.own_head[-1] not in model.new_modules:
+    kind = ("lm", None) if args.as_text else ("classifier", classes)
+    model = mb.load_model(args.model, *kind, torch.float32 if full else args.dtype, args.device)
+    if model.own_head and model.own_head[-1] not in model.new_modules:
         check_class_order(args.model, task)
 
     # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
@@ -77,13 +82,16 @@ def main() -> int:
     if not args.resume:
         run_folder.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
+    if args.as_text:
+        lines.append(f"asked as {examples[0].texts[0]!r:.100}, answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
     if model.new_modules:
         lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
     print_plan(args, model, nlu_formula(objective, classes), lines, steps)
 
     # Before the first step the student is the pre-trained model, whatever the init.
-    answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device)
+    logits = as_text.logits_of(model, words) if args.as_text else model
+    answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device, part=logits)
     judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
     before = judge()
     features = [answer(eval_rows[0], part=model.features)] if args.features else []
@@ -93,7 +101,7 @@ def main() -> int:
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, then one update. The epoch that is best on the dev set is kept.
-    forward = torch.compile(model, dynamic=True) if args.compile else model
+    forward = torch.compile(logits, dynamic=True) if args.compile else logits
 
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[ClassRow]]]:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]

@@ -108,6 +108,8 @@ def nlu_parser() -> argparse.ArgumentParser:
     add("--task", choices=(*TASKS, "custom"), help="what the columns and labels are; needed with --model")
     add("--eval", metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
         "the first selects the best epoch")  # fmt: skip
+    add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and take for the classes '
+        'the words that it would answer, "positive", by its own head in place of a new one')  # fmt: skip
     add("--text-field", metavar="NAME", nargs="+", help="custom task: the field of the text, or two for a pair")
     add("--label-field", metavar="NAME", help="custom task: the field of the label")
     add("--max-rows", type=positive_int, help="use the first N rows (default: all)")
@@ -349,6 +351,8 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
         if args.task != "custom" and getattr(args, name) is not None:
             raise InputError(f"{cli.flag(name)} goes with --task custom: {args.task} has its own fields")
+    if args.as_text and (args.model is None or args.task == "stsb" or args.teacher not in (None, "pretrained")):
+        raise InputError("--as-text is for a T5 and a --task of classes, and has no --teacher but itself: leave it out")
     if len(args.text_field or ()) > 2:
         raise InputError(f"--text-field names {len(args.text_field)} fields: give one, or two for a pair")
     has_scores = args.task in TASKS and TASKS[args.task].labels is None

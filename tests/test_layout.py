@@ -21,6 +21,7 @@ ROWS = [
     ["adapter_config", "adapter_io", "checkpoint_io", "text"],
     ["data"],
     ["glue", "tasks", "perplexity"],
+    ["as_text"],
     ["run_folder", "generate", "plan", "classify", "teacher", "sharded"],
     ["training", "plot"],
     ["records", "export"],

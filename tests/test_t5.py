@@ -380,6 +380,21 @@ def test_a_classifier_is_tuned(run, method):
     assert load_file("states")["after"].shape == (12, 24)
 
 
+@pytest.mark.parametrize("method", ["ba-lora", "full"])
+def test_a_language_model_classifies_by_its_own_words(run, method):
+    """Without a new head: the adapter is a language model's, and nothing but A and B is in it."""
+    words = ("The", "answer")  # of the corpus, so they are tokens
+    rows = (json.dumps({"text": f"Ann has {number} apples.", "label": words[number % 2]}) for number in range(12))
+    Path("texts.jsonl").write_text("\n".join(rows))
+    data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text", "--as-text"]
+    flags = ["--label-field", "label", "--epochs", "1", "--method", method, "--device", "cpu", "--features", "states"]
+    status, out, _ = run(train_nlu.main, *data, *flags, "--out", "tuned")
+    assert status == 0 and "asked as 'custom sentence: Ann has 0 apples.', answered The or answer" in out
+    if method == "ba-lora":
+        config = json.loads(Path("tuned/adapter_config.json").read_text())
+        assert config["task_type"] == "SEQ_2_SEQ_LM" and config["modules_to_save"] is None
+
+
 def test_the_loss_of_a_text_is_refused(run):
     status, _, error = run(evaluate.main, "--task", "text", "--data", "problems.jsonl", "--out", "out")
     assert status == 2 and "--task text" in error and "is a T5" in error and len(error.splitlines()) == 1

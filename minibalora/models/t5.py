@@ -242,6 +242,11 @@ class T5(Backbone):
         """States (B, T', d) ready for the head; the arguments are those of `Backbone.states`."""
         return self._scaled(self.states(input_ids, attention_mask, decoder_input_ids))
 
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder's first state (B, d), which predicts the first token of an answer; attention_mask as above."""
+        start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
+        return self.hidden(input_ids, attention_mask, start)[:, 0]
+
     def packed(self, input_ids: Tensor, lengths: list[int], wanted: list[int], shared: int = 0) -> Tensor:
         """States (M, d) that predict what follows the last wanted[i] tokens of each row i, without a token of padding.
 
