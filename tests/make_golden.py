@@ -179,6 +179,7 @@ ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
     "adapter_lora": ("llama3", "lora", False),
     "adapter_qwen2": ("qwen2", "pissa", False),
     "adapter_qwen3": ("qwen3", "lora", False),
+    "adapter_gemma2": ("gemma2", "pissa", False),
     "adapter_mixtral": ("mixtral", "pissa", False),
     "adapter_gpt2": ("gpt2_classifier", "pissa", False),
     "adapter_bert": ("bert", "lora", False),

@@ -33,7 +33,7 @@ def adapter_weights(folder) -> dict[str, torch.Tensor]:
 
 
 SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "qwen2", "adapter_qwen3": "qwen3"}
-SAVED |= {"adapter_t5": "t5", "adapter_t5_gated": "t5_gated", "adapter_mixtral": "mixtral"}
+SAVED |= {"adapter_gemma2": "gemma2", "adapter_mixtral": "mixtral", "adapter_t5": "t5", "adapter_t5_gated": "t5_gated"}
 
 
 @pytest.mark.parametrize("name", SAVED)

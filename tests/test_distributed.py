@@ -51,7 +51,7 @@ RUNS = {
 WHOLE = "iclr2026 sharded"  # what a stopped and resumed run is compared with
 STOPPED_AT = 3  # of 5 steps
 GOLDENS = {"llama_bias_tied": torch.float32, "mistral_window": torch.float32, "gemma": torch.bfloat16}
-GOLDENS |= {"gpt2": torch.float32, "t5_gated": torch.float32}
+GOLDENS |= dict.fromkeys(("gpt2", "t5_gated", "mixtral_window", "deepseek"), torch.float32)
 
 
 def command(folder: Path, name: str, *more: str) -> list[str]:

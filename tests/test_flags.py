@@ -59,6 +59,7 @@ def test_the_built_in_classifier_takes_what_any_task_takes():
 
 def test_both_scripts_share_the_flags_that_are_common():
     only_nlg = {"prompt_field", "response_field", "raw", "top_k", "eval_task", "quantize", "teacher_cache", "fsdp"}
+    only_nlg |= {"router_aux_loss"}
     only_nlu = {"task", "as_text", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
     nlg_names, nlu_names = vars(parse_nlg_flags(CPU)).keys(), vars(nlu()).keys()
     assert nlg_names - nlu_names == only_nlg and nlu_names - nlg_names == only_nlu

@@ -81,7 +81,7 @@ def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, ada
 @pytest.mark.parametrize("name", ["llama3", "gemma", "gpt2"])
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
 def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, recipe):
-    """float32: 6e-8 a rounding, and a few hundred of them in a row."""
+    """float32: 6e-8 a rounding, and a few hundred of them in a row; T² = 4 of them in a KL, which may be small."""
     model, rows, objective = mb.adapt(mb.load_model(GOLDEN / name), rank=3), random_rows(7, 0), NLG_RECIPES[recipe]
     stretch(model)
     gradient, loss, terms = gradients_of_a_step(model, rows, 7, objective)
@@ -95,7 +95,7 @@ def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, reci
     padded = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     assert distance(gradient, padded) < 1e-5
     assert loss == pytest.approx(weighted_sum(expected, lambdas(objective, 5, 10)).item(), rel=1e-5)
-    assert terms == pytest.approx({name: term.item() for name, term in expected.items()}, rel=1e-4, abs=1e-7)
+    assert terms == pytest.approx({name: term.item() for name, term in expected.items()}, rel=1e-4, abs=1e-6)
 
 
 def test_the_spectral_term_is_averaged_by_tokens():

@@ -645,7 +645,8 @@ def test_checkpointed_blocks_train_the_same(bert, data, tmp_path, train):
 @pytest.mark.parametrize("name", ["roberta", "deberta", "gpt2_classifier", "llama_classifier"])
 def test_every_family_learns_to_classify(name, data, tmp_path, train):
     """With weights three times those of a random model, through which an encoder's first token sees the others."""
-    model = base_model(name, tmp_path / "model", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop", "resid_pdrop")
+    model = base_model(name, tmp_path / "model", **dict.fromkeys(dropouts, 0.0))
     tensors = load_file(model / "model.safetensors")
     tensors = {key: 3 * tensor if tensor.ndim == 2 else tensor for key, tensor in tensors.items()}
     save_file(tensors, model / "model.safetensors")
