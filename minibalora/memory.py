@@ -56,8 +56,8 @@ def expected_memory(
 ) -> int:
     """Bytes at the peak of a step on one device.
 
-    args: dtype, device, grad_checkpoint, batch_size and micro_batch_size of the run. objective: None of a classifier,
-    whose logits are next to nothing. ranks: how many share the blocks' frozen weights, as --fsdp has it.
+    args: method, dtype, device, grad_checkpoint, batch_size and micro_batch_size of the run. objective: None of a
+    classifier, whose logits are next to nothing. ranks: how many share the blocks' frozen weights, as --fsdp has it.
     """
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     always = held(model, ranks) + 2 * trained + cast_weights(args, model)
@@ -88,14 +88,15 @@ def held(model: nn.Module, ranks: int = 1) -> int:
 
 def cast_weights(args: Namespace, model: nn.Module) -> int:
     """Bytes of the copies in the activations' dtype of weights that are trained, thus float32: a step keeps them."""
-    if not is_autocast(args, model):
+    if not is_autocast(args):
         return 0
     linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.requires_grad]
     return args.dtype.itemsize * sum(linear.weight.numel() for linear in linears)
 
 
-def is_autocast(args: Namespace, model: nn.Module) -> bool:
-    return args.dtype.itemsize < 4 and next(blocks_of(model)[0].parameters()).requires_grad
+def is_autocast(args: Namespace) -> bool:
+    """Whether weights are float32, for they are trained, and activations are not."""
+    return args.method == "full" and is_narrow(args)
 
 
 # What a backward pass needs.
@@ -201,9 +202,9 @@ def norm_bytes(args: Namespace, model: nn.Module, block: nn.Module, linears: lis
     norms = [module for module in block.modules() if is_norm(module) and module.weight.numel() == d]
     is_trained = norms[0].weight.requires_grad
     is_plain = isinstance(norms[0], nn.LayerNorm)
-    inputs = (element if is_plain and not is_autocast(args, model) else 4) * len(norms)
+    inputs = (element if is_plain and not is_autocast(args) else 4) * len(norms)
     normalised = 4 * len(norms) if is_trained and not is_plain else 0  # the slope of an RMSNorm's gain
-    if is_autocast(args, model):  # each linear has its own copy; what attention found is no norm's output
+    if is_autocast(args):  # each linear has its own copy; what attention found is no norm's output
         readers = sum(share for linear, share in linears if linear.in_features == d) - (attention_width(config) == d)
     else:
         halves = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added

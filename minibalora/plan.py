@@ -4,8 +4,10 @@
 
 import argparse
 from argparse import Namespace
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,10 +18,11 @@ from minibalora.config import Family
 from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
-from minibalora.lowrank import adapt, adapted_layers
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
 from minibalora.memory import Amount, expected_memory, padded_amount
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
+from minibalora.weights import empty_model
 
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
@@ -144,16 +147,30 @@ def amount_of(args: Namespace, family: Family) -> Amount:
     return replace(amount, wanted=args.micro_batch_size * response, is_packed=True)
 
 
-def on_meta(args: Namespace, family: Family, config: object, method: str, dtype: torch.dtype) -> nn.Module:
-    """The model as `method` trains it, without a number in it. InputError if rank or targets do not fit."""
-    with torch.device("meta"):
-        model = family.build(config, None if family.has_language_model else CLASSES)
-    model.own_head = [] if family.has_language_model else [family.names.head]
-    if method == "full":
-        return model
-    init = "lora" if method == "lora" else "pissa"
+def cases(args: Namespace, family: Family, config: object, dtype: torch.dtype) -> Iterator[tuple[Namespace, nn.Module]]:
+    """What there is to choose, as flags, and the model as it then is, without a number in it."""
+    for init, methods in {"full": ("full",), "lora": ("lora",), "pissa": ("pissa", "ba-lora")}.items():
+        model = adapted(args, empty_model(family, config, classes_of(family)).to(dtype), init)
+        for quantize in (None, "nf4") if init != "full" and family.has_language_model else (None,):
+            for _, layer in adapted_layers(model) if quantize else ():
+                del layer.W
+                layer.W = room_in_four_bits(layer)
+            for method, checkpoint in product(methods, (False, True)):
+                flags = {"method": method, "quantize": quantize, "grad_checkpoint": checkpoint, "dtype": dtype}
+                yield Namespace(**vars(args) | flags), model
+
+
+def classes_of(family: Family) -> int | None:
+    return None if family.has_language_model else CLASSES
+
+
+def adapted(args: Namespace, model: nn.Module, init: str) -> nn.Module:
+    """InputError if rank or targets do not fit."""
+    if init == "full":
+        return model.float()
+    model.own_head = [] if model.family.has_language_model else [model.family.names.head]
     try:
-        return adapt(model.to(dtype), args.rank, None, init, args.targets, factors=partial(room_for_factors, args.rank))
+        return adapt(model, args.rank, None, init, args.targets, factors=partial(room_for_factors, args.rank))
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
 
@@ -164,15 +181,15 @@ def room_for_factors(rank: int, _, weight: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty(m, rank, device="meta"), torch.empty(rank, n, device="meta")
 
 
-def room_in_four_bits(weight: Tensor) -> NF4:
-    blocks = -(-weight.numel() // BLOCK)
+def room_in_four_bits(layer: LowRankLinear) -> NF4:
+    blocks = -(-layer.in_features * layer.out_features // BLOCK)
     codes, scale_codes = (torch.empty(blocks, *more, dtype=torch.uint8, device="meta") for more in ([BLOCK // 2], []))
     steps, least = torch.empty(-(-blocks // SCALE_BLOCK), device="meta"), torch.empty((), device="meta")
-    return NF4(weight.shape, codes, scale_codes, steps, least)
+    return NF4(torch.Size((layer.out_features, layer.in_features)), codes, scale_codes, steps, least)
 
 
 def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
-    model = on_meta(args, family, config, "lora", torch.bfloat16)
+    model = adapted(args, empty_model(family, config, classes_of(family)), "lora")
     parameters = base_parameters(model)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
@@ -190,27 +207,21 @@ def facts(args: Namespace, family: Family, config: object, amount: Amount) -> li
 def table(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
     """GB on each GPU: a line for each method and what saves memory, a column for each dtype and number of GPUs."""
     counts = GPUS if family.has_language_model else GPUS[:1]
-    found = {}
+    rows = {}
     for dtype in DTYPES:
-        for init in ("full", "lora", "pissa"):
-            model = on_meta(args, family, config, init, dtype)
-            for quantize in ("", " --quantize nf4") if family.has_language_model and init != "full" else ("",):
-                for _, layer in adapted_layers(model) if quantize else ():
-                    layer.quantize(room_in_four_bits)
-                can_shard = init != "full" and not quantize
-                for method in ("pissa", "ba-lora") if init == "pissa" else (init,):
-                    for checkpoint in ("", " --grad-checkpoint"):
-                        run = Namespace(**vars(args), method=method, dtype=dtype, grad_checkpoint=bool(checkpoint))
-                        cells = [
-                            cell(run, model, amount, ranks) if ranks == 1 or can_shard else "-" for ranks in counts
-                        ]
-                        found.setdefault(f"{method}{quantize}{checkpoint}", []).extend(cells)
+        for run, model in cases(args, family, config, dtype):
+            quantize, checkpoint = " --quantize nf4" * bool(run.quantize), " --grad-checkpoint" * run.grad_checkpoint
+            can_shard = run.method != "full" and not run.quantize
+            cells = [cell(run, model, amount, ranks) if ranks == 1 or can_shard else "-" for ranks in counts]
+            rows.setdefault(f"{run.method}{quantize}{checkpoint}", []).extend(cells)
+    in_order = sorted(rows, key=lambda name: METHODS.index(name.split()[0]))
     titles = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     columns = [f"{'1 GPU' if count == 1 else f'fsdp {count}':>9} " for count in counts] * len(DTYPES)
-    lines = ["GB on each GPU".ljust(40) + "".join(f"{title:>9} ".ljust(10 * len(counts)) for title in titles)]
-    lines.append(" " * 40 + "".join(columns))
-    for name in sorted(found, key=lambda name: METHODS.index(name.split()[0])):
-        lines.append(f"{name:40}" + "".join(f"{each:>9} " for each in found[name]))
+    lines = [
+        "GB on each GPU".ljust(40) + "".join(f"{title:>9} ".ljust(10 * len(counts)) for title in titles),
+        " " * 40 + "".join(columns),
+        *(f"{name:40}" + "".join(f"{each:>9} " for each in rows[name]) for name in in_order),
+    ]
     return [line.rstrip() for line in lines]
 
 

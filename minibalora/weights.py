@@ -14,7 +14,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+from minibalora.config import Family
 from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.files import read_json_object
@@ -78,9 +80,8 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
     if head == "classifier" and num_labels is None:
         shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
         num_labels = next((shape[0] for shape in shapes if shape), 2)
-    with torch.device("meta"):
-        model = family.build(config, num_labels)
-    model.family, names = family, family.names
+    model = empty_model(family, config, num_labels)
+    names = family.names
     stored = by_our_names(stored, model)
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
@@ -98,6 +99,23 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         set_parameter(model, name, nn.Parameter(empty))
     return model.eval()
+
+
+def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Module:
+    """The model of a configuration on the meta device: shapes without numbers. `model.family` is its family."""
+    with torch.device("meta"), _NoInitialValues():
+        model = family.build(config, num_labels)
+    model.family = family
+    return model
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Inside, torch.nn.init does nothing: there is nothing to fill, and on the meta device its normal_ imports torch's
+    compiler, two seconds of every start."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        is_initial = getattr(func, "__module__", "") == "torch.nn.init"
+        return kwargs["tensor"] if is_initial else func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)

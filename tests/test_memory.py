@@ -12,7 +12,7 @@ from torch import nn
 from minibalora import cli, plan
 from minibalora.errors import InputError
 from minibalora.families import read_family
-from minibalora.lowrank import adapt, adapted_layers
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
 from minibalora.memory import held
 from minibalora.nf4 import NF4
 
@@ -104,10 +104,11 @@ def test_live_bytes_counts_what_is_alive_at_once_and_views_as_nothing():
 
 
 def test_four_bits_on_meta_are_as_many_bytes_as_four_bits():
-    weight = torch.randn(37, 61)
-    tensors = [[(tensor.shape, tensor.dtype) for tensor in form(weight).buffers()]
-               for form in (NF4.quantize, plan.room_in_four_bits)]  # fmt: skip
-    assert tensors[0] == tensors[1]
+    layer = LowRankLinear.from_linear(nn.Linear(61, 37), rank=3)
+    room = plan.room_in_four_bits(layer)
+    layer.quantize(NF4.quantize)
+    shapes = [[(tensor.shape, tensor.dtype) for tensor in form.buffers()] for form in (layer.W, room)]
+    assert shapes[0] == shapes[1] and layer.W.shape == room.shape
 
 
 def test_ranks_share_what_is_frozen_in_the_blocks_alone():
