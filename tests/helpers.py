@@ -68,10 +68,10 @@ def restless(model: nn.Module) -> nn.Module:
     """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
     # Transformers' T5 says that its head is tied where it is not, but not that its outputs are scaled.
     is_tied = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
-    for name, parameter in model.named_parameters():
-        last = ("model.norm.weight", "transformer.ln_f.weight", "decoder.final_layer_norm.weight")
-        if is_tied and name in last:
-            parameter.abs_().neg_()
-        if name == "transformer.ln_f.bias":
-            parameter.zero_()
+    vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 1}
+    norm = [name for name in vectors if name.endswith("weight")][-1]  # the last vector of a model is its final norm's
+    if is_tied:
+        vectors[norm].abs_().neg_()
+    if (bias := norm.replace("weight", "bias")) in vectors:
+        vectors[bias].zero_()
     return model

@@ -38,7 +38,7 @@ def greedy(name: str) -> dict:
         rows = [row[: row.index(once[0])] if once[0] in row else row for row in rows]
         print(f"{name}: seed {seed}, smallest margin {margin:.1e} of scale, lengths {[len(row) for row in rows]}")
         return {"prompts": prompts, "eos_id": once[0], "continuations": rows}
-    raise SystemExit(f"{name}: no seed gives clear choices")
+    raise SystemExit(f"{name}: no seed gives clear choices; the last: margin {margin:.1e} of scale, texts {free}")
 
 
 def continued(model, prompts: list[list[int]], eos: int | None) -> tuple[list[list[int]], torch.Tensor]:

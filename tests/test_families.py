@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, golden_example, real_tokens, stretch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import minibalora as mb  # noqa: E402
 import train_nlg  # noqa: E402
 from minibalora.data import Row  # noqa: E402
-from minibalora.families import FAMILIES
+from minibalora.families import FAMILIES, read_config
 from minibalora.lowrank import adapted_layers
 from minibalora.objective import NLG_RECIPES, head_of
 
@@ -28,9 +29,48 @@ def load(name: str, folder: Path | None = None):
 ALL = [*LANGUAGE_MODELS, *SEQ2SEQ, *CLASSIFIERS]
 
 
-def test_every_family_has_a_golden_checkpoint():
-    configs = [json.loads((GOLDEN / name / "config.json").read_text()) for name in ALL]
-    assert {config["model_type"] for config in configs} == set(FAMILIES)
+def type_of(name: str) -> str:
+    return json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
+
+
+# A golden checkpoint, what is changed in its config.json, and what the refusal must say; see test_weights.py for more.
+REFUSED = [
+    ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
+    ("mistral", {"hidden_act": "relu"}, ["relu", "silu"]),
+    ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, ["layer_types", "chunked_attention"]),
+    ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar"]),
+    ("qwen2_window", {"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+    ("qwen2_window", {"layer_types": None, "max_window_layers": -1}, ["max_window_layers", "0 to"]),
+    ("qwen3", {"attention_dropout": 0.1}, ["attention_dropout"]),
+    ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
+    ("deepseek", {"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
+    ("gpt2", {"add_cross_attention": True}, ["add_cross_attention"]),
+    ("t5", {"feed_forward_proj": "gated-silu"}, ["gated-silu"]),
+    ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
+    ("roberta", {"is_decoder": True}, ["is_decoder"]),
+    ("deberta", {"conv_kernel_size": 3}, ["conv_kernel_size"]),
+]
+
+
+def test_every_family_has_a_golden_checkpoint_and_refuses_something():
+    assert {type_of(name) for name in ALL} == {type_of(name) for name, *_ in REFUSED} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("name", "changes", "parts"), REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(name, changes, parts, tmp_path, refuses):
+    config = json.loads((GOLDEN / name / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuses(lambda: read_config(tmp_path), tmp_path / "config.json", *parts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_adapted_is_in_the_blocks_and_no_head(name):
+    model, *_ = load(name)
+    mb.adapt(model, rank=2, init="lora")
+    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    in_blocks = sum(len(adapted_layers(block)) for block in blocks)
+    assert len(adapted_layers(model)) == in_blocks > 0
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, restless
+from helpers import GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, restless
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
@@ -39,6 +39,7 @@ from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
 GREEDY = json.loads((GOLDEN / "greedy.json").read_text())
+NOT_IN_TRANSFORMERS = {"deepseek", "deepseek_norm"}  # compared with their reference in test_mixture.py
 PROMPTS = [example_from(row, line).prompt for line, row in enumerate(clean_problems(12, seed=5), start=1)]
 SAMPLING = Decoding(max_new_tokens=40, temperature=1.5, top_p=0.9)
 
@@ -73,6 +74,10 @@ def tokenizer(*prompts, eos_id=None):
 
 
 # transformers.
+
+
+def test_every_language_model_has_greedy_texts_of_transformers():
+    assert {*GREEDY} == {*LANGUAGE_MODELS, *SEQ2SEQ} - NOT_IN_TRANSFORMERS
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

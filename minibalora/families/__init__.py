@@ -11,7 +11,8 @@ from minibalora.errors import InputError
 from minibalora.families import encoders, gpt2, llama, mixture, t5
 from minibalora.files import read_json_object
 
-FAMILIES = llama.FAMILIES | mixture.FAMILIES | gpt2.FAMILIES | encoders.FAMILIES | t5.FAMILIES  # by model_type
+MODULES = (llama, mixture, gpt2, t5, encoders)
+FAMILIES = {model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()}
 
 
 def read_family(folder: Path) -> tuple[Family, object]:
