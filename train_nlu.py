@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from safetensors.torch import save_file
@@ -23,10 +24,12 @@ import minibalora as mb
 from minibalora import as_text, classify, cli, data, glue, records, run_folder, training
 from minibalora.classify import ClassRow
 from minibalora.errors import InputError
+from minibalora.families import read_config
 from minibalora.files import check_writable, read_json_object, replacing, write_json
 from minibalora.flags import nlu_objective, parse_nlu_flags
 from minibalora.glue import LabelledText, Task
 from minibalora.memory import expected_memory, padded_amount
+from minibalora.models.mixture import MixtureConfig
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
 from minibalora.plan import nlu_formula, print_plan
 from minibalora.toy import reviews
@@ -53,6 +56,8 @@ def main() -> int:
     objective = nlu_objective(args)
     if classes == 2 and objective.non_target_kl > 0:
         raise InputError("--non-target-kl needs three classes or more: of two, one is left, and the term is always 0")
+    if args.compile and isinstance(read_config(Path(args.model)), MixtureConfig):
+        raise InputError("--compile: a mixture would be compiled anew whenever experts get other counts: leave it out")
     tok = mb.load_tokenizer(args.model)
     words = as_text.first_tokens(task, tok) if args.as_text else []
     if args.as_text:
@@ -84,7 +89,7 @@ def main() -> int:
         run_folder.start_run(args.out, settings)
     lines = [amounts(args, task, examples), f"{cut:,} texts cut{changes}"]
     if args.as_text:
-        lines.append(f"asked as {examples[0].texts[0]!r:.100}, answered {' or '.join(as_text.words_of(task))}")
+        lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
     if model.new_modules:
         lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")

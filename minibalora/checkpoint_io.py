@@ -58,10 +58,17 @@ def save_model(
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
     write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
-    for name in TOKENIZER_FILES:
+    for name in (*TOKENIZER_FILES, *_code_files(config)):
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+
+
+def _code_files(config: dict) -> list[str]:
+    """The model's own code, which transformers needs of what it does not have, as DeepSeek-MoE; never run here."""
+    auto_map = config.get("auto_map")
+    modules = {str(name).partition(".")[0] for name in (auto_map.values() if isinstance(auto_map, dict) else ())}
+    return [f"{module}.py" for module in sorted(modules) if module.isidentifier()]
 
 
 def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 import signal
 import sys
@@ -29,6 +30,9 @@ def run_script(
         sys.exit(main())
     except InputError as error:
         _exit_with_line(2, error)
+    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at its end
+        sys.exit(141)
     except KeyboardInterrupt:
         _exit_with_line(130, f"interrupted{then}")
     except torch.OutOfMemoryError:

@@ -50,7 +50,7 @@ class Fields:
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self._present(key, default)
-        return self._checked(key, value, is_positive(value), "a positive number")
+        return float(self._checked(key, value, is_positive(value), "a positive number"))
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         value = self._present(key, default)
@@ -81,7 +81,7 @@ class Fields:
     def _present(self, key: str, default: object) -> object:
         value = self.raw.get(key, default)
         if value is None:
-            raise InputError(f"{self.path}: the key {key} is missing: download the file again")
+            raise InputError(f"{self.path}: the key {key} is missing or null: download the file again")
         return value
 
     def _checked(self, key: str, value, fits: bool, expected: str):

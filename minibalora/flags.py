@@ -351,8 +351,12 @@ def _refuse_task_contradictions(args: argparse.Namespace) -> None:
             raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
         if args.task != "custom" and getattr(args, name) is not None:
             raise InputError(f"{cli.flag(name)} goes with --task custom: {args.task} has its own fields")
-    if args.as_text and (args.model is None or args.task == "stsb" or args.teacher not in (None, "pretrained")):
-        raise InputError("--as-text is for a T5 and a --task of classes, and has no --teacher but itself: leave it out")
+    if args.as_text and args.model is None:
+        raise InputError("--as-text is for a T5, and the built-in model is none: give --model and --data")
+    if args.as_text and args.task == "stsb":
+        raise InputError("--as-text needs classes, but --task stsb has scores: leave --as-text out")
+    if args.as_text and args.teacher not in (None, "pretrained"):
+        raise InputError("--as-text has its own pre-trained self for a teacher: leave --teacher out")
     if len(args.text_field or ()) > 2:
         raise InputError(f"--text-field names {len(args.text_field)} fields: give one, or two for a pair")
     has_scores = args.task in TASKS and TASKS[args.task].labels is None

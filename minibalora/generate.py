@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -256,18 +255,11 @@ def main() -> int:
         merge(model)  # plain linears are faster; in bfloat16 the sum would be rounded, and a small change be lost
     found = generate_each(model, tok, prompts, decoding, args.batch_size)
     sys.stdout.reconfigure(encoding="utf-8")
-    try:
-        for question, text in zip(asked, in_order(found), strict=True):
-            line = (
-                text
-                if args.prompt and len(prompts) == 1
-                else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
-            )
-            with tqdm.external_write_mode():
-                print(line, flush=True)
-    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at its end
-        return 141
+    for question, text in zip(asked, in_order(found), strict=True):
+        is_alone = args.prompt and len(prompts) == 1
+        line = text if is_alone else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
+        with tqdm.external_write_mode():
+            print(line, flush=True)
     return 0
 
 

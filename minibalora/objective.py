@@ -51,7 +51,7 @@ NLU_RECIPES = {
 
 
 def predicted_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The one place where predictions meet labels: position t predicts token t + 1.
+    """Of padded rows, as `data.collate` has them: position t predicts token t + 1. (Packed ones: `data.pack`.)
 
     hidden: (B, T, d) states (or logits); labels: (B, T), the input ids with IGNORED on prompt and padding.
     Returns (M, d) states whose *next* token is a response token, and those (M,) tokens.

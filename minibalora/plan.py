@@ -19,7 +19,7 @@ from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
-from minibalora.memory import Amount, expected_memory, padded_amount
+from minibalora.memory import Amount, expected_memory, held, padded_amount
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
 from minibalora.weights import empty_model
@@ -28,6 +28,7 @@ DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
 CARDS = {24: "s", 40: "m", 80: "l"}  # GB of a GPU, and the mark of what fits
 DISK_RATE = 1  # GB a second: a local SSD reads that or more
+MOST = 10_000  # layers and experts; DeepSeek-MoE has 1,756
 CLASSES = 2  # of a classifier, whose size they do not change
 
 
@@ -36,7 +37,7 @@ def print_plan(
 ) -> None:
     """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
     parameters = base_parameters(model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = trained_parameters(model)
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
     dtype = str(args.dtype).removeprefix("torch.")
@@ -81,6 +82,10 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
     return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving
 
 
+def trained_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
 def base_parameters(model: nn.Module) -> int:
     """How many numbers the model had before it was adapted; a quantised weight counts as the one that it was."""
     own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
@@ -96,8 +101,9 @@ def main() -> int:
     args = parser().parse_args()
     family, config = read_family(Path(args.model))
     fill_in(args, family, config)
+    check_amount(args, config)
     amount = amount_of(args, family)
-    print("\n".join(facts(args, family, config, amount)) + "\n")
+    print("\n".join(facts(args, family, config, amount)) + "\n", flush=True)
     print("\n".join(table(args, family, config, amount)))
     marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
     print(f"\nfits a card of {marks}; what CUDA and torch take for themselves, half a GB or more, comes on top")
@@ -124,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def fill_in(args: Namespace, family: Family, config: object) -> None:
-    """The training scripts' defaults; InputError for rows longer than the model's positions."""
+    """The training scripts' defaults; InputError for rows that they would refuse, longer than the model's context."""
     if family.has_language_model:
         defaults = DEFAULTS | {"batch_size": BATCH_SIZE["iclr2026"]}
     else:
@@ -134,9 +140,17 @@ def fill_in(args: Namespace, family: Family, config: object) -> None:
             setattr(args, name, defaults[name])
     args.batch_size = max(defaults["batch_size"], args.micro_batch_size)
     args.device = torch.device("cuda")
-    limit = config.max_position_embeddings if getattr(config, "has_learned_positions", True) else None
+    limit = config.max_position_embeddings
     if limit is not None and args.max_length > limit:
         raise InputError(f"--max-length {args.max_length}: the model has {limit} positions: give at most that many")
+
+
+def check_amount(args: Namespace, config: object) -> None:
+    """InputError for a number of layers or experts that takes minutes to build, and no model has."""
+    experts = getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
+    if config.num_hidden_layers + experts > MOST:
+        parts = f"{config.num_hidden_layers} layers and {experts} experts in all"
+        raise InputError(f"{args.model}: config.json has {parts}: download it again")
 
 
 def amount_of(args: Namespace, family: Family) -> Amount:
@@ -189,9 +203,9 @@ def room_in_four_bits(layer: LowRankLinear) -> NF4:
 
 
 def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
-    model = adapted(args, empty_model(family, config, classes_of(family)), "lora")
-    parameters = base_parameters(model)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    model = empty_model(family, config, classes_of(family))
+    parameters, by_full = base_parameters(model), trained_parameters(model)
+    trained = trained_parameters(adapted(args, model, "lora"))
     narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
     response = f", {amount.wanted // args.micro_batch_size} of them response" if family.has_language_model else ""
     return [
@@ -199,7 +213,7 @@ def facts(args: Namespace, family: Family, config: object, amount: Amount) -> li
         f"load     {narrow:.1f} GB in bfloat16, {wide:.1f} GB in float32, read and held once: "
         f"{narrow / DISK_RATE:.0f} and {wide / DISK_RATE:.0f} s from a disk of {DISK_RATE} GB/s",
         f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {args.rank}, in "
-        f"{len(adapted_layers(model))} layers; all by full",
+        f"{len(adapted_layers(model))} layers; {'all' if by_full == parameters else f'{by_full:,}'} by full",
         f"rows     {args.micro_batch_size} of {args.max_length} tokens at a time{response}; {args.batch_size} a step",
     ]
 
@@ -211,8 +225,8 @@ def table(args: Namespace, family: Family, config: object, amount: Amount) -> li
     for dtype in DTYPES:
         for run, model in cases(args, family, config, dtype):
             quantize, checkpoint = " --quantize nf4" * bool(run.quantize), " --grad-checkpoint" * run.grad_checkpoint
-            can_shard = run.method != "full" and not run.quantize
-            cells = [cell(run, model, amount, ranks) if ranks == 1 or can_shard else "-" for ranks in counts]
+            sizes = gigabytes(run, model, amount, counts)
+            cells = [cell(size) for size in sizes] + ["-"] * (len(counts) - len(sizes))
             rows.setdefault(f"{run.method}{quantize}{checkpoint}", []).extend(cells)
     in_order = sorted(rows, key=lambda name: METHODS.index(name.split()[0]))
     titles = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -225,12 +239,19 @@ def table(args: Namespace, family: Family, config: object, amount: Amount) -> li
     return [line.rstrip() for line in lines]
 
 
-def cell(args: Namespace, model: nn.Module, amount: Amount, ranks: int) -> str:
-    """GB, and the mark of the smallest card that has them."""
+def gigabytes(args: Namespace, model: nn.Module, amount: Amount, counts: tuple[int, ...]) -> list[float]:
+    """GB on each of so many GPUs; of a run that can't be sharded on one alone."""
     recipe = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
-    objective = recipe if hasattr(model, "head_weight") else None
-    gigabytes = expected_memory(args, model, amount, objective, ranks) / 1e9
-    return f"{gigabytes:.1f} " + next((mark for size, mark in CARDS.items() if gigabytes <= size), " ")
+    one = expected_memory(args, model, amount, recipe if model.family.has_language_model else None)
+    if args.method == "full" or args.quantize or len(counts) == 1:
+        return [one / 1e9]
+    others = one - held(model)
+    return [one / 1e9] + [(others + held(model, ranks)) / 1e9 for ranks in counts[1:]]
+
+
+def cell(size: float) -> str:
+    """GB, and the mark of the smallest card that has them."""
+    return f"{size:.1f} " + next((mark for gigabytes, mark in CARDS.items() if size <= gigabytes), " ")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "pdf", "svg")
 # Key in the log -> title of its panel, in the order of the panels.
 NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversity": "diversity"}
-NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL"}
+NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
 # Okabe and Ito's colours, which colour-blind people can tell apart; a brown for their yellow, too pale for a line.
 # What is beyond eight gets another line or marker.

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
+from tokenizers.processors import Sequence, TemplateProcessing
 
 from minibalora.errors import InputError
 from minibalora.files import read_json_object
@@ -13,7 +14,8 @@ from minibalora.spm import read_sentencepiece
 class Tokenizer:
     """encode(str) -> ids with BOS, EOS, CLS, SEP as the post-processor in tokenizer.json says; decode(ids) -> str.
 
-    That file alone decides, as in transformers 5: `add_bos_token` in tokenizer_config.json is the slow tokenizers'.
+    That file alone decides, as in transformers 5, but for DeepSeek-MoE's like (see `_with_bos`): `add_bos_token` in
+    tokenizer_config.json is the slow tokenizers'.
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
     is_encoder_decoder: the model reads a prompt as a whole text, EOS included, and writes its response as another.
     """
@@ -96,7 +98,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     settings = read_json_object(settings_file) if settings_file.exists() else {}
     config = read_json_object(config_file) if config_file.exists() else {}
     if file.exists():
-        backend = _read_tokenizer_json(file)
+        backend = _with_bos(_read_tokenizer_json(file), settings)
     elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # v3 calls itself v2, too
         backend = read_sentencepiece(spm_file, settings)
     else:
@@ -112,6 +114,21 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
         raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
     return tok
+
+
+def _with_bos(backend: Backend, settings: dict) -> Backend:
+    """LlamaTokenizerFast of transformers 4 put BOS before a text where tokenizer_config.json asks for it, whatever
+    tokenizer.json says. DeepSeek-MoE was trained so, and its tokenizer.json says nothing, so transformers 5 forgets it.
+    """
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    bos_id = backend.token_to_id(bos) if isinstance(bos, str) else None
+    is_asked = settings.get("tokenizer_class") == "LlamaTokenizerFast" and settings.get("add_bos_token") is True
+    if is_asked and bos_id is not None and bos_id not in backend.encode("").ids:
+        before = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)])
+        own = backend.post_processor
+        backend.post_processor = before if own is None else Sequence([own, before])
+    return backend
 
 
 def _read_tokenizer_json(file: Path) -> Backend:

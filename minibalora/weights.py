@@ -20,7 +20,6 @@ from minibalora.config import Family
 from minibalora.errors import InputError
 from minibalora.families import read_family
 from minibalora.files import read_json_object
-from minibalora.models.mixture import MixtureConfig
 
 LAST_OF_HEAD = (  # one row a class
     "score.weight",
@@ -42,10 +41,11 @@ def load_model(
 ) -> nn.Module:
     """The model in the folder `path`, in eval mode, its parameters in `dtype` on `device`.
 
-    head "lm": model(input_ids) -> logits (B, T, V). "classifier": (B, num_labels); None means as many as the stored
-    head has, or 2. A head that the file lacks is drawn from torch's generator: `model.new_modules` names it, and
-    `model.own_head` what `adapt` is to leave trainable. `model.source` is the folder. Raises InputError, naming file
-    and tensor, for anything missing, superfluous, misshapen, not finite, or not implemented.
+    head "lm": model(input_ids) -> logits (B, T, V); a T5 is asked model(input_ids, attention_mask, decoder_input_ids).
+    "classifier": (B, num_labels); None means as many as the stored head has, or 2. A head that the file lacks is drawn
+    from torch's generator: `model.new_modules` names it, and `model.own_head` what `adapt` is to leave trainable.
+    `model.source` is the folder. Raises InputError, naming file and tensor, for anything missing, superfluous,
+    misshapen, not finite, or not implemented.
     """
     model = skeleton(path, head, num_labels)
     for name, stored in model.stored.items():
@@ -70,28 +70,24 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         raise InputError(f"{folder}: {family.transformers} is an encoder, which has no language model here: "
                          "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
-    experts = config.num_experts * sum(config.has_experts) if isinstance(config, MixtureConfig) else 0
-    if max(config.num_hidden_layers, experts) > len(
-        stored
-    ):  # before building them, for a wrong number may be a million
-        parts = f"{config.num_hidden_layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
-        raise InputError(f"{folder}: config.json has {parts}, but the weights are {len(stored)} tensors: "
-                         "download both again")  # fmt: skip
+    _check_amount(folder, config, len(stored))
     if head == "classifier" and num_labels is None:
         shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
         num_labels = next((shape[0] for shape in shapes if shape), 2)
     model = empty_model(family, config, num_labels)
     names = family.names
     stored = by_our_names(stored, model)
+    embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
+    if copies and embedding not in stored:  # as programs write it that leave out what is there twice
+        stored[embedding] = stored[copies[0]]
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
     model.own_head = [part for part in parts if part == names.head or part in model.new_modules]
     check_tensors(folder, model, stored)
-    for name in stored:
-        if re.fullmatch(names.copies, name):
-            _check_copy(model, stored, name, "download the weights again")
-        if name == "lm_head.weight" and head == "lm" and config.tie_word_embeddings:
-            _check_copy(model, stored, name, "set tie_word_embeddings to false")
+    for name in copies:
+        _check_copy(stored[embedding], stored[name], name, "download the weights again")
+    if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
+        _check_copy(stored[embedding], stored["lm_head.weight"], "lm_head.weight", "set tie_word_embeddings to false")
 
     model.source = folder
     model.stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
@@ -99,6 +95,15 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         set_parameter(model, name, nn.Parameter(empty))
     return model.eval()
+
+
+def _check_amount(folder: Path, config: object, tensors: int) -> None:
+    """InputError for more layers or experts than tensors, before they are built: a wrong number may be a million."""
+    layers = config.num_hidden_layers
+    experts = getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
+    if max(layers, experts) > tensors:
+        parts = f"{layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
+        raise InputError(f"{folder}: config.json has {parts}, but the weights are {tensors} tensors: download both")
 
 
 def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Module:
@@ -254,11 +259,16 @@ def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.devic
         set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
-def _check_copy(model: nn.Module, stored: dict[str, StoredTensor], name: str, cure: str) -> None:
+def embedding_name(model: nn.Module) -> str | None:
+    """What the parameter is called that a tied head would be; None of an encoder."""
+    weight = model.embedding.weight if hasattr(model, "embedding") else None
+    return next((name for name, parameter in model.named_parameters() if parameter is weight), None)
+
+
+def _check_copy(embedding: StoredTensor, copy: StoredTensor, name: str, cure: str) -> None:
     """Some files repeat the embedding, for instance as a tied head; if the copy differs, it would be silently lost."""
-    embedding = next(name for name, parameter in model.named_parameters() if parameter is model.embedding.weight)
-    tied, copy = stored[embedding], stored[name]
-    if copy.shape != tied.shape or not torch.equal(_as_stored(copy).float(), _as_stored(tied).float()):
+    same = copy.shape == embedding.shape and torch.equal(_as_stored(copy).float(), _as_stored(embedding).float())
+    if not same:
         raise InputError(f"{copy.file}: {name} differs from the embedding: {cure}")
 
 

@@ -98,7 +98,8 @@ def mixture(x: Tensor, own: dict[str, Tensor], config: dict) -> Tensor:
     affinities = [math.exp(float(centroid @ x)) for centroid in own["mlp.gate.weight"]]
     affinities = [affinity / sum(affinities) for affinity in affinities]
     best = sorted(range(len(affinities)), key=lambda i: -affinities[i])[: config["num_experts_per_tok"]]
-    total = sum(affinities[i] for i in best) if config["norm_topk_prob"] else 1.0
+    is_normalised = config["norm_topk_prob"] and len(best) > 1  # as its published code has it
+    total = sum(affinities[i] for i in best) if is_normalised else 1.0
     y = dense(x, own, config, "mlp.shared_experts") if config["n_shared_experts"] else torch.zeros_like(x)
     for i in best:
         y = y + affinities[i] / total * dense(x, own, config, f"mlp.experts.{i}")

@@ -42,6 +42,7 @@ REFUSED = [
     ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar"]),
     ("qwen2_window", {"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
     ("qwen2_window", {"layer_types": None, "max_window_layers": -1}, ["max_window_layers", "0 to"]),
+    ("qwen2", {"layer_types": ["nonsense"]}, ["layer_types", "nonsense"]),
     ("qwen3", {"attention_dropout": 0.1}, ["attention_dropout"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
     ("deepseek", {"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
@@ -91,7 +92,8 @@ def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
     assert (again(*inputs)[real] - changed).abs().max() < 1e-5 * scale
     mb.save_model(model, tmp_path / "merged")
     merged, *_ = load(name, tmp_path / "merged")
-    assert (merged(*inputs)[real] - changed).abs().max() < 0.05 * scale  # rounded to the golden weights' bfloat16
+    lost = (merged(*inputs)[real] - changed).norm()  # by rounding to the golden weights' bfloat16
+    assert lost < 0.25 * (changed - expected).norm()
 
 
 @pytest.mark.parametrize("recipe", NLG_RECIPES)

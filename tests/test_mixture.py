@@ -198,6 +198,26 @@ def test_watching_ends_with_its_body():
     assert len(given) == 2
 
 
+def test_one_expert_keeps_its_probability_even_where_several_are_normalised(tmp_path):
+    """In DeepSeek's code, not in Mixtral's, where it becomes 1."""
+    for name, expected in (("deepseek_norm", False), ("mixtral", True)):
+        config = json.loads((GOLDEN / name / "config.json").read_text()) | {"num_experts_per_tok": 1}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        assert read_config(tmp_path).norm_topk_prob == expected
+
+
+def test_autocast_rounds_no_probability():
+    """--method full in bfloat16: as rounded, one token in a hundred would go to other experts."""
+    router = mb.load_model(GOLDEN / "mixtral").model.layers[0].block_sparse_moe.gate
+    rows = torch.randn(500, 24)
+    probabilities, chosen = router(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        again, same = router(rows)
+        balance = load_balance([(again, same)])
+    assert torch.equal(again, probabilities) and torch.equal(same, chosen)
+    assert torch.equal(balance, load_balance([(probabilities, chosen)])) and balance.dtype == torch.float32
+
+
 # Files.
 
 
@@ -252,11 +272,25 @@ def test_published_settings_are_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(mixtral))
     config = read_config(tmp_path)
     assert (config.num_experts, config.num_experts_per_tok, config.norm_topk_prob) == (8, 2, True)
-    assert config.rope_theta == 1e6 and config.windows == (None,) * 32 and config.active_size == 2 * 14336
+    assert config.rope_theta == 1e6 and config.windows == (None,) * 32 and config.expert_size == 14336
     (tmp_path / "config.json").write_text(json.dumps(deepseek))
     config = read_config(tmp_path)
     assert config.has_experts == (False,) + (True,) * 27 and config.rope_theta == 1e4 and not config.norm_topk_prob
-    assert (config.active_size, config.shared_size, config.intermediate_size) == (8 * 1408, 2 * 1408, 10944)
+    assert (config.expert_size, config.shared_size, config.intermediate_size) == (1408, 2 * 1408, 10944)
+
+
+def test_a_merged_checkpoint_keeps_the_code_that_transformers_runs_it_with(tmp_path):
+    """It is copied, by names that are modules of the folder, and never run."""
+    folder = shutil.copytree(GOLDEN / "deepseek", tmp_path / "base")
+    path = folder / "config.json"
+    code = {"AutoConfig": "configuration_deepseek.DeepseekConfig", "AutoModel": "../elsewhere.Model", "Other": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": code}))
+    (folder / "configuration_deepseek.py").write_text("raise SystemExit")
+    (tmp_path / "elsewhere.py").write_text("")
+    mb.save_model(mb.load_model(folder), tmp_path / "merged")
+    assert {file.name for file in (tmp_path / "merged").iterdir()} == {
+        "config.json", "model.safetensors", "configuration_deepseek.py"
+    }  # fmt: skip
 
 
 # A run.

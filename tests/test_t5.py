@@ -235,6 +235,15 @@ def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path
     refuses(lambda: mb.load_model(tmp_path, "classifier", 2), names[0], "differs from the embedding")
 
 
+def test_the_embedding_may_be_stored_by_a_copys_name_alone(tmp_path):
+    """As programs do that leave out what is in a file twice."""
+    *inputs, expected = golden_example("t5")
+    tensors = load_file(GOLDEN / "t5" / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, copy_of("t5", tmp_path) / "model.safetensors")
+    assert (mb.load_model(tmp_path)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
 @pytest.mark.parametrize(("changes", "words"), [
     ({"feed_forward_proj": "gated-silu"}, ["activation", "gated-silu", "gated-gelu"]),
     ({"is_decoder": True}, ["is_decoder"]),
@@ -242,6 +251,7 @@ def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path
     ({"relative_attention_num_buckets": 2}, ["2 buckets"]),
     ({"relative_attention_max_distance": 16, "relative_attention_num_buckets": 32}, ["distances up to 16"]),
     ({"decoder_start_token_id": None}, ["decoder_start_token_id", "missing"]),
+    ({"decoder_start_token_id": 61}, ["decoder_start_token_id is 61", "vocab_size 61"]),
     ({"d_kv": 9}, ["shape"]),
     ({"num_decoder_layers": 1 << 19}, ["hidden layers"]),
     ({"num_decoder_layers": 3}, ["lacks decoder.block.2"]),

@@ -50,6 +50,14 @@ def test_special_tokens_are_added_as_the_post_processor_says(make, template, exp
     assert tok.encode("") == [token for token in expected if token in (1, 2)]
 
 
+def test_llama_s_fast_tokenizer_puts_bos_where_its_settings_alone_ask_for_it(make):
+    """As transformers 4.46 did with DeepSeek-MoE's files, whose tokenizer.json has no template."""
+    asked = NAMES | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
+    assert make(asked, None).encode("one two") == make(asked, "<s> $A").encode("one two") == [1, 4, 5]
+    assert make(asked, None).encode("one", "two") == [1, 4, 1, 5]
+    assert make(asked | {"add_bos_token": False}, None).encode("one two") == [4, 5]
+
+
 PAIRS = {"template": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1"}
 
 

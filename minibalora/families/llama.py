@@ -37,7 +37,7 @@ def read_gemma2(fields: Fields) -> LlamaConfig:
     layers = fields.integer("num_hidden_layers")
     kinds = ["sliding_attention" if index % 2 == 0 else "full_attention" for index in range(layers)]
     settings = gemma_settings(fields) | {
-        "windows": windows_of_kinds(fields, fields.raw.get("layer_types", kinds)),
+        "windows": windows_of_kinds(fields, layer_kinds(fields, fields.raw.get("layer_types", kinds))),
         "has_post_norms": True,
         "query_scale": (fields.integer("head_dim") / fields.number("query_pre_attn_scalar")) ** 0.5,
     }
@@ -48,7 +48,7 @@ def read_gemma2(fields: Fields) -> LlamaConfig:
 
 def read_qwen2(fields: Fields) -> LlamaConfig:
     """Qwen 1.5, 2 and 2.5: a bias on q, k and v alone."""
-    return LlamaConfig(**llama_settings(fields) | {"qkv_bias": True, "windows": qwen_windows(fields)})
+    return LlamaConfig(**llama_settings(fields) | {"qkv_bias": True, "o_bias": False, "windows": qwen_windows(fields)})
 
 
 def read_qwen3(fields: Fields) -> LlamaConfig:
@@ -57,23 +57,26 @@ def read_qwen3(fields: Fields) -> LlamaConfig:
 
 def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
     """A layer's window, as layer_types says, or else from max_window_layers on; none without use_sliding_window."""
-    layers = fields.integer("num_hidden_layers")
+    layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers", least=0)
+    by_number = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
+    kinds = layer_kinds(fields, fields.raw.get("layer_types", by_number))
     if not fields.flag("use_sliding_window") or "sliding_window" not in fields.raw:
-        kinds = ["full_attention"] * layers
-    else:
-        first = fields.integer("max_window_layers", least=0)
-        by_number = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
-        kinds = fields.raw.get("layer_types", by_number)
+        return (None,) * layers
     return windows_of_kinds(fields, kinds)
 
 
-def windows_of_kinds(fields: Fields, kinds: object) -> tuple[int | None, ...]:
-    """A layer's window by its kind, "full_attention" or "sliding_attention"; InputError for any other."""
+def windows_of_kinds(fields: Fields, kinds: list[str]) -> tuple[int | None, ...]:
+    """A layer's window by its kind."""
+    return tuple(fields.integer("sliding_window") if kind == "sliding_attention" else None for kind in kinds)
+
+
+def layer_kinds(fields: Fields, kinds: object) -> list[str]:
+    """ "full_attention" or "sliding_attention" of each layer; InputError for anything else."""
     layers, known = fields.integer("num_hidden_layers"), ("full_attention", "sliding_attention")
     if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
         expected = f"it must have {' or '.join(known)} for each of {layers} layers"
         raise InputError(f"{fields.path}: layer_types is {kinds!r}: {expected}")
-    return tuple(fields.integer("sliding_window") if kind == "sliding_attention" else None for kind in kinds)
+    return kinds
 
 
 def llama_settings(fields: Fields) -> dict:

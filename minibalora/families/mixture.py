@@ -29,11 +29,12 @@ def read_deepseek(fields: Fields) -> MixtureConfig:
     settings = mixture_settings(fields, "n_routed_experts")
     first, every = fields.integer("first_k_dense_replace", least=0), fields.integer("moe_layer_freq")
     size, shared = fields.integer("moe_intermediate_size"), fields.integer("n_shared_experts", 0, least=0)
+    is_normalised = fields.flag("norm_topk_prob") and settings["num_experts_per_tok"] > 1  # as its own code has it
     return MixtureConfig(
         **settings,
         expert_size=size,
         shared_size=shared * size,
-        norm_topk_prob=fields.flag("norm_topk_prob"),
+        norm_topk_prob=is_normalised,
         has_experts=tuple(n >= first and n % every == 0 for n in range(settings["num_hidden_layers"])),
     )
 

@@ -31,9 +31,14 @@ def read_t5(fields: Fields) -> T5Config:
     buckets, furthest = map(fields.integer, ("relative_attention_num_buckets", "relative_attention_max_distance"))
     if buckets < 4 or furthest <= buckets // 2:
         raise InputError(f"{fields.path}: {buckets} buckets do not fit distances up to {furthest}: download it again")
+    vocabulary, start = fields.integer("vocab_size"), fields.integer("decoder_start_token_id", least=0)
+    if start >= vocabulary:
+        raise InputError(
+            f"{fields.path}: decoder_start_token_id is {start}, but vocab_size {vocabulary}: download again"
+        )
     d, layers = fields.integer("d_model"), fields.integer("num_layers")
     return T5Config(
-        vocab_size=fields.integer("vocab_size"),
+        vocab_size=vocabulary,
         hidden_size=d,
         intermediate_size=fields.integer("d_ff"),
         num_layers=layers,
@@ -46,7 +51,7 @@ def read_t5(fields: Fields) -> T5Config:
         is_gated=kind == "gated-gelu",
         dropout_rate=fields.dropout("dropout_rate"),
         classifier_dropout=fields.dropout("classifier_dropout"),
-        decoder_start_token_id=fields.integer("decoder_start_token_id", least=0),
+        decoder_start_token_id=start,
         tie_word_embeddings=_is_tied(fields),
         initializer_range=fields.number("initializer_factor") * d**-0.5,
     )

@@ -30,11 +30,6 @@ class MixtureConfig(LlamaConfig):
     norm_topk_prob: bool  # whether the K probabilities of a token are made to sum to 1
     has_experts: tuple[bool, ...]  # a layer each
 
-    @property
-    def active_size(self) -> int:
-        """The intermediate_size of all that a token goes through in a layer with experts."""
-        return self.num_experts_per_tok * self.expert_size + self.shared_size
-
 
 class Router(nn.Module):
     """Not an nn.Linear, so that nothing takes it for one to adapt or to quantise; not trained by --method full."""
@@ -46,7 +41,8 @@ class Router(nn.Module):
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens (N, d) -> probabilities (N, E), in float32, and the experts (N, K) that are chosen."""
-        probabilities = F.linear(rows.float(), self.weight.float()).softmax(-1)
+        with torch.autocast(rows.device.type, enabled=False):  # of --method full, which would round them
+            probabilities = F.linear(rows.float(), self.weight.float()).softmax(-1)
         return probabilities, probabilities.topk(self.top_k, sorted=False).indices
 
 
@@ -154,12 +150,15 @@ def load_balance(given: list[tuple[Tensor, Tensor]]) -> Tensor:
     """E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6), as Mixtral's code has it.
 
     f_e: how many of the K choices of a token fall on expert e; P_e: its probability; both means over the tokens of all
-    layers together, so that perfect balance gives K. f has no gradient, and the router is frozen: what can move is its
-    input. DeepSeek-MoE's expert-level loss (arXiv 2401.06066, equations 12 to 14) is Σ_e f_e P_e E/K, of each layer and
+    layers together, so that perfect balance gives K. Tokens are those that a router sees: of `Decoder.packed` the last
+    layer's sees only those from which something is predicted, and what rows share counts once. f has no gradient, and
+    the router is frozen: what can move is its input.
+
+    DeepSeek-MoE's expert-level loss (arXiv 2401.06066, equations 12 to 14) is Σ_e f_e P_e E/K, of each layer and
     sequence by itself: the same product, 1 in perfect balance, which a layer or a sequence can't make up for another.
     Here both families take Mixtral's: rows that share their first tokens are no longer sequences by themselves.
     """
     probabilities, chosen = (torch.cat(parts) for parts in zip(*given, strict=True))  # (N, E), (N, K)
     tokens, experts = probabilities.shape
     f = chosen.flatten().bincount(minlength=experts) / tokens
-    return experts * f @ probabilities.mean(0)
+    return experts * (f * probabilities.mean(0)).sum()  # autocast would round a product of vectors
