@@ -85,7 +85,6 @@ def main() -> int:
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
-
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
         batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
         micro = data.micro_batches(batch, args.micro_batch_size)

@@ -45,13 +45,11 @@ def first_tokens(task: Task, tok: Tokenizer) -> list[int]:
     if not tok.is_encoder_decoder:
         raise InputError("--as-text is for encoder-decoders such as T5, which --model is not: leave it out")
     words = words_of(task)
-    first = {ids[0]: word for word, ids in zip(words, tok.encode_responses(list(words)), strict=True)}
-    if len(first) < len(words):
-        twins = ", ".join(word for word in words if word not in first.values())
-        raise InputError(
-            f"--as-text: {twins} begins with the same token as another class: give the classes other names"
-        )
-    return list(first)
+    first = {tuple(ids[:1]): word for word, ids in zip(words, tok.encode_responses(list(words)), strict=True)}
+    if len(first) < len(words) or () in first:
+        twins = ", ".join(repr(word) for word in words if word not in first.values() or word == first.get(()))
+        raise InputError(f"--as-text: {twins} has no first token or another class's: rename the classes")
+    return [ids[0] for ids in first]
 
 
 def logits_of(model: nn.Module, tokens: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
