@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time: fewer, and matrix products slow down; 5 blocks of logits are held
+ROOT_ROWS = 4096  # of the head, in float64 at once
 LEFT_OUT = -1e30  # as a logit: its probability is exactly 0, and the difference of two such is not NaN
 
 
@@ -51,7 +52,7 @@ class FrozenHead:
     @cached_property
     def root(self) -> Tensor:
         """R (d, d) with RᵀR = WᵀW in float64: Λ^½ Qᵀ of WᵀW = Q Λ Qᵀ, which a W of any rank has."""
-        gram = sum(part.double().T @ part.double() for part in self.weight.split(4096))
+        gram = sum(part.double().T @ part.double() for part in self.weight.split(ROOT_ROWS))
         values, Q = torch.linalg.eigh(gram)
         return values.clamp_min(0).sqrt()[:, None] * Q.T
 

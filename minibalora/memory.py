@@ -18,12 +18,12 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from minibalora.data import Packed
-from minibalora.fused import BLOCK, FrozenHead
+from minibalora.fused import BLOCK, ROOT_ROWS, FrozenHead
 from minibalora.lowrank import LowRankLinear
+from minibalora.models import blocks_of, stacks_of
 from minibalora.objective import Objective, head_of
 
 GATHERED = 3  # blocks that FSDP2 has whole: the one in use, the next one, and the buffer in which it arrives
-ROOT_ROWS = 4096  # of the head that `FrozenHead.root` has in float64 at once
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,6 @@ def expected_memory(
     # The first micro-batch's gradients take the place of what was kept; a second one finds them there.
     gradients = trained if args.batch_size > args.micro_batch_size else 0
     return always + stays + max(trained, gradients + max(kept + passes, backward))
-
-
-def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What stands in a ModuleList, for which our models have no other use."""
-    return [block for module in model.modules() if isinstance(module, nn.ModuleList) for block in module]
 
 
 # What is always there.
@@ -118,7 +113,7 @@ def activations(args: Namespace, model: nn.Module, amount: Amount) -> tuple[int,
 
 def stacks(model: nn.Module, amount: Amount) -> list[tuple[list[nn.Module], Amount]]:
     """A model's lists of blocks, each with what goes through it: prompts through T5's encoder, answers its decoder."""
-    lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
+    lists = [list(stack) for stack in stacks_of(model)]
     if len(lists) == 1 or amount.wanted == amount.seen:  # a classifier's decoder reads all that its encoder reads
         return [(blocks, amount) for blocks in lists]
     answer = amount.wanted / amount.seen

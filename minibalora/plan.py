@@ -22,7 +22,8 @@ from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
 from minibalora.memory import Amount, expected_memory, held, padded_amount
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
-from minibalora.weights import empty_model
+from minibalora.run_folder import trained_parameters
+from minibalora.weights import empty_model, layers_and_experts
 
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
@@ -37,7 +38,7 @@ def print_plan(
 ) -> None:
     """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
     parameters = base_parameters(model)
-    trained = trained_parameters(model)
+    trained = trained_numbers(model)
     layers = adapted_layers(model)
     adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
     dtype = str(args.dtype).removeprefix("torch.")
@@ -82,8 +83,8 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
     return task + "".join(f" + {weight:g} x {name}" for name, weight in weights.items() if weight > 0) + moving
 
 
-def trained_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def trained_numbers(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in trained_parameters(model).values())
 
 
 def base_parameters(model: nn.Module) -> int:
@@ -147,9 +148,9 @@ def fill_in(args: Namespace, family: Family, config: object) -> None:
 
 def check_amount(args: Namespace, config: object) -> None:
     """InputError for a number of layers or experts that takes minutes to build, and no model has."""
-    experts = getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
-    if config.num_hidden_layers + experts > MOST:
-        parts = f"{config.num_hidden_layers} layers and {experts} experts in all"
+    layers, experts = layers_and_experts(config)
+    if layers + experts > MOST:
+        parts = f"{layers} layers and {experts} experts in all"
         raise InputError(f"{args.model}: config.json has {parts}: download it again")
 
 
@@ -204,8 +205,8 @@ def room_in_four_bits(layer: LowRankLinear) -> NF4:
 
 def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
     model = empty_model(family, config, classes_of(family))
-    parameters, by_full = base_parameters(model), trained_parameters(model)
-    trained = trained_parameters(adapted(args, model, "lora"))
+    parameters, by_full = base_parameters(model), trained_numbers(model)
+    trained = trained_numbers(adapted(args, model, "lora"))
     narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
     response = f", {amount.wanted // args.micro_batch_size} of them response" if family.has_language_model else ""
     return [

@@ -22,6 +22,7 @@ from minibalora.errors import InputError
 from minibalora.files import tensors_digest
 from minibalora.init_cache import cached_factors
 from minibalora.lowrank import adapt, adapted_layers, lora_factors, pissa_factors, truncate
+from minibalora.models import blocks_of
 from minibalora.models.mixture import Mixture
 from minibalora.nf4 import NF4
 from minibalora.run_folder import load_initial_values, open_log, save_checkpoint, trained_parameters
@@ -127,13 +128,9 @@ def trained_digest(model: nn.Module) -> str:
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Keep only each block's input for the backward pass, which computes the block once more: less memory, slower.
-
-    Blocks are what stands in a ModuleList, for which our models have no other use.
-    """
-    for blocks in model.modules():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    """Keep only each block's input for the backward pass, which computes the block once more: less memory, slower."""
+    for block in blocks_of(model):
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -142,11 +139,10 @@ def compile_blocks(model: nn.Module) -> None:
     Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. A
     mixture would be, whenever other experts have no token or one (half a minute for 5 tiny ones): it stays as it is.
     """
-    for blocks in model.modules():
-        for block in blocks if isinstance(blocks, nn.ModuleList) else ():
-            for name, part in parts_of(block):
-                if not name.endswith(("attn", "Attention")) and not isinstance(part, Mixture):
-                    part.compile(dynamic=True)
+    for block in blocks_of(model):
+        for name, part in parts_of(block):
+            if not name.endswith(("attn", "Attention")) and not isinstance(part, Mixture):
+                part.compile(dynamic=True)
 
 
 def parts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -99,11 +99,15 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
 
 def _check_amount(folder: Path, config: object, tensors: int) -> None:
     """InputError for more layers or experts than tensors, before they are built: a wrong number may be a million."""
-    layers = config.num_hidden_layers
-    experts = getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
+    layers, experts = layers_and_experts(config)
     if max(layers, experts) > tensors:
         parts = f"{layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
         raise InputError(f"{folder}: config.json has {parts}, but the weights are {tensors} tensors: download both")
+
+
+def layers_and_experts(config: object) -> tuple[int, int]:
+    """How many there are in all."""
+    return config.num_hidden_layers, getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
 
 
 def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Module:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, golden_example, real_tokens, stretch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -16,6 +15,7 @@ import train_nlg  # noqa: E402
 from minibalora.data import Row  # noqa: E402
 from minibalora.families import FAMILIES, read_config
 from minibalora.lowrank import adapted_layers
+from minibalora.models import blocks_of
 from minibalora.objective import NLG_RECIPES, head_of
 
 
@@ -69,8 +69,7 @@ def test_what_is_not_implemented_is_refused_by_name(name, changes, parts, tmp_pa
 def test_what_is_adapted_is_in_the_blocks_and_no_head(name):
     model, *_ = load(name)
     mb.adapt(model, rank=2, init="lora")
-    blocks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    in_blocks = sum(len(adapted_layers(block)) for block in blocks)
+    in_blocks = sum(len(adapted_layers(block)) for block in blocks_of(model))
     assert len(adapted_layers(model)) == in_blocks > 0
 
 

@@ -16,10 +16,13 @@ def read_llama(fields: Fields) -> LlamaConfig:
 
 
 def read_mistral(fields: Fields) -> LlamaConfig:
-    settings = llama_settings(fields)
-    if "sliding_window" in fields.raw:
-        settings["windows"] = (fields.integer("sliding_window"),) * settings["num_hidden_layers"]
-    return LlamaConfig(**settings)
+    return LlamaConfig(**llama_settings(fields) | {"windows": same_windows(fields)})
+
+
+def same_windows(fields: Fields) -> tuple[int | None, ...]:
+    """sliding_window for every layer, none where it is null."""
+    window = fields.integer("sliding_window") if "sliding_window" in fields.raw else None
+    return (window,) * fields.integer("num_hidden_layers")
 
 
 def read_gemma(fields: Fields) -> LlamaConfig:

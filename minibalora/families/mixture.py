@@ -4,22 +4,19 @@ from functools import partial
 
 from minibalora.config import Family, Fields
 from minibalora.errors import InputError
-from minibalora.families.llama import LLAMA, NAMES, llama_settings
+from minibalora.families.llama import LLAMA, NAMES, llama_settings, same_windows
 from minibalora.models.mixture import MixtureConfig, deepseek, mixtral
 
 
 def read_mixtral(fields: Fields) -> MixtureConfig:
     fields.refuse("router_jitter_noise", "noise in the router's input is")
-    settings = mixture_settings(fields, "num_local_experts")
-    layers = settings["num_hidden_layers"]
-    if "sliding_window" in fields.raw:
-        settings["windows"] = (fields.integer("sliding_window"),) * layers
+    settings = mixture_settings(fields, "num_local_experts") | {"windows": same_windows(fields)}
     return MixtureConfig(
         **settings,
         expert_size=fields.integer("intermediate_size"),
         shared_size=0,
         norm_topk_prob=True,
-        has_experts=(True,) * layers,
+        has_experts=(True,) * settings["num_hidden_layers"],
     )
 
 

@@ -120,8 +120,7 @@ class Decoder(nn.Module):
         that predict the first of them."""
         weight = self.embedding.weight
         cache = KVCache(self.config, lengths, max(lengths) + room, weight.dtype, weight.device)
-        states = self.hidden(input_ids, cache=cache)
-        return cache, states[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+        return cache, last_states(self.hidden(input_ids, cache=cache), torch.tensor(lengths))
 
     def decode(self, tokens: Tensor, cache: "KVCache") -> Tensor:
         """One more token (B,) of each row -> the states (B, d) that predict the next."""
@@ -129,11 +128,15 @@ class Decoder(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The state (B, d) of each row's last real token: the only one that has seen the whole row."""
-        states = self.hidden(input_ids, attention_mask)
-        if attention_mask is None:
-            return states[:, -1]
-        last = attention_mask.sum(1).clamp_min(1) - 1
-        return states[torch.arange(len(states), device=states.device), last]
+        lengths = None if attention_mask is None else attention_mask.sum(1)
+        return last_states(self.hidden(input_ids, attention_mask), lengths)
+
+
+def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """The state (B, d) of the last real token of rows (B, T, d), padded on the right; lengths (B,), None: all real."""
+    if lengths is None:
+        return states[:, -1]
+    return states[torch.arange(len(states), device=lengths.device), lengths.clamp_min(1) - 1]
 
 
 def attention(

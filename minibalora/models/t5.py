@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decoder import last_states
 from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
 
@@ -339,9 +340,7 @@ class T5Classifier(nn.Module):
         """The decoder's state (B, d) at each row's last real token, its EOS: it has read what comes before that."""
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         states = self.transformer.states(input_ids, attention_mask, shifted)
-        if attention_mask is None:
-            return states[:, -1]
-        return states[torch.arange(len(states), device=states.device), attention_mask.sum(1).clamp_min(1) - 1]
+        return last_states(states, None if attention_mask is None else attention_mask.sum(1))
 
     def head(self, features: Tensor) -> Tensor:
         return self.classification_head(features)
