@@ -307,6 +307,10 @@ def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path
 
 
 def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_path, monkeypatch, capsys):
+    """To the last bit in the first epoch, which computes what it would have. In the second a row's states are those of
+    the first, where it stood in another micro-batch: a matrix product of another height may round otherwise, by some
+    2^-24 a number, and Adam's two steps divide what is near 0 by its own size.
+    """
     flags = ("--epochs", "2", "--max-steps", "8", "--seed", "3")
     cached = (*flags, "--teacher-cache", str(tmp_path / "cache"))
     written = []
@@ -316,7 +320,11 @@ def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_p
     )
     for name, run_flags in (("plain", flags), ("first", cached), ("second", (*cached, "--rank", "5"))):
         assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *run_flags))[0] == 0
-    assert (tmp_path / "plain" / ADAPTER).read_bytes() == (tmp_path / "first" / ADAPTER).read_bytes()
+    plain, first = ([entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "first"))
+    assert plain[:6] == first[:6]
+    np.testing.assert_allclose(first[6:], plain[6:], rtol=1e-5)
+    trained, expected = (load_file(tmp_path / name / ADAPTER) for name in ("first", "plain"))
+    assert all(distance(trained[name], expected[name]) < 1e-4 for name in expected)
     assert written == [8] * 6 + [0] * 10  # 48 rows; then a second epoch, and a second run with another rank
 
 
