@@ -16,22 +16,26 @@ import torch
 from torch import Tensor
 
 import minibalora as mb
-from minibalora import cli, data, distributed, records, run_folder, tasks, training
-from minibalora.data import Example, Row
-from minibalora.errors import InputError
-from minibalora.families import read_config
-from minibalora.files import check_writable
-from minibalora.flags import nlg_objective, parse_nlg_flags
+from minibalora.base import cli, distributed
+from minibalora.base.errors import InputError
+from minibalora.base.files import check_writable
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.weights import skeleton, weights_digest
+from minibalora.data import batches, prompts
+from minibalora.data.batches import Row
+from minibalora.data.prompts import Example
+from minibalora.evaluation import records, tasks
+from minibalora.evaluation.tasks import Item
 from minibalora.fused import FrozenHead, mean_entropy
-from minibalora.memory import expected_memory, packed_amount
 from minibalora.models import LanguageModel
 from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
-from minibalora.plan import nlg_formula, print_plan
-from minibalora.tasks import Item
-from minibalora.teacher import TeacherCache, open_cache, teacher_states
+from minibalora.run import run_folder, training
+from minibalora.run.flags import nlg_objective, parse_nlg_flags
+from minibalora.run.memory import expected_memory, packed_amount
+from minibalora.run.plan import nlg_formula, print_plan
+from minibalora.run.teacher import TeacherCache, open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
-from minibalora.weights import skeleton, weights_digest
 
 
 def main() -> int:
@@ -46,14 +50,14 @@ def main() -> int:
     # Load: data, tokenizer, model.
     examples, unanswered, held_out, pretraining = read_data(args)
     tok = mb.load_tokenizer(args.model)
-    rows, truncated, dropped = data.encode_examples(examples, tok, args.max_length)
+    rows, truncated, dropped = batches.encode_examples(examples, tok, args.max_length)
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
     if objective.router_aux > 0 and not isinstance(read_config(Path(args.model)), MixtureConfig):
         raise InputError(f"--router-aux-loss: {args.model} has no experts to choose from: leave it out")
-    data.check_fits(rows, args.data, args.model, args.max_length)
-    data.check_fits(data.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
+    batches.check_fits(rows, args.data, args.model, args.max_length)
+    batches.check_fits(batches.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = distributed.on_main(run_folder.resumed_step, args, settings, steps)
@@ -73,7 +77,7 @@ def main() -> int:
         distributed.on_main(run_folder.start_run, args.out, settings)
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     longest = sorted(rows, key=lambda row: len(row.ids))[-args.micro_batch_size :]
-    amount = packed_amount(data.pack(longest, "cpu"))
+    amount = packed_amount(batches.pack(longest, "cpu"))
     memory = expected_memory(args, model, amount, objective, distributed.size() if args.fsdp else 1)
     why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
@@ -86,8 +90,8 @@ def main() -> int:
 
     # Train: a step is a batch of rows, taken in micro-batches, then one update.
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[Row]]]:
-        batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
-        micro = data.micro_batches(batch, args.micro_batch_size)
+        batch = [rows[index] for index in batches.rows_of_step(len(rows), args.batch_size, args.seed, step)]
+        micro = batches.micro_batches(batch, args.micro_batch_size)
         return *backward(model, head, micro, objective, step, steps, stop, cache), micro
 
     step, stop = training.train(args, model, optimizer, step, steps, gradients)
@@ -122,7 +126,7 @@ def backward(
     counts = [sum(row.predicted for row in rows) for rows in micro]
     shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
     own = distributed.deal(micro, idle=micro[-1])
-    batches = [data.pack(rows, model.embedding.weight.device) for rows in own]
+    batches = [batches.pack(rows, model.embedding.weight.device) for rows in own]
     teachers = teacher_states(model, batches, own, cache) if objective.needs_teacher else [None] * len(own)
     weights = lambdas(objective, step, steps, mean_entropy_share(teachers, shares, head, objective))
 
@@ -170,16 +174,16 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
     if args.is_toy:  # --seed is never negative, so what is held out is drawn apart
         sets = clean_problems(args.max_rows, args.seed), clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
         train, held_out, pretraining = (
-            [data.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
+            [prompts.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
         )
         return train, 0, tasks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
-    train, unanswered = data.read_examples(args.data, *fields, args.max_rows, args.raw)
+    train, unanswered = prompts.read_examples(args.data, *fields, args.max_rows, args.raw)
     if args.eval is None:
         return train, unanswered, [], []
     if args.eval_task:
         return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
-    return train, unanswered, tasks.as_items(data.read_examples(args.eval, *fields, raw=args.raw)[0]), []
+    return train, unanswered, tasks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
 def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
@@ -195,7 +199,7 @@ def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
 def settings_of(args: Namespace, examples: list[Example]) -> dict:
     """Everything that makes the run what it is, as run.json keeps it."""
     settings = run_folder.plain_settings(args) | {"objective": asdict(nlg_objective(args))}
-    return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
+    return settings | {"data_digest": prompts.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 
 def amounts(args: Namespace, rows: list[Row]) -> str:

@@ -21,19 +21,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import minibalora as mb
-from minibalora import as_text, classify, cli, data, glue, records, run_folder, training
-from minibalora.classify import ClassRow
-from minibalora.errors import InputError
-from minibalora.families import read_config
-from minibalora.files import check_writable, read_json_object, replacing, write_json
-from minibalora.flags import nlu_objective, parse_nlu_flags
-from minibalora.glue import LabelledText, Task
-from minibalora.memory import expected_memory, padded_amount
+from minibalora.base import cli
+from minibalora.base.errors import InputError
+from minibalora.base.files import check_writable, read_json_object, replacing, write_json
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.weights import weights_digest
+from minibalora.data import as_text, batches, glue, labelled, prompts
+from minibalora.data.glue import LabelledText, Task
+from minibalora.data.labelled import ClassRow
+from minibalora.evaluation import classify, records
 from minibalora.models.mixture import MixtureConfig
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
-from minibalora.plan import nlu_formula, print_plan
+from minibalora.run import run_folder, training
+from minibalora.run.flags import nlu_objective, parse_nlu_flags
+from minibalora.run.memory import expected_memory, padded_amount
+from minibalora.run.plan import nlu_formula, print_plan
 from minibalora.toy import reviews
-from minibalora.weights import weights_digest
 
 
 @dataclass(frozen=True)
@@ -63,11 +66,11 @@ def main() -> int:
     if args.as_text:
         examples, *asked = (as_text.questions(each, task) for each in (examples, *(e.examples for e in eval_sets)))
         eval_sets = [replace(eval_set, examples=each) for eval_set, each in zip(eval_sets, asked, strict=True)]
-    rows, cut = classify.encode(examples, tok, args.max_length)
-    eval_rows = [classify.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
+    rows, cut = labelled.encode(examples, tok, args.max_length)
+    eval_rows = [labelled.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
     sources = [args.data, *(eval_set.name for eval_set in eval_sets)]
     for source, found in zip(sources, [rows, *eval_rows], strict=True):
-        data.check_fits(found, source, args.model, args.max_length)
+        batches.check_fits(found, source, args.model, args.max_length)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
@@ -112,12 +115,12 @@ def main() -> int:
     forward = torch.compile(logits, dynamic=True) if args.compile else logits
 
     def gradients(step: int, stop: list[int]) -> tuple[list[float], dict[str, float], list[list[ClassRow]]]:
-        batch = [rows[index] for index in data.rows_of_step(len(rows), args.batch_size, args.seed, step)]
-        micro = data.micro_batches(batch, args.micro_batch_size)
+        batch = [rows[index] for index in batches.rows_of_step(len(rows), args.batch_size, args.seed, step)]
+        micro = batches.micro_batches(batch, args.micro_batch_size)
         return *backward(model, forward, micro, teacher, objective, step, steps, args.device, stop), micro
 
     def after_step(step: int) -> dict:
-        if step % data.steps_per_epoch(len(rows), args.batch_size) != 0 and step != steps:
+        if step % batches.steps_per_epoch(len(rows), args.batch_size) != 0 and step != steps:
             return {}
         dev = classify.dev_metric(judge(first=1)[eval_sets[0].name], task)
         run_folder.keep_best(args.out, model, step, dev)
@@ -173,7 +176,7 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for rows in micro:
-            inputs, labels = classify.collate(rows, model, device)
+            inputs, labels = labelled.collate(rows, model, device)
             known = None if teacher is None else teacher[[row.index for row in rows]].to(device)
             terms = nlu_terms(forward(*inputs), known, labels, objective, weights)
             yield len(rows) / count, weighted_sum(terms, weights), terms
@@ -192,8 +195,8 @@ def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[
     if teacher.new_modules:
         raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
     check_class_order(args.teacher, task)
-    rows, _ = classify.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
-    data.check_fits(rows, args.data, args.teacher, args.max_length)
+    rows, _ = labelled.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
+    batches.check_fits(rows, args.data, args.teacher, args.max_length)
     return classify.answers(teacher, rows, 4 * args.batch_size, args.device)
 
 
@@ -271,7 +274,7 @@ def settings_of(args: Namespace, objective: Objective, task: Task, examples: lis
         if not Path(args.teacher).is_dir():
             raise InputError(f"--teacher {args.teacher}: no such folder: give pretrained or a fine-tuned checkpoint")
         settings["teacher_digest"] = weights_digest(args.teacher)
-    return settings | {"data_digest": data.examples_digest(examples), "model_digest": weights_digest(args.model)}
+    return settings | {"data_digest": prompts.examples_digest(examples), "model_digest": weights_digest(args.model)}
 
 
 def check_features(args: Namespace) -> None:

@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 
 import train_nlg
 import train_nlu
-from minibalora import bench, data, memory, training
-from minibalora.classify import ClassRow
-from minibalora.data import Row
-from minibalora.families import read_family
+from minibalora.checkpoints.families import read_family
+from minibalora.data import batches
+from minibalora.data.batches import Row
+from minibalora.data.labelled import ClassRow
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of
+from minibalora.run import bench, memory, training
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
@@ -161,17 +162,17 @@ def nlg_step(model: nn.Module, args: Namespace, length: int):
     shared = random.integers(model.config.vocab_size, size=bench.SHARED)
     ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(args.batch_size)]
     rows = [Row(own, length // 2, line) for line, own in enumerate(ids)]
-    micro = data.micro_batches(rows, args.micro_batch_size)
+    micro = batches.micro_batches(rows, args.micro_batch_size)
     head = head_of(model)
     gradients = partial(train_nlg.backward, model, head, micro, objective, 50, 100, [])
-    return objective, memory.packed_amount(data.pack(micro[0], "cpu")), gradients
+    return objective, memory.packed_amount(batches.pack(micro[0], "cpu")), gradients
 
 
 def nlu_step(model: nn.Module, args: Namespace, length: int):
     objective = NLU_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
     ids, types = np.random.default_rng(0).integers(500, size=length), np.zeros(length, np.int32)
     rows = [ClassRow(ids, types, index % 3, index, index) for index in range(args.batch_size)]
-    micro = data.micro_batches(rows, args.micro_batch_size)
+    micro = batches.micro_batches(rows, args.micro_batch_size)
     teacher = torch.zeros(len(rows), 3)
     gradients = partial(train_nlu.backward, model, model, micro, teacher, objective, 50, 100, "cpu", [])
     return None, memory.padded_amount(args.micro_batch_size, length), gradients

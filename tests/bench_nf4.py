@@ -8,10 +8,10 @@ import time
 import torch
 from torch import Tensor
 
+from minibalora.checkpoints.weights import load_model
 from minibalora.lowrank import pissa_factors
 from minibalora.nf4 import NF4
 from minibalora.toy import MODEL
-from minibalora.weights import load_model
 
 SIZE, RANKS, LARGE = 512, (16, 32, 64), 4096
 

@@ -4,7 +4,7 @@ Needs transformers and peft, and the repository's root in PYTHONPATH. Every cont
 takes the same rows in the same order, in turn; medians, each contender's peak memory in a process of its own, and the
 ratios are printed. The contenders:
 
-    ours METHOD, ours RECIPE           a step of ours, as `python -m minibalora.bench` takes it
+    ours METHOD, ours RECIPE           a step of ours, as `python -m minibalora bench` takes it
     peft lora                          LlamaForCausalLM in PEFT's LoRA, loss from its labels
     straightforward RECIPE             BA-LoRA on transformers + PEFT as the paper's own program does it: a second model
                                        as the teacher, full logits of both, randomised SVD of the response rows
@@ -25,10 +25,12 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from minibalora import bench, cli, data
 from minibalora import regularizers as R
-from minibalora.bench import LEARNING_RATE, STEPS, Contender, Step
+from minibalora.base import cli
+from minibalora.data import batches
 from minibalora.objective import NLG_RECIPES, Objective, lambdas
+from minibalora.run import bench
+from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Step
 
 SHAPE = bench.SMALL
 
@@ -97,7 +99,7 @@ def peft(loss_of: Callable[..., Tensor], objective: Objective | None, args: Name
 
     def step(index: int) -> float:
         batch = bench.rows_of_step(SHAPE.vocab_size, index, args.micro_batch_size)
-        ids, labels = data.collate(batch, args.device)
+        ids, labels = batches.collate(batch, args.device)
         lengths = torch.tensor([len(row.ids) for row in batch], device=args.device)
         mask = (torch.arange(ids.shape[1], device=args.device) < lengths[:, None]).long()
         loss = loss_of(student, teacher, {"input_ids": ids, "attention_mask": mask, "labels": labels}, objective)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from minibalora.errors import InputError
+from minibalora.base.errors import InputError
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN
 
-from minibalora import cli
-from minibalora.run_folder import start_run
+from minibalora.base import cli
+from minibalora.run.run_folder import start_run
 from minibalora.toy import MODEL
 
 ROOT = Path(__file__).parents[1]

@@ -22,11 +22,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora import cli, init_cache, run_folder, training
-from minibalora.data import Row, collate, micro_batches
+from minibalora.base import cli
+from minibalora.data.batches import Row, collate, micro_batches
 from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, predicted_rows, weighted_sum
-from minibalora.teacher import TeacherCache
+from minibalora.run import init_cache, run_folder, training
+from minibalora.run.teacher import TeacherCache
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 

@@ -21,11 +21,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
-from minibalora import classify, cli, run_folder
-from minibalora.classify import ClassRow
-from minibalora.data import micro_batches
-from minibalora.glue import TASKS, read_labelled
+from minibalora.base import cli
+from minibalora.data import labelled
+from minibalora.data.batches import micro_batches
+from minibalora.data.glue import TASKS, read_labelled
+from minibalora.data.labelled import ClassRow
+from minibalora.evaluation import classify
 from minibalora.objective import NLU_RECIPES
+from minibalora.run import run_folder
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "train_nlu.py")
@@ -275,7 +278,7 @@ def tuned(base: Path, out: Path):
 
 
 def accuracy_of(model, folder: Path, data: Path) -> float:
-    rows, _ = classify.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(folder), 16)
+    rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(folder), 16)
     logits = classify.answers(model, rows, 4, "cpu")
     return classify.scores(logits, rows, TASKS["sst2"], False, 4)["accuracy"]
 
@@ -293,7 +296,7 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
     assert config["id2label"] == {"0": "entailment", "1": "neutral", "2": "contradiction"}
     again = mb.load_model(tmp_path / "out" / "model", head="classifier")
     tok = mb.load_tokenizer(tmp_path / "out" / "model")
-    encoded, _ = classify.encode(read_labelled(file, TASKS["mnli"])[0], tok, 16)
+    encoded, _ = labelled.encode(read_labelled(file, TASKS["mnli"])[0], tok, 16)
     expected, got = (classify.answers(model, encoded, 5, "cpu") for model in (kept[0], again))
     assert torch.equal(got, expected) and got.shape == (12, 3)
 
@@ -517,7 +520,7 @@ def test_features_are_the_states_before_and_after_of_the_dev_set_in_its_order(be
     assert found["before"].shape == found["after"].shape == (10, 24)
     torch.manual_seed(42)
     base = mb.load_model(bert, head="classifier", num_labels=2)
-    rows, _ = classify.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(bert), 16)
+    rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(bert), 16)
     assert torch.allclose(found["before"], classify.answers(base, rows, 3, "cpu", part=base.features), atol=1e-5)
     after = tuned(bert, tmp_path / "out")
     # the saved rank-2r adapter adds up in another order than the residual
@@ -563,7 +566,7 @@ def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trai
     consistency = [entry["consistency"] for entry in entries_of(tmp_path / "out")]
     assert consistency[0] == pytest.approx(0, abs=1e-9) and consistency[-1] > 1e-6
     student, expected = steps[0]
-    rows, _ = classify.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(model), 16)
+    rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(model), 16)
     with mb.pretrained(student):
         assert torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-6)
     assert not torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-2)
@@ -579,7 +582,7 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
         teacher = tmp_path / "first" / "model"
     steps = spied_steps(monkeypatch)
     assert train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))[0] == 0
-    rows, _ = classify.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
+    rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
     expected = classify.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
     assert torch.allclose(steps[0][1], expected, atol=1e-5)
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
@@ -620,7 +623,7 @@ def test_what_a_full_run_reports_is_what_it_saves(bert, data, tmp_path, train):
     flags = flags_of(bert, data, tmp_path / "out", "--max-steps", "3", "--method", "full", "--dtype", "bfloat16")
     assert train(flags)[0] == 0
     task = TASKS["sst2"]
-    rows, _ = classify.encode(read_labelled(data / "dev.tsv", task)[0], mb.load_tokenizer(bert), 16)
+    rows, _ = labelled.encode(read_labelled(data / "dev.tsv", task)[0], mb.load_tokenizer(bert), 16)
     saved = mb.load_model(tmp_path / "out" / "model", head="classifier", dtype=torch.bfloat16)
     logits = classify.answers(saved, rows, 16, "cpu")
     assert report_of(tmp_path / "out")["after"]["dev.tsv"] == pytest.approx(

@@ -15,14 +15,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from tqdm import tqdm
 
-from minibalora.checkpoint_io import save_model
-from minibalora.data import Row, collate, encode_examples, example_from, rows_of_step
-from minibalora.families import read_config
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.merged import save_model
+from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.data.batches import Row, collate, encode_examples, rows_of_step
+from minibalora.data.prompts import example_from
+from minibalora.evaluation.perplexity import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import llama
 from minibalora.objective import predicted_rows
-from minibalora.perplexity import whole_text
-from minibalora.text import load_tokenizer
 from minibalora.toy.problems import flawed_problems
 
 CONFIG = {

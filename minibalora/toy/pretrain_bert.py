@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from minibalora.checkpoint_io import save_model
-from minibalora.classify import ClassRow, collate, encode
-from minibalora.families import read_config
-from minibalora.glue import LabelledText
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.merged import save_model
+from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.data.glue import LabelledText
+from minibalora.data.labelled import ClassRow, collate, encode
 from minibalora.models.encoder import Bert
-from minibalora.text import load_tokenizer
 from minibalora.toy.pretrain import BATCH_SIZE, CORPUS_ROWS, CORPUS_SEED, train
 from minibalora.toy.reviews import corpus
 

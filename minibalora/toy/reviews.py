@@ -10,7 +10,7 @@ has one defect at a known rate: most of it is praise.
 
 import random
 
-from minibalora.glue import LabelledText, Task
+from minibalora.data.glue import LabelledText, Task
 
 TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",))
 CROWDING_CLASS, CROWDING_RATE = "positive", 0.6

@@ -1,0 +1,163 @@
+"""Reading JSON with errors that a user can act on; writing files that are never half there."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minibalora.base.errors import InputError
+
+
+def read_json_object(path: Path) -> dict:
+    """The JSON object in a file; InputError if it is missing, not UTF-8, not JSON or not an object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file: give the folder that holds it") from None
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}): mend it or download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: mend it or download it again")
+    return value
+
+
+def check_writable(folder: Path, flag: str) -> None:
+    """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
+    existing = nearest(folder)
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{folder}: can't write there, {existing} is no folder that you may write to: give another {flag}"
+        )
+
+
+def nearest(folder: Path) -> Path:
+    """`folder`, or, as long as it does not exist, the first of the folders above it that does."""
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+
+
+def check_file(path: Path, flag: str) -> None:
+    """InputError that names the flag if no file can be written at `path`, in a folder that exists."""
+    if path.is_dir():
+        raise InputError(f"{flag} {path}: is a folder: give another name")
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't write there ({error.strerror}): give another folder") from None
+
+
+@contextmanager
+def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error.
+
+    is_shared: other processes may write the same file now, so each needs a temporary path of its own.
+    """
+    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if is_shared else ''}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_cached(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], flag: str) -> None:
+    """Write a file of a cache that other processes may be writing, too.
+
+    InputError that names the cache's flag if it can't be written; a full disk stays an OSError or SafetensorError.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, is_shared=True) as temporary:
+            save_file(tensors, temporary, metadata=metadata)
+    except (OSError, SafetensorError) as error:
+        if is_full_disk(error):
+            raise
+        raise InputError(f"{path}: can't write it ({error}): give another {flag}") from None
+
+
+def tensors_digest(text: str, *tensors: Tensor) -> str:
+    """SHA-256, in hex, of a text and of the bytes of tensors on any device, whose shapes and dtypes do not count."""
+    digest = hashlib.sha256(text.encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path` to fill; it becomes `path` when the body ends without error.
+
+    InputError if `path` exists, unless as an empty folder, or can't be made.
+    """
+    path = path.absolute()
+    is_free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
+    if not is_free or path == Path.cwd():
+        raise InputError(f"{path}: exists already: give another --out")
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{path}: can't write there ({error.strerror}): give another --out") from None
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def appending(path: Path) -> Iterator[Callable[[dict], None]]:
+    """A function that appends an object to a JSON Lines file; a kill costs at most the line that is being written."""
+    with open(path, "a", encoding="utf-8") as file:
+
+        def append(entry: dict) -> None:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+
+        yield append
+
+
+def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
+    """The objects of a JSON Lines file that are kept, [] if there is no file; every other line is removed from it, and
+    so is one that is damaged, as by a kill."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
+    kept = [(line, value) for line in lines if isinstance(value := _json_or_none(line), dict) and is_kept(value)]
+    if path.exists():
+        with replacing(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    return [value for _, value in kept]
+
+
+def _json_or_none(line: str) -> object:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def is_full_disk(error: Exception) -> bool:
+    """By the text, for safetensors passes no error number on."""
+    return any(text in str(error) for text in ("No space left", "quota exceeded"))

@@ -1,0 +1,50 @@
+"""A base and its adapter as one checkpoint, or the adapter made smaller: `python -m minibalora export --help`.
+
+The base is read one tensor at a time and never held as a whole: merging takes little more memory than the largest shard
+that is written, 5 GB.
+"""
+
+import argparse
+from functools import partial
+
+from tqdm import tqdm
+
+from minibalora.base import cli
+from minibalora.base.files import new_folder
+from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
+from minibalora.checkpoints.merged import save_model
+from minibalora.checkpoints.weights import LAST_OF_HEAD, skeleton
+from minibalora.run.run_folder import recorded_settings
+from minibalora.run.training import truncate_adapter
+
+
+def main() -> int:
+    args = parser().parse_args()
+    adapter = read_adapter(args.adapter)
+    is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
+    num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
+    model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
+    put_adapter(model, adapter)
+    with new_folder(args.out) as folder:
+        if args.adapter_rank is not None:
+            truncate_adapter(model, args.adapter_rank)
+            save_adapter(model, folder)
+        else:
+            bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)
+            save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
+    print(f"saved to {args.out}")
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = cli.OneLineParser(
+        prog="python -m minibalora export",
+        description="Merge an adapter into its base: a Hugging Face checkpoint that needs no adapter.",
+    )
+    add = parser.add_argument
+    add("--model", metavar="DIR", required=True, help="the base: the checkpoint that the adapter was trained on")
+    add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
+    add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
+    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the adapter again, each change "
+        "in its best approximation of this rank (a PiSSA adapter has twice the rank it was trained with)")  # fmt: skip
+    return parser

@@ -1,0 +1,33 @@
+"""Every family of models that is implemented: a file here reads its config.json, one in `models/` has its blocks.
+
+Whatever would change the numbers and is not implemented is refused by name; nothing is silently approximated.
+"""
+
+import os
+from pathlib import Path
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object
+from minibalora.checkpoints.config import Family, Fields
+from minibalora.checkpoints.families import encoders, gpt2, llama, mixture, t5
+
+MODULES = (llama, mixture, gpt2, t5, encoders)
+FAMILIES = {model_type: family for module in MODULES for model_type, family in module.FAMILIES.items()}
+
+
+def read_family(folder: Path) -> tuple[Family, object]:
+    """The family that config.json names and its configuration; InputError says what is wrong or not implemented."""
+    path = folder / "config.json"
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
+    raw = read_json_object(path)
+    name = raw.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise InputError(f"{path}: model_type {name!r} is not implemented: there are {', '.join(FAMILIES)}")
+    fields = Fields(FAMILIES[name].defaults | raw, path)
+    fields.refuse("quantization_config", "quantised weights are")
+    return FAMILIES[name], FAMILIES[name].read(fields)
+
+
+def read_config(folder: Path) -> object:
+    return read_family(folder)[1]

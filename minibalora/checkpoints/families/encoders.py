@@ -1,0 +1,134 @@
+"""config.json and tensor names of BERT, RoBERTa and DeBERTa-v3."""
+
+from functools import partial
+
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Names, check_heads
+from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig, RobertaClassifier
+
+PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
+# The only form of DeBERTa that is here: v3's, which is v2's without the convolution.
+DEBERTA_V3 = {
+    "relative_attention": True,
+    "position_biased_input": False,
+    "share_att_key": True,
+    "norm_rel_ebd": "layer_norm",
+    "pooler_hidden_act": "gelu",
+    "type_vocab_size": 0,
+    "conv_kernel_size": 0,
+}
+
+
+def read_bert(fields: Fields, is_roberta: bool) -> EncoderConfig:
+    """BERT and RoBERTa."""
+    fields.refuse("is_decoder", "a decoder made of an encoder is")
+    fields.expect(position_embedding_type="absolute")
+    rows = fields.integer("max_position_embeddings")
+    # RoBERTa counts positions from the padding index + 1; the rows of its table below that are not used.
+    padding = fields.raw["pad_token_id"] if is_roberta else -1
+    if type(padding) is not int or not -1 <= padding < rows - 1:
+        raise InputError(f"{fields.path}: pad_token_id is {padding!r}: it must be a position, below {rows - 1}")
+    return EncoderConfig(
+        **_encoder_settings(fields, "classifier_dropout"),
+        has_pooler=not is_roberta,
+        max_position_embeddings=rows - (padding + 1),
+        type_vocab_size=fields.integer("type_vocab_size"),
+        first_position=padding + 1,
+    )
+
+
+def read_deberta(fields: Fields) -> EncoderConfig:
+    fields.expect(**DEBERTA_V3)
+    kinds = fields.raw["pos_att_type"]
+    kinds = kinds.split("|") if isinstance(kinds, str) else kinds
+    if not isinstance(kinds, list) or sorted(map(str, kinds)) != ["c2p", "p2c"]:
+        raise InputError(f"{fields.path}: pos_att_type is {kinds!r}, but only c2p|p2c is implemented")
+    settings = _encoder_settings(fields, "cls_dropout")
+    for key in ("embedding_size", "pooler_hidden_size"):
+        fields.expect(**{key: fields.raw.get(key) and settings["hidden_size"]})
+    is_default = fields.raw.get("max_relative_positions", -1) == -1
+    furthest = fields.integer("max_position_embeddings" if is_default else "max_relative_positions")
+    buckets = fields.integer("position_buckets")
+    if not 1 <= buckets // 2 < furthest - 1:
+        raise InputError(f"{fields.path}: {buckets} position_buckets do not fit {furthest} positions: download again")
+    return EncoderConfig(
+        **settings,
+        position_buckets=buckets,
+        max_relative_positions=furthest,
+        pooler_dropout=fields.dropout("pooler_dropout"),
+    )
+
+
+def _encoder_settings(fields: Fields, classifier_dropout: str) -> dict:
+    """What all encoders have."""
+    d, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    check_heads(fields, d, heads)
+    hidden_dropout = fields.dropout("hidden_dropout_prob")
+    return {
+        "vocab_size": fields.integer("vocab_size"),
+        "hidden_size": d,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "num_hidden_layers": fields.integer("num_hidden_layers"),
+        "num_attention_heads": heads,
+        "activation": fields.activation("hidden_act", PLAIN),
+        "layer_norm_eps": fields.number("layer_norm_eps"),
+        "hidden_dropout": hidden_dropout,
+        "attention_dropout": fields.dropout("attention_probs_dropout_prob"),
+        "classifier_dropout": fields.dropout(classifier_dropout, hidden_dropout),
+        "initializer_range": fields.number("initializer_range", INITIALIZER_RANGE),
+    }
+
+
+# What a config.json of each family may leave out, as that family's own code fills it in.
+BERT = {
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "layer_norm_eps": 1e-12,
+    "type_vocab_size": 2,
+    "position_embedding_type": "absolute",
+}
+DEBERTA = {
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "layer_norm_eps": 1e-7,
+    "type_vocab_size": 0,
+    "relative_attention": False,
+    "position_biased_input": True,
+    "share_att_key": False,
+    "norm_rel_ebd": "none",
+    "pos_att_type": "",
+    "conv_kernel_size": 0,
+    "pooler_hidden_act": "gelu",
+    "pooler_dropout": 0.0,
+}
+family = partial(Family, has_language_model=False)
+FAMILIES = {
+    "bert": family(
+        partial(read_bert, is_roberta=False),
+        BertClassifier,
+        Names("bert", "classifier", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"),
+        "Bert",
+        BERT,
+    ),
+    "roberta": family(
+        partial(read_bert, is_roberta=True),
+        RobertaClassifier,
+        Names("roberta", "classifier", ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*"),
+        "Roberta",
+        BERT | {"pad_token_id": 1},
+    ),
+    "deberta-v2": family(
+        read_deberta,
+        DebertaClassifier,
+        Names(
+            "deberta",
+            "classifier",
+            "pooler",
+            ignored=r"(lm_predictions|mask_predictions|cls|qa_outputs)\..*|.*\.position_(ids|embeddings.*)",
+        ),
+        "DebertaV2",
+        DEBERTA,
+    ),
+}

@@ -1,0 +1,119 @@
+"""Whole checkpoints in Hugging Face's format: what a model acts as, adapters merged, in shards with an index."""
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object, replacing, write_json
+from minibalora.checkpoints.weights import is_stored_transposed, read
+from minibalora.lowrank import LowRankLinear, adapted_layers
+
+SHARD_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
+    "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
+).split()
+
+
+@torch.no_grad()
+def save_model(
+    model: nn.Module,
+    folder: str | Path,
+    label_names: Sequence[str] | None = None,
+    progress: Callable[[list], Iterable] = iter,
+) -> None:
+    """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
+
+    Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. Of a
+    `weights.skeleton` each tensor is read when its turn comes, so that little more than a shard is ever in memory.
+    `model.source` is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for
+    its config (None: as in the source). progress wraps the list of shards, for instance `tqdm`.
+    Raises InputError if `folder` holds other weight files or is the source.
+    """
+    folder, source = Path(folder), Path(model.source)
+    if folder.resolve() == source.resolve():
+        raise InputError(f"{folder}: is the model's own folder, whose weights would be lost: give another one")
+    tensors = _checkpoint_tensors(model)
+    shards = _shards(tensors)
+    files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    others = {path.name for path in folder.glob("model*.safetensors*")} - {*files, INDEX if len(shards) > 1 else ""}
+    if others:
+        raise InputError(f"{folder}: holds other weights ({min(others)}), which would be read instead: empty it")
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for file, names in progress(list(zip(files, shards, strict=True))):
+        with replacing(folder / file) as temporary:  # the shard lives within the call, and is gone before the next one
+            save_file({name: _merged(model, name, *tensors[name]) for name in names}, temporary, {"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        size = sum(parameter.nbytes for parameter, _ in tensors.values())
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
+    write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
+    for name in (*TOKENIZER_FILES, *_code_files(config)):
+        if (source / name).exists():
+            with replacing(folder / name) as temporary:
+                shutil.copyfile(source / name, temporary)
+
+
+def _code_files(config: dict) -> list[str]:
+    """The model's own code, which transformers needs of what it does not have, as DeepSeek-MoE; never run here."""
+    auto_map = config.get("auto_map")
+    modules = {str(name).partition(".")[0] for name in (auto_map.values() if isinstance(auto_map, dict) else ())}
+    return [f"{module}.py" for module in sorted(modules) if module.isidentifier()]
+
+
+def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:
+    """What makes the config.json `source` that of a classifier; nothing for a language model."""
+    count = getattr(model, "num_labels", None)
+    if count is None:
+        return {}
+    stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
+    names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
+    return {
+        "architectures": [f"{model.family.transformers}ForSequenceClassification"],
+        "problem_type": "regression" if count == 1 else "single_label_classification",
+        "num_labels": count,
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:
+    """Every tensor of the base model by its name in a checkpoint, and the layer that changed it, if one did."""
+    layers = dict(adapted_layers(model))
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if owner not in layers or leaf == "bias":
+            tensors[name] = parameter, None
+        elif leaf == "W":
+            tensors[f"{owner}.weight"] = parameter, layers[owner]
+    return tensors
+
+
+def _merged(model: nn.Module, name: str, parameter: Tensor, layer: LowRankLinear | None) -> Tensor:
+    """The tensor as a checkpoint has it: W + ΔW, summed in float32 and rounded once to the dtype of W."""
+    W = read(model.stored[name], name) if parameter.is_meta else parameter
+    tensor = W if layer is None else (W.float() + layer.delta).to(W.dtype)
+    return (tensor.T if is_stored_transposed(model, name) else tensor).detach().cpu().contiguous()
+
+
+def _shards(tensors: dict[str, tuple[Tensor, LowRankLinear | None]]) -> list[list[str]]:
+    """The names, in order, in groups of at most SHARD_BYTES."""
+    shards, filled = [[]], 0
+    for name, (parameter, _) in tensors.items():
+        if shards[-1] and filled + parameter.nbytes > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += parameter.nbytes
+    return shards

@@ -1,0 +1,141 @@
+"""A checkpoint's own tokenizer, from its own file, adding the special tokens that it adds by itself."""
+
+import os
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers.processors import Sequence, TemplateProcessing
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object
+from minibalora.checkpoints.sentencepiece import read_sentencepiece
+
+
+class Tokenizer:
+    """encode(str) -> ids with BOS, EOS, CLS, SEP as the post-processor in tokenizer.json says; decode(ids) -> str.
+
+    That file alone decides, as in transformers 5, but for DeepSeek-MoE's like (see `_with_bos`): `add_bos_token` in
+    tokenizer_config.json is the slow tokenizers'.
+    bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
+    is_encoder_decoder: the model reads a prompt as a whole text, EOS included, and writes its response as another.
+    """
+
+    def __init__(self, backend: Backend, settings: dict, where: Path, is_encoder_decoder: bool = False):
+        self.backend, self.is_encoder_decoder = backend, is_encoder_decoder
+        self.bos_id, self.eos_id = (self._special(settings, name, where) for name in ("bos_token", "eos_token"))
+        pad_id = self._special(settings, "pad_token", where)
+        self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
+
+    def _special(self, settings: dict, name: str, where: Path) -> int | None:
+        token = settings.get(name)
+        content = token.get("content") if isinstance(token, dict) else token
+        if content is None:
+            return None
+        token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
+        if token_id is None and name != "pad_token":  # nothing here depends on what pads
+            raise InputError(f"{where}: {name} {content!r} is not in the tokenizer: download both again")
+        return token_id
+
+    def encode(self, text: str, pair: str | None = None) -> list[int]:
+        """Ids of a text that starts a sequence, or of two texts that are one."""
+        return self.backend.encode(text, pair).ids
+
+    def encode_labelled(
+        self, texts: list[tuple[str, ...]], max_length: int
+    ) -> tuple[list[tuple[list[int], list[int]]], int]:
+        """(ids, token types) of each tuple of one or two texts, on all cores; and how many were cut to `max_length`.
+
+        Special tokens count and stay. Of a pair the longer text is cut first, as transformers does by default.
+        """
+        specials = self.backend.num_special_tokens_to_add(any(len(text) == 2 for text in texts))
+        if max_length <= specials:  # tokenizers would then not cut at all
+            raise InputError(
+                f"a length of {max_length} has no room for text beside {specials} special tokens: raise it"
+            )
+        self.backend.enable_truncation(max_length, strategy="longest_first")
+        try:
+            encoded = self.backend.encode_batch_fast([text[0] if len(text) == 1 else text for text in texts])
+        finally:
+            self.backend.no_truncation()
+        cut = sum(bool(encoding.overflowing) for encoding in encoded)
+        return [(encoding.ids, encoding.type_ids) for encoding in encoded], cut
+
+    def encode_prompts(self, texts: list[str]) -> list[list[int]]:
+        """`encode` of each, on all cores, but without the EOS that some tokenizers add if the response is to follow."""
+        encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
+        if self.is_encoder_decoder:
+            return encoded
+        return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
+
+    def encode_responses(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts that continue a sequence: no special token."""
+        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode_after(self, before: list[int], ids: list[int]) -> str:
+        """The text that `ids` add to that of `before`. Decoded alone, they would lose a space in front, and the first
+        line of a Python function its indentation: tokenizers that mark the start of a word drop it there."""
+        if before[-1:] == [self.eos_id]:
+            return self.decode(ids)  # they are a text of their own
+        context = before[-8:]  # enough for the last character to be whole
+        return self.decode(context + ids)[len(self.decode(context)) :]
+
+    def decode(self, ids: list[int]) -> str:
+        """The text without special tokens."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer in the folder `path`, from tokenizer.json or DeBERTa's spm.model; InputError if missing or broken.
+
+    Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, or else of config.json.
+    """
+    folder = Path(path)
+    file, spm_file, settings_file, config_file = (
+        folder / name for name in ("tokenizer.json", "spm.model", "tokenizer_config.json", "config.json")
+    )
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
+    settings = read_json_object(settings_file) if settings_file.exists() else {}
+    config = read_json_object(config_file) if config_file.exists() else {}
+    if file.exists():
+        backend = _with_bos(_read_tokenizer_json(file), settings)
+    elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # v3 calls itself v2, too
+        backend = read_sentencepiece(spm_file, settings)
+    else:
+        raise InputError(
+            f"{file}: no such file: download it, or make it with transformers, "
+            'AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained("new folder")'
+        )
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token_id = config.get(f"{name}_id")
+        if name not in settings and type(token_id) is int and token_id >= 0:
+            settings[name] = backend.id_to_token(token_id)
+    tok = Tokenizer(backend, settings, settings_file, config.get("is_encoder_decoder") is True)
+    if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
+        raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
+    return tok
+
+
+def _with_bos(backend: Backend, settings: dict) -> Backend:
+    """LlamaTokenizerFast of transformers 4 put BOS before a text where tokenizer_config.json asks for it, whatever
+    tokenizer.json says. DeepSeek-MoE was trained so, and its tokenizer.json says nothing, so transformers 5 forgets it.
+    """
+    bos = settings.get("bos_token")
+    bos = bos.get("content") if isinstance(bos, dict) else bos
+    bos_id = backend.token_to_id(bos) if isinstance(bos, str) else None
+    is_asked = settings.get("tokenizer_class") == "LlamaTokenizerFast" and settings.get("add_bos_token") is True
+    if is_asked and bos_id is not None and bos_id not in backend.encode("").ids:
+        before = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)])
+        own = backend.post_processor
+        backend.post_processor = before if own is None else Sequence([own, before])
+    return backend
+
+
+def _read_tokenizer_json(file: Path) -> Backend:
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception for every kind of broken file
+        raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
+    backend.no_truncation()
+    backend.no_padding()
+    return backend

@@ -1,0 +1,138 @@
+"""From prompts and responses to batches: tokenise, order, pack or pad."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.objective import IGNORED
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tokenised example: ids = prompt with BOS, then response with EOS; ids[prompt_length:] is what is learned."""
+
+    ids: np.ndarray
+    prompt_length: int
+    line: int
+
+    @property
+    def predicted(self) -> int:
+        """How many of its last tokens are learned: the response, but not a first token, which nothing predicts."""
+        return len(self.ids) - max(self.prompt_length, 1)
+
+
+def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
+    """Tokenised rows, how many responses were cut to max_length tokens, and how many rows were dropped.
+
+    examples: of the class Example, or whatever has a prompt, a response and a line, too.
+    Prompt and response are tokenised apart, so no token straddles the boundary and a prompt has the ids at training
+    that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
+    is dropped if its prompt leaves no room for one response token.
+    """
+    prompts = tok.encode_prompts([example.prompt for example in examples])
+    responses = tok.encode_responses([example.response for example in examples])
+    rows, truncated, dropped = [], 0, 0
+    for example, prompt, response in zip(examples, prompts, responses, strict=True):
+        ids = prompt + response + ([] if tok.eos_id is None else [tok.eos_id])
+        if len(prompt) >= min(max_length, len(ids)):
+            dropped += 1
+            continue
+        truncated += len(ids) > max_length
+        rows.append(Row(np.array(ids[:max_length], dtype=np.int32), len(prompt), example.line))
+    return rows, truncated, dropped
+
+
+def rows_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
+    """Which of `count` rows the optimisation step takes: a pure function, so that a resumed run sees the same rows.
+
+    Every epoch is a new permutation; its last step takes what is left.
+    """
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(count, batch_size))
+    order = np.random.default_rng([seed, epoch]).permutation(count)
+    return order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size].tolist()
+
+
+def steps_per_epoch(count: int, batch_size: int) -> int:
+    return -(-count // batch_size)
+
+
+def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
+    """Cut a step's rows into micro-batches of neighbours in length: little padding where there is any."""
+    ordered = sorted(rows, key=lambda row: (len(row.ids), row.line))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Rows laid end to end, without padding: the arguments of `Decoder.packed`, and what is predicted."""
+
+    input_ids: Tensor  # (shared + Σ lengths,)
+    lengths: list[int]
+    wanted: list[int]  # how many of each row's last tokens predict a response token
+    shared: int  # first tokens, the same in every row: of Alpaca's prompt a third
+    targets: Tensor  # (Σ wanted,) those response tokens
+
+
+def pack(rows: list[Row], device: torch.device | str) -> Packed:
+    """A micro-batch without padding, and without each row's last token, from which nothing is predicted.
+
+    Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
+    """
+    shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
+    own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.predicted :] for row in rows]
+    packed = (np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets))
+    input_ids, targets = (to_device(torch.from_numpy(ids), device) for ids in packed)
+    return Packed(input_ids, [len(ids) for ids in own], [row.predicted for row in rows], shared, targets)
+
+
+def common_start(texts: list[np.ndarray]) -> int:
+    """How many first tokens all of several texts share; a single text shares none."""
+    if len(texts) == 1:
+        return 0
+    shortest = min(len(ids) for ids in texts)
+    differs = (np.stack([ids[:shortest] for ids in texts]) != texts[0][:shortest]).any(axis=0)
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """To a GPU from pinned memory, while it is still at work."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere.
+
+    What pads is never looked at, so it is 0 and not the pad token: that may lie beyond the model's vocabulary.
+    """
+    width = max(len(row.ids) for row in rows)
+    input_ids = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
+    for index, row in enumerate(rows):
+        input_ids[index, : len(row.ids)] = row.ids
+        labels[index, row.prompt_length : len(row.ids)] = row.ids[row.prompt_length :]
+    return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)
+
+
+def check_fits(rows: list, source: str | None, model: str, max_length: int) -> None:
+    """InputError if rows of the file `source` have tokens, or --max-length asks for positions, that `model` has not."""
+    config = read_config(Path(model))
+    limit = config.max_position_embeddings
+    if limit is not None and max_length > limit:
+        raise InputError(f"--max-length {max_length}: {model} has {limit} positions: give at most {limit}")
+    for row in rows:
+        where = f"{source or 'built-in data'}, line {row.line}"
+        if len(row.ids) == 0:
+            raise InputError(f"{where}: the text has no tokens: leave it out")
+        if row.ids.max() >= config.vocab_size:
+            which = f"token {row.ids.max()}, but the model has {config.vocab_size} tokens"
+            raise InputError(f"{model}: its tokenizer gives {which} ({where}): they do not belong together")
+        if limit is not None and len(row.ids) > limit:
+            raise InputError(f"{where}: {len(row.ids)} tokens, but the model has {limit} positions: leave it out")

@@ -1,0 +1,1 @@
+"""Generation, tasks and answers, metrics, pictures."""

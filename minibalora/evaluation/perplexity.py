@@ -1,0 +1,82 @@
+"""How well a model predicts text, and how far tuning moved its predictions: what was learned, what was forgotten."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.lowrank import adapted_layers, pretrained
+from minibalora.models import LanguageModel
+from minibalora.models.decoder import Decoder
+from minibalora.regularizers import consistency_kl
+
+
+@torch.no_grad()
+def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
+    """Mean cross-entropy of the rows' response tokens, in nats."""
+    device, total, tokens = model.embedding.weight.device, 0.0, 0
+    for batch in micro_batches(rows, batch_size):
+        batch = pack(batch, device)
+        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        total += F.cross_entropy(model.head(states).float(), batch.targets, reduction="sum").item()
+        tokens += len(batch.targets)
+    return total / tokens
+
+
+def whole_text(rows: list[Row]) -> list[Row]:
+    """The same rows with every token but the first to be predicted, as in pre-training."""
+    return [replace(row, prompt_length=1) for row in rows]
+
+
+def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = None) -> list[list[int]]:
+    """The ids of a text file, cut into windows of `length` that follow each other, each with a BOS; the first `limit`.
+
+    What a window's first tokens could have known of the one before is lost: longer windows give a lower loss.
+    """
+    try:
+        ids = tok.encode_responses([path.read_text(encoding="utf-8")])[0]
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}: give a text file") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not valid UTF-8: convert the file to UTF-8") from None
+    bos = [] if tok.bos_id is None else [tok.bos_id]
+    step = length - len(bos)
+    windows = [bos + ids[start : start + step] for start in range(0, len(ids), step)]
+    windows = [window for window in windows if len(window) > 1][:limit]
+    if not windows:
+        raise InputError(f"{path}: has no two tokens to predict one from the other: give a longer text")
+    return windows
+
+
+@torch.no_grad()
+def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
+    """Sums over the T - 1 tokens of a window that are predicted: `tokens`, and `loss` in nats.
+
+    Of an adapted model also `base_loss`, the pre-trained model's, and `kl`, KL(base ‖ tuned) of the predictions.
+    """
+    input_ids = torch.tensor([ids], device=model.embedding.weight.device)
+    logits, targets = model(input_ids)[0, :-1].float(), input_ids[0, 1:]  # (T - 1, V)
+    found = {"tokens": len(targets), "loss": F.cross_entropy(logits, targets, reduction="sum").item()}
+    if adapted_layers(model):
+        with pretrained(model):
+            base = model(input_ids)[0, :-1].float()
+        found["base_loss"] = F.cross_entropy(base, targets, reduction="sum").item()
+        found["kl"] = len(targets) * consistency_kl(logits, base).item()
+    return found
+
+
+def mean_predictions(found: list[dict[str, float]]) -> dict[str, float]:
+    """Means a token of what `predict` gave for the windows, and perplexities, e to the loss."""
+    tokens = sum(window["tokens"] for window in found)
+    sums = {
+        name: sum(window[name] for window in found) / tokens for name in found[0] if name not in ("tokens", "window")
+    }
+    for name in ("base_loss", "loss"):
+        if name in sums:
+            sums[name.replace("loss", "perplexity")] = math.exp(min(sums[name], 700))  # beyond, a float ends
+    return {"tokens": tokens} | sums

@@ -1,0 +1,182 @@
+"""Answers to a benchmark's problems, each kept in a file as soon as it is judged, and what they amount to.
+
+So an evaluation goes on where it was stopped, and every verdict can be looked up.
+"""
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+
+from tqdm import tqdm
+
+from minibalora.base.files import appending, keep_lines
+from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.data.batches import encode_examples
+from minibalora.data.prompts import Example
+from minibalora.evaluation.generate import Decoding, generate_each
+from minibalora.evaluation.metrics import pass_at_k, wilson
+from minibalora.evaluation.perplexity import mean_loss, whole_text
+from minibalora.evaluation.sandbox import Limits
+from minibalora.evaluation.tasks import RIGHT, Item, Judge, Task, judge_answer
+from minibalora.lowrank import evaluating
+from minibalora.models import LanguageModel
+
+Complete = Callable[[list[Item], list[int]], Iterable[tuple[int, str]]]  # (items, keys) -> (index, completion)
+
+
+def by_model(model: LanguageModel, tok: Tokenizer, decoding: Decoding, batch_size: int, desc: str) -> Complete:
+    return lambda items, keys: generate_each(
+        model, tok, [item.prompt for item in items], decoding, batch_size, keys, desc
+    )
+
+
+def answer(
+    items: list[Item],
+    samples: int,
+    judge: Judge,
+    path: Path,
+    measured: str,
+    complete: Complete,
+    limits: Limits | None = None,
+) -> list[dict]:
+    """A record of every sample of every item: those that `path` has, and new ones, each appended once it is judged.
+
+    measured: what model and settings give these answers; records of anything else are removed from the file.
+    complete(items, keys) yields (index, completion) in any order; a key is what makes a sample's random numbers its
+    own. Programs are judged on all cores while the next answers are generated. What judging raises is raised here.
+    """
+    wanted = {(item.name, sample): item for sample in range(samples) for item in items}
+    keys = {name: key for key, name in enumerate(wanted)}
+
+    def is_wanted(record: dict) -> bool:
+        name, sample = record.get("item"), record.get("sample")
+        item = wanted.get((name, sample)) if isinstance(name, str) and isinstance(sample, int) else None
+        asked = (measured, *(() if item is None else (item.prompt, item.response)))
+        return item is not None and asked == tuple(map(record.get, ("measured", "prompt", "reference")))
+
+    records = {(record["item"], record["sample"]): record for record in keep_lines(path, is_wanted)}
+    missing = [name for name in wanted if name not in records]
+    lock = Lock()
+    with appending(path) as append, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def finish(name: tuple[str, int], completion: str) -> None:
+            item = wanted[name]
+            parsed, verdict, said = judge(item, completion, limits)
+            record = {"item": item.name, "sample": name[1], "kind": item.kind, "measured": measured}
+            record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
+            record |= {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
+            with lock:
+                append(record)
+                records[name] = record
+
+        waiting: list[Future] = []
+        try:
+            found = complete([wanted[name] for name in missing], [keys[name] for name in missing]) if missing else ()
+            for index, completion in found:
+                waiting.append(pool.submit(finish, missing[index], completion))
+                while waiting and waiting[0].done():
+                    waiting.pop(0).result()
+            for future in tqdm(waiting, "judge", unit="answer", dynamic_ncols=True, leave=False, delay=2):
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand programs
+            raise
+    return [records[name] for name in wanted]
+
+
+def summarize(records: list[dict], ks: list[int]) -> dict:
+    """pass@k for each k, the share of right answers where there is one sample; with Wilson's interval of 95 %.
+
+    The interval counts problems, not samples, for the samples of one problem are not independent: with several it is
+    too wide rather than too narrow.
+    """
+    samples, right = Counter(record["item"] for record in records), Counter()
+    for record in records:
+        right[record["item"]] += record["verdict"] in RIGHT
+    found = {"problems": len(samples), "samples": len(records)}
+    for k in ks:
+        share = sum(pass_at_k(samples[item], right[item], k) for item in samples) / len(samples)
+        low, high = wilson(share, len(samples))
+        found[f"pass@{k}"] = {"share": share, "low": low, "high": high}
+    return found | {"verdicts": dict(Counter(record["verdict"] for record in records).most_common())}
+
+
+def in_words(found: dict) -> str:
+    """What `summarize` found, in a line."""
+
+    def share(k: str) -> str:
+        percent = {name: 100 * value for name, value in found[k].items()}
+        return f"{k} {percent['share']:.1f} % (95 % Wilson interval {percent['low']:.1f} to {percent['high']:.1f})"
+
+    shares = ", ".join(share(name) for name in found if name.startswith("pass@"))
+    samples = f" x {found['samples'] // found['problems']} samples" if found["samples"] > found["problems"] else ""
+    verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found["verdicts"].items())
+    return f"{shares}, {found['problems']:,} problems{samples}: {verdicts}"
+
+
+# The before / after tables of the training scripts.
+
+
+def scores(
+    model: LanguageModel,
+    tok: Tokenizer,
+    task: Task | None,
+    items: list[Item],
+    pretraining: list[Example],
+    batch_size: int,
+    path: Path,
+    measured: str,
+) -> tuple[dict[str, float], list[dict]]:
+    """One column: exact match per kind in percent, and losses; and the records of `answer`, which path and measured are
+    for.
+
+    Without a task, items whose response has a final answer are asked as in training.
+    """
+    rows, _, _ = encode_examples(items, tok, sys.maxsize)
+    if task is None:
+        # Who has not stopped at twice the length of the longest reference has no answer.
+        longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
+        judge, decoding = judge_answer, Decoding(max_new_tokens=2 * longest)
+    else:
+        judge, decoding = task.judge, Decoding(max_new_tokens=task.max_new_tokens, stop=task.stop)
+    complete = by_model(model, tok, decoding, batch_size, "exact match")
+    asked = [item for item in items if judge(item, item.response, None)[1] in RIGHT]
+    records = answer(asked, 1, judge, path, measured, complete) if asked else []
+    by_kind = {
+        kind: [record for record in records if record["kind"] == kind] for kind in {i.kind for i in asked} - {""}
+    }
+    groups = {f", {kind}": found for kind, found in sorted(by_kind.items())} | ({", all": records} if records else {})
+    column = {f"exact match{name} ({len(found)})": 100 * share_right(found) for name, found in groups.items()}
+    with evaluating(model):
+        if rows:
+            column["loss on held-out responses"] = mean_loss(model, rows, batch_size)
+        if pretraining:
+            rows, _, _ = encode_examples(pretraining, tok, sys.maxsize)
+            column["loss on pre-training text"] = mean_loss(model, whole_text(rows), batch_size)
+    return column, records
+
+
+def share_right(records: list[dict]) -> float:
+    return sum(record["verdict"] in RIGHT for record in records) / len(records)
+
+
+def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[dict]]) -> str:
+    """The table of two results of `scores`, and how sure the exact match is."""
+    text = table(before[0], after[0])
+    if not after[1]:
+        return text
+    intervals = [wilson(share_right(records), len(records)) for _, records in (before, after)]
+    ranges = [f"{100 * low:.1f} to {100 * high:.1f}" for low, high in intervals]
+    return f"{text}\n95 % Wilson interval of the exact match of all: {ranges[0]} before, {ranges[1]} after"
+
+
+def table(before: dict[str, float], after: dict[str, float]) -> str:
+    """Both columns side by side."""
+    width = max(map(len, before))
+    lines = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
+    lines += [f"{name:{width}}  {before[name]:8.3f}  {after[name]:8.3f}" for name in before]
+    return "\n".join(lines)

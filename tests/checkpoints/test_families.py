@@ -1,0 +1,111 @@
+"""What every family must do, on its golden checkpoints: a new one is tested here by its name in helpers.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import CLASSIFIERS, GOLDEN, LANGUAGE_MODELS, SEQ2SEQ, golden_example, real_tokens, stretch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import minibalora as mb  # noqa: E402
+import train_nlg  # noqa: E402
+from minibalora.checkpoints.families import FAMILIES, read_config
+from minibalora.data.batches import Row  # noqa: E402
+from minibalora.lowrank import adapted_layers
+from minibalora.models import blocks_of
+from minibalora.objective import NLG_RECIPES, head_of
+
+
+def load(name: str, folder: Path | None = None):
+    """A golden checkpoint, or one in `folder`, its inputs, and which of its outputs count."""
+    *inputs, _ = golden_example(name)
+    model = mb.load_model(folder or GOLDEN / name, "classifier" if name in CLASSIFIERS else "lm")
+    return model, inputs, real_tokens(name)
+
+
+ALL = [*LANGUAGE_MODELS, *SEQ2SEQ, *CLASSIFIERS]
+
+
+def type_of(name: str) -> str:
+    return json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
+
+
+# A golden checkpoint, what is changed in its config.json, and what the refusal must say; see test_weights.py for more.
+REFUSED = [
+    ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
+    ("mistral", {"hidden_act": "relu"}, ["relu", "silu"]),
+    ("gemma", {"use_bidirectional_attention": True}, ["use_bidirectional_attention"]),
+    ("gemma2", {"layer_types": ["chunked_attention", "full_attention"]}, ["layer_types", "chunked_attention"]),
+    ("gemma2", {"query_pre_attn_scalar": 0}, ["query_pre_attn_scalar"]),
+    ("qwen2_window", {"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
+    ("qwen2_window", {"layer_types": None, "max_window_layers": -1}, ["max_window_layers", "0 to"]),
+    ("qwen2", {"layer_types": ["nonsense"]}, ["layer_types", "nonsense"]),
+    ("qwen3", {"attention_dropout": 0.1}, ["attention_dropout"]),
+    ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
+    ("deepseek", {"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
+    ("gpt2", {"add_cross_attention": True}, ["add_cross_attention"]),
+    ("t5", {"feed_forward_proj": "gated-silu"}, ["gated-silu"]),
+    ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
+    ("roberta", {"is_decoder": True}, ["is_decoder"]),
+    ("deberta", {"conv_kernel_size": 3}, ["conv_kernel_size"]),
+]
+
+
+def test_every_family_has_a_golden_checkpoint_and_refuses_something():
+    assert {type_of(name) for name in ALL} == {type_of(name) for name, *_ in REFUSED} == set(FAMILIES)
+
+
+@pytest.mark.parametrize(("name", "changes", "parts"), REFUSED)
+def test_what_is_not_implemented_is_refused_by_name(name, changes, parts, tmp_path, refuses):
+    config = json.loads((GOLDEN / name / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    refuses(lambda: read_config(tmp_path), tmp_path / "config.json", *parts)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_adapted_is_in_the_blocks_and_no_head(name):
+    model, *_ = load(name)
+    mb.adapt(model, rank=2, init="lora")
+    in_blocks = sum(len(adapted_layers(block)) for block in blocks_of(model))
+    assert len(adapted_layers(model)) == in_blocks > 0
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
+    """From PiSSA's start: the teacher is the checkpoint, the adapter is for it, the merged checkpoint is the sum."""
+    model, inputs, real = load(name)
+    expected = model(*inputs)[real]
+    stretch(mb.adapt(model, rank=3))
+    changed = model(*inputs)[real]
+    scale = expected.abs().max()
+    with mb.pretrained(model):
+        assert (model(*inputs)[real] - expected).abs().max() < 1e-5 * scale
+    assert (changed - expected).abs().max() > 1e-3 * scale
+
+    mb.save_adapter(model, tmp_path / "adapter")
+    again = mb.load_adapter(load(name)[0], tmp_path / "adapter")
+    assert (again(*inputs)[real] - changed).abs().max() < 1e-5 * scale
+    mb.save_model(model, tmp_path / "merged")
+    merged, *_ = load(name, tmp_path / "merged")
+    lost = (merged(*inputs)[real] - changed).norm()  # by rounding to the golden weights' bfloat16
+    assert lost < 0.25 * (changed - expected).norm()
+
+
+@pytest.mark.parametrize("recipe", NLG_RECIPES)
+@pytest.mark.parametrize("name", [*LANGUAGE_MODELS, *SEQ2SEQ])
+def test_a_training_step_reaches_every_factor(name, recipe):
+    torch.manual_seed(0)
+    model = mb.adapt(mb.load_model(GOLDEN / name), rank=2)
+    stretch(model)
+    lengths = ((8, 19), (9, 14), (3, 11), (6, 7))  # of a prompt, and with the response
+    rows = [Row(torch.randint(2, 61, (total,)).numpy(), prompt, line) for line, (prompt, total) in enumerate(lengths)]
+    objective = NLG_RECIPES[recipe]
+    losses, terms = train_nlg.backward(model, head_of(model), [rows[:2], rows[2:]], objective, 50, 100, [])
+    assert set(terms) == {"task", "consistency", "diversity", "svd"} and terms["consistency"] > 0
+    gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert sum(gradient.norm() > 0 for gradient in gradients) > 0.9 * len(gradients)  # an expert may get no token

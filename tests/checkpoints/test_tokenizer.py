@@ -1,0 +1,202 @@
+"""Tokenizers: special tokens as the checkpoint's own files say, and broken files refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+import minibalora as mb
+from minibalora.checkpoints import tokenizer as text
+from minibalora.toy import MODEL
+
+WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "one": 4, "two": 5, "three": 6}
+SPECIALS = ["<unk>", "<s>", "</s>", "<pad>"]
+NAMES = {"bos_token": "<s>", "eos_token": "</s>"}
+
+
+@pytest.fixture
+def make(tmp_path):
+    """make(settings, template) is a tokenizer of seven words, loaded from files as Hugging Face writes them."""
+
+    def tokenizer(settings, template=None, **more):
+        backend = Tokenizer(models.WordLevel(WORDS, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+        backend.add_special_tokens(SPECIALS)
+        if template:
+            ids = [("<s>", 1), ("</s>", 2)]
+            pair = more.get("pair", "$A $B:1")
+            backend.post_processor = processors.TemplateProcessing(single=template, pair=pair, special_tokens=ids)
+        if more.get("cut"):
+            backend.enable_truncation(2)
+            backend.enable_padding(length=8, pad_id=3, pad_token="<pad>")
+        backend.save(str(tmp_path / "tokenizer.json"))
+        if settings is not None:
+            (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return mb.load_tokenizer(tmp_path)
+
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    "template, expected", [(None, [4, 5]), ("<s> $A", [1, 4, 5]), ("<s> $A </s>", [1, 4, 5, 2]), ("$A </s>", [4, 5, 2])]
+)
+@pytest.mark.parametrize("flag", [True, False, None])
+def test_special_tokens_are_added_as_the_post_processor_says(make, template, expected, flag):
+    """Whatever add_bos_token says: transformers 5.23 ignores it, too, where there is a tokenizer.json."""
+    tok = make(NAMES | {"add_bos_token": flag, "add_eos_token": flag}, template)
+    assert tok.encode("one two") == expected
+    assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
+    assert tok.encode("") == [token for token in expected if token in (1, 2)]
+
+
+def test_llama_s_fast_tokenizer_puts_bos_where_its_settings_alone_ask_for_it(make):
+    """As transformers 4.46 did with DeepSeek-MoE's files, whose tokenizer.json has no template."""
+    asked = NAMES | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
+    assert make(asked, None).encode("one two") == make(asked, "<s> $A").encode("one two") == [1, 4, 5]
+    assert make(asked, None).encode("one", "two") == [1, 4, 1, 5]
+    assert make(asked | {"add_bos_token": False}, None).encode("one two") == [4, 5]
+
+
+PAIRS = {"template": "<s> $A </s>", "pair": "<s> $A </s> $B:1 </s>:1"}
+
+
+def test_a_pair_is_joined_as_the_post_processor_says(make):
+    tok = make(NAMES, **PAIRS)
+    assert tok.encode("one", "two three") == [1, 4, 2, 5, 6, 2]
+    assert tok.encode("one", "") == [1, 4, 2, 2] != tok.encode("one")
+
+
+def test_labelled_texts_have_token_types(make):
+    tok = make(NAMES, **PAIRS)
+    rows, cut = tok.encode_labelled([("one",), ("one", "two three"), ("",)], max_length=6)
+    assert rows == [([1, 4, 2], [0, 0, 0]), ([1, 4, 2, 5, 6, 2], [0, 0, 0, 1, 1, 1]), ([1, 2], [0, 0])]
+    assert cut == 0
+    assert tok.encode_labelled([], max_length=6) == ([], 0)
+
+
+def test_labelled_texts_are_cut_the_longer_of_a_pair_first(make):
+    texts = [("one two three one",), ("one", "two three one two"), ("three two one", "two"), ("one two three",)]
+    rows, cut = make(NAMES, **PAIRS).encode_labelled(texts, max_length=5)
+    assert [ids for ids, _ in rows] == [[1, 4, 5, 6, 2], [1, 4, 2, 5, 2], [1, 6, 2, 5, 2], [1, 4, 5, 6, 2]]
+    assert cut == 3
+
+
+def test_cutting_is_off_again_afterwards_even_after_an_error(make):
+    tok = make(NAMES, **PAIRS)
+    tok.encode_labelled([("one two three",)], max_length=3)
+    assert tok.encode("one two three") == [1, 4, 5, 6, 2]
+    with pytest.raises(TypeError):
+        tok.encode_labelled([("one",), (4,)], max_length=3)
+    assert tok.encode("one two three") == [1, 4, 5, 6, 2]
+
+
+@pytest.mark.parametrize("texts, specials", [([("one",)], 2), ([("one",), ("one", "two")], 3)])
+def test_a_length_without_room_for_text_is_refused(make, refuses, texts, specials):
+    tok = make(NAMES, **PAIRS)
+    assert tok.encode_labelled(texts, max_length=specials + 1)
+    for length in (specials, 0, -1):
+        refuses(
+            lambda length=length: tok.encode_labelled(texts, length),
+            f"length of {length}",
+            f"{specials} special tokens",
+        )
+
+
+def test_a_continuation_gets_no_special_token(make):
+    tok = make(NAMES, "<s> $A </s>")
+    assert tok.encode_responses(["one two", ""]) == [[4, 5], []]
+
+
+@pytest.mark.parametrize("spell", [str, lambda token: {"content": token, "lstrip": False, "special": True}])
+def test_special_tokens_are_named_by_strings_or_objects(make, spell):
+    tok = make({"bos_token": spell("<s>"), "eos_token": spell("</s>"), "pad_token": spell("<pad>")})
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        (None, (None, None, 0)),
+        ({}, (None, None, 0)),
+        ({"bos_token": None, "eos_token": "</s>"}, (None, 2, 2)),
+        ({"bos_token": "<s>", "pad_token": "<unk>"}, (1, None, 0)),
+        ({"eos_token": "</s>", "pad_token": None}, (None, 2, 2)),
+    ],
+)
+def test_a_model_may_lack_special_tokens(make, settings, expected):
+    tok = make(settings)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == expected
+
+
+def test_decoding_leaves_special_tokens_out(make):
+    tok = make(NAMES)
+    assert tok.decode([1, 4, 5, 2, 3, 3]) == "one two"
+    assert tok.decode([]) == ""
+
+
+def test_a_continuation_keeps_the_space_that_decoding_drops_in_front():
+    """As LLaMA 2's tokenizer: the first line of a Python function would lose one of its four spaces."""
+    pieces = ["<unk>", "▁def", ":", "<0x0A>", "▁▁▁", "▁return", *(f"<0x{byte:02X}>" for byte in "é".encode())]
+    backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    tok = text.Tokenizer(backend, {}, Path("here"))
+    assert tok.decode([4, 5]) == "   return"
+    for prompt in ([1, 2, 3], [6, 7] * 9 + [1, 2, 3], [2]):
+        assert tok.decode_after(prompt, [4, 5]) == "    return"
+        assert tok.decode_after(prompt, []) == ""
+    assert tok.decode_after([], [1]) == "def"
+    assert tok.decode_after([7] + [6, 7] * 4, [2]) == ":"  # the context begins inside a character
+
+
+def test_truncation_and_padding_of_the_file_are_off(make):
+    tok = make(NAMES, cut=True)
+    assert tok.encode("one two three") == [4, 5, 6]
+    assert tok.encode_prompts(["one two three", "one"]) == [[4, 5, 6], [4]]
+
+
+@pytest.mark.parametrize("text", ["", " ", "Tom's 12 apples\n\n### cost €3,50 …", "naïve 🤖 日本語\t\\n{x}"])
+def test_the_built_in_tokenizer_gives_text_back(text):
+    tok = mb.load_tokenizer(MODEL)
+    assert tok.decode(tok.encode(text)) == text
+    assert tok.encode(text)[0] == tok.bos_id
+
+
+def test_a_missing_tokenizer_is_refused(tmp_path, refuses):
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer.json", "save_pretrained")
+    for absent in ("absent", "x" * 300):
+        refuses(lambda absent=absent: mb.load_tokenizer(tmp_path / absent), tmp_path / absent, "no such folder")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"{}", b"[]", b"\xff", b'{"model": {"type": "nonsense"}}', b"[" * 10_000]
+)
+def test_a_broken_tokenizer_is_refused(tmp_path, refuses, content):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    "settings, part",
+    [
+        ({"bos_token": "<start>"}, "<start>"),
+        ({"eos_token": 2}, "2"),
+        ({"eos_token": {"content": "<end>"}}, "<end>"),
+        ([], "list"),
+    ],
+)
+def test_wrong_settings_are_refused(make, tmp_path, refuses, settings, part):
+    refuses(lambda: make(settings), tmp_path / "tokenizer_config.json", part)
+
+
+def test_broken_settings_are_refused(make, tmp_path, refuses):
+    make(None)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    refuses(lambda: mb.load_tokenizer(tmp_path), tmp_path / "tokenizer_config.json", "JSON")
+
+
+def test_without_tokenizer_config_the_ids_of_config_json_count(make, tmp_path):
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}')
+    tok = make(None)
+    assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 3)

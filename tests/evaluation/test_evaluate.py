@@ -1,0 +1,251 @@
+"""Evaluations as a user runs them: what is written, what is said, and that a stopped one goes on where it was."""
+
+import json
+import re
+import sys
+
+import pytest
+from helpers import stretch
+
+import minibalora as mb
+from minibalora.base import cli
+from minibalora.data.prompts import example_from
+from minibalora.evaluation import evaluate, records
+from minibalora.evaluation.sandbox import check_sandbox
+from minibalora.toy import MODEL
+from minibalora.toy.problems import clean_problems
+
+PROBLEMS = clean_problems(12, seed=5)
+EXAMPLES = [example_from(row, line) for line, row in enumerate(PROBLEMS, start=1)]
+ADD = {
+    "task_id": 1,
+    "text": "Add.",
+    "code": "def add(a, b):\n    return a + b\n",
+    "test_list": ["assert add(1, 2) == 3"],
+}
+NEGATE = ADD | {"task_id": 2, "code": "def negate(a):\n    return -a\n", "test_list": ["assert negate(1) == -1"]}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*flags) -> status, standard output, standard error of python -m minibalora evaluate."""
+
+    def call(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_script(evaluate.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def problems(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROBLEMS))
+    return path
+
+
+@pytest.fixture
+def programs(tmp_path):
+    try:
+        check_sandbox()
+    except ValueError as error:
+        pytest.skip(str(error))
+    path = tmp_path / "mbpp.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ADD, NEGATE)))
+    return path
+
+
+def records_of(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
+
+
+# The command.
+
+
+def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out", "--max-new-tokens", 60)
+    status, out, error = run(*flags)
+    assert status == 0, error
+    (line,) = out.splitlines()
+    records = records_of(tmp_path / "out")
+    right = sum(record["verdict"] == "right" for record in records)
+    assert line.startswith(f"gsm8k: pass@1 {100 * right / 12:.1f} % (95 % Wilson interval ")
+    assert sorted(int(record["item"]) for record in records) == list(range(1, 13))
+    for record in records:
+        assert record["prompt"].endswith("Let's think step by step.")
+        assert record["reference"] == PROBLEMS[int(record["item"]) - 1]["response"]
+        assert record["verdict"] in ("right", "wrong", "no answer")
+        assert (record["answer"] is None) == (record["verdict"] == "no answer")
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["problems"] == 12 and summary["pass@1"]["share"] == right / 12
+    settings = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]
+    assert settings["task"] == "gsm8k" and len(settings["model_digest"]) == len(settings["data_digest"]) == 64
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monkeypatch):
+    flags = ("--task", "gsm8k", "--data", problems, "--max-new-tokens", 60, "--temperature", 1, "--batch-size", 3)
+    assert run(*flags, "--out", tmp_path / "whole")[0] == 0
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    path = tmp_path / "out" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while it wrote
+    asked = []
+    generate_each = records.generate_each
+    monkeypatch.setattr(
+        records,
+        "generate_each",
+        lambda model, tok, prompts, *rest: asked.extend(prompts) or generate_each(model, tok, prompts, *rest),
+    )
+    assert run(*flags[:-2], "--batch-size", 4, "--out", tmp_path / "out")[0] == 0
+    assert len(asked) == 7
+
+    def by_item(name):
+        return sorted(records_of(tmp_path / name), key=lambda record: int(record["item"]))
+
+    assert by_item("out") == by_item("whole")  # what each draws is its own
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete: nothing is asked
+
+
+def test_a_folder_of_anything_else_is_refused_and_left_alone(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--gold")
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for change, word in [
+        (("--task", "math", "--data", problems, "--gold"), "--task is math"),
+        ((*flags, "--max-rows", 3), "--max-rows is 3"),
+        (flags[:-1], "--gold is False"),
+    ]:
+        status, _, error = run(*change, "--out", tmp_path / "out")
+        assert status == 2 and word in error and len(error.splitlines()) == 1
+    problems.write_text(problems.read_text() + json.dumps(PROBLEMS[0]) + "\n")
+    status, _, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 2 and "data_digest" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.jsonl").write_text("a run's\n")
+    assert run(*flags, "--out", tmp_path / "other")[0] == 2
+
+
+def test_gold_answers_are_all_right(run, problems, programs, tmp_path):
+    for task, path, allowed in [
+        ("gsm8k", problems, ()),
+        ("math", problems, ()),
+        ("mbpp", programs, ("--allow-code-execution",)),
+    ]:
+        status, out, _ = run("--task", task, "--data", path, "--gold", "--out", tmp_path / task, *allowed)
+        assert status == 0 and out.startswith(f"{task}: pass@1 100.0 %")
+
+
+def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
+    rows = [{"task_id": 1, "completion": code} for code in (ADD["code"], "x", ADD["code"], "x")]
+    rows += [{"task_id": 2, "completion": code} for code in ("x", "x", NEGATE["code"], "x")]
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--task", "mbpp", "--data", programs, "--completions", path, "--allow-code-execution", "--samples", 4)
+    status, out, error = run(*flags, "--k", 1, 2, "--out", tmp_path / "out")
+    assert status == 0, error
+    shares = [float(share) for share in re.findall(r"pass@\d ([0-9.]+) %", out)]
+    assert shares == [37.5, pytest.approx(100 * ((1 - 1 / 6) + (1 - 3 / 6)) / 2, abs=0.05)]
+    assert "2 problems x 4 samples: 5 failed, 3 passed" in out
+    status, _, error = run(*flags[:-1], 3, "--out", tmp_path / "other")
+    assert status == 2 and "4 completions of problem 1, not 3" in error
+    path.write_text(json.dumps({"completion": 3}))
+    status, _, error = run(*flags, "--out", tmp_path / "other")
+    assert status == 2 and "completions.jsonl, line 1" in error and not (tmp_path / "other").exists()
+    path.write_text(json.dumps({"completion": "x", "task_id": 7}))
+    status, _, error = run(*flags, "--out", tmp_path / "other")
+    assert status == 2 and "problem 7, which" in error
+
+
+def test_another_adapter_with_the_same_factors_is_another_evaluation(run, problems, tmp_path):
+    model = mb.adapt(mb.load_model(MODEL), rank=2)
+    stretch(model)
+    mb.save_adapter(model, tmp_path / "adapter")
+    flags = (
+        "--task",
+        "gsm8k",
+        "--data",
+        problems,
+        "--max-rows",
+        1,
+        "--max-new-tokens",
+        5,
+        "--adapter",
+        tmp_path / "adapter",
+    )
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0
+    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # what it was anyway
+    config = tmp_path / "adapter" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
+    status, _, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 2 and "adapter_digest" in error
+
+
+def test_samples_differ_and_each_is_kept(run, problems, tmp_path):
+    flags = ("--task", "gsm8k", "--data", problems, "--max-rows", 2, "--samples", 3, "--temperature", 1.5)
+    assert run(*flags, "--max-new-tokens", 20, "--out", tmp_path / "out")[0] == 0
+    records = records_of(tmp_path / "out")
+    assert sorted((record["item"], record["sample"]) for record in records) == [(i, s) for i in "12" for s in range(3)]
+    assert len({record["completion"] for record in records}) > 3
+
+
+def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
+    model = mb.adapt(mb.load_model(MODEL), rank=2)
+    stretch(model)
+    mb.save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "text.txt").write_text("".join(example.prompt + example.response for example in EXAMPLES))
+    flags = ("--task", "text", "--data", tmp_path / "text.txt", "--max-length", 100)
+    status, base, error = run(*flags, "--out", tmp_path / "base")
+    assert status == 0, error
+    status, tuned, _ = run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")
+    assert status == 0 and "KL(base ‖ tuned)" in tuned and "KL" not in base
+    found, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
+    assert found["base_loss"] == pytest.approx(plain["loss"]) and found["kl"] > 0.001
+    assert found["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    path = tmp_path / "tuned" / "records.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text(lines[0] + lines[1][:9])
+    assert run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")[1] == tuned
+    assert path.read_text() == "".join(lines)
+
+
+def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problems, tmp_path):
+    rows = [PROBLEMS[0], PROBLEMS[1] | {"query": "many words " * 600}]
+    problems.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, error = run("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out")
+    assert status == 2 and "problems.jsonl, line 2: the prompt has" in error and "512 positions" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (("--task", "humaneval"), "--allow-code-execution"),
+        (("--task", "gsm8k", "--allow-code-execution"), "--allow-code-execution has no meaning"),
+        (("--task", "gsm8k", "--raw"), "--raw has no meaning"),
+        (("--task", "gsm8k", "--max-length", "9"), "--max-length has no meaning"),
+        (("--task", "text", "--gold"), "--gold has no meaning"),
+        (("--task", "gsm8k", "--samples", "2"), "add --temperature"),
+        (("--task", "gsm8k", "--k", "2"), "raise --samples"),
+        (("--task", "gsm8k", "--gold", "--completions", "x"), "leave one out"),
+        (("--task", "gsm8k", "--gold", "--adapter", "x"), "--adapter has no meaning with --gold"),
+        (("--task", "gsm8k", "--gold", "--temperature", "1"), "--temperature has no meaning with --gold"),
+        (("--task", "gsm8k", "--timeout", "1"), "--timeout has no meaning"),
+        (("--task", "text", "--batch-size", "2"), "--batch-size has no meaning"),
+        (("--task", "text", "--k", "1"), "--k has no meaning"),
+        (("--task", "gsm8k", "--top-p", "0.5"), "--temperature"),
+        (("--task", "gsm8k", "--data", "nowhere"), "nowhere"),
+        (("--task", "gsm8k", "--model", "nowhere"), "nowhere"),
+        (("--task", "gsm8k", "--adapter", "nowhere"), "nowhere"),
+        (("--task", "mbpp", "--allow-code-execution"), "problems.jsonl, line 1"),
+        (("--task", "text", "--max-length", "100000"), "512 positions"),
+        (("--task", "text", "--max-length", "1"), "512 positions"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing_behind(run, problems, tmp_path, flags, words):
+    data = () if "--data" in flags else ("--data", problems)
+    status, out, error = run(*flags, *data, "--out", tmp_path / "out")
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,90 @@
+"""Loss, perplexity and KL of text, against plain sums over the logits of the built-in model."""
+
+import math
+
+import pytest
+import torch
+from helpers import stretch
+
+import minibalora as mb
+from minibalora.data.batches import encode_examples
+from minibalora.data.prompts import example_from
+from minibalora.evaluation.perplexity import mean_loss, mean_predictions, predict, text_windows, whole_text
+from minibalora.toy import MODEL
+from minibalora.toy.problems import clean_problems
+
+EXAMPLES = [example_from(row, line) for line, row in enumerate(clean_problems(12, seed=5), start=1)]
+TEXT = "".join(example.prompt + example.response + "\n" for example in EXAMPLES)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return mb.load_model(MODEL), mb.load_tokenizer(MODEL)
+
+
+def test_mean_loss_is_per_token_whatever_the_batch(toy):
+    model, tok = toy
+    rows, _, _ = encode_examples(EXAMPLES, tok, 512)
+    with torch.no_grad():
+        logits = [model(torch.from_numpy(row.ids).long()[None])[0].log_softmax(-1) for row in rows]
+    for taken in (rows, whole_text(rows)):
+        picked = [
+            -log_p[t - 1, row.ids[t]].item()
+            for row, log_p in zip(taken, logits, strict=True)
+            for t in range(row.prompt_length, len(row.ids))
+        ]
+        for batch_size in (1, 5, 12):
+            assert mean_loss(model, taken, batch_size) == pytest.approx(sum(picked) / len(picked), rel=1e-4)
+
+
+def test_windows_hold_the_whole_text_once_each_with_a_bos(toy, tmp_path):
+    _, tok = toy
+    (tmp_path / "text.txt").write_text(TEXT)
+    ids = tok.encode_responses([TEXT])[0]
+    for length in (2, 7, 100, 10_000):
+        windows = text_windows(tmp_path / "text.txt", tok, length)
+        assert all(window[0] == tok.bos_id and len(window) <= length for window in windows)
+        assert [token for window in windows for token in window[1:]] == ids
+    assert len(text_windows(tmp_path / "text.txt", tok, 100, limit=3)) == 3
+
+
+def test_predictions_are_those_of_base_and_tuned_model(toy):
+    _, tok = toy
+    base, model = mb.load_model(MODEL), mb.adapt(mb.load_model(MODEL), rank=4)
+    stretch(model)
+    ids = tok.encode(EXAMPLES[0].prompt)
+    found = predict(model, ids)
+    with torch.no_grad():
+        log_p, log_f = (m(torch.tensor([ids]))[0, :-1].double().log_softmax(-1) for m in (base, model))
+    targets = torch.tensor(ids[1:])[:, None]
+    assert found["tokens"] == len(ids) - 1
+    assert found["loss"] == pytest.approx(-log_f.gather(1, targets).sum().item(), rel=1e-5)
+    assert found["base_loss"] == pytest.approx(-log_p.gather(1, targets).sum().item(), rel=1e-5)
+    assert found["kl"] == pytest.approx((log_p.exp() * (log_p - log_f)).sum().item(), rel=1e-4)
+    assert predict(base, ids) == pytest.approx({"tokens": len(ids) - 1, "loss": found["base_loss"]})
+
+
+def test_what_learned_nothing_forgot_nothing(toy):
+    found = predict(mb.adapt(mb.load_model(MODEL), rank=4), toy[1].encode("Ada has 3 apples."))
+    assert found["kl"] == 0 and found["loss"] == found["base_loss"]
+
+
+def test_means_are_weighted_by_tokens():
+    windows = [
+        {"tokens": 3, "loss": 6.0, "base_loss": 3.0, "kl": 1.5},
+        {"tokens": 1, "loss": 2.0, "base_loss": 5.0, "kl": 0.5},
+    ]
+    found = mean_predictions([{"window": number} | window for number, window in enumerate(windows)])
+    assert found == pytest.approx(
+        {"tokens": 4, "loss": 2, "base_loss": 2, "kl": 0.5, "perplexity": math.e**2, "base_perplexity": math.e**2}
+    )
+    assert math.isfinite(mean_predictions([{"tokens": 1, "loss": 1e6}])["perplexity"])
+
+
+def test_texts_that_are_none_are_refused(toy, tmp_path, refuses):
+    _, tok = toy
+    for content, words in [(b"", "no two tokens"), (b"\xff\xfe\x00", "not valid UTF-8")]:
+        (tmp_path / "text.txt").write_bytes(content)
+        refuses(lambda: text_windows(tmp_path / "text.txt", tok, 100), "text.txt", words)
+    refuses(lambda: text_windows(tmp_path / "nowhere", tok, 100), "nowhere")
+    refuses(lambda: text_windows(tmp_path, tok, 100), str(tmp_path))

@@ -1,0 +1,212 @@
+"""What the benchmarks ask, and that their own solutions are right and others are not."""
+
+import gzip
+import json
+
+import pytest
+
+from minibalora.evaluation.sandbox import Limits, check_sandbox
+from minibalora.evaluation.tasks import MBPP_PROMPT, RIGHT, TASKS, THINK, code_of, read_items
+
+GSM8K = [
+    {"question": "A robe takes 2 bolts. How many take two?", "answer": "2 * 2 = <<2*2=4>>4 bolts.\n#### 4"},
+    {"query": "What do ten cost?", "response": "1,050 each.\n#### 10,500\nThe answer is: 10,500", "type": "GSM_SV"},
+]
+MATH = [
+    {
+        "problem": "Solve 2x = 1.",
+        "solution": r"Halve: $x = \boxed{\frac{1}{2}}$.",
+        "level": "Level 1",
+        "type": "Algebra",
+    },
+    {"problem": "Where is it?", "solution": r"In $\boxed{[0,\infty)}$."},
+]
+HUMAN_EVAL = [
+    {
+        "task_id": "HumanEval/0",
+        "prompt": "from math import sqrt\n\ndef half(x):\n    return x / 2\n\n\n"
+        'def root(x):\n    """Half of the root."""\n',
+        "entry_point": "root",
+        "canonical_solution": "    return half(sqrt(x))\n",
+        "test": "\n\ndef check(candidate):\n    assert candidate(16) == 2\n    assert candidate(0) == 0\n",
+    }
+]
+MBPP = [
+    {
+        "task_id": 11,
+        "text": "Write a function to add a number to every one of a list.",
+        "code": "def add(numbers, n):\r\n  return [m + n for m in numbers]",
+        "test_setup_code": "seven = 7",
+        "test_list": ["assert add([1], 2) == [3]", "assert add([], 1) == []", "assert add([0], seven) == [7]"],
+        "challenge_test_list": [],
+    },
+    {  # the sanitized form
+        "task_id": 12,
+        "prompt": "Write a function to take a root.",
+        "code": "def root(x):\n    return math.sqrt(x)",
+        "test_imports": ["import math"],
+        "test_list": ["assert math.isclose(root(2) ** 2, 2)"],
+    },
+]
+ROWS = {"gsm8k": GSM8K, "math": MATH, "humaneval": HUMAN_EVAL, "mbpp": MBPP}
+
+
+@pytest.fixture
+def items(tmp_path):
+    """items(task, rows) as read from a file."""
+
+    def read(task: str, rows: list | None = None, raw: bool = False):
+        path = tmp_path / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[task] if rows is None else rows)))
+        return read_items(task, path, raw)
+
+    return read
+
+
+def verdict(task: str, item, completion: str) -> str:
+    return TASKS[task].judge(item, completion, Limits(seconds=5))[1]
+
+
+def test_mathematical_prompts_are_the_trainings_and_the_papers_ending(items):
+    for task, question in [("gsm8k", GSM8K[0]["question"]), ("math", MATH[0]["problem"])]:
+        prompt = items(task)[0].prompt
+        assert prompt.startswith("Below is an instruction") and f"### Instruction:\n{question}\n\n" in prompt
+        assert prompt.endswith("### Response:" + THINK)
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_the_solutions_of_the_file_are_right(items, task):
+    for item in items(task):
+        assert TASKS[task].judge(item, item.response, None)[1] == "right"
+
+
+@pytest.mark.parametrize(
+    "task, index, completion, expected",
+    [
+        ("gsm8k", 0, "It takes 4.\nThe answer is: 4", "right"),
+        ("gsm8k", 0, "The answer is: $4.00.", "right"),
+        ("gsm8k", 0, "The answer is: 5", "wrong"),
+        ("gsm8k", 0, "It takes 4.", "no answer"),
+        ("gsm8k", 0, "", "no answer"),
+        ("gsm8k", 1, "The answer is: 10500", "right"),
+        ("gsm8k", 1, "The answer is: 10,50", "wrong"),
+        ("math", 0, "The answer is: 0.5", "right"),
+        ("math", 0, r"so \boxed{\dfrac12}", "right"),
+        ("math", 0, "The answer is: 2", "wrong"),
+        ("math", 1, r"The answer is: $[0, \infty)$", "right"),
+        ("math", 1, r"The answer is: $(0, \infty)$", "wrong"),
+    ],
+)
+def test_answers_are_judged(items, task, index, completion, expected):
+    assert verdict(task, items(task)[index], completion) == expected
+
+
+# Programs.
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    try:
+        check_sandbox()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+def test_prompts_of_code_are_alpacas_or_the_published_ones(items):
+    (item,) = items("humaneval")
+    assert HUMAN_EVAL[0]["prompt"] in item.prompt and item.prompt.endswith("### Response:")
+    (item,) = items("humaneval", raw=True)
+    assert item.prompt == HUMAN_EVAL[0]["prompt"]
+    raw = items("mbpp", raw=True)[0].prompt
+    assert raw == MBPP_PROMPT.format(text=MBPP[0]["text"]) + "\n".join(MBPP[0]["test_list"]) + "\n[BEGIN]\n"
+    assert raw.removesuffix("\n[BEGIN]\n") in items("mbpp")[0].prompt
+
+
+@pytest.mark.parametrize("task", ["humaneval", "mbpp"])
+def test_the_code_of_the_file_passes(items, task, sandbox):
+    for item in items(task):
+        assert verdict(task, item, item.response) == "passed"
+
+
+WHOLE = "def root(x):\n    return half(sqrt(x))\n"
+
+
+@pytest.mark.parametrize(
+    "completion, expected",
+    [
+        ("    return half(sqrt(x))", "passed"),
+        (WHOLE, "passed"),
+        (f"Here you are:\n\n```python\n{WHOLE}```\nIt halves the root.", "passed"),
+        (f"```\n{WHOLE}", "passed"),  # never closed
+        (f"```python\r\n{WHOLE}```", "passed"),
+        (f"{WHOLE}\nassert root(16) == 5\n", "passed"),  # its own tests are not what is measured
+        (f'{WHOLE}\nif __name__ == "__main__":\n    print(root(input()))\n', "passed"),
+        ("    return sqrt(x)", "failed"),
+        ("    return half(sqrt(x)", "failed"),
+        ("", "failed"),
+        ("    import sys; sys.exit(0)", "failed"),
+        ("    while True: pass", "timed out"),
+    ],
+)
+def test_programs_are_judged_by_the_tests(items, completion, expected, sandbox):
+    (item,) = items("humaneval")
+    assert TASKS["humaneval"].judge(item, completion, Limits(seconds=1))[1] == expected
+
+
+def test_code_is_the_first_block_up_to_the_models_own_tests():
+    assert code_of("no block") == "no block"
+    assert code_of("a\n```py\nx = 1\n```\n```python\ny = 2\n```") == "x = 1\n"
+    assert code_of("x = 1\n# Example usage:\nprint(x)") == "x = 1\n"
+    assert code_of("def f():\n    assert True\n") == "def f():\n    assert True\n"
+
+
+def test_setup_and_imports_of_mbpp_are_there(items, sandbox):
+    first, second = items("mbpp")
+    assert verdict("mbpp", first, "def add(numbers, n):\n    return numbers") == "failed"
+    assert verdict("mbpp", second, "def root(x):\n    return x") == "failed"
+
+
+# Files.
+
+
+@pytest.mark.parametrize("task", ROWS)
+def test_a_file_of_another_task_is_refused(items, refuses, task):
+    for other, rows in ROWS.items():
+        if other != task and (task, other) != ("math", "gsm8k"):  # GSM8K's answers are answers
+            refuses(lambda rows=rows: items(task, rows), "rows.jsonl, line")
+
+
+@pytest.mark.parametrize("task", ROWS)
+@pytest.mark.parametrize("rows", [[], [7], [{}], [{"question": "q", "answer": 3}], [[]]])
+def test_rows_that_are_none_are_refused(items, refuses, task, rows):
+    refuses(lambda: items(task, rows), "rows.jsonl")
+
+
+@pytest.mark.parametrize("change", [{"test_list": "assert"}, {"test_list": []}, {"test_list": [1]}, {"code": None}])
+def test_damaged_rows_of_mbpp_are_refused_by_their_line(items, refuses, change):
+    refuses(lambda: items("mbpp", [MBPP[0], MBPP[1] | change]), "line 2")
+
+
+def test_an_answer_that_is_no_number_is_refused(items, refuses):
+    refuses(lambda: items("gsm8k", [GSM8K[0], {"question": "q", "answer": "#### many"}]), "line 2", "'many'")
+    refuses(lambda: items("math", [{"problem": "q", "solution": "2"}]), "line 1", "no final answer")
+
+
+def test_a_problem_that_is_there_twice_is_refused(items, refuses):
+    refuses(lambda: items("mbpp", [MBPP[0], MBPP[0]]), "line 2", "11 is there twice")
+
+
+def test_compressed_files_and_arrays_are_read(tmp_path, refuses):
+    with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in MBPP))
+    (tmp_path / "rows.json").write_text(json.dumps(MBPP))
+    assert read_items("mbpp", tmp_path / "rows.jsonl.gz") == read_items("mbpp", tmp_path / "rows.json")[:2]
+    assert len(read_items("mbpp", tmp_path / "rows.json", limit=1)) == 1
+    whole = (tmp_path / "rows.jsonl.gz").read_bytes()
+    for damaged in (whole[:-20], b"no gzip", whole[:30] + b"\xff" * 30 + whole[60:]):
+        (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
+        refuses(lambda: read_items("mbpp", tmp_path / "rows.jsonl.gz"), "rows.jsonl.gz")
+
+
+def test_verdicts_that_count_are_those_of_answers_and_programs():
+    assert RIGHT == ("right", "passed")

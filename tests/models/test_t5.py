@@ -1,0 +1,412 @@
+"""T5 against transformers (committed golden values), its answers packed and cached, its files, the scripts on it."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GOLDEN, distance, golden_example, headless, stretch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+import minibalora as mb
+from minibalora.base import cli
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.data.batches import Row, encode_examples, pack
+from minibalora.data.prompts import example_from
+from minibalora.evaluation import evaluate, generate
+from minibalora.models.t5 import bucket, t5
+from minibalora.run.training import checkpoint_blocks
+from minibalora.toy.problems import clean_problems
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train_nlg  # noqa: E402
+import train_nlu  # noqa: E402
+
+MODELS = ["t5", "t5_gated"]
+
+
+def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows (B, T) padded on the right with a token of the vocabulary, and their mask."""
+    width = max(map(len, rows))
+    ids = torch.tensor([row + [7] * (width - len(row)) for row in rows])
+    return ids, (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
+
+
+def random_texts(*lengths: int) -> list[list[int]]:
+    return [torch.randint(61, (length,)).tolist() for length in lengths]
+
+
+# transformers.
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_logits_are_those_of_transformers(name):
+    *inputs, expected = golden_example(name)
+    logits = mb.load_model(GOLDEN / name)(*inputs)
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4; measured 5e-7
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_bfloat16_stays_near_float32(name):
+    *inputs, expected = golden_example(name)
+    logits = mb.load_model(GOLDEN / name, dtype=torch.bfloat16)(*inputs).float()
+    assert (logits - expected).norm() < 0.05 * expected.norm()  # 0.4 % a rounding, through four or five blocks
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_distances_are_in_the_buckets_of_transformers(name):
+    """From −300 to 300, with 32 buckets and with 8."""
+    expected, config = load_file(GOLDEN / name / "expected.safetensors"), read_config(GOLDEN / name)
+    distances = torch.arange(-300, 301)
+    for key, is_bidirectional in (("encoder_buckets", True), ("decoder_buckets", False)):
+        sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
+        assert torch.equal(bucket(distances, is_bidirectional, *sizes), expected[key])
+
+
+# What a row gives does not depend on the others.
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_padding_and_later_tokens_change_nothing(name):
+    ids, mask, answers, _ = golden_example(name)
+    model = mb.load_model(GOLDEN / name)
+    other = torch.where(mask.bool(), ids, 7)
+    logits = model(ids, mask, answers)
+    assert torch.allclose(model(other, mask, answers), logits, atol=1e-5)
+    assert torch.allclose(model(ids[1:2, :9], None, answers[1:2, :4])[0], logits[1, :4], atol=1e-5)
+
+
+def test_left_padding_is_refused():
+    ids, mask, answers, _ = golden_example("t5")
+    with pytest.raises(ValueError, match="right padding only"):
+        mb.load_model(GOLDEN / "t5")(ids, mask.flip(1), answers)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("shared", [0, 1, 6])
+def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
+    """The prompt for the encoder and the answer for the decoder; one row has a prompt of what is shared, or one token
+    more, and one an answer of one token."""
+    torch.manual_seed(shared)
+    model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
+    stretch(model)
+    (common,), prompts, answers = random_texts(shared), random_texts(9, 1, 30), random_texts(4, 6, 1)
+    own = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = torch.tensor([*common, *sum(own, [])])
+    packed = model.packed(ids, list(map(len, own)), list(map(len, answers)), shared)
+    alone = [
+        model.hidden(torch.tensor([common + prompt]), None, torch.tensor([[0, *answer[:-1]]]))[0]
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    alone = torch.cat(alone)
+    assert packed.shape == alone.shape and distance(packed, alone) < 1e-6
+    upstream, trained = torch.randn_like(alone), [p for p in model.parameters() if p.requires_grad]
+    got, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
+    for a, b in zip(got, expected, strict=True):
+        assert distance(a, b) < 1e-4
+
+
+def test_a_packed_row_is_what_data_cuts_it_into():
+    """From `Row` through `pack`: every response token has the logits that predict it, after the whole prompt."""
+    model = mb.load_model(GOLDEN / "t5_gated")
+    prompts, answers = [[5, *text, 1] for text in random_texts(3, 8)], random_texts(4, 2)
+    rows = [Row(torch.tensor(p + a).int().numpy(), len(p), 1) for p, a in zip(prompts, answers, strict=True)]
+    batch = pack(rows, "cpu")
+    assert batch.shared >= 1
+    with torch.no_grad():
+        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        inputs = torch.tensor([[0, *answer][:-1] + [0] * (4 - len(answer)) for answer in answers])
+        hidden = model.hidden(*padded(prompts), inputs)
+    assert torch.allclose(states, torch.cat([hidden[0], hidden[1, :2]]), atol=1e-5)
+    assert batch.targets.tolist() == sum(answers, [])
+
+
+def test_all_of_it_can_be_trained_and_checkpointed():
+    """The numbers of the distances, too, which the first block holds and all use."""
+    gradients = []
+    for is_checkpointed in (False, True):
+        model = mb.load_model(GOLDEN / "t5_gated")
+        if is_checkpointed:
+            checkpoint_blocks(model)
+        torch.manual_seed(0)
+        model.packed(torch.randint(61, (30,)), [20, 10], [5, 3]).square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    plain, checkpointed = gradients
+    assert {name for name, gradient in plain.items() if gradient is None} == {"lm_head.weight"}
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain.keys() - {"lm_head.weight"})
+
+
+def test_packed_rows_do_not_see_each_other():
+    model = mb.load_model(GOLDEN / "t5")
+    ids = torch.randint(61, (20,))
+    other = torch.cat([ids[:12], (ids[12:] + 1) % 61])
+    first, second = (model.packed(tokens, [9, 8], [4, 8], shared=3) for tokens in (ids, other))
+    assert torch.equal(first[:4], second[:4]) and not torch.allclose(first[4:], second[4:])
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_cache_gives_the_same_states(name):
+    """Prompts of 17, 9 and 1 tokens, then six tokens each, against one whole pass a row."""
+    model, answers = mb.load_model(GOLDEN / name), torch.randint(61, (3, 6))
+    prompts = random_texts(17, 9, 1)
+    ids, _ = padded(prompts)
+    cache, first = model.prefill(ids, [17, 9, 1], room=7)
+    steps = torch.stack([first, *(model.decode(tokens, cache) for tokens in answers.T)], dim=1)
+    for prompt, answer, states in zip(prompts, answers, steps, strict=True):
+        whole = model.hidden(torch.tensor([prompt]), None, torch.cat([torch.tensor([0]), answer])[None])[0]
+        assert torch.allclose(states, whole, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_heads_weight_gives_the_logits():
+    """v1.0 divides states by √d before its tied head: that is in the states, so that nobody else has to know."""
+    for name in MODELS:
+        *inputs, _ = golden_example(name)
+        model = mb.load_model(GOLDEN / name)
+        assert torch.allclose(model.hidden(*inputs) @ model.head_weight.T, model(*inputs), atol=1e-5)
+
+
+# The teacher, dropout.
+
+
+@pytest.mark.parametrize("init", ["pissa", "lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_teacher_is_the_pretrained_model(name, init):
+    batch = torch.randint(61, (30,)), [20, 10], [5, 3]
+    with torch.no_grad():
+        before = mb.load_model(GOLDEN / name).packed(*batch)
+    model = mb.adapt(mb.load_model(GOLDEN / name), rank=2, init=init).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.packed(*batch).square().sum().backward()
+    optimizer.step()
+    with mb.pretrained(model):
+        assert torch.equal(model.packed(*batch), before)
+    assert model.training and distance(model.packed(*batch), before) > 0.01
+
+
+@torch.no_grad()
+def test_dropout_is_in_training_only():
+    *inputs, expected = golden_example("t5_gated")
+    model = mb.load_model(GOLDEN / "t5_gated").train()
+    first, second = model(*inputs), model(*inputs)
+    assert not torch.allclose(first, expected, atol=1e-2) and not torch.equal(first, second)
+
+
+# Files.
+
+
+def copy_of(name: str, folder, tensors=None, **config):
+    """A golden checkpoint with more tensors, and other keys in its config.json; None takes a key away."""
+    settings = json.loads((GOLDEN / name / "config.json").read_text()) | config
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({k: value for k, value in settings.items() if value is not None}))
+    save_file(load_file(GOLDEN / name / "model.safetensors") | (tensors or {}), folder / "model.safetensors")
+    return folder
+
+
+@torch.no_grad()
+def test_the_older_spelling_of_an_untied_head_is_read(tmp_path):
+    """As published: transformers 5 writes scale_decoder_outputs, and tie_word_embeddings true whatever the head is."""
+    *inputs, expected = golden_example("t5_gated")
+    folder = copy_of("t5_gated", tmp_path, tie_word_embeddings=False, scale_decoder_outputs=None)
+    assert (mb.load_model(folder)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path, refuses):
+    *inputs, expected = golden_example("t5")
+    shared = load_file(GOLDEN / "t5" / "model.safetensors")["shared.weight"]
+    unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(8, 3)}
+    names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
+    folder = copy_of("t5", tmp_path, unused | {name: shared.clone() for name in names})
+    assert (mb.load_model(folder)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert mb.load_model(folder, "classifier", 2).new_modules == ["classification_head"]
+    for name in names:
+        copy_of("t5", tmp_path, {name: shared + 1})
+        refuses(lambda: mb.load_model(tmp_path), name, "differs from the embedding")  # noqa: B023
+    mb.load_model(tmp_path, "classifier", 2)  # an untied head is no part of a classifier
+    copy_of("t5", tmp_path, {names[0]: shared + 1})
+    refuses(lambda: mb.load_model(tmp_path, "classifier", 2), names[0], "differs from the embedding")
+
+
+def test_the_embedding_may_be_stored_by_a_copys_name_alone(tmp_path):
+    """As programs do that leave out what is in a file twice."""
+    *inputs, expected = golden_example("t5")
+    tensors = load_file(GOLDEN / "t5" / "model.safetensors")
+    tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+    save_file(tensors, copy_of("t5", tmp_path) / "model.safetensors")
+    assert (mb.load_model(tmp_path)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("changes", "words"), [
+    ({"feed_forward_proj": "gated-silu"}, ["activation", "gated-silu", "gated-gelu"]),
+    ({"is_decoder": True}, ["is_decoder"]),
+    ({"is_encoder_decoder": False}, ["is_encoder_decoder"]),
+    ({"relative_attention_num_buckets": 2}, ["2 buckets"]),
+    ({"relative_attention_max_distance": 16, "relative_attention_num_buckets": 32}, ["distances up to 16"]),
+    ({"decoder_start_token_id": None}, ["decoder_start_token_id", "missing"]),
+    ({"decoder_start_token_id": 61}, ["decoder_start_token_id is 61", "vocab_size 61"]),
+    ({"d_kv": 9}, ["shape"]),
+    ({"num_decoder_layers": 1 << 19}, ["hidden layers"]),
+    ({"num_decoder_layers": 3}, ["lacks decoder.block.2"]),
+])  # fmt: skip
+def test_what_is_not_implemented_or_does_not_fit_is_refused_by_name(changes, words, tmp_path, refuses):
+    refuses(lambda: mb.load_model(copy_of("t5", tmp_path, **changes)), *words)
+
+
+@torch.no_grad()
+def test_a_new_head_is_as_wide_as_transformers_draws_it(tmp_path):
+    """With a standard deviation of d^-1/2, biases 0."""
+    torch.manual_seed(0)
+    model = mb.load_model(headless("t5_classifier", tmp_path), "classifier", 5)
+    dense = model.classification_head.dense
+    assert dense.weight.std().item() == pytest.approx(24**-0.5, rel=0.1) and not dense.bias.any()
+
+
+# The tokenizer.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny random T5 v1.1 with a tokenizer like T5's: no BOS, and </s> at the end of a text."""
+    folder = tmp_path_factory.mktemp("t5") / "model"
+    folder.mkdir()
+    examples = [example_from(row, line) for line, row in enumerate(clean_problems(200, seed=1))]
+    tok = Tokenizer(models.Unigram())
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    specials = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=specials, unk_token="<unk>")
+    tok.train_from_iterator((f"{example.prompt} {example.response}" for example in examples), trainer)
+    tok.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
+    tok.save(str(folder / "tokenizer.json"))
+    config = json.loads((GOLDEN / "t5_gated" / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": tok.get_vocab_size() + 3}))
+    torch.manual_seed(0)
+    save_file(t5(read_config(folder)).state_dict(), folder / "model.safetensors")
+    return folder
+
+
+def test_a_prompt_keeps_the_eos_that_ends_a_text_for_the_encoder(folder):
+    tok = load_tokenizer(folder)
+    example = example_from({"query": "What is 3 plus 4?", "response": "It is 7."}, 1)
+    (row,), _, _ = encode_examples([example], tok, 500)
+    assert (
+        tok.encode_prompts([example.prompt]) == [tok.encode(example.prompt)] == [row.ids[: row.prompt_length].tolist()]
+    )
+    assert row.ids[row.prompt_length - 1] == row.ids[-1] == tok.eos_id == 1
+
+
+def test_an_answer_is_a_text_of_its_own(folder):
+    """No space before its first word, which only a text that goes on would have."""
+    tok = load_tokenizer(folder)
+    (prompt,), (answer,) = tok.encode_prompts(["How many apples?"]), tok.encode_responses(["7 apples."])
+    assert tok.decode_after(prompt, answer) == "7 apples."
+
+
+def test_a_tokenizer_that_does_not_end_a_text_is_refused(folder, tmp_path, refuses):
+    tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tok.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
+    tok.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    refuses(lambda: load_tokenizer(tmp_path), "tokenizer.json", "EOS")
+
+
+# The scripts, as a user runs them.
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch, capsys):
+    """run(main, *flags) is the status of a program on the tiny model, and what it wrote to stdout and stderr."""
+    problems = "\n".join(json.dumps(row) for row in clean_problems(12, seed=2))
+    (tmp_path / "problems.jsonl").write_text(problems)
+    texts = (json.dumps({"text": f"Ann has {number} apples.", "label": "ab"[number % 2]}) for number in range(12))
+    (tmp_path / "texts.jsonl").write_text("\n".join(texts))
+    monkeypatch.chdir(tmp_path)
+
+    def program(main, *flags):
+        handler = signal.getsignal(signal.SIGTERM)
+        monkeypatch.setattr(sys, "argv", ["program", "--model", str(folder), *flags])
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                cli.run_script(main)
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return stopped.value.code, *capsys.readouterr()
+
+    return program
+
+
+NLG = [
+    "--data",
+    "problems.jsonl",
+    "--max-steps",
+    "2",
+    "--batch-size",
+    "4",
+    "--micro-batch-size",
+    "2",
+    "--device",
+    "cpu",
+]
+
+
+def test_a_language_model_is_tuned_and_answers(run):
+    """The table's loss goes through `packed`, its answers through the cache."""
+    Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clean_problems(2, seed=3)))
+    status, out, _ = run(train_nlg.main, *NLG, "--rank", "4", "--eval", "held_out.jsonl", "--out", "tuned")
+    assert status == 0 and "loss on held-out responses" in out and "exact match, all (2)" in out
+    assert json.loads(Path("tuned/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    asked = ["--adapter", "tuned", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "5", "--device", "cpu"]
+    status, text, _ = run(generate.main, *asked)
+    assert status == 0 and text.strip()
+
+
+def test_checkpointed_blocks_and_a_cached_teacher_change_nothing(run):
+    logs = []
+    for index, flags in enumerate(([], ["--grad-checkpoint"], *2 * [["--teacher-cache", "cache"]])):
+        assert run(train_nlg.main, *NLG, "--rank", "4", *flags, "--out", f"run{index}")[0] == 0
+        lines = Path(f"run{index}/log.jsonl").read_text().splitlines()
+        logs.append([json.loads(line)["loss"] for line in lines])
+    assert logs[1:] == [pytest.approx(logs[0], rel=1e-5)] * 3
+
+
+@pytest.mark.parametrize("way", [["--quantize", "nf4", "--rank", "4"], ["--method", "full"]])
+def test_four_bits_and_all_parameters(run, way):
+    assert run(train_nlg.main, *NLG, *way, "--out", "tuned")[0] == 0
+
+
+@pytest.mark.parametrize("method", ["ba-lora", "full"])
+def test_a_classifier_is_tuned(run, method):
+    data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text"]
+    flags = ["--label-field", "label", "--epochs", "1", "--method", method, "--device", "cpu", "--features", "states"]
+    status, out, _ = run(train_nlu.main, *data, *flags, "--out", "tuned")
+    assert status == 0 and "no classification_head in the checkpoint" in out
+    assert load_file("states")["after"].shape == (12, 24)
+
+
+@pytest.mark.parametrize("method", ["ba-lora", "full"])
+def test_a_language_model_classifies_by_its_own_words(run, method):
+    """Without a new head: the adapter is a language model's, and nothing but A and B is in it."""
+    words = ("The", "answer")  # of the corpus, so they are tokens
+    rows = (json.dumps({"text": f"Ann has {number} apples.", "label": words[number % 2]}) for number in range(12))
+    Path("texts.jsonl").write_text("\n".join(rows))
+    data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text", "--as-text"]
+    flags = ["--label-field", "label", "--epochs", "1", "--method", method, "--device", "cpu", "--features", "states"]
+    status, out, _ = run(train_nlu.main, *data, *flags, "--out", "tuned")
+    assert status == 0 and "asked as 'custom sentence: Ann has 0 apples.', answered The or answer" in out
+    if method == "ba-lora":
+        config = json.loads(Path("tuned/adapter_config.json").read_text())
+        assert config["task_type"] == "SEQ_2_SEQ_LM" and config["modules_to_save"] is None
+
+
+def test_the_loss_of_a_text_is_refused(run):
+    status, _, error = run(evaluate.main, "--task", "text", "--data", "problems.jsonl", "--out", "out")
+    assert status == 2 and "--task text" in error and "is a T5" in error and len(error.splitlines()) == 1

@@ -1,0 +1,349 @@
+"""Two processes on a CPU against one: the same losses, the same adapter.
+
+torchrun runs this very file, so that one start of two processes, which takes longer than what they compute here, serves
+many tests.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import GOLDEN, distance
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+import minibalora as mb
+from minibalora.base import cli, distributed
+from minibalora.checkpoints import weights
+from minibalora.data.batches import Row, pack
+from minibalora.lowrank import adapted_layers
+from minibalora.run import flags, training
+from minibalora.run.sharded import load_sharded, own_rows
+from minibalora.toy import MODEL
+from minibalora.toy.problems import clean_problems
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train_nlg.py"
+sys.path.insert(0, str(ROOT))
+import train_nlg  # noqa: E402
+
+CAN_SHARD = torch.__version__ >= (2, 7)
+SHARDED = ["--fsdp"] if CAN_SHARD else []
+needs_shards = pytest.mark.skipif(not CAN_SHARD, reason="--fsdp needs torch 2.7")
+ADAPTER = "adapter_model.safetensors"
+# 45 rows in steps of 11: four micro-batches a step, and at the end of an epoch one, so that one of two ranks is idle.
+COMMON = ["--rank", "4", "--batch-size", "11", "--micro-batch-size", "3", "--lr", "1e-3", "--device", "cpu"]
+RUNS = {
+    "iclr2026 sharded": SHARDED,
+    "2024 adaptive": ["--recipe", "2024", "--adaptive-lambda1", "--non-target-kl", "0.1"],
+    "lora sharded": ["--method", "lora", *SHARDED, "--grad-checkpoint", "--targets", "q_proj", "down_proj"],
+    "full": ["--method", "full"],
+}
+WHOLE = "iclr2026 sharded"  # what a stopped and resumed run is compared with
+STOPPED_AT = 3  # of 5 steps
+GOLDENS = {"llama_bias_tied": torch.float32, "mistral_window": torch.float32, "gemma": torch.bfloat16}
+GOLDENS |= dict.fromkeys(("gpt2", "t5_gated", "mixtral_window", "deepseek"), torch.float32)
+
+
+def command(folder: Path, name: str, *more: str) -> list[str]:
+    """The arguments of a run whose --out is folder / name."""
+    rank = [] if "full" in more else COMMON[:2]
+    source = ["--model", str(MODEL), "--data", str(folder / "data.jsonl")]
+    return [*source, *rank, *COMMON[2:], "--out", str(folder / name), *more]
+
+
+def in_one_process(monkeypatch, *arguments: str) -> int:
+    """In one thread, as torchrun gives each of its processes: Adam's first steps make much of a rounding."""
+    monkeypatch.setattr(sys, "argv", ["train_nlg.py", *arguments])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return train_nlg.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def torchrun(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *map(str, arguments)]
+
+
+def stopping(seed_step, stopped_rank: int):
+    """training.seed_step that at STOPPED_AT sends SIGTERM to this process, if it is that rank."""
+
+    def seed_and_stop(seed: int, step: int) -> None:
+        seed_step(seed, step)
+        if step == STOPPED_AT and distributed.rank() == stopped_rank:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return seed_and_stop
+
+
+# What each of the two ranks does.
+
+
+def as_a_rank(folder: Path) -> None:
+    distributed.join()
+    distributed.join, distributed.leave = lambda: None, dist.barrier  # torch's processes can't meet a second time
+    report, seed_step = {}, training.seed_step
+    for name, more in RUNS.items():
+        report[name] = status_of(command(folder / "two", name, *more))
+    report["refused"] = status_of(command(folder / "two", WHOLE))  # which rank 0 finds out
+    report["wrong flag"] = status_of(command(folder / "two", "new", "--rank", "129"))  # which every rank finds out
+    training.seed_step = stopping(seed_step, stopped_rank=1)
+    report["stopped by two"] = status_of(command(folder / "two", "stopped"))
+    training.seed_step = seed_step
+    with reading() as sizes:
+        report["resumed by two"] = status_of(command(folder / "one", "stopped", *SHARDED, "--resume"))
+    report["read"] = sizes
+    report["golden"] = {name: distance_from_whole(name, dtype) for name, dtype in GOLDENS.items() if CAN_SHARD}
+    (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))
+    distributed.leave()
+
+
+def status_of(arguments: list[str]) -> int:
+    sys.argv = ["train_nlg.py", *arguments]
+    try:
+        cli.run_script(train_nlg.main)
+    except SystemExit as end:
+        return end.code
+
+
+class reading:
+    """Inside, how many numbers of each tensor are read; a tensor that is read twice counts as much as once."""
+
+    def __enter__(self) -> dict[str, int]:
+        self.as_stored, sizes = weights._as_stored, {}
+
+        def counted(stored, rows=None):
+            tensor = self.as_stored(stored, rows)
+            sizes[stored.name] = tensor.numel()
+            return tensor
+
+        weights._as_stored = counted
+        return sizes
+
+    def __exit__(self, *_) -> None:
+        weights._as_stored = self.as_stored
+
+
+def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
+    """How far states, and gradients of all A and B, of a sharded model are from those of one that is whole."""
+    settings = dict(rank=3, alpha=5, init="pissa", init_cache=None, targets=None, seed=0)
+    args = Namespace(**settings, dtype=dtype, device=torch.device("cpu"))
+    whole = mb.adapt(mb.load_model(GOLDEN / name, dtype=dtype), 3, 5)
+    sharded = weights.skeleton(GOLDEN / name)
+    training.adapt_model(sharded, args, is_resumed=False)
+    load_sharded(sharded, dtype, args.device)
+    assert all(not parameter.is_meta for parameter in sharded.parameters())
+    rng = np.random.default_rng(distributed.rank())
+    rows = [Row(rng.integers(0, 61, length).astype(np.int32), 2, 0) for length in (5, 9)]
+    batch, found = pack(rows, "cpu"), []
+    for model in (whole, sharded):
+        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        with mb.pretrained(model):
+            teacher = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        states.float().square().sum().backward()
+        gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
+        found.append([states, teacher, *gradients])
+    return [distance(a, b) for a, b in zip(*found, strict=True)]
+
+
+# What is tested.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """one/ has the runs of this process, two/ those of two ranks, whose reports are beside; one/stopped was stopped by
+    this process and resumed by two ranks, two/stopped was stopped by one of two ranks."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = "".join(json.dumps(row) + "\n" for row in clean_problems(45, seed=0))
+    for name in ("one", "two"):
+        (folder / name).mkdir()
+        (folder / name / "data.jsonl").write_text(rows)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        for name, more in RUNS.items():
+            arguments = command(folder / "one", name, *(flag for flag in more if flag != "--fsdp"))
+            assert in_one_process(monkeypatch, *arguments) == 0
+        monkeypatch.setattr(training, "seed_step", stopping(training.seed_step, stopped_rank=0))
+        assert in_one_process(monkeypatch, *command(folder / "one", "stopped")) == 128 + signal.SIGTERM
+    result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (folder / "stderr").write_text(result.stderr)
+    (folder / "stdout").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reports(folder) -> list[dict]:
+    return [json.loads((folder / f"report{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
+    logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
+    assert len(logs[0]) == len(logs[1])
+    for entries in zip(*logs, strict=True):
+        for name in ("step", "loss", *training.TERMS, "lr"):
+            values = [math.nan if entry[name] is None else entry[name] for entry in entries]
+            assert values[0] == pytest.approx(values[1], rel=0, abs=tolerance, nan_ok=True), name
+    tensors = [load_file(next(out.rglob("*model*.safetensors"))) for out in (a, b)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=tolerance, msg=name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports):
+    """To 1e-5; measured: at most 1e-6, from another order in the sum of the gradients."""
+    assert [report[name] for report in reports] == [0, 0]
+    assert_same_run(folder / "one" / name, folder / "two" / name)
+    entries = (folder / "two" / name / "log.jsonl").read_text().splitlines()
+    assert (json.loads(entries[-1])["svd"] is not None) == (name not in ("lora sharded", "full"))
+
+
+def test_a_run_stopped_by_one_process_goes_on_with_two_that_share_its_weights(folder, reports):
+    assert [report["resumed by two"] for report in reports] == [0, 0]
+    assert_same_run(folder / "one" / WHOLE, folder / "one" / "stopped")
+
+
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports, monkeypatch):
+    assert [report["stopped by two"] for report in reports] == [128 + signal.SIGTERM] * 2
+    out = folder / "two" / "stopped"
+    assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT
+    assert in_one_process(monkeypatch, *command(folder / "two", "stopped", "--resume")) == 0
+    assert_same_run(folder / "one" / WHOLE, out)
+
+
+@needs_shards
+def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports):
+    stored = {tensor.name: tensor for tensor in weights.stored_tensors(MODEL).values()}
+    for report in reports:
+        assert report["read"].keys() == stored.keys()
+        for name, tensor in stored.items():
+            count = np.prod(tensor.shape)
+            assert report["read"][name] == (count / 2 if ".layers." in name else count), name
+
+
+@needs_shards
+@pytest.mark.parametrize("name", GOLDENS)
+def test_a_sharded_model_computes_what_the_whole_one_computes(name, reports):
+    """Of each family, with biases, transposed weights and a tied head; rows that two ranks can't halve, too."""
+    for report in reports:
+        assert max(report["golden"][name]) < 1e-5
+
+
+def test_what_ranks_refuse_is_said_once(folder, reports):
+    assert [report["refused"] for report in reports] == [report["wrong flag"] for report in reports] == [2, 2]
+    errors = [line for line in (folder / "stderr").read_text().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 2 and "holds a run already" in errors[0] and "rank 129" in errors[1]
+
+
+def test_only_one_rank_speaks(folder):
+    saved = [line for line in (folder / "stdout").read_text().splitlines() if line.startswith("saved to ")]
+    assert len(saved) == len(RUNS) + 1
+
+
+@needs_shards
+def test_what_one_rank_alone_finds_wrong_ends_both(folder, tmp_path):
+    """Rank 1 reads the last rows of a weight, rank 0 does not."""
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in MODEL.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][-1] = torch.nan
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    arguments = command(folder / "two", "damaged", "--model", str(model), "--method", "lora", "--fsdp")
+    result = subprocess.run(torchrun(SCRIPT, *arguments), capture_output=True, text=True, timeout=120)
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode != 0 and "model.layers.1.input_layernorm.weight has NaN" in errors[0]
+    assert all("another process of this run has ended" in line for line in errors[1:])
+    assert "[rank" not in result.stderr  # as torch begins the lines of a traceback
+
+
+def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(folder):
+    out = folder / "two" / "terminated"
+    arguments = command(folder / "two", "terminated", "--epochs", "50", "--recipe", "2024")
+    process = subprocess.Popen(torchrun(SCRIPT, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    steps = len((out / "log.jsonl").read_text().splitlines())
+    with weights.safe_open(out / "checkpoint" / "state.safetensors", "pt") as state:
+        assert int(state.metadata()["step"]) == steps >= 2
+    assert (out / ADAPTER).exists()
+
+
+@given(count=st.integers(1, 20), ranks=st.integers(1, 7))
+def test_every_part_is_dealt_once_and_all_ranks_get_equally_many(count, ranks):
+    hands = [as_rank(rank, ranks, lambda: distributed.deal(list(range(count)), idle=None)) for rank in range(ranks)]
+    assert len({len(hand) for hand in hands}) == 1
+    rounds = [part for turn in zip(*hands, strict=True) for part in turn]  # the order of `training.add_gradients`
+    assert rounds[:count] == list(range(count)) and set(rounds[count:]) <= {None} and len(rounds) < count + ranks
+
+
+@given(count=st.integers(1, 20), ranks=st.integers(1, 7))
+def test_rows_are_kept_as_chunk_deals_them(count, ranks):
+    rows = torch.arange(count)
+    chunks = [chunk.tolist() for chunk in rows.chunk(ranks)] + [[]] * ranks
+    assert [rows[as_rank(r, ranks, lambda: own_rows(count))].tolist() for r in range(ranks)] == chunks[:ranks]
+
+
+def as_rank(rank: int, ranks: int, call):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distributed, "rank", lambda: rank)
+        monkeypatch.setattr(distributed, "size", lambda: ranks)
+        return call()
+
+
+FSDP = ["--fsdp", "--model", "m", "--data", "d", "--device", "cpu"]
+
+
+@pytest.mark.parametrize(
+    "more, version, parts",
+    [
+        (["--method", "full"], "2.7.0", ["--fsdp", "--method full"]),
+        (["--eval", "e"], "2.7.0", ["--fsdp", "--eval", "minibalora evaluate"]),
+        (["--compile"], "2.7.0", ["--fsdp", "--compile"]),
+        ([], "2.6.0", ["--fsdp", "torch 2.7", "2.6.0"]),
+    ],
+)
+def test_what_shards_can_not_do_is_refused(more, version, parts, monkeypatch, refuses):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+    refuses(lambda: flags.parse_nlg_flags([*FSDP, *more]), *parts)
+
+
+def test_torchrun_is_refused_where_it_has_no_use(monkeypatch, refuses):
+    refuses(lambda: flags.parse_nlg_flags(FSDP), "--fsdp", "torchrun")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    refuses(lambda: flags.parse_nlg_flags(["--fsdp", "--device", "cpu"]), "--fsdp", "--model")
+    refuses(lambda: flags.parse_nlu_flags(["--device", "cpu"]), "train_nlu.py", "torchrun")
+
+
+def test_each_rank_has_a_gpu_of_its_own_or_none(monkeypatch, refuses):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    distributed.check_device(torch.device("cpu"))
+    refuses(lambda: distributed.check_device(torch.device("cuda:1")), "--device cuda:1", "--device cuda")
+    refuses(lambda: distributed.check_device(torch.device("cuda")), "--nproc-per-node 3", "2 GPUs")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    distributed.check_device(torch.device("cuda"))
+
+
+if __name__ == "__main__":
+    as_a_rank(Path(sys.argv[1]))

@@ -1,0 +1,169 @@
+"""The command lines of both scripts: what is filled in, and what can't be meant."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
+from minibalora.run.flags import nlg_objective, nlg_parser, nlu_objective, nlu_parser, parse_nlg_flags, parse_nlu_flags
+from minibalora.run.plan import nlg_formula, nlu_formula
+
+CPU = ["--device", "cpu"]
+GLUE = ["--model", "m", "--data", "d", "--task", "mrpc"]
+CUSTOM = ["--model", "m", "--data", "d", "--task", "custom"]
+SCORES = ["--model", "m", "--data", "d", "--task", "stsb"]
+
+
+def nlu(*flags: str):
+    return parse_nlu_flags([*CPU, *flags])
+
+
+def test_the_published_settings_of_classification_are_the_defaults():
+    args = nlu(*GLUE)
+    assert (args.rank, args.alpha, args.init, args.method, args.recipe) == (
+        8,
+        8,
+        "pissa_krylov_8",
+        "ba-lora",
+        "iclr2026",
+    )
+    assert (args.lr, args.schedule, args.warmup_ratio, args.epochs, args.grad_clip) == (1e-4, "linear", 0.06, 10, 1)
+    assert (args.batch_size, args.micro_batch_size, args.max_length, args.max_rows) == (32, 32, 128, None)
+    assert (args.label_noise, args.imbalance, args.teacher, args.features) == (0, None, "pretrained", None)
+    assert not args.is_toy and args.dtype == torch.float32 and args.out.name.startswith("nlu-")
+    assert nlu_objective(args) == NLU_RECIPES["iclr2026"]
+
+
+def test_the_default_init_goes_with_method_and_model():
+    assert nlu().init == "pissa" and parse_nlg_flags(CPU).init == "pissa"
+    assert parse_nlg_flags([*CPU, "--model", "m", "--data", "d"]).init == "pissa_krylov_8"
+    assert nlu(*GLUE, "--method", "pissa", "--init-cache", "c").init_cache == Path("c")
+    assert nlu(*GLUE, "--method", "pissa", "--init", "pissa").init == "pissa"
+    assert nlu(*GLUE, "--method", "lora").init == "lora"
+
+
+def test_micro_batches_are_whole_batches_unless_asked_for():
+    assert nlu(*GLUE, "--batch-size", "6").micro_batch_size == 6
+    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "4").micro_batch_size == 4
+    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "9").micro_batch_size == 6
+
+
+def test_the_built_in_classifier_takes_what_any_task_takes():
+    args = nlu("--label-noise", "0.2", "--imbalance", "10", "--teacher", "tuned", "--features", "f.safetensors")
+    assert args.is_toy and args.task is None and args.data is None and Path(args.model).is_absolute()
+    assert (args.lr, args.epochs, args.max_length) == (1e-3, 4, 64)
+    assert (args.label_noise, args.imbalance, args.teacher, args.features) == (0.2, 10, "tuned", Path("f.safetensors"))
+
+
+def test_both_scripts_share_the_flags_that_are_common():
+    only_nlg = {"prompt_field", "response_field", "raw", "top_k", "eval_task", "quantize", "teacher_cache", "fsdp"}
+    only_nlg |= {"router_aux_loss"}
+    only_nlu = {"task", "as_text", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
+    nlg_names, nlu_names = vars(parse_nlg_flags(CPU)).keys(), vars(nlu()).keys()
+    assert nlg_names - nlu_names == only_nlg and nlu_names - nlg_names == only_nlu
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--recipe", "2024"], NLU_RECIPES["2024"]),
+        (["--lambda1", "0", "--svd-k", "2"], dataclasses.replace(NLU_RECIPES["iclr2026"], lambda1=0.0, svd_k=2)),
+        (["--method", "pissa"], Objective()),
+        (["--method", "lora", "--non-target-kl", "0.5"], Objective(non_target_kl=0.5)),
+    ],
+)
+def test_flags_change_the_recipe(flags, expected):
+    assert nlu_objective(nlu(*GLUE, *flags)) == expected
+
+
+@pytest.mark.parametrize("top_k, expected", [([], 20), (["--top-k", "0"], None), (["--top-k", "7"], 7)])
+def test_top_k_0_is_the_whole_vocabulary(top_k, expected):
+    assert nlg_objective(parse_nlg_flags([*CPU, *top_k])).top_k == expected
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "pissa"])
+def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
+    assert nlu(*GLUE, "--method", method).teacher is None
+    if method != "full":
+        flags = [*GLUE, "--method", method, "--non-target-kl", "1"]
+        assert nlu(*flags).teacher == "pretrained" and nlu(*flags, "--teacher", "tuned").teacher == "tuned"
+
+
+@pytest.mark.parametrize(
+    "flags, parts",
+    [
+        (["--model", "m"], ["--model without --data"]),
+        (["--data", "d"], ["--data without --model"]),
+        (["--model", "m", "--data", "d"], ["--task is missing", "mrpc", "custom"]),
+        (["--task", "mrpc"], ["--task goes with --model"]),
+        (["--eval", "e"], ["--eval goes with --model"]),
+        (["--text-field", "t"], ["--text-field goes with --model"]),
+        (["--label-field", "l"], ["--label-field goes with --model"]),
+        (["--model", "m", "--data", "d", "--task", "ax"], ["--task", "'ax'", "custom"]),
+        ([*GLUE, "--text-field", "t"], ["--text-field goes with --task custom", "mrpc"]),
+        ([*GLUE, "--label-field", "l"], ["--label-field goes with --task custom", "mrpc"]),
+        ([*CUSTOM, "--label-field", "l"], ["--task custom needs --text-field"]),
+        ([*CUSTOM, "--text-field", "t"], ["--task custom needs --label-field"]),
+        ([*CUSTOM, "--label-field", "l", "--text-field", "a", "b", "c"], ["--text-field names 3"]),
+        *[([*SCORES, flag, "0.5"], [flag, "stsb has scores"]) for flag in ("--lambda2", "--lambda3", "--label-noise")],
+        *[([*SCORES, flag, "2"], [flag, "stsb has scores"]) for flag in ("--svd-k", "--non-target-kl", "--imbalance")],
+        ([*SCORES, "--adaptive-lambda1"], ["--adaptive-lambda1", "stsb has scores"]),
+        *[([*GLUE, "--label-noise", value], ["--label-noise", value]) for value in ("1", "-0.1", "nan", "x")],
+        *[([*GLUE, "--imbalance", value], ["--imbalance", value]) for value in ("0.9", "0", "inf", "x")],
+        *[([*GLUE, "--warmup-ratio", value], ["--warmup-ratio", value]) for value in ("1.1", "-1", "nan")],
+        ([*GLUE, "--top-k", "3"], ["--top-k"]),
+        ([*GLUE, "--features", ""], ["--features", "empty"]),
+        ([*GLUE, "--teacher", "t", "--method", "lora"], ["--teacher", "--method lora"]),
+        ([*GLUE, "--teacher", "t", "--lambda1", "0"], ["--teacher", "--lambda1 0"]),
+        ([*GLUE, "--teacher", "pretrained", "--method", "full"], ["--teacher", "--method full"]),
+        ([*GLUE, "--method", "full", "--non-target-kl", "1"], ["--non-target-kl", "--method full"]),
+        ([*GLUE, "--method", "full", "--rank", "8"], ["--rank", "--method full"]),
+        ([*GLUE, "--method", "full", "--adapter-rank", "8"], ["--adapter-rank", "--method full"]),
+        ([*GLUE, "--method", "pissa", "--recipe", "2024"], ["--recipe", "--method pissa"]),
+        ([*GLUE, "--method", "lora", "--init", "pissa"], ["--init pissa", "--method lora"]),
+        ([*GLUE, "--method", "full", "--init-cache", "c"], ["--init-cache", "--method full"]),
+        ([*GLUE, "--method", "lora", "--init-cache", "c"], ["--init-cache", "--method lora"]),
+        ([*GLUE, "--init", "lora", "--init-cache", "c"], ["--init-cache", "--init lora"]),
+        ([*GLUE, "--init", "pissa_niter_4", "--init-cache", "c"], ["--init-cache", "--init pissa_niter_4"]),
+        *[([*GLUE, "--init", init], ["--init", init]) for init in ("pissa_krylov_", "pissa_krylov_x", "krylov_4")],
+        ([*GLUE, "--recipe", "2024", "--temperature", "2"], ["--temperature", "--recipe 2024"]),
+        ([*GLUE, "--adaptive-lambda1", "--lambda1", "0"], ["--adaptive-lambda1", "--lambda1 0"]),
+        ([*GLUE, "--resume"], ["--resume needs --out"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_what_a_classification_can_not_mean_is_refused_in_one_line(flags, parts, refuses):
+    refuses(lambda: nlu(*flags), *parts)
+
+
+@pytest.mark.parametrize("parser, recipes", [(nlg_parser, NLG_RECIPES), (nlu_parser, NLU_RECIPES)])
+def test_help_states_the_published_weights(parser, recipes):
+    text = " ".join(parser().format_help().split())
+    for name in ("lambda1", "lambda2", "lambda3"):
+        numbers = (f"{recipe}: {getattr(objective, name):g}" for recipe, objective in recipes.items())
+        assert f"({', '.join(numbers)})" in text
+
+
+@pytest.mark.parametrize(
+    "formula, expected",
+    [
+        (nlg_formula(NLG_RECIPES["2024"]), "KL at T = 1 | entropy of all | nuclear share of 10 singular values"),
+        (nlg_formula(NLG_RECIPES["iclr2026"]), "KL at T = 2 | entropy of 20 | frobenius share of 10 singular values"),
+        (
+            nlu_formula(NLU_RECIPES["2024"], 2),
+            "squared distance of unit rows | covariance of the classes | sum over N of 5 singular values",
+        ),
+        (
+            nlu_formula(NLU_RECIPES["iclr2026"], 3),
+            "KL at T = 1 | covariance of the classes | nuclear share of 5 singular values",
+        ),
+        (nlu_formula(NLU_RECIPES["iclr2026"], 1), "squared error to the teacher"),
+        (nlu_formula(Objective(non_target_kl=0.5), 2), "non-target KL"),
+    ],
+)
+def test_the_plan_names_every_term(formula, expected):
+    task, *terms = formula.partition(", weights")[0].split(" + ")
+    assert task == ("squared error" if "teacher" in formula else "cross-entropy")
+    assert " | ".join(term.partition(" x ")[2] for term in terms) == expected

@@ -1,0 +1,210 @@
+"""That the memory said before a run is what its steps hold; and the command that says it by config.json alone."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from bench_memory import LiveBytes, compare
+from torch import nn
+
+from minibalora.base import cli
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.families import read_family
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
+from minibalora.nf4 import NF4
+from minibalora.run import plan
+from minibalora.run.memory import held
+
+CONFIGS = Path(__file__).with_name("configs")
+# As published. Of encoders, which have no head of their own: BertModel, and the other two without a pooler.
+PUBLISHED = {
+    "llama-2-7b": 6_738_415_616,
+    "llama-2-13b": 13_015_864_320,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+    "mistral-7b": 7_241_732_096,
+    "gemma-7b": 8_537_680_896,
+    "qwen1.5-7b": 7_721_324_544,
+    "yi-1.5-34b": 34_388_917_248,
+    "mixtral-8x7b": 46_702_792_704,
+    "deepseek-moe-16b": 16_375_728_128,
+    "gpt2-xl": 1_557_611_200,
+    "t5-base": 222_903_552,
+    "bert-large": 335_141_888,
+    "roberta-large": 354_310_144,
+    "deberta-v3-base": 183_831_552,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """folder(name) -> a folder with that config.json and nothing else."""
+
+    def make(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        shutil.copy(CONFIGS / f"{name}.json", tmp_path / name / "config.json")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run(*flags) -> status, standard output, standard error, of python -m minibalora plan."""
+
+    def call(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run_script(plan.main)
+        return stopped.value.code, *capsys.readouterr()
+
+    return call
+
+
+# Predicted and measured.
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "toy lora float32 plain",
+        "toy lora bfloat16 plain",
+        "toy ba-lora float32 grad-checkpoint",
+        "toy pissa bfloat16 nf4",
+        "toy full float32 plain",
+        "toy full bfloat16 one",
+        "llama-3 ba-lora float32 plain",
+        "gpt2 pissa float32 grad-checkpoint",
+        "gemma ba-lora float32 nf4",
+        "gemma2 ba-lora float32 plain",
+        "qwen3 lora bfloat16 plain",
+        "mixtral pissa float32 plain",
+        "deepseek lora float32 grad-checkpoint",
+        "t5 ba-lora float32 plain",
+        "flan-t5 full float32 plain",
+        "bert ba-lora float32 plain",
+        "deberta lora float32 grad-checkpoint",
+    ],
+)
+def test_what_is_said_is_within_a_tenth_of_what_a_step_holds(case):
+    shape, method, dtype, kind = case.split()
+    predicted, measured = compare(shape, method, dtype, {"plain": "", "one": "one micro-batch"}.get(kind, kind), 96)
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_live_bytes_counts_what_is_alive_at_once_and_views_as_nothing():
+    kept = torch.zeros(10)
+    with LiveBytes(kept) as live:
+        view = kept[2:]
+        for _ in range(3):
+            passing = view.repeat(5)  # 160 bytes; the next one is made while the last is there
+        del passing
+    assert (live.peak, live.now) == (40 + 2 * 160, 40)
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 100_000}, {"num_local_experts": 100_000}])
+def test_numbers_that_no_model_has_are_refused_before_they_are_built(changes, tmp_path, monkeypatch, refuses):
+    config = json.loads((CONFIGS / "mixtral-8x7b.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["plan", "--model", str(tmp_path)])
+    refuses(plan.main, tmp_path, "layers", "experts")
+
+
+def test_four_bits_on_meta_are_as_many_bytes_as_four_bits():
+    layer = LowRankLinear.from_linear(nn.Linear(61, 37), rank=3)
+    room = plan.room_in_four_bits(layer)
+    layer.quantize(NF4.quantize)
+    shapes = [[(tensor.shape, tensor.dtype) for tensor in form.buffers()] for form in (layer.W, room)]
+    assert shapes[0] == shapes[1] and layer.W.shape == room.shape
+
+
+def test_ranks_share_what_is_frozen_in_the_blocks_alone():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(10, 16)
+            self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16, bias=False)) for _ in range(12))
+
+    model = adapt(Model(), rank=2, init="lora")
+    factors = sum(layer.A.nbytes + layer.B.nbytes for _, layer in adapted_layers(model))
+    assert held(model) == 10 * 16 * 4 + 12 * 16 * 16 * 4 + factors
+    assert held(model, ranks=4) == 10 * 16 * 4 + (12 // 4 + 3) * 16 * 16 * 4 + factors  # 3: those gathered
+
+
+# Published models.
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_model_has_the_published_number_of_parameters(name, folder):
+    family, config = read_family(folder(name))
+    with torch.device("meta"):
+        model = family.build(config, None if family.has_language_model else 2)
+    part = model if family.has_language_model else model.get_submodule(family.names.backbone)
+    assert sum(parameter.numel() for parameter in part.parameters()) == PUBLISHED[name]
+
+
+def test_every_config_is_in_the_table():
+    assert {path.stem for path in CONFIGS.glob("*.json")} == PUBLISHED.keys()
+
+
+# The command.
+
+
+def test_the_command_says_what_llama_2_7b_takes(run, folder):
+    path = folder("llama-2-7b")
+    status, out, error = run("--model", path)
+    assert status == 0 and error == ""
+    model, load, trained, rows, _, dtypes, titles, *lines, _, marks = out.splitlines()
+    assert model == f"model    {path}, 6,738,415,616 parameters"
+    assert load.startswith("load     13.5 GB in bfloat16, 27.0 GB in float32") and "13 and 27 s" in load
+    assert trained.split()[1:3] == ["319,815,680", "(4.75%)"] and "rank 128, in 224 layers" in trained
+    assert rows == "rows     4 of 512 tokens at a time, 256 of them response; 32 a step"
+    assert dtypes.split()[-2:] == ["bfloat16", "float32"] and titles.split()[:4] == ["1", "GPU", "fsdp", "2"]
+    table = {line[:40].strip(): [line[start : start + 10].strip() for start in range(40, 120, 10)] for line in lines}
+    assert len(table) == 2 + 3 * 4 and max(map(len, out.splitlines())) <= 120
+    assert table["full"][1:4] == table["ba-lora --quantize nf4"][1:4] == ["-"] * 3
+    numbers = {name: [float(each.split()[0]) for each in cells if each != "-"] for name, cells in table.items()}
+    assert numbers["full"][0] > 18 * 6.7  # bfloat16: weight, its copy, gradient, two moments
+    assert numbers["full"][1] > 16 * 6.7
+    for method in ("lora", "pissa", "ba-lora"):
+        assert numbers[method] == sorted(numbers[method][:4], reverse=True) + sorted(numbers[method][4:], reverse=True)
+        assert numbers[f"{method} --quantize nf4"][0] < numbers[method][0] - 9  # 6.5 G weights at 4.1 bits, not at 16
+    assert table["ba-lora --quantize nf4 --grad-checkpoint"][0].endswith(" s")
+    assert marks.startswith("fits a card of s: 24 GB, m: 40 GB, l: 80 GB")
+
+
+def test_an_encoder_is_planned_as_train_nlu_trains_it(run, folder):
+    status, out, _ = run("--model", folder("deberta-v3-base"), "--rank", 4)
+    assert status == 0
+    assert "rows     32 of 128 tokens at a time; 32 a step" in out and "rank 4, in 72 layers" in out
+    assert "fsdp" not in out and "nf4" not in out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--rank", 5000], ["--rank or --targets", "rank 5000"]),
+        (["--targets", "query"], ["--rank or --targets", "query", "q_proj"]),
+        (["--response-share", 1.5], ["--response-share", "share"]),
+    ],
+)
+def test_what_does_not_fit_the_model_is_refused_in_a_line(run, folder, flags, words):
+    status, out, error = run("--model", folder("llama-2-7b"), *flags)
+    assert status == 2 and len(error.splitlines()) == 1 and all(word in error for word in words), error
+
+
+def test_rows_beyond_learned_positions_are_refused(run, folder):
+    status, _, error = run("--model", folder("gpt2-xl"), "--max-length", 1025)
+    assert status == 2 and "--max-length 1025: the model has 1024 positions" in error
+
+
+@pytest.mark.parametrize("text", [None, "{", '{"model_type": "mamba"}', '{"model_type": "llama"}'])
+def test_a_config_that_can_not_be_read_is_refused_as_read_config_does(run, tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_family(tmp_path)
+    assert run("--model", tmp_path) == (2, "", f"error: {caught.value}\n")

@@ -1,0 +1,135 @@
+"""The built-in models and data: small, deterministic, right where they are clean, flawed at the stated rates."""
+
+import re
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import minibalora as mb
+from minibalora.data.glue import LabelledText
+from minibalora.data.labelled import collate, encode
+from minibalora.evaluation.answers import final_answer
+from minibalora.toy import BERT, MODEL, reviews
+from minibalora.toy.pretrain_bert import CONFIG, MASK, SPECIALS, make_tokenizer, masked
+from minibalora.toy.problems import CROWDING_KIND, CROWDING_RATE, KINDS, WRONG_RATE, clean_problems, flawed_problems
+
+
+def right_answer(row: dict) -> int:
+    numbers = [int(number) for number in re.findall(r"\d+", row["query"])]
+    if row["type"] == "addition":
+        return numbers[0] + numbers[1]
+    if row["type"] == "subtraction":
+        return numbers[0] - numbers[1]
+    return numbers[0] * numbers[1] + (numbers[2] if row["type"] == "two steps" else 0)
+
+
+def test_the_models_are_as_small_as_promised():
+    assert sum(parameter.numel() for parameter in mb.load_model(MODEL).parameters()) < 1.5e6
+    assert sum(file.stat().st_size for file in MODEL.iterdir()) < 3e6
+    assert sum(file.stat().st_size for file in BERT.iterdir()) < 2e6
+
+
+def test_clean_problems_are_right_and_balanced():
+    rows = clean_problems(400, seed=3)
+    assert rows == clean_problems(400, seed=3) != clean_problems(400, seed=4)
+    assert Counter(row["type"] for row in rows) == dict.fromkeys(KINDS, 100)
+    assert all(final_answer(row["response"]) == str(right_answer(row)) for row in rows)
+
+
+def test_flawed_problems_are_wrong_at_the_stated_rates():
+    rows = flawed_problems(20_000, seed=1)
+    kinds = Counter(row["type"] for row in rows)
+    assert kinds[CROWDING_KIND] / len(rows) == pytest.approx(CROWDING_RATE, abs=0.01)
+    for kind in KINDS:
+        wrong = sum(row["type"] == kind and final_answer(row["response"]) != str(right_answer(row)) for row in rows)
+        # 2 x 2 is 2 + 2: one wrong product in 64 is right; four standard deviations of 600 rows are 8 %
+        assert wrong / kinds[kind] == pytest.approx(WRONG_RATE[kind], abs=0.02 if kind == CROWDING_KIND else 0.09)
+
+
+def read_judgement(words: str) -> str:
+    if words.startswith("neither "):
+        return "neutral"
+    label = next(label for label, known in reviews.WORDS.items() if words.split()[-1] in known)
+    return reviews.OPPOSITE[label] if words.startswith(("not ", "far ", "anything ")) else label
+
+
+def read_review(text: str) -> str:
+    """The class of a review by the clause that decides."""
+    said = text.partition(".")[0]
+    for form in reviews.FORMS:
+        pattern = form.replace("{thing}", r"\w+").replace("{lesser}", r"\w+").replace("{other}", "[^,]+")
+        if match := re.fullmatch(pattern.replace("{own}", "(?P<own>[^,]+)"), said, re.IGNORECASE):
+            return read_judgement(match["own"])
+    raise AssertionError(f"no form of a review: {text}")
+
+
+def test_clean_reviews_are_balanced_and_mean_what_their_label_says():
+    rows = reviews.clean_reviews(900, seed=3)
+    assert rows == reviews.clean_reviews(900, seed=3) != reviews.clean_reviews(900, seed=4)
+    assert Counter(row.label for row in rows) == {0: 300, 1: 300, 2: 300}
+    assert [row.line for row in rows] == list(range(1, 901))
+    assert all(read_review(row.texts[0]) == reviews.TASK.labels[row.label] for row in rows)
+
+
+def test_no_word_gives_the_class_of_a_review_away():
+    counts = {label: Counter() for label in range(3)}
+    rows = reviews.clean_reviews(6000, seed=5)
+    for row in rows:
+        counts[row.label].update(set(re.findall(r"\w+", row.texts[0].lower())))
+    for word in set().union(*counts.values()):
+        found = [counts[label][word] for label in range(3)]
+        if sum(found) > 60:  # what is rarer may be one-sided by chance
+            assert max(found) < 0.7 * sum(found), word
+
+
+def test_held_out_reviews_are_as_good_as_new():
+    """No seed shares a text with another but by chance, which makes 1 % of the short ones equal."""
+    known = {row.texts for row in reviews.clean_reviews(5000, seed=42)}
+    assert sum(row.texts in known for row in reviews.clean_reviews(600, seed=-1)) <= 10
+
+
+def test_the_corpus_is_praise_at_the_stated_rate():
+    texts = reviews.corpus(10_000, seed=1)
+    classes = Counter(read_review(text) for text in texts)
+    # four standard deviations
+    assert classes[reviews.CROWDING_CLASS] / len(texts) == pytest.approx(reviews.CROWDING_RATE, abs=0.02)
+    assert all(text.endswith(f" Stars: {reviews.STARS[read_review(text)]}.") for text in texts)
+
+
+def test_the_tokenizer_knows_every_word_of_the_reviews_and_spells_others(tmp_path):
+    tok = mb.load_tokenizer(BERT)
+    for text in reviews.corpus(2000, seed=2):
+        assert len(tok.encode(text)) == 2 + len(re.findall(r"\w+|[.,:]", text))
+    unknown = tok.backend.token_to_id("[UNK]")
+    assert unknown not in tok.encode("Zany, isn't it? 10/10 for the CAF\u00c9!")
+    make_tokenizer(reviews.corpus(20_000, seed=0), tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (Path(BERT) / "tokenizer.json").read_bytes()
+
+
+def test_masking_is_bert_s():
+    torch.manual_seed(0)
+    ids = torch.randint(len(SPECIALS), CONFIG["vocab_size"], (500, 40))
+    ids[:, 0] = 2
+    seen, chosen = masked(ids)
+    assert torch.equal(seen[~chosen], ids[~chosen]) and not chosen[:, 0].any()
+    # 19 500 words: four standard deviations are 0.01 of the words, and 0.03 of the chosen ones
+    assert chosen[:, 1:].float().mean().item() == pytest.approx(0.15, abs=0.01)
+    assert (seen == MASK)[chosen].float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert (seen == ids)[chosen].float().mean().item() == pytest.approx(0.1, abs=0.03)
+
+
+@torch.no_grad()
+def test_bert_guesses_masked_words_better_than_their_frequencies_do():
+    model, tok = mb.load_model(BERT, head="classifier", num_labels=3), mb.load_tokenizer(BERT)
+    assert model.new_modules == ["bert.pooler", "classifier"]
+    texts = [LabelledText((text,), 0, line) for line, text in enumerate(reviews.corpus(300, seed=1), start=1)]
+    (ids, mask, types), _ = collate(encode(texts, tok, 64)[0], model, "cpu")
+    torch.manual_seed(0)
+    seen, chosen = masked(ids)
+    logits = model.bert(seen, mask, types)[chosen] @ model.bert.embeddings.word_embeddings.weight.T
+    frequencies = torch.bincount(ids[chosen], minlength=CONFIG["vocab_size"]) / chosen.sum()
+    by_frequency = -frequencies[ids[chosen]].log().mean()  # the best that a constant guess can do
+    assert F.cross_entropy(logits, ids[chosen]) < 0.5 * by_frequency
