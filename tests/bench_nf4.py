@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minibalora.checkpoints.weights import load_model
-from minibalora.lowrank import pissa_factors
+from minibalora.lowrank import factors_of
 from minibalora.nf4 import NF4
 from minibalora.toy import MODEL
 
@@ -24,7 +24,7 @@ def decaying(size: int, decay: float) -> Tensor:
 
 def errors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """W − nf4(W) of QLoRA and W − (nf4(W − A B) + A B) of QPiSSA, in float64; A and B are PiSSA's of this rank."""
-    A, B = pissa_factors(weight, rank, 1.0, "pissa")
+    A, B = factors_of("pissa")(weight, rank, 1.0)
     product = (A @ B).T
     residual = weight.float() - product
     qpissa = weight.double() - (NF4.quantize(residual).dequantize().double() + product.double())

@@ -11,7 +11,7 @@ import time
 import torch
 from torch import Tensor
 
-from minibalora.lowrank import pissa_factors
+from minibalora.lowrank import factors_of
 
 SIZE, RANK = 2048, 128
 INITS = ("pissa", "pissa_niter_16", "pissa_krylov_2", "pissa_krylov_4", "pissa_krylov_8", "pissa_krylov_12")
@@ -42,7 +42,7 @@ def compare(spectrum: str, weight: Tensor) -> None:
     print(f"{f'{spectrum}, {m} x {n}, rank {RANK}':32}  seconds  error of A B  error of the singular values")
     for name in ("Gram matrix", *INITS):
         started = time.process_time()
-        A, B = pissa_factors(weight, RANK, 1.0, name) if name in INITS else gram_factors(weight, RANK)
+        A, B = factors_of(name)(weight, RANK, 1.0) if name in INITS else gram_factors(weight, RANK)
         seconds = time.process_time() - started
         error = (A.double() @ B.double() - best).norm() / best.norm()
         value_error = (A.double().square().sum(dim=0).sort(descending=True).values / S - 1).abs().max()

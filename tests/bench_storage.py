@@ -10,7 +10,7 @@ import time
 
 import torch
 
-from minibalora.lowrank import pissa_factors
+from minibalora.lowrank import factors_of
 
 SIZE, RANK, BATCH = 2048, 128, 512
 
@@ -42,7 +42,7 @@ def main() -> None:
 def compare(dtype: torch.dtype) -> None:
     U, V = (torch.linalg.qr(torch.randn(SIZE, SIZE))[0] for _ in range(2))
     W = (U * (torch.arange(SIZE) + 1.0) ** -0.5 @ V.T).to(dtype)
-    A0, B0 = pissa_factors(W.T, RANK, 1.0, "pissa")
+    A0, B0 = factors_of("pissa")(W.T, RANK, 1.0)
     R = W.float() - A0 @ B0
     A = A0 * (1 + 1e-3 * torch.randn_like(A0))
     x = torch.randn(BATCH, SIZE).to(dtype)
