@@ -177,9 +177,11 @@ def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
     model.requires_grad_(False)
     _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     for module in _own_head(model):
-        for leaf, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            tensor.requires_grad_(isinstance(tensor, nn.Parameter))
-            module.register_parameter(f"{leaf}0", _frozen(tensor.clone()))
+        for leaf, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(f"{leaf}0", _frozen(parameter.clone()))
+            parameter.requires_grad_(True)
+        for leaf, buffer in list(module.named_buffers(recurse=False)):
+            module.register_buffer(f"{leaf}0", buffer.clone())
     return model
 
 

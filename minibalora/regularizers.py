@@ -24,8 +24,8 @@ def consistency_mse(student: Tensor, teacher: Tensor) -> Tensor:
 
     Unchanged when a row is scaled. A row of zeros has no direction and stays zero.
     """
-    _check_pair(student, teacher)
-    return (_unit_rows(student) - _unit_rows(teacher.detach())).square().mean()
+    student, teacher = _pair(student, teacher)
+    return (_unit_rows(student) - _unit_rows(teacher)).square().mean()
 
 
 def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -33,9 +33,9 @@ def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -
 
     T² keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531).
     """
-    _check_pair(student, teacher)
-    log_p = F.log_softmax(_rows(teacher.detach()) / temperature, dim=-1)
-    log_f = F.log_softmax(_rows(student) / temperature, dim=-1)
+    student, teacher = _pair(student, teacher)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    log_f = F.log_softmax(student / temperature, dim=-1)
     return temperature**2 * _kl(log_p, log_f).mean()
 
 
@@ -89,14 +89,14 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     student, teacher: (M, V), V ≥ 2; targets: (M,) integers in [0, V). The gradient with respect to a row's
     ground-truth logit is exactly 0, so the term never opposes the cross-entropy ("Mask the Target", arXiv 2605.29498).
     """
-    _check_pair(student, teacher)
+    student, teacher = _pair(student, teacher)
     if targets.shape != student.shape[:1] or targets.is_floating_point():
         raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}: give a class for each row")
     if not targets.is_cuda and not ((targets >= 0) & (targets < student.shape[1])).all():  # a GPU says so itself
         raise ValueError(f"a target lies outside of 0 to {student.shape[1] - 1}: leave out rows that have none")
     is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, targets[:, None].long(), True)
-    log_p = F.log_softmax(_rows(teacher.detach()).masked_fill(is_target, -torch.inf), dim=-1)
-    log_f = F.log_softmax(_rows(student).masked_fill(is_target, -torch.inf), dim=-1)
+    log_p = F.log_softmax(teacher.masked_fill(is_target, -torch.inf), dim=-1)
+    log_f = F.log_softmax(student.masked_fill(is_target, -torch.inf), dim=-1)
     return _kl(log_p, log_f).mean()
 
 
@@ -113,17 +113,19 @@ def _rows(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as `_rows`, the teacher without a gradient; ValueError unless they have one shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"student of shape {list(student.shape)}, teacher {list(teacher.shape)}: give the same rows")
+    return _rows(student), _rows(teacher.detach())
+
+
 def _numbers(logits: Tensor) -> Tensor:
     """The same where logits are taken as numbers, so that −∞ has no meaning."""
     Z = _rows(logits)
     if not Z.is_cuda and Z.isneginf().any():  # to ask a GPU would be to wait for it
         raise ValueError("logits of −inf are no numbers to compare: leave out the columns that are masked")
     return Z
-
-
-def _check_pair(student: Tensor, teacher: Tensor) -> None:
-    if student.shape != teacher.shape:
-        raise ValueError(f"student of shape {list(student.shape)}, teacher {list(teacher.shape)}: give the same rows")
 
 
 def _unit_rows(logits: Tensor) -> Tensor:
