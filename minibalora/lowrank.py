@@ -260,15 +260,16 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
     if done := {name.rpartition(".")[2] for name, _ in adapted_layers(model)}:
         raise ValueError(f"the model is adapted already, in {', '.join(sorted(done))}: merge it first")
     linears = _linears(model)
-    wanted = [targets] if isinstance(targets, str) else list(linears if targets is None else targets)
+    wanted = [targets] if isinstance(targets, str) else list(targets or ())
     fitting = {target: {name for name in linears if f".{name}".endswith(f".{target}")} for target in wanted}
     unknown = [target for target, names in fitting.items() if not names]
-    if unknown or not fitting:
+    if unknown or not linears or (targets is not None and not wanted):
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
         raise ValueError(
             f"no linear layer {' or '.join(unknown)}: there are {there}, and heads, which stay as they are"
         )
-    return {name: module for name, module in linears.items() if any(name in names for names in fitting.values())}
+    names = set(linears) if targets is None else set().union(*fitting.values())
+    return {name: linear for name, linear in linears.items() if name in names}
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
