@@ -35,6 +35,7 @@ from minibalora.run.cache import Cache
 from minibalora.run.flags import nlg_objective, parse_nlg_flags
 from minibalora.run.memory import expected_memory, packed_amount
 from minibalora.run.plan import nlg_formula, print_plan
+from minibalora.run.settings import Hardware
 from minibalora.run.teacher import open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
 
@@ -79,7 +80,15 @@ def main() -> int:
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     longest = sorted(rows, key=lambda row: len(row.ids))[-args.micro_batch_size :]
     amount = packed_amount(batches.pack(longest, "cpu"))
-    memory = expected_memory(args, model, amount, objective, distributed.size() if args.fsdp else 1)
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    memory = expected_memory(
+        model,
+        hardware,
+        amount,
+        objective,
+        args.batch_size > args.micro_batch_size,
+        distributed.size() if args.fsdp else 1,
+    )
     why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 
