@@ -39,7 +39,7 @@ from minibalora.objective import NLG_RECIPES, Objective, lambdas, nlg_loss
 from minibalora.run import training
 from minibalora.run.flags import DEFAULTS
 from minibalora.run.run_folder import plain_settings
-from minibalora.run.teacher import TeacherCache, teacher_states
+from minibalora.run.teacher import open_cache, teacher_states
 
 # As their config.json's have them.
 LLAMA_2_7B = LlamaConfig(
@@ -217,7 +217,7 @@ def step_of(base: Decoder, contender: Contender, args: argparse.Namespace) -> St
     head = FrozenHead(model.head_weight) if contender.form == "fused" else model.head
     objective = contender.objective
     weights = lambdas(objective, STEPS // 2, STEPS)
-    cache = TeacherCache(args.teacher_cache, "bench") if contender.knows_teacher else None
+    cache = open_cache(args.teacher_cache, "bench", [], 0) if contender.knows_teacher else None
 
     def teacher_of(rows: list[Row], batch: Packed) -> torch.Tensor | None:
         return teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
