@@ -65,11 +65,9 @@ class LowRankLinear(nn.Module):
         if isinstance(self.W, Tensor):
             return self.W.to(dtype)
         residual = self.W.dequantize(dtype)
-        return (
-            residual
-            if self.A0 is None
-            else residual.addmm_(self.B0.T.to(dtype), self.A0.T.to(dtype), alpha=self.scaling)
-        )
+        if self.A0 is None:
+            return residual
+        return residual.addmm_(self.B0.T.to(dtype), self.A0.T.to(dtype), alpha=self.scaling)
 
     def update(self) -> tuple[Tensor, Tensor]:
         """ΔW as two factors, ΔWᵀ = s · left @ right; (m, R) and (R, n), R = r for `lora`, otherwise 2r."""
@@ -84,7 +82,8 @@ class LowRankLinear(nn.Module):
         if self.is_teacher:
             return W
         left, right = (factor.to(W.dtype) for factor in self.update())
-        return torch.addmm(W, right.T, left.T, alpha=self.scaling)
+        with torch.autocast(W.device.type, enabled=False):
+            return torch.addmm(W, right.T, left.T, alpha=self.scaling)
 
     @property
     def delta(self) -> Tensor:
@@ -265,9 +264,8 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
     unknown = [target for target, names in fitting.items() if not names]
     if unknown or not linears or (targets is not None and not wanted):
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-        raise ValueError(
-            f"no linear layer {' or '.join(unknown)}: there are {there}, and heads, which stay as they are"
-        )
+        missing = f"is called {' or '.join(unknown)}" if unknown else "is to be adapted"
+        raise ValueError(f"no linear layer {missing}: there are {there}, and heads, which stay as they are")
     names = set(linears) if targets is None else set().union(*fitting.values())
     return {name: linear for name, linear in linears.items() if name in names}
 
@@ -280,10 +278,8 @@ def _linears(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         kind, is_head = type(module).__name__, module in heads or HEADS & {*name.split(".")}
-        is_linear = isinstance(module, nn.Linear) or (
-            ("Linear" in kind or kind == "Conv1D") and hasattr(module, "weight")
-        )
-        if is_linear and name and not is_head and id(module.weight) not in embeddings:
+        is_like = ("Linear" in kind or kind == "Conv1D") and hasattr(module, "weight")
+        if (isinstance(module, nn.Linear) or is_like) and name and not is_head and id(module.weight) not in embeddings:
             found[name] = module
     return found
 
@@ -294,9 +290,7 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
     is_changed = {"forward", "_compiled_call_impl"} & vars(linear).keys() or "weight" not in linear._parameters
     if not is_plain or is_changed or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
         why = "it computes something of its own, or was pruned, parametrised, offloaded, compiled or sharded"
-        raise ValueError(
-            f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of the targets"
-        )
+        raise ValueError(f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of targets")
     if linear.weight.is_meta and not is_known:
         raise ValueError(f"{name}the weight of this {kind} is on the meta device: load it first")
     m, n = linear.in_features, linear.out_features

@@ -1,4 +1,4 @@
-"""Adapting a model as `settings.Adaptation` says; what of it a checkpoint, a cache or another rank has is not computed."""
+"""Adapting a model as `settings.Adaptation` says. What a checkpoint, a cache or another rank has is not computed anew."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
