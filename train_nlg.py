@@ -126,12 +126,12 @@ def backward(
     counts = [sum(row.predicted for row in rows) for rows in micro]
     shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
     own = distributed.deal(micro, idle=micro[-1])
-    batches = [batches.pack(rows, model.embedding.weight.device) for rows in own]
-    teachers = teacher_states(model, batches, own, cache) if objective.needs_teacher else [None] * len(own)
+    packed = [batches.pack(rows, model.embedding.weight.device) for rows in own]
+    teachers = teacher_states(model, packed, own, cache) if objective.needs_teacher else [None] * len(own)
     weights = lambdas(objective, step, steps, mean_entropy_share(teachers, shares, head, objective))
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
-        for share, batch, teacher in zip(shares, batches, teachers, strict=True):
+        for share, batch, teacher in zip(shares, packed, teachers, strict=True):
             with watched_routers(model) as given:
                 student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)

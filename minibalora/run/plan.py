@@ -183,7 +183,8 @@ def adapted(args: Namespace, model: nn.Module, init: str) -> nn.Module:
     """InputError if rank or targets do not fit."""
     if init == "full":
         return model.float()
-    model.own_head = [] if model.family.has_language_model else [model.family.names.head]
+    family = model.checkpoint.family
+    model.own_head = [] if family.has_language_model else [family.names.head]
     try:
         return adapt(model, args.rank, None, init, args.targets, factors=partial(room_for_factors, args.rank))
     except ValueError as error:
@@ -243,7 +244,7 @@ def table(args: Namespace, family: Family, config: object, amount: Amount) -> li
 def gigabytes(args: Namespace, model: nn.Module, amount: Amount, counts: tuple[int, ...]) -> list[float]:
     """GB on each of so many GPUs; of a run that can't be sharded on one alone."""
     recipe = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
-    one = expected_memory(args, model, amount, recipe if model.family.has_language_model else None)
+    one = expected_memory(args, model, amount, recipe if model.checkpoint.family.has_language_model else None)
     if args.method == "full" or args.quantize or len(counts) == 1:
         return [one / 1e9]
     others = one - held(model)

@@ -87,7 +87,7 @@ def share_factors(model: nn.Module, args: Namespace, bar: Callable[[list], Itera
     for index, (name, layer) in bar(layers[distributed.rank() :: distributed.size()]):
         torch.manual_seed(args.seed + index)
         stored = f"{name}.weight"
-        W = read(model.stored[stored], stored, args.dtype, args.device) if layer.W.is_meta else layer.W
+        W = read(model.checkpoint.stored[stored], stored, args.dtype, args.device) if layer.W.is_meta else layer.W
         A, B = first_factors(args, name, W)
         layer.A.copy_(A)
         layer.B.copy_(B)

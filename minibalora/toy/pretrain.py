@@ -15,9 +15,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from tqdm import tqdm
 
-from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.batches import Row, collate, encode_examples, rows_of_step
 from minibalora.data.prompts import example_from
 from minibalora.evaluation.perplexity import whole_text
@@ -71,12 +72,13 @@ def new_model(folder: Path, seed: int) -> Decoder:
     """Random weights as GPT-2 draws them: normal, 0.02, and smaller by √(2 · layers) where a block ends."""
     (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     torch.manual_seed(seed)
-    model = llama(read_config(folder))
+    family, config = read_family(folder)
+    model = llama(config)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             ends_block = name.endswith(("o_proj", "down_proj"))
             nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * CONFIG["num_hidden_layers"]) if ends_block else 1))
-    model.source = folder
+    model.checkpoint = Checkpoint(folder, family)
     return model
 
 

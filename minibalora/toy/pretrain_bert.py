@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.glue import LabelledText
 from minibalora.data.labelled import ClassRow, collate, encode
 from minibalora.models.encoder import Bert
@@ -49,7 +50,8 @@ class MaskedLM(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.source, self.config = folder, read_config(folder)
+        family, self.config = read_family(folder)
+        self.checkpoint = Checkpoint(folder, family)
         self.bert = Bert(self.config)
         del self.bert.pooler
         for module in self.modules():
