@@ -80,7 +80,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     kind = ("lm", None) if args.as_text else ("classifier", classes)
     model = mb.load_model(args.model, *kind, torch.float32 if full else args.dtype, args.device)
-    if model.own_head and model.own_head[-1] not in model.new_modules:
+    if model.own_head and model.own_head[-1] not in model.checkpoint.new_modules:
         check_class_order(args.model, task)
 
     # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
@@ -95,8 +95,8 @@ def main() -> int:
     if args.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
-    if model.new_modules:
-        lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
+    if new := model.checkpoint.new_modules:
+        lines.append(f"no {' and no '.join(new)} in the checkpoint: new, from seed {args.seed}")
     amount = padded_amount(min(args.micro_batch_size, len(rows)), max(len(row.ids) for row in rows), args.as_text)
     hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
     memory = expected_memory(model, hardware, amount, None, args.batch_size > args.micro_batch_size)
@@ -194,8 +194,8 @@ def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[
     if args.teacher == "pretrained":
         return None
     teacher = mb.load_model(args.teacher, "classifier", classes, args.dtype, args.device)
-    if teacher.new_modules:
-        raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
+    if new := teacher.checkpoint.new_modules:
+        raise InputError(f"--teacher {args.teacher}: has no trained {new[0]}: give a fine-tuned model")
     check_class_order(args.teacher, task)
     rows, _ = labelled.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
     batches.check_fits(rows, args.data, args.teacher, args.max_length)

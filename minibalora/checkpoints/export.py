@@ -6,14 +6,16 @@ that is written, 5 GB.
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from minibalora.base import cli
 from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
-from minibalora.checkpoints.weights import LAST_OF_HEAD, skeleton
+from minibalora.checkpoints.weights import skeleton
 from minibalora.truncate import truncate
 
 
@@ -21,7 +23,8 @@ def main() -> int:
     args = parser().parse_args()
     adapter = read_adapter(args.adapter)
     is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
-    num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
+    classes = adapter.whole.get(read_family(Path(args.model))[0].names.classes)
+    num_labels = None if classes is None else len(classes)
     model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
     put_adapter(model, adapter)
     with new_folder(args.out) as folder:

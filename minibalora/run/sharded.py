@@ -32,7 +32,7 @@ def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device)
             fully_shard(stack, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
-        stored = model.stored.get(stored_name(name))
+        stored = model.checkpoint.stored.get(stored_name(name))
         if isinstance(parameter, DTensor):
             rows = read(stored, name, dtype, device, own_rows(len(parameter)))
             shard = DTensor.from_local(

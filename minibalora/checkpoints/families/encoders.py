@@ -108,14 +108,21 @@ FAMILIES = {
     "bert": family(
         partial(read_bert, is_roberta=False),
         BertClassifier,
-        Names("bert", "classifier", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"),
+        Names(
+            "bert", "classifier", "classifier.weight", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"
+        ),
         "Bert",
         BERT,
     ),
     "roberta": family(
         partial(read_bert, is_roberta=True),
         RobertaClassifier,
-        Names("roberta", "classifier", ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*"),
+        Names(
+            "roberta",
+            "classifier",
+            "classifier.out_proj.weight",
+            ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*",
+        ),
         "Roberta",
         BERT | {"pad_token_id": 1},
     ),
@@ -125,6 +132,7 @@ FAMILIES = {
         Names(
             "deberta",
             "classifier",
+            "classifier.weight",
             "pooler",
             ignored=r"(lm_predictions|mask_predictions|cls|qa_outputs)\..*|.*\.position_(ids|embeddings.*)",
         ),
