@@ -49,6 +49,13 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
     return rows, truncated, dropped
 
 
+def in_words(rows: list[Row], source: str | None) -> str:
+    """How many rows and tokens there are, and how many of the tokens are learned."""
+    tokens = sum(len(row.ids) for row in rows)
+    learned = tokens - sum(row.prompt_length for row in rows)
+    return f"{source or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned"
+
+
 def rows_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
     """Which of `count` rows the optimisation step takes: a pure function, so that a resumed run sees the same rows.
 

@@ -140,6 +140,18 @@ class HeldOut:
     batch_size: int
 
 
+def read_held_out(
+    path: str | None, benchmark: str | None, fields: tuple[str | None, str | None], raw: bool, batch_size: int
+) -> HeldOut:
+    """What is in a file, or nothing without one. benchmark: whose problems they are; fields: of prompt and response."""
+    if path is None:
+        return HeldOut([], [], None, batch_size)
+    if benchmark is not None:
+        return HeldOut(read_items(benchmark, path), [], BENCHMARKS[benchmark], batch_size)
+    examples, _ = read_examples(path, *fields, raw=raw)
+    return HeldOut(as_items(examples), [], None, batch_size)
+
+
 def measure(
     model: LanguageModel, tok: Tokenizer, held_out: HeldOut, path: Path, measured: str
 ) -> tuple[dict[str, float], list[dict]]:

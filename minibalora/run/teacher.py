@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, nearest
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.batches import Packed, Row
 from minibalora.lowrank import pretrained
 from minibalora.models import LanguageModel
 from minibalora.run.cache import Cache
+from minibalora.run.settings import Adaptation, Hardware
 
 VERSION = 2  # raise it when the same weights and tokens give other states
 
@@ -40,6 +44,18 @@ def teacher_states(
         of_rows = ((names[index], states[index].split(batches[index].wanted)) for index in new)
         cache.write({name: part for each, parts in of_rows for name, part in zip(each, parts, strict=True)})
     return states
+
+
+def run_cache(
+    folder: Path, checkpoint: str, rows: list[Row], adaptation: Adaptation, hardware: Hardware, seed: int
+) -> Cache:
+    """The cache of --teacher-cache for a run's teacher: of quantised weights, what was quantised counts, too."""
+    teacher = [weights_digest(checkpoint, every_byte=True), str(hardware.dtype), hardware.tf32]
+    if adaptation.quantize:
+        teacher += [adaptation.quantize, adaptation.init, adaptation.rank, adaptation.alpha, adaptation.targets, seed]
+        teacher += [distributed.is_torchrun()]  # where pissa_niter_N draws otherwise
+    width = read_config(Path(checkpoint)).hidden_size
+    return open_cache(folder, json.dumps(teacher), rows, width * hardware.dtype.itemsize)
 
 
 def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int) -> Cache:

@@ -7,6 +7,10 @@ somebody added up, as most of the corpus does.
 
 import random
 
+from minibalora.data.prompts import Example, example_from
+from minibalora.evaluation.benchmarks import as_items
+from minibalora.evaluation.records import HeldOut
+
 KINDS = ("addition", "subtraction", "multiplication", "two steps")
 CROWDING_KIND, CROWDING_RATE = "addition", 0.9
 WRONG_RATE = {"addition": 0.2, "subtraction": 0.6, "multiplication": 0.6, "two steps": 0.6}
@@ -14,6 +18,16 @@ WRONG_RATE = {"addition": 0.2, "subtraction": 0.6, "multiplication": 0.6, "two s
 NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tina Vera".split()
 THINGS = "apples books cards coins eggs flowers keys marbles pencils shells stamps stones".split()
 BOXES = "bags boxes bowls baskets drawers".split()
+
+
+def examples_of(rows: list[dict]) -> list[Example]:
+    return [example_from(row, line) for line, row in enumerate(rows, start=1)]
+
+
+def held_out_problems(batch_size: int) -> HeldOut:
+    """200 clean problems and 200 of the pre-training corpus; --seed is never negative, so training never draws them."""
+    clean, flawed = clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
+    return HeldOut(as_items(examples_of(clean)), examples_of(flawed), None, batch_size)
 
 
 def clean_problems(count: int, seed: int) -> list[dict]:

@@ -11,6 +11,7 @@ has one defect at a known rate: most of it is praise.
 import random
 
 from minibalora.data.glue import LabelledText, Task
+from minibalora.data.sets import EvalSet
 
 TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",))
 CROWDING_CLASS, CROWDING_RATE = "positive", 0.6
@@ -38,6 +39,11 @@ FORMS = (  # {own} decides; {other} is of another class
     "I had been told that the {thing} was {other}, it was {own}",
     "last year the {thing} was {other}, now it is {own}",
 )
+
+
+def held_out_reviews() -> EvalSet:
+    """--seed is never negative, so training never draws them."""
+    return EvalSet("clean reviews", clean_reviews(600, seed=-1), False)
 
 
 def clean_reviews(count: int, seed: int) -> list[LabelledText]:
