@@ -19,12 +19,11 @@ from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.checkpoints.weights import Checkpoint
-from minibalora.data.batches import Row, collate, encode_examples, rows_of_step
+from minibalora.data.batches import Row, encode_examples, pack, rows_of_step
 from minibalora.data.prompts import example_from
 from minibalora.evaluation.perplexity import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import llama
-from minibalora.objective import predicted_rows
 from minibalora.toy.problems import flawed_problems
 
 CONFIG = {
@@ -89,9 +88,9 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
     """Mean cross-entropy of every token but the first, prompts included."""
-    input_ids, labels = collate(whole_text(rows), next(model.parameters()).device)
-    states, targets = predicted_rows(model.hidden(input_ids), labels)
-    return F.cross_entropy(model.head(states), targets)
+    batch = pack(whole_text(rows), model.embedding.weight.device)
+    states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+    return F.cross_entropy(model.head(states), batch.targets)
 
 
 def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: float) -> None:

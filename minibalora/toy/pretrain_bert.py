@@ -19,7 +19,7 @@ from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.glue import LabelledText
-from minibalora.data.labelled import ClassRow, collate, encode
+from minibalora.data.labelled import ClassRow, encode, padded
 from minibalora.models.encoder import Bert
 from minibalora.toy.pretrain import BATCH_SIZE, CORPUS_ROWS, CORPUS_SEED, train
 from minibalora.toy.reviews import corpus
@@ -98,7 +98,7 @@ def masked(input_ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def pretraining_loss(model: MaskedLM, rows: list[ClassRow]) -> Tensor:
     """Mean cross-entropy of the words to guess."""
-    (input_ids, attention_mask, token_types), _ = collate(rows, model, next(model.parameters()).device)
+    (input_ids, attention_mask, token_types), _ = padded(rows, model, next(model.parameters()).device)
     seen, chosen = masked(input_ids)
     return F.cross_entropy(model(seen, attention_mask, token_types, chosen), input_ids[chosen])
 

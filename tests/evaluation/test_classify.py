@@ -47,7 +47,7 @@ def one_hot(predicted, classes):
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_a_batch_is_padded_on_the_right_and_its_mask_counts_the_tokens(bert, lengths):
     rows = random_rows(lengths)
-    (ids, mask, types), labels = labelled.collate(rows, bert, "cpu")
+    (ids, mask, types), labels = labelled.padded(rows, bert, "cpu")
     assert ids.shape == mask.shape == types.shape == (len(rows), max(lengths)) and ids.dtype == torch.int64
     assert mask.sum(1).tolist() == lengths and labels.tolist() == [row.label for row in rows]
     assert (mask.diff(dim=1) <= 0).all() and not ids[mask == 0].any() and not types[mask == 0].any()
@@ -61,14 +61,14 @@ def test_a_batch_is_padded_on_the_right_and_its_mask_counts_the_tokens(bert, len
 ])  # fmt: skip
 def test_token_types_go_only_to_a_model_that_has_more_than_one(name, arguments):
     model = mb.load_model(GOLDEN / name, head="classifier")
-    inputs, _ = labelled.collate(random_rows([3, 5]), model, "cpu")
+    inputs, _ = labelled.padded(random_rows([3, 5]), model, "cpu")
     assert len(inputs) == arguments
     assert model(*inputs).shape == (2, model.num_labels)
 
 
 def test_labels_are_integers_for_classes_and_floats_for_scores(bert):
-    assert labelled.collate(rows_of_labels([2, 0]), bert, "cpu")[1].dtype == torch.int64
-    assert labelled.collate(rows_of_labels([2.0, 0.5]), bert, "cpu")[1].is_floating_point()
+    assert labelled.padded(rows_of_labels([2, 0]), bert, "cpu")[1].dtype == torch.int64
+    assert labelled.padded(rows_of_labels([2.0, 0.5]), bert, "cpu")[1].is_floating_point()
 
 
 def test_rows_keep_order_texts_labels_and_lines_and_tell_how_many_were_cut():
@@ -91,7 +91,7 @@ def test_answers_come_in_the_rows_order_whatever_the_batch_size(bert, lengths, s
     """To float32's rounding: what pads a row changes only how its sums are cut."""
     rows = random_rows(lengths, seed=seed)
     for part, width in ((None, 3), (bert.features, 24)):
-        expected = torch.cat([(part or bert)(*labelled.collate([row], bert, "cpu")[0]) for row in rows]).detach()
+        expected = torch.cat([(part or bert)(*labelled.padded([row], bert, "cpu")[0]) for row in rows]).detach()
         got = classify.answers(bert, rows, size, "cpu", part=part)
         assert got.shape == (len(rows), width)
         assert torch.allclose(got, expected, atol=1e-5)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import minibalora as mb
 from minibalora.data.glue import LabelledText
-from minibalora.data.labelled import collate, encode
+from minibalora.data.labelled import encode, padded
 from minibalora.evaluation.answers import final_answer
 from minibalora.toy import BERT, MODEL, reviews
 from minibalora.toy.pretrain_bert import CONFIG, MASK, SPECIALS, make_tokenizer, masked
@@ -126,7 +126,7 @@ def test_bert_guesses_masked_words_better_than_their_frequencies_do():
     model, tok = mb.load_model(BERT, head="classifier", num_labels=3), mb.load_tokenizer(BERT)
     assert model.checkpoint.new_modules == ["bert.pooler", "classifier"]
     texts = [LabelledText((text,), 0, line) for line, text in enumerate(reviews.corpus(300, seed=1), start=1)]
-    (ids, mask, types), _ = collate(encode(texts, tok, 64)[0], model, "cpu")
+    (ids, mask, types), _ = padded(encode(texts, tok, 64)[0], model, "cpu")
     torch.manual_seed(0)
     seen, chosen = masked(ids)
     logits = model.bert(seen, mask, types)[chosen] @ model.bert.embeddings.word_embeddings.weight.T
