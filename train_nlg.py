@@ -24,17 +24,19 @@ from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data import batches, prompts
 from minibalora.data.batches import Row
 from minibalora.data.prompts import Example
-from minibalora.evaluation import records, tasks
-from minibalora.evaluation.tasks import Item
+from minibalora.evaluation import benchmarks, records
+from minibalora.evaluation.benchmarks import Item
 from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.models import LanguageModel
 from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.run import run_folder, training
+from minibalora.run.cache import Cache
 from minibalora.run.flags import nlg_objective, parse_nlg_flags
 from minibalora.run.memory import expected_memory, packed_amount
 from minibalora.run.plan import nlg_formula, print_plan
-from minibalora.run.teacher import TeacherCache, open_cache, teacher_states
+from minibalora.run.settings import Hardware
+from minibalora.run.teacher import open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
 
 
@@ -80,13 +82,22 @@ def main() -> int:
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     longest = sorted(rows, key=lambda row: len(row.ids))[-args.micro_batch_size :]
     amount = packed_amount(batches.pack(longest, "cpu"))
-    memory = expected_memory(args, model, amount, objective, distributed.size() if args.fsdp else 1)
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    memory = expected_memory(
+        model,
+        hardware,
+        amount,
+        objective,
+        args.batch_size > args.micro_batch_size,
+        distributed.size() if args.fsdp else 1,
+    )
     why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    task = tasks.TASKS[args.eval_task] if args.eval_task else None
-    measure = partial(records.scores, model, tok, task, held_out, pretraining, args.micro_batch_size)
+    benchmark = benchmarks.BENCHMARKS[args.eval_task] if args.eval_task else None
+    held_out = records.HeldOut(held_out, pretraining, benchmark, args.micro_batch_size)
+    measure = partial(records.measure, model, tok, held_out)
     before = distributed.on_main(measure, args.out / "eval-before.jsonl", settings["model_digest"])
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
@@ -101,7 +112,7 @@ def main() -> int:
     # Save, on one rank for all.
     distributed.on_main(save, model, args)
     status = training.finish(args.out, step, steps, stop)
-    if (held_out or pretraining) and not stop:
+    if (held_out.items or held_out.pretraining) and not stop:
         after = distributed.on_main(measure, args.out / "eval-after.jsonl", training.trained_digest(model))
         print("\n" + records.before_and_after(before, after))
     distributed.leave()
@@ -116,7 +127,7 @@ def backward(
     step: int,
     steps: int,
     stop: list[int],
-    cache: TeacherCache | None = None,
+    cache: Cache | None = None,
 ) -> tuple[list[float], dict[str, float]]:
     """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
@@ -179,17 +190,17 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
         train, held_out, pretraining = (
             [prompts.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
         )
-        return train, 0, tasks.as_items(held_out), pretraining
+        return train, 0, benchmarks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
     train, unanswered = prompts.read_examples(args.data, *fields, args.max_rows, args.raw)
     if args.eval is None:
         return train, unanswered, [], []
     if args.eval_task:
-        return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
-    return train, unanswered, tasks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
+        return train, unanswered, benchmarks.read_items(args.eval_task, args.eval), []
+    return train, unanswered, benchmarks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
-def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
+def teacher_cache(args: Namespace, rows: list[Row]) -> Cache:
     """The cache of --teacher-cache for this run's teacher: of quantised weights, what was quantised counts, too."""
     config = read_config(Path(args.model))
     teacher = [weights_digest(args.model, every_byte=True), str(args.dtype), args.tf32]

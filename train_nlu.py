@@ -37,6 +37,7 @@ from minibalora.run import run_folder, training
 from minibalora.run.flags import nlu_objective, parse_nlu_flags
 from minibalora.run.memory import expected_memory, padded_amount
 from minibalora.run.plan import nlu_formula, print_plan
+from minibalora.run.settings import Hardware
 from minibalora.toy import reviews
 
 
@@ -99,7 +100,8 @@ def main() -> int:
     if new := model.checkpoint.new_modules:
         lines.append(f"no {' and no '.join(new)} in the checkpoint: new, from seed {args.seed}")
     amount = padded_amount(min(args.micro_batch_size, len(rows)), max(len(row.ids) for row in rows), args.as_text)
-    memory = expected_memory(args, model, amount, None)
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    memory = expected_memory(model, hardware, amount, None, args.batch_size > args.micro_batch_size)
     print_plan(args, model, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step the student is the pre-trained model, whatever the init.
@@ -149,7 +151,7 @@ def main() -> int:
         features.append(answer(eval_rows[0], part=model.features))
         save_features(args.features, *features, [row.label for row in eval_rows[0]], task.labels or ())
     training.finish(args.out, step, steps, stop)
-    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + records.table(flat(before), flat(after)))
+    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + records.side_by_side(flat(before), flat(after)))
     return 0
 
 
@@ -263,7 +265,7 @@ def scores(
 ) -> dict[str, dict[str, float]]:
     """Name of an evaluation set -> its scores; of the first `first` sets, or of all."""
     return {
-        eval_set.name: classify.scores(answer(rows), rows, task, eval_set.is_folded, batch_size)
+        eval_set.name: classify.class_scores(answer(rows), rows, task, eval_set.is_folded, batch_size)
         for eval_set, rows in list(zip(eval_sets, eval_rows, strict=True))[:first]
     }
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """The objective of text and its exact gradient, without ever holding the (M, V) logits. This file needs only torch.
 
 The same numbers as `regularizers.py` gives, which stays the definition. A row is a predicted token: its student has
@@ -28,15 +29,42 @@ BA-LoRA: arXiv 2408.04556. Non-target KL: arXiv 2605.29498. Cross-entropy in blo
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["FrozenHead", "Terms", "fused_objective", "mean_entropy"]
+
 BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time: fewer, and matrix products slow down; 5 blocks of logits are held
 ROOT_ROWS = 4096  # of the head, in float64 at once
 LEFT_OUT = -1e30  # as a logit: its probability is exactly 0, and the difference of two such is not NaN
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Which terms there are beside the cross-entropy, their weights, and the settings of `regularizers.py`."""
+
+    lambda1: float = 0.0
+    temperature: float = 1.0
+    lambda2: float = 0.0
+    top_k: int | None = None
+    lambda3: float = 0.0
+    svd_k: int = 10
+    svd_norm: str = "nuclear"
+    non_target_kl: float = 0.0
+
+    def __post_init__(self):
+        if self.svd_norm not in ("nuclear", "frobenius"):
+            raise ValueError(f"unknown norm {self.svd_norm!r}: give nuclear or frobenius")
+
+    @property
+    def of_tokens(self) -> dict[str, float]:
+        """Name -> weight of those terms that are means over tokens."""
+        weights = {"consistency": self.lambda1, "diversity": self.lambda2, "non_target_kl": self.non_target_kl}
+        return {"task": 1.0} | {name: weight for name, weight in weights.items() if weight != 0}
 
 
 class FrozenHead:
@@ -52,9 +80,10 @@ class FrozenHead:
     @cached_property
     def root(self) -> Tensor:
         """R (d, d) with RᵀR = WᵀW in float64: Λ^½ Qᵀ of WᵀW = Q Λ Qᵀ, which a W of any rank has."""
-        gram = sum(part.double().T @ part.double() for part in self.weight.split(ROOT_ROWS))
-        values, Q = torch.linalg.eigh(gram)
-        return values.clamp_min(0).sqrt()[:, None] * Q.T
+        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training, too
+            gram = sum(part.double().T @ part.double() for part in self.weight.split(ROOT_ROWS))
+            values, Q = torch.linalg.eigh(gram)
+            return values.clamp_min(0).sqrt()[:, None] * Q.T
 
     def workspace(self, count: int, rows: int) -> list[Tensor]:
         """`count` blocks (rows, V) in float32 or wider, the same memory at every call: on a CPU fresh memory costs more
@@ -62,49 +91,54 @@ class FrozenHead:
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         for _ in range(count - len(self.buffers)):
             shape = self.block, len(self.weight)
-            self.buffers.append(torch.empty(shape, dtype=dtype, device=self.weight.device))
+            with torch.inference_mode(False):
+                self.buffers.append(torch.empty(shape, dtype=dtype, device=self.weight.device))
         return [buffer[:rows] for buffer in self.buffers[:count]]
 
     def logits(self, states: Tensor, out: Tensor) -> Tensor:
         """(b, d) -> (b, V), written to `out`: rounded as the model's own are, then in out's dtype, and shifted."""
+        states = states.to(self.weight.dtype)
         same = out.dtype == states.dtype
         z = torch.mm(states, self.weight.T, out=out) if same else out.copy_(F.linear(states, self.weight))
         return _shifted(z)
 
 
 def fused_objective(
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor,
-    head: FrozenHead,
-    *,
-    lambda1: float = 0.0,
-    temperature: float = 1.0,
-    lambda2: float = 0.0,
-    top_k: int | None = None,
-    lambda3: float = 0.0,
-    svd_k: int = 10,
-    svd_norm: str = "nuclear",
-    non_target_kl: float = 0.0,
+    student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, **settings: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L = cross-entropy + λ1·L_CR + λ2·L_DR + λ3·L_SVDR + λ·non-target KL, and the value of every term with λ ≠ 0.
 
     student, teacher: (M, d) final hidden states of predicted tokens, teacher None where neither KL is asked for;
-    targets: (M,) those tokens. Gradients flow through L into `student` alone; the terms are for looking at, named task,
-    consistency, diversity, svd and non_target_kl. The other arguments are those of `regularizers.py`'s functions.
+    targets: (M,) those tokens. settings: the fields of `Terms`. Gradients flow through L into `student` alone, once:
+    a second derivative raises RuntimeError. The values are named task, consistency, diversity, svd and non_target_kl.
+    ValueError for rows that do not fit together, or none.
     """
-    if svd_norm not in ("nuclear", "frobenius"):
-        raise ValueError(f"unknown norm {svd_norm!r}: give nuclear or frobenius")
-    weights = {"task": 1.0, "consistency": lambda1, "diversity": lambda2, "non_target_kl": non_target_kl}
-    weights = {name: weight for name, weight in weights.items() if weight != 0}
+    terms = Terms(**settings)
+    _check_rows(student, teacher, targets, head, terms)
     states = student.detach()
-    terms, gradient = _token_terms(states, teacher, targets, head, weights, temperature, top_k)
-    if lambda3 != 0:
-        weights["svd"] = lambda3
-        terms["svd"], slope = _spectral_share(states, head.root, svd_k, svd_norm)
-        gradient.add_(slope, alpha=lambda3)
-    value = sum(weight * terms[name] for name, weight in weights.items())
-    return _WithGradient.apply(student, value, gradient), terms
+    with torch.autocast(states.device.type, enabled=False):
+        values, gradient = _token_terms(states, teacher, targets.long(), head, terms)
+        if terms.lambda3 != 0:
+            values["svd"], slope = _spectral_share(states, head.root, terms.svd_k, terms.svd_norm)
+            gradient.add_(slope, alpha=terms.lambda3)
+    weights = terms.of_tokens | {"svd": terms.lambda3}
+    total = sum(weights[name] * value for name, value in values.items())
+    return _WithGradient.apply(student, total, gradient), values
+
+
+def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms) -> None:
+    M, width = (*student.shape, 0)[:2]
+    if student.ndim != 2 or M == 0 or width != head.weight.shape[1]:
+        expected = f"(M, {head.weight.shape[1]}), M at least 1, as the head is {list(head.weight.shape)}"
+        raise ValueError(f"states of shape {list(student.shape)}: give {expected}")
+    if targets.shape != (M,) or targets.is_floating_point():
+        raise ValueError(
+            f"targets are {targets.dtype} of shape {list(targets.shape)}: give a token for each of {M} rows"
+        )
+    is_needed = terms.lambda1 != 0 or terms.non_target_kl != 0
+    if is_needed and (teacher is None or teacher.shape != student.shape):
+        shape = None if teacher is None else list(teacher.shape)
+        raise ValueError(f"teacher of shape {shape}, student {list(student.shape)}: give the same rows")
 
 
 class _WithGradient(torch.autograd.Function):
@@ -117,6 +151,8 @@ class _WithGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("fused_objective can't be differentiated twice: take the formulas of regularizers.py")
         (gradient,) = ctx.saved_tensors
         wide = torch.promote_types(gradient.dtype, torch.float32)  # a micro-batch's share keeps its digits
         return (upstream.to(wide) * gradient.to(wide)).to(gradient.dtype), None, None
@@ -124,15 +160,10 @@ class _WithGradient(torch.autograd.Function):
 
 @torch.no_grad()
 def _token_terms(
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor,
-    head: FrozenHead,
-    weights: dict[str, float],
-    temperature: float,
-    top_k: int | None,
+    student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The means over tokens that `weights` names, and the gradient (M, d) of their weighted sum, in student's dtype."""
+    """The means over tokens of `terms`, and the gradient (M, d) of their weighted sum, in student's dtype."""
+    weights = terms.of_tokens
     needs_teacher = "consistency" in weights or "non_target_kl" in weights
     values = {name: [] for name in weights}
     gradient = torch.empty_like(student)
@@ -141,21 +172,14 @@ def _token_terms(
         z, slope, *free = head.workspace(5 if needs_teacher else 3, len(targets[rows]))
         z = head.logits(student[rows], out=z)
         z_P = head.logits(teacher[rows], out=free.pop()) if needs_teacher else None
-        for name, value in _block_terms(z, z_P, targets[rows, None], weights, temperature, top_k, slope, free):
+        for name, value in _block_terms(z, z_P, targets[rows, None], terms, slope, free):
             values[name].append(value)
         gradient[rows] = slope.div_(len(student)).to(head.weight.dtype) @ head.weight
     return {name: torch.cat(parts).mean() for name, parts in values.items()}, gradient
 
 
 def _block_terms(
-    z: Tensor,
-    z_P: Tensor | None,
-    y: Tensor,
-    weights: dict[str, float],
-    temperature: float,
-    top_k: int | None,
-    slope: Tensor,
-    free: list[Tensor],
+    z: Tensor, z_P: Tensor | None, y: Tensor, terms: Terms, slope: Tensor, free: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """Each term of a block's rows, (b, 1), by name; `slope` is filled with the weighted sum of their ∂ℓ/∂z.
 
@@ -164,24 +188,24 @@ def _block_terms(
     """
     f, lse = _softmax(z, 1.0, out=slope)
     yield "task", lse - z.gather(1, y)
-    if "diversity" in weights and top_k is None:
+    if terms.lambda2 != 0 and terms.top_k is None:
         mean = torch.mul(f, z, out=free[0]).sum(-1, keepdim=True)
         yield "diversity", mean - lse  # Σ f log f, as log f = z − lse
-        slope.add_(torch.sub(z, mean, out=free[0]).mul_(f), alpha=weights["diversity"])
-    if "diversity" in weights and top_k is not None:
-        value, columns, entropic = _entropy_of_largest(z, top_k)
+        slope.add_(torch.sub(z, mean, out=free[0]).mul_(f), alpha=terms.lambda2)
+    elif terms.lambda2 != 0:
+        value, columns, entropic = _entropy_of_largest(z, terms.top_k)
         yield "diversity", value
-        slope.scatter_add_(1, columns, weights["diversity"] * entropic)
+        slope.scatter_add_(1, columns, terms.lambda2 * entropic)
     slope.scatter_add_(1, y, -torch.ones_like(y, dtype=slope.dtype))
-    if "consistency" in weights:
-        kl, difference = _kl(z, z_P, temperature, free)
-        yield "consistency", temperature**2 * kl
-        slope.add_(difference, alpha=weights["consistency"] * temperature)
-    if "non_target_kl" in weights:
+    if terms.lambda1 != 0:
+        kl, difference = _kl(z, z_P, terms.temperature, free)
+        yield "consistency", terms.temperature**2 * kl
+        slope.add_(difference, alpha=terms.lambda1 * terms.temperature)
+    if terms.non_target_kl != 0:
         z, z_P = (_shifted(logits.scatter_(1, y, LEFT_OUT)) for logits in (z, z_P))
         kl, difference = _kl(z, z_P, 1.0, free)
         yield "non_target_kl", kl
-        slope.add_(difference, alpha=weights["non_target_kl"])
+        slope.add_(difference, alpha=terms.non_target_kl)
 
 
 def _shifted(z: Tensor) -> Tensor:

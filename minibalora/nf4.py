@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """A frozen weight in four bits: NormalFloat with double quantisation.
 
 This file needs only torch.
@@ -5,12 +6,14 @@ This file needs only torch.
 NF4: QLoRA, Dettmers et al., arXiv 2305.14314, section 3.
 """
 
-from functools import cache
+from functools import cache, partial
 from math import inf, prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+__all__ = ["NF4", "normal_levels", "quantize"]
 
 BLOCK = 64  # weights that share one scale, in the order of memory: along a row, then on into the next
 SCALE_BLOCK = 256  # scales that share one step of their own
@@ -25,9 +28,8 @@ def normal_levels() -> Tensor:
     values are those printed in the paper's appendix E. (Equation 4 gives a slightly different set.)
     """
     delta = 1 - (1 / 32 + 1 / 30) / 2
-    p = torch.cat(
-        [torch.linspace(1 - delta, 0.5, 8, dtype=torch.float64), torch.linspace(0.5, delta, 9, dtype=torch.float64)[1:]]
-    )
+    linspace = partial(torch.linspace, dtype=torch.float64, device="cpu")
+    p = torch.cat([linspace(1 - delta, 0.5, 8), linspace(0.5, delta, 9)[1:]])
     quantiles = torch.erfinv(2 * p - 1)  # times √2, which the division removes
     return quantiles / quantiles[-1]
 
@@ -48,14 +50,7 @@ class NF4(nn.Module):
     starts from this quantised model. A teacher is the model before training: the same quantised one, for QPiSSA with
     A₀ and B₀, for QLoRA nf4(W) alone. It is not the pre-trained model in full precision, which is kept nowhere.
 
-    `python tests/bench_nf4.py` measured how much smaller QPiSSA's error is than QLoRA's, in the nuclear norm:
-
-                                rank 16  rank 32  rank 64
-        σ_i = 1                      1 %      3 %      6 %    512 x 512, random orthogonal factors
-        σ_i = i^-0.25                8 %     12 %     18 %
-        σ_i = i^-0.5                28 %     36 %     44 %
-        σ_i = i^-1                  80 %     86 %     90 %
-        the built-in Llama          46 %     65 %     82 %    its layers are only 128 wide
+    `python tests/bench_nf4.py` measures how much smaller QPiSSA's error is than QLoRA's.
     """
 
     def __init__(self, shape: torch.Size, codes: Tensor, scale_codes: Tensor, scale_steps: Tensor, scale_least: Tensor):
@@ -125,3 +120,15 @@ def _levels_of_a_byte(device: torch.device) -> Tensor:
     """(256,): the levels of a byte's two halves, two float32 in one int64, as one number is looked up faster."""
     levels = normal_levels().float()
     return torch.cartesian_prod(levels, levels).view(torch.int64).flatten().to(device)
+
+
+@torch.no_grad()
+def quantize(layer: nn.Module) -> None:
+    """Let a LowRankLinear keep W_res in four bits in place of W, in place.
+
+    Of a PiSSA layer that is the residual, whose largest directions are in A₀ and B₀, so less is lost of it than of W
+    (QPiSSA, arXiv 2404.02948); of a LoRA layer it is W itself (QLoRA, arXiv 2305.14314).
+    """
+    residual = layer.residual.T
+    del layer.W  # the name of a parameter takes no module
+    layer.W = NF4.quantize(residual)

@@ -13,9 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minibalora import regularizers as R
-from minibalora.fused import FrozenHead, fused_objective
-
-IGNORED = -100  # the label of what is never predicted: prompt and padding
+from minibalora.fused import FrozenHead, fused_objective, mean_entropy
 
 
 @dataclass(frozen=True)
@@ -50,16 +48,6 @@ NLU_RECIPES = {
 }
 
 
-def predicted_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Of padded rows, as `data.collate` has them: position t predicts token t + 1. (Packed ones: `data.pack`.)
-
-    hidden: (B, T, d) states (or logits); labels: (B, T), the input ids with IGNORED on prompt and padding.
-    Returns (M, d) states whose *next* token is a response token, and those (M,) tokens.
-    """
-    is_next_response = labels[:, 1:] != IGNORED
-    return hidden[:, :-1][is_next_response], labels[:, 1:][is_next_response]
-
-
 def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | None = None) -> dict[str, float]:
     """The weight of each regularizer at `step` of `steps` (counted from 0), by the name of its term.
 
@@ -82,107 +70,128 @@ def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | 
     }
 
 
-def nlg_terms(
+def nlg_loss(
     student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
-) -> dict[str, Tensor]:
-    """Every term whose weight is not 0, and the cross-entropy as "task"; each a mean over the M rows.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L of text, and its terms by name, without those whose weight is 0; each a mean over the M rows.
 
     student, teacher: (M, V) logits of predicted response tokens; targets: (M,) those tokens; teacher is None where
     `objective.needs_teacher` is false. The spectral term is not additive over rows: it is taken per micro-batch, as in
     the paper's code, and a step averages it weighted by rows. All others are the same however a step is cut.
     """
-    formulas = {
-        "consistency": lambda: R.consistency_kl(student, teacher, objective.temperature),
-        "diversity": lambda: R.diversity_entropy(student, objective.top_k),
-        "svd": lambda: R.svd_share(student, objective.svd_k, objective.svd_norm),
-        "non_target_kl": lambda: R.non_target_kl(student, teacher, targets),
-    }
+    λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
     task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), targets)
-    return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
+    consistency = R.consistency_kl(student, teacher, objective.temperature) if λ1 else 0.0
+    diversity = R.diversity_entropy(student, objective.top_k) if λ2 else 0.0
+    svd = R.svd_share(student, objective.svd_k, objective.svd_norm) if λ3 else 0.0
+    non_target_kl = R.non_target_kl(student, teacher, targets) if λ else 0.0
+    loss = task + λ1 * consistency + λ2 * diversity + λ3 * svd + λ * non_target_kl
+    return loss, _present(task, consistency, diversity, svd, non_target_kl)
 
 
-def head_of(model: nn.Module) -> FrozenHead | Callable[[Tensor], Tensor]:
-    """What `nlg_loss` takes of a language model: its frozen head, or a function where there are whole logits to take,
-    for the head is trained or caps them (Gemma 2), and then they are no product of states and weight."""
-    if model.head_weight.requires_grad or model.config.logit_cap is not None:
-        return model.head
-    return FrozenHead(model.head_weight)
-
-
-def nlg_loss(
-    student: Tensor,
-    teacher: Tensor | None,
-    targets: Tensor,
-    head: FrozenHead | Callable[[Tensor], Tensor],
-    objective: Objective,
-    weights: dict[str, float],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L and its terms, as `nlg_terms` has them, from final hidden states (M, d) of predicted response tokens.
-
-    head: see `head_of`. With a FrozenHead no (M, V) logits ever exist (see `fused.py`, which gives the same numbers);
-    of a function from states to logits the plain formulas are taken.
-    """
-    if not isinstance(head, FrozenHead):
-        terms = nlg_terms(head(student), None if teacher is None else head(teacher), targets, objective, weights)
-        return weighted_sum(terms, weights), terms
-    return fused_objective(
-        student,
-        teacher,
-        targets,
-        head,
-        lambda1=weights["consistency"],
-        temperature=objective.temperature,
-        lambda2=weights["diversity"],
-        top_k=objective.top_k,
-        lambda3=weights["svd"],
-        svd_k=objective.svd_k,
-        svd_norm=objective.svd_norm,
-        non_target_kl=weights["non_target_kl"],
-    )
-
-
-def nlu_terms(
+def nlu_loss(
     student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, weights: dict[str, float]
-) -> dict[str, Tensor]:
-    """Every term whose weight is not 0, and the task's loss as "task"; each a mean over the N examples.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L of classes, and its terms by name, without those whose weight is 0; each a mean over the N examples.
 
     student, teacher: (N, D) logits of one micro-batch, one column a class; labels: (N,) classes. The covariance and the
-    spectral term are not additive over examples: see `nlg_terms`. GLUE has D ≤ 3 classes and both recipes k = 5 > D, so
+    spectral term are not additive over examples: see `nlg_loss`. GLUE has D ≤ 3 classes and both recipes k = 5 > D, so
     iclr2026's spectral share is the constant −1 there, without a gradient; 2024's sum is not.
-
-    D = 1 is regression (STS-B): labels are (N,) scores, the task is their mean squared error, and so is consistency,
-    with the teacher's scores. One column has no covariance and a spectral share of 1: these terms are left out.
 
     What the teacher says of a base checkpoint: its classifier is new, so "the pre-trained model's logits" are a random
     projection of the pre-trained features. Consistency then means to stay near those features as seen through that
     projection, not to keep a prediction. That is what the paper does; `--teacher folder` takes a fine-tuned model.
     """
     if student.shape[1] == 1:
-        consistency = {"consistency": lambda: F.mse_loss(student.float(), teacher.float())}
-        task, formulas = F.mse_loss(student[:, 0].float(), labels.float()), consistency
-    else:
-        task = F.cross_entropy(student.float(), labels)
-        is_kl, is_share = objective.consistency == "kl", objective.svd_norm is not None
-        formulas = {
-            "consistency": lambda: (
-                R.consistency_kl(student, teacher, objective.temperature)
-                if is_kl
-                else R.consistency_mse(student, teacher)
-            ),
-            "diversity": lambda: R.diversity_covariance(student),
-            "svd": lambda: (
-                R.svd_share(student, objective.svd_k, objective.svd_norm)
-                if is_share
-                else R.svd_sum(student, objective.svd_k)
-            ),
-            "non_target_kl": lambda: R.non_target_kl(student, teacher, labels),
-        }
-    return {"task": task} | {name: formula() for name, formula in formulas.items() if weights[name] != 0}
+        return _regression_loss(student, teacher, labels, weights["consistency"])
+    λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
+    task = F.cross_entropy(student.float(), labels)
+    consistency = svd = 0.0
+    if λ1:
+        is_kl = objective.consistency == "kl"
+        consistency = (
+            R.consistency_kl(student, teacher, objective.temperature) if is_kl else R.consistency_mse(student, teacher)
+        )
+    if λ3:
+        k, norm = objective.svd_k, objective.svd_norm
+        svd = R.svd_sum(student, k) if norm is None else R.svd_share(student, k, norm)
+    diversity = R.diversity_covariance(student) if λ2 else 0.0
+    non_target_kl = R.non_target_kl(student, teacher, labels) if λ else 0.0
+    loss = task + λ1 * consistency + λ2 * diversity + λ3 * svd + λ * non_target_kl
+    return loss, _present(task, consistency, diversity, svd, non_target_kl)
 
 
-def weighted_sum(terms: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """L of the given terms; the task counts once."""
-    return terms["task"] + sum(weights[name] * term for name, term in terms.items() if name != "task")
+def _regression_loss(
+    student: Tensor, teacher: Tensor | None, scores: Tensor, λ1: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """D = 1 (STS-B): the task is the mean squared error to the scores (N,), and consistency that to the teacher's.
+
+    One column has no covariance and a spectral share of 1: these terms are left out.
+    """
+    task = F.mse_loss(student[:, 0].float(), scores.float())
+    consistency = F.mse_loss(student.float(), teacher.float()) if λ1 else 0.0
+    return task + λ1 * consistency, _present(task, consistency)
+
+
+def _present(*terms: Tensor | float) -> dict[str, Tensor]:
+    """Name -> term, of those that were computed, in the order of L."""
+    names = ("task", "consistency", "diversity", "svd", "non_target_kl")
+    return {name: term for name, term in zip(names, terms, strict=False) if isinstance(term, Tensor)}
+
+
+class WholeLogits:
+    """L of text in the plain form: (M, V) logits, and the formulas on them. `head`: states (M, d) -> logits (M, V)."""
+
+    is_whole = True
+
+    def __init__(self, head: Callable[[Tensor], Tensor]):
+        self.head = head
+
+    def loss(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """L and its terms, as `nlg_loss` has them, from final states (M, d) of predicted response tokens."""
+        teacher = None if teacher is None else self.head(teacher)
+        return nlg_loss(self.head(student), teacher, targets, objective, weights)
+
+    def entropy_share(self, teacher: Tensor, temperature: float) -> Tensor:
+        """The mean over the teacher's states (M, d) of H(softmax(z/T)) / ln V, in [0, 1]."""
+        return entropy_share(self.head(teacher), temperature).mean()
+
+
+class LogitsInBlocks(FrozenHead):
+    """The same numbers and their gradient without ever holding the (M, V) logits, see fused.py."""
+
+    is_whole = False
+
+    def loss(
+        self, student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        return fused_objective(
+            student,
+            teacher,
+            targets,
+            self,
+            lambda1=weights["consistency"],
+            temperature=objective.temperature,
+            lambda2=weights["diversity"],
+            top_k=objective.top_k,
+            lambda3=weights["svd"],
+            svd_k=objective.svd_k,
+            svd_norm=objective.svd_norm,
+            non_target_kl=weights["non_target_kl"],
+        )
+
+    def entropy_share(self, teacher: Tensor, temperature: float) -> Tensor:
+        return mean_entropy(teacher, self, temperature) / math.log(len(self.weight))
+
+
+def head_of(model: nn.Module, is_plain: bool = False) -> WholeLogits | LogitsInBlocks:
+    """What computes L of a language model: in blocks, unless the plain form is asked for, or the head is trained or
+    caps its logits (Gemma 2), so that they are not the product of states and a frozen weight."""
+    if is_plain or model.head_weight.requires_grad or model.config.logit_cap is not None:
+        return WholeLogits(model.head)
+    return LogitsInBlocks(model.head_weight)
 
 
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:

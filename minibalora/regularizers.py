@@ -1,8 +1,12 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """The regularizers of BA-LoRA and of non-target KL, one function each, as the papers write them.
 
 This file needs only torch. Every function takes logits with one row an example or a predicted token (N or M rows) and
 one column a class or a vocabulary entry (D or V columns), computes in float32 (float64 stays float64) and returns the
 scalar that is *minimised*, sign included. The teacher is the pre-trained model; no gradient flows into it.
+
+A logit of −∞ is an entry that a mask took away: KL and entropy leave it out (0 log 0 = 0). ValueError for logits that
+are not rows, without a row, of another shape than the teacher's, or, where they are taken as numbers, with −∞.
 
 BA-LoRA: arXiv 2408.04556; "2024" is its versions 1 to 5, "iclr2026" the ICLR 2026 one. Non-target KL: arXiv 2605.29498.
 """
@@ -11,13 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = ["consistency_kl", "consistency_mse", "diversity_covariance", "diversity_entropy", "non_target_kl"]
+__all__ += ["svd_share", "svd_sum"]
+
 
 def consistency_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """L_CR, NLU 2024:  1/(N D) · Σ (z_F/‖z_F‖ − z_P/‖z_P‖)²  over L2-normalised rows. (N, D) twice -> [0, 4/D].
 
     Unchanged when a row is scaled. A row of zeros has no direction and stays zero.
     """
-    return (_unit_rows(student) - _unit_rows(teacher.detach())).square().mean()
+    student, teacher = _pair(student, teacher)
+    return (_unit_rows(student) - _unit_rows(teacher)).square().mean()
 
 
 def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -25,9 +33,10 @@ def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -
 
     T² keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531).
     """
-    log_p = F.log_softmax(_wide(teacher.detach()) / temperature, dim=-1)
-    log_f = F.log_softmax(_wide(student) / temperature, dim=-1)
-    return temperature**2 * (log_p.exp() * (log_p - log_f)).sum(-1).mean()
+    student, teacher = _pair(student, teacher)
+    log_p = F.log_softmax(teacher / temperature, dim=-1)
+    log_f = F.log_softmax(student / temperature, dim=-1)
+    return temperature**2 * _kl(log_p, log_f).mean()
 
 
 def diversity_covariance(logits: Tensor) -> Tensor:
@@ -35,10 +44,11 @@ def diversity_covariance(logits: Tensor) -> Tensor:
 
     Unchanged when one vector is added to every row. One row has no covariance: 0.
     """
-    Z = _wide(logits)
+    Z = _numbers(logits)
     N, D = Z.shape
     Z = Z - Z.mean(0)
-    C = Z.T @ Z / max(N - 1, 1)
+    with torch.autocast(Z.device.type, enabled=False):  # it would multiply in bfloat16
+        C = Z.T @ Z / max(N - 1, 1)
     return (C - C.diag().diag()).square().sum() / D
 
 
@@ -47,11 +57,11 @@ def diversity_entropy(logits: Tensor, top_k: int | None = None) -> Tensor:
 
     top_k: None (2024) takes the whole vocabulary; otherwise the K largest are renormalised among themselves.
     """
-    Z = _wide(logits)
+    Z = _rows(logits)
     if top_k is not None:
         Z = Z.topk(min(top_k, Z.shape[-1]), dim=-1).values
     log_f = F.log_softmax(Z, dim=-1)
-    return (log_f.exp() * log_f).sum(-1).mean()
+    return (log_f.exp() * log_f.clamp_min(torch.finfo(Z.dtype).min)).sum(-1).mean()  # 0 log 0 = 0
 
 
 def svd_sum(logits: Tensor, k: int) -> Tensor:
@@ -79,19 +89,47 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     student, teacher: (M, V), V ≥ 2; targets: (M,) integers in [0, V). The gradient with respect to a row's
     ground-truth logit is exactly 0, so the term never opposes the cross-entropy ("Mask the Target", arXiv 2605.29498).
     """
-    is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, targets[:, None], True)
-    log_p = F.log_softmax(_wide(teacher.detach()).masked_fill(is_target, -torch.inf), dim=-1)
-    log_f = F.log_softmax(_wide(student).masked_fill(is_target, -torch.inf), dim=-1)
-    log_ratio = (log_p - log_f).masked_fill(is_target, 0.0)  # −∞ − (−∞) where both are left out
-    return (log_p.exp() * log_ratio).sum(-1).mean()
+    student, teacher = _pair(student, teacher)
+    if targets.shape != student.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}: give a class for each row")
+    if not targets.is_cuda and not ((targets >= 0) & (targets < student.shape[1])).all():  # a GPU says so itself
+        raise ValueError(f"a target lies outside of 0 to {student.shape[1] - 1}: leave out rows that have none")
+    is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, targets[:, None].long(), True)
+    log_p = F.log_softmax(teacher.masked_fill(is_target, -torch.inf), dim=-1)
+    log_f = F.log_softmax(student.masked_fill(is_target, -torch.inf), dim=-1)
+    return _kl(log_p, log_f).mean()
 
 
-def _wide(logits: Tensor) -> Tensor:
+def _kl(log_p: Tensor, log_f: Tensor) -> Tensor:
+    """Σ p (log p − log f) of each row; an entry with p = 0 adds 0, also where f is 0 too."""
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_f), 0.0).sum(-1)
+
+
+def _rows(logits: Tensor) -> Tensor:
+    """The logits in float32 or wider; ValueError unless they are at least one row."""
+    if logits.ndim != 2 or len(logits) == 0:
+        raise ValueError(f"logits of shape {list(logits.shape)}: give (rows, columns), a row an example or token")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
+def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Both as `_rows`, the teacher without a gradient; ValueError unless they have one shape."""
+    if student.shape != teacher.shape:
+        raise ValueError(f"student of shape {list(student.shape)}, teacher {list(teacher.shape)}: give the same rows")
+    return _rows(student), _rows(teacher.detach())
+
+
+def _numbers(logits: Tensor) -> Tensor:
+    """The same where logits are taken as numbers, so that −∞ has no meaning."""
+    Z = _rows(logits)
+    if not Z.is_cuda and Z.isneginf().any():  # to ask a GPU would be to wait for it
+        raise ValueError("logits of −inf are no numbers to compare: leave out the columns that are masked")
+    return Z
+
+
 def _unit_rows(logits: Tensor) -> Tensor:
-    Z = _wide(logits)
+    Z = _numbers(logits)
     length = torch.linalg.vector_norm(Z, dim=-1, keepdim=True)
     return Z / torch.where(length > 0, length, 1.0)
 
@@ -99,7 +137,7 @@ def _unit_rows(logits: Tensor) -> Tensor:
 def _singular_values(logits: Tensor) -> Tensor:
     """σ_1 ≥ σ_2 ≥ ...; the gradient U Vᵀ has no division by gaps, so equal or zero singular values are harmless.
 
-    NaN or infinity in, NaN out, as in every other term: svdvals itself would raise, and hide which rows it was.
+    NaN or +∞ in, NaN out, as in every other term: svdvals itself would raise, and hide which rows it was.
     """
-    Z = _wide(logits)
+    Z = _numbers(logits)
     return torch.linalg.svdvals(Z) if Z.isfinite().all() else Z.sum() * Z.new_full((min(Z.shape),), torch.nan)

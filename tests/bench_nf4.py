@@ -1,6 +1,14 @@
 """What four bits lose, take and save: `python tests/bench_nf4.py`.
 
 Layers are W = U diag(σ) Vᵀ with random orthogonal U and V, σ_i = i^-decay, and the linears of the built-in Llama.
+How much smaller QPiSSA's error was than QLoRA's, in the nuclear norm:
+
+                            rank 16  rank 32  rank 64
+    σ_i = 1                      1 %      3 %      6 %    512 x 512, random orthogonal factors
+    σ_i = i^-0.25                8 %     12 %     18 %
+    σ_i = i^-0.5                28 %     36 %     44 %
+    σ_i = i^-1                  80 %     86 %     90 %
+    the built-in Llama          46 %     65 %     82 %    its layers are only 128 wide
 """
 
 import time
@@ -9,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minibalora.checkpoints.weights import load_model
-from minibalora.lowrank import pissa_factors
+from minibalora.lowrank import factors_of
 from minibalora.nf4 import NF4
 from minibalora.toy import MODEL
 
@@ -24,7 +32,7 @@ def decaying(size: int, decay: float) -> Tensor:
 
 def errors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """W − nf4(W) of QLoRA and W − (nf4(W − A B) + A B) of QPiSSA, in float64; A and B are PiSSA's of this rank."""
-    A, B = pissa_factors(weight, rank, 1.0, "pissa")
+    A, B = factors_of("pissa")(weight, rank, 1.0)
     product = (A @ B).T
     residual = weight.float() - product
     qpissa = weight.double() - (NF4.quantize(residual).dequantize().double() + product.double())

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minibalora import fused
 from minibalora import regularizers as R
 from minibalora.fused import FrozenHead, fused_objective, mean_entropy
-from minibalora.objective import NLG_RECIPES, Objective, entropy_share, nlg_loss
+from minibalora.objective import NLG_RECIPES, LogitsInBlocks, Objective, WholeLogits, entropy_share
 
 WEIGHTS = {"consistency": 0.3, "diversity": 0.2, "svd": 0.5, "non_target_kl": 0.7}
 RECIPES = list(NLG_RECIPES)
@@ -31,8 +31,8 @@ def states_and_head(M, d, V, seed=0, scale=1.0, dtype=torch.float64, peaked=Fals
 
 def both(student, teacher, targets, W, objective, weights=WEIGHTS):
     """(value, gradient, terms) of the fused form and of the plain one."""
-    for head in (FrozenHead(W), lambda states: states @ W.T):
-        loss, terms = nlg_loss(student, teacher, targets, head, objective, weights)
+    for head in (LogitsInBlocks(W), WholeLogits(lambda states: states @ W.T)):
+        loss, terms = head.loss(student, teacher, targets, objective, weights)
         yield loss.item(), torch.autograd.grad(loss, student)[0], terms
 
 
@@ -114,9 +114,9 @@ class Largest(TorchDispatchMode):
 def test_no_tensor_is_larger_than_a_block_of_logits(recipe):
     """256 000 entries; for 8192 tokens one plain matrix of logits would be 8 GB."""
     student, teacher, targets, W = states_and_head(200, 2, 256_000, dtype=torch.float32)
-    head = FrozenHead(W)
+    head = LogitsInBlocks(W)
     with Largest() as largest:
-        nlg_loss(student, teacher, targets, head, NLG_RECIPES[recipe], WEIGHTS)[0].backward()
+        head.loss(student, teacher, targets, NLG_RECIPES[recipe], WEIGHTS)[0].backward()
     assert largest.numbers <= head.block * len(W) < 200 * len(W)
     assert len(head.buffers) == 5
 
@@ -179,10 +179,8 @@ def test_float32_states_have_the_spectrum_to_float32_precision(norm, decay):
     expected = torch.autograd.grad(truth, H)[0]
     weights = dict.fromkeys(WEIGHTS, 0.0) | {"svd": 1.0}
     objective = Objective(svd_k=10, svd_norm=norm)
-    task = nlg_loss(H, None, torch.zeros(80, dtype=torch.long), FrozenHead(W), objective, dict.fromkeys(WEIGHTS, 0.0))[
-        0
-    ]
-    loss, terms = nlg_loss(H, None, torch.zeros(80, dtype=torch.long), FrozenHead(W), objective, weights)
+    task = LogitsInBlocks(W).loss(H, None, torch.zeros(80, dtype=torch.long), objective, dict.fromkeys(WEIGHTS, 0.0))[0]
+    loss, terms = LogitsInBlocks(W).loss(H, None, torch.zeros(80, dtype=torch.long), objective, weights)
     assert terms["svd"].item() == pytest.approx(truth.item(), rel=1e-6)
     gradient = torch.autograd.grad(loss, H)[0] - torch.autograd.grad(task, H)[0]
     assert distance(gradient, expected) < 1e-4
@@ -234,3 +232,55 @@ def test_a_share_of_a_bfloat16_gradient_keeps_its_digits():
     (part,) = torch.autograd.grad(0.3003 * loss, student)
     factor = (part.double() * whole.double()).sum() / whole.double().square().sum()
     assert factor == pytest.approx(0.3003, rel=5e-4)
+
+
+ALL = dict(lambda1=0.1, lambda2=0.1, lambda3=0.1, non_target_kl=0.1)
+
+
+@pytest.mark.parametrize(
+    "states, teacher, targets, says",
+    [
+        ((0, 16), (0, 16), (0,), "states of shape"),
+        ((2, 4, 16), (2, 4, 16), (4,), "states of shape"),
+        ((4, 8), (4, 8), (4,), "states of shape"),
+        ((4, 16), (1, 16), (4,), "the same rows"),
+        ((4, 16), None, (4,), "the same rows"),
+        ((4, 16), (4, 16), (3,), "a token for each of 4 rows"),
+    ],
+)
+def test_rows_that_do_not_fit_together_are_refused(states, teacher, targets, says):
+    head, targets = FrozenHead(torch.randn(50, 16)), torch.zeros(targets, dtype=torch.long)
+    with pytest.raises(ValueError, match=says):
+        fused_objective(torch.randn(states), teacher and torch.randn(teacher), targets, head, **ALL)
+
+
+def test_an_unknown_setting_is_refused_by_name():
+    with pytest.raises(TypeError, match="lambda4"):
+        fused_objective(torch.randn(4, 16), None, torch.arange(4), FrozenHead(torch.randn(50, 16)), lambda4=1.0)
+
+
+def test_a_second_derivative_is_refused():
+    h = torch.randn(4, 16, requires_grad=True)
+    loss, _ = fused_objective(h, h.detach(), torch.arange(4), FrozenHead(torch.randn(50, 16)), **ALL)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(loss, h, create_graph=True)
+
+
+def test_it_trains_after_a_validation_in_inference_mode():
+    head, y = FrozenHead(torch.randn(50, 16)), torch.arange(4)
+    with torch.inference_mode():
+        fused_objective(torch.randn(4, 16), torch.randn(4, 16), y, head, **ALL)
+    h = torch.randn(4, 16, requires_grad=True)
+    fused_objective(h, torch.randn(4, 16), y, head, **ALL)[0].backward()
+    assert h.grad.isfinite().all()
+
+
+def test_under_autocast_states_of_bfloat16_meet_a_head_of_float32():
+    torch.manual_seed(0)
+    head, y = FrozenHead(torch.randn(50, 16)), torch.arange(4)
+    h, teacher = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(4, 16).bfloat16()
+    expected, _ = fused_objective(h.float(), teacher.float(), y, head, **ALL)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = fused_objective(h, teacher, y, head, **ALL)
+    loss.backward()
+    assert torch.equal(loss, expected) and h.grad.dtype == torch.bfloat16

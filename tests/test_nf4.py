@@ -13,8 +13,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minibalora import nf4
-from minibalora.lowrank import LowRankLinear, adapt, merge, pretrained, truncate
-from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK, normal_levels
+from minibalora.lean_product import use_lean_product
+from minibalora.lowrank import LowRankLinear, adapt, merge, pretrained
+from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK, normal_levels, quantize
+from minibalora.truncate import truncate
 
 PUBLISHED = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635]
 PUBLISHED += [-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725]
@@ -169,14 +171,14 @@ def trained_layer(init: str, dtype: torch.dtype = torch.float32) -> LowRankLinea
     """30 -> 17 with a bias, quantised, then moved as if it had been trained; float64 factors for a float64 layer."""
     torch.manual_seed(0)
     layer = LowRankLinear.from_linear(torch.nn.Linear(30, 17), rank=3, alpha=6, init=init)
-    layer.quantize(NF4.quantize)
+    quantize(layer)
     layer.A.data += 0.1 * torch.randn_like(layer.A)
     layer.B.data += 0.1 * torch.randn_like(layer.B)
     return layer.to(dtype)
 
 
 @pytest.mark.parametrize("init", ["lora", "pissa"])
-@pytest.mark.parametrize("rows", [(1,), (2, 40)])  # few and many: see lowrank._acting
+@pytest.mark.parametrize("rows", [(1,), (2, 40)])
 def test_a_quantised_layer_acts_as_its_dense_weight_with_exact_gradients(init, rows):
     layer, x = trained_layer(init, torch.float64), torch.randn(*rows, 30, dtype=torch.float64, requires_grad=True)
     residual = layer.W.dequantize(torch.float64).T
@@ -195,7 +197,7 @@ def test_the_teacher_of_a_quantised_model_is_the_student_at_step_0(init, dtype):
     model = nn.Sequential(nn.Linear(30, 17).to(dtype))
     adapt(model, rank=3, init=init)
     x, W = torch.randn(5, 30, dtype=dtype), model[0].W.float()
-    model[0].quantize(NF4.quantize)
+    quantize(model[0])
     start = model(x)
     with pretrained(model):
         assert torch.equal(model(x), start)
@@ -208,6 +210,7 @@ def test_the_teacher_of_a_quantised_model_is_the_student_at_step_0(init, dtype):
 
 def test_nothing_dense_is_kept_for_backward(monkeypatch):
     layer, x = trained_layer("pissa"), torch.randn(5, 30, requires_grad=True)
+    use_lean_product(layer)
     dense, saved = [], []
     dequantize = NF4.dequantize
 
@@ -228,7 +231,7 @@ def test_nothing_dense_is_kept_for_backward(monkeypatch):
 def test_a_quantised_model_merges_and_refuses_to_be_truncated():
     model = nn.Sequential(nn.Linear(30, 17))
     adapt(model, rank=3)
-    model[0].quantize(NF4.quantize)
+    quantize(model[0])
     x = torch.randn(4, 30)
     expected = model(x)
     with pytest.raises(ValueError, match="quantised"):

@@ -170,3 +170,69 @@ def test_logits_that_are_not_finite_give_nan_and_no_exception(bad):
     Z = torch.tensor([[1.0, bad, 2.0], [0.0, 1.0, 3.0]])
     for name, term in all_terms(Z, torch.zeros(2, 3), torch.tensor([0, 0])).items():
         assert not term.isfinite(), name
+
+
+TERMS = {
+    "consistency_mse": lambda z, p: R.consistency_mse(z, p),
+    "consistency_kl": lambda z, p: R.consistency_kl(z, p, 2.0),
+    "diversity_covariance": lambda z, p: R.diversity_covariance(z),
+    "diversity_entropy": lambda z, p: R.diversity_entropy(z),
+    "diversity_entropy of 18": lambda z, p: R.diversity_entropy(z, 18),
+    "svd_sum": lambda z, p: R.svd_sum(z, 2),
+    "svd_share": lambda z, p: R.svd_share(z, 2),
+    "non_target_kl": lambda z, p: R.non_target_kl(z, p, torch.arange(len(z))),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("shape", [(0, 20), (2, 3, 20), (20,)])
+def test_what_is_not_at_least_one_row_is_refused(name, shape):
+    with pytest.raises(ValueError, match="shape"):
+        TERMS[name](torch.randn(shape), torch.randn(shape))
+
+
+@pytest.mark.parametrize("name", ["consistency_mse", "consistency_kl", "non_target_kl"])
+def test_a_teacher_of_other_rows_is_refused(name):
+    with pytest.raises(ValueError, match="the same rows"):
+        TERMS[name](torch.randn(4, 20), torch.randn(1, 20))
+
+
+@pytest.mark.parametrize(
+    "targets", [torch.tensor([1, 2, 3]), torch.ones(4), torch.tensor([0, 1, 2, -100]), torch.eye(4, 20)]
+)
+def test_targets_that_are_not_a_class_for_each_row_are_refused(targets):
+    with pytest.raises(ValueError, match="target"):
+        R.non_target_kl(torch.randn(4, 20), torch.randn(4, 20), targets)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_a_masked_column_is_left_out_or_refused(name):
+    """−∞ is what masks put in the place of a logit: 0 log 0 = 0, in value and gradient."""
+    torch.manual_seed(0)
+    student, teacher = torch.randn(4, 20), torch.randn(4, 20)
+    expected = TERMS[name](student[:, :15], teacher[:, :15])
+    student[:, 15:] = teacher[:, 15:] = -torch.inf
+    student.requires_grad_()
+    if name in ("consistency_mse", "diversity_covariance", "svd_sum", "svd_share"):
+        with pytest.raises(ValueError, match="inf are no numbers"):
+            TERMS[name](student, teacher)
+        return
+    value = TERMS[name](student, teacher)
+    value.backward()
+    assert torch.allclose(value, expected) and student.grad.isfinite().all() and (student.grad[:, 15:] == 0).all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_autocast_changes_nothing(name):
+    torch.manual_seed(0)
+    student, teacher = torch.randn(40, 50) + 3, torch.randn(40, 50)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = TERMS[name](student, teacher)
+    assert value.dtype == torch.float32 and torch.equal(value, TERMS[name](student, teacher))
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_term_has_a_second_derivative(name):
+    torch.manual_seed(0)
+    student, teacher = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradgradcheck(lambda z: TERMS[name](z, teacher), student)

@@ -11,13 +11,12 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minibalora.base import cli
-from minibalora.base.files import new_folder
+from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.weights import skeleton
-from minibalora.run.run_folder import recorded_settings
-from minibalora.run.training import truncate_adapter
+from minibalora.truncate import truncate
 
 
 def main() -> int:
@@ -30,7 +29,10 @@ def main() -> int:
     put_adapter(model, adapter)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
-            truncate_adapter(model, args.adapter_rank)
+            lost = truncate(model, args.adapter_rank)
+            print(
+                f"adapter of at most rank {args.adapter_rank}: relative error {lost:.2e} of the change in the weights"
+            )
             save_adapter(model, folder)
         else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)

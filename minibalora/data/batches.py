@@ -123,11 +123,11 @@ def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0, mod
     config: the model's configuration; model: its name in the messages.
     """
     if len(ids) == 0:
-        raise InputError(f"{where} has no tokens: write something there, or leave it out")
+        raise InputError(f"{where} has no tokens: write something, or leave it out")
     if (highest := np.max(ids)) >= config.vocab_size:
         which = f"token {highest}, but {model} has {config.vocab_size} tokens"
         raise InputError(f"{where}: the tokenizer gives {which}: they do not belong together")
     limit = config.max_position_embeddings
     if limit is not None and len(ids) > limit - room:
-        needs = f" and needs {room} for its answer" if room else ""
-        raise InputError(f"{where} has {len(ids)} tokens, but {model} has {limit} positions{needs}: shorten it")
+        positions = f"{limit} positions" + (f" and needs {room} for its answer" if room else "")
+        raise InputError(f"{where} has {len(ids)} tokens, but {model} has {positions}: shorten it, or leave it out")

@@ -36,7 +36,9 @@ def answers(
     return found
 
 
-def scores(logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int) -> dict[str, float]:
+def class_scores(
+    logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int
+) -> dict[str, float]:
     """What GLUE reports for the task, accuracy, each class's recall, and the rank of batches of logits.
 
     is_folded: the labels tell class 0 from all others, and so are the predictions taken (`glue.fold`). The rank is that

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
+"""What was learned, in its best approximation of a given rank. A PiSSA adapter has twice the rank that was trained."""
+
+import torch
+from torch import Tensor, nn
+
+from minibalora.lowrank import adapted_layers
+
+__all__ = ["best_factors", "truncate"]
+
+
+@torch.no_grad()
+def truncate(model: nn.Module, rank: int) -> float:
+    """Bring every ΔW to at most this rank, in place, by its best approximation (Eckart and Young).
+
+    Returns what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius); 0 if nothing was learned. The teacher
+    stays the pre-trained model. Raises ValueError if nothing is adapted, or if the model is quantised: then A₀ and B₀
+    are a part of the pre-trained model.
+    """
+    layers = [layer for _, layer in adapted_layers(model)]
+    if not layers:
+        raise ValueError("nothing to truncate: the model has no adapted layer")
+    if any(not isinstance(layer.W, Tensor) for layer in layers):
+        raise ValueError("a quantised model can't be truncated: save its adapter and truncate that")
+    lost = total = 0.0
+    for layer in layers:
+        left, right, S = best_factors(*layer.update(), rank)
+        layer.A, layer.B, layer.A0, layer.B0 = nn.Parameter(left), nn.Parameter(right), None, None
+        energy = (layer.scaling * S).square()
+        lost, total = lost + energy[rank:].sum().item(), total + energy.sum().item()
+    return (lost / total) ** 0.5 if total > 0 else 0.0
+
+
+def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The best approximation of left @ right of at most `rank`, without forming the product.
+
+    (m, R) and (R, n) -> (m, r), (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product;
+    those from r on are what is lost. QR of both factors leaves an SVD of R x R.
+    """
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
+    U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
+    root = S[:rank].sqrt()
+    return (Q_left @ (U[:, :rank] * root)).float(), (root[:, None] * Vh[:rank] @ Q_right.T).float(), S

@@ -1,0 +1,318 @@
+"""lowrank.py in other code bases: readers of `weight`, wrappers, hooks, autocast, export, odd linears."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers import distance
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, merge, pretrained
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """As if trained."""
+    with torch.no_grad():
+        for _, layer in adapted_layers(model):
+            layer.A.add_(0.1 * torch.randn_like(layer.A))
+            layer.B.add_(0.1 * torch.randn_like(layer.B))
+    return model
+
+
+class Classifier(nn.Module):
+    own_head = ("head",)
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Sequential(nn.BatchNorm1d(16), nn.Linear(16, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_who_reads_the_weight_gets_what_the_layer_acts_as(dtype):
+    """torch's fast path of an encoder layer, in eval mode without gradients, reads linear1.weight."""
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).to(dtype).eval()
+    x = torch.randn(2, 5, 32, dtype=dtype)
+    with torch.no_grad():
+        before = model(x)
+        moved(adapt(model, 4))
+        assert {name for name, _ in adapted_layers(model)} == {"self_attn.out_proj", "linear1", "linear2"}
+        student = model(x)
+    with pretrained(model):
+        assert distance(model(x), before) < (1e-6 if dtype == torch.float32 else 1e-2)
+        assert model.linear1.weight.data_ptr() == model.linear1.W.data_ptr()
+    assert distance(student, before) > 0.01 and model.linear1.weight.dtype == dtype
+    model.train()  # without the fast path the layers compute themselves
+    assert distance(model(x), student) < (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_a_reader_of_the_weight_trains_the_factors():
+    layer = LowRankLinear.from_linear(nn.Linear(6, 5), 2)
+    nn.functional.linear(torch.randn(3, 6), layer.weight).square().sum().backward()
+    assert layer.A.grad.norm() > 0 and layer.B.grad.norm() > 0 and layer.W.grad is None
+
+
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_autocast_rounds_the_change_no_more_than_a_bfloat16_model(init):
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(256, 256, bias=False)), 8, init=init)
+    half = copy.deepcopy(model)
+    half[0].W.data = half[0].W.data.bfloat16()
+    errors = []
+    for each, dtype in ((model, torch.float32), (half, torch.bfloat16)):
+        each[0].B.data += 1e-4
+        x = torch.linspace(-1, 1, 256 * 300).sin().view(300, 256).bfloat16().to(dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            y = each(x)
+            with pretrained(each):
+                change = y.double() - each(x).double()
+        expected = x.double() @ each[0].delta.double().T
+        errors.append((change - expected).norm() / expected.norm())
+        y.float().square().mean().backward()
+        assert each[0].A.grad.dtype == torch.float32
+    assert errors[0] < 1.3 * errors[1]
+
+
+def test_the_output_may_be_changed_in_place():
+    model = adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)), 2)
+    y = model(torch.randn(5, 8))
+    y += 1
+    y.sum().backward()
+    assert model[0].B.grad is not None
+
+
+@pytest.mark.parametrize("leaf", ["bias", "W"])
+def test_what_is_made_trainable_gets_its_gradient_and_ends_the_teacher(leaf):
+    model = adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), 2)
+    parameter = getattr(model[0], leaf).requires_grad_()
+    model(torch.randn(5, 8)).square().sum().backward()
+    assert parameter.grad.norm() > 0
+    with pytest.raises(ValueError, match=f"0.{leaf} is trained, but its initial value is not kept"), pretrained(model):
+        pass
+
+
+@pytest.mark.parametrize("wrap", ["none", "ddp", "data parallel", "fsdp2"])
+def test_the_own_head_is_found_in_wrappers_or_refused(wrap, one_process):
+    x, model = torch.randn(4, 16), Classifier().eval()
+    before = model(x)
+    adapt(model, 2)
+    assert [name for name, _ in adapted_layers(model)] == ["body"]
+    model.train()(x)  # moves the running statistics of the head
+    with torch.no_grad():
+        model.head[1].weight.add_(1)
+    if wrap == "fsdp2":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        with (
+            pytest.raises(ValueError, match="sharded"),
+            pretrained(fully_shard(model, mesh=init_device_mesh("cpu", (1,)))),
+        ):
+            pass
+        return
+    wrapped = {
+        "none": lambda model: model,
+        "ddp": lambda model: nn.parallel.DistributedDataParallel(model),
+        "data parallel": nn.DataParallel,
+    }[wrap](model)
+    with pretrained(wrapped):
+        assert distance(wrapped(x), before) < 1e-6
+
+
+def test_every_trained_number_of_a_head_gets_a_gradient_and_merging_keeps_its_buffers():
+    model, x = adapt(Classifier(), 2), torch.randn(4, 16)
+    model(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    y = model.eval()(x)
+    merge(model)
+    assert distance(model(x), y) < 1e-6
+    assert set(model.state_dict()) == set(Classifier().state_dict())
+
+
+def test_nothing_that_never_changes_is_a_buffer(one_process):
+    """DDP sends buffers to all ranks at every forward pass."""
+    assert not list(adapt(nn.Sequential(nn.Linear(8, 8)), 2).buffers())
+
+
+def test_sharding_in_bfloat16_leaves_student_and_teacher_equal_at_step_0(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, x = adapt(nn.Sequential(nn.Linear(64, 64)), 8), torch.randn(5, 64)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), mp_policy=policy)
+    with torch.no_grad():
+        student = model(x)
+    with pretrained(model):
+        assert torch.equal(model(x), student)
+
+
+def test_a_linear_that_is_registered_twice_is_adapted_once():
+    model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
+    model["c"] = model["a"]
+    x = torch.randn(2, 6)
+    moved(adapt(model, 2))
+    assert model["c"] is model["a"] and len(adapted_layers(model)) == 2
+    y = model["c"](x)
+    assert distance(merge(model)["c"](x), y) < 1e-6 and model["c"] is model["a"] and type(model["a"]) is nn.Linear
+
+
+class Mine(nn.Linear):
+    pass
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Conv1D(nn.Module):
+    """As transformers' GPT-2 has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 6))
+
+
+def pruned() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(6, 6), "weight", 0.5)
+
+
+def with_old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.utils.weight_norm(nn.Linear(6, 6))
+
+
+def offloaded() -> nn.Module:
+    linear = nn.Linear(6, 6)
+    linear.forward = lambda x: nn.Linear.forward(linear, x)
+    return linear
+
+
+@pytest.mark.parametrize(
+    "make, kind",
+    [
+        (lambda: Scaled(6, 6), "Scaled"),
+        (Conv1D, "Conv1D"),
+        (pruned, "Linear"),
+        (with_old_weight_norm, "Linear"),
+        (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), "ParametrizedLinear"),
+        (lambda: parametrizations.orthogonal(nn.Linear(6, 6)), "ParametrizedLinear"),
+        (offloaded, "Linear"),
+        (lambda: nn.Linear(6, 6, device="meta"), "Linear"),
+    ],
+)
+def test_what_is_not_a_plain_linear_is_refused_by_name_and_type(make, kind):
+    model = nn.ModuleDict({"k": nn.Linear(6, 6), "q": make()})
+    for targets in (None, "q"):
+        with pytest.raises(ValueError, match=rf"^q: .*\b{kind}\b"):
+            adapt(model, 2, targets=targets)
+        assert not adapted_layers(model)
+    assert [name for name, _ in adapted_layers(adapt(model, 2, targets="k"))] == ["k"]
+
+
+def test_a_linear_without_a_shape_yet_is_refused():
+    with pytest.raises(ValueError, match="^0: this LazyLinear"):
+        adapt(nn.Sequential(nn.LazyLinear(6)), 2)
+
+
+def test_a_subclass_that_computes_the_same_is_adapted():
+    model = nn.ModuleDict({"q": Mine(6, 6), "k": nn.Linear(6, 6)})
+    assert [name for name, _ in adapted_layers(adapt(model, 2))] == ["q", "k"]
+
+
+class TiedLM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.body, self.decoder = nn.Embedding(20, 6), nn.Linear(6, 6), nn.Linear(6, 20, bias=False)
+        self.decoder.weight = self.embed.weight
+        self.out = nn.Linear(6, 20)
+
+    def get_output_embeddings(self):
+        return self.out
+
+
+def test_heads_are_left_alone_by_tie_and_by_transformers_word():
+    model = adapt(TiedLM(), 2)
+    assert [name for name, _ in adapted_layers(model)] == ["body"] and model.decoder.weight is model.embed.weight
+    for targets, message in (("decoder", "decoder: there are body, and heads"), ("nothing", "is called nothing: there are body")):
+        with pytest.raises(ValueError, match=message):
+            adapt(TiedLM(), 2, targets=targets)
+    with pytest.raises(ValueError, match="there are none, and heads"):
+        adapt(nn.Sequential(nn.Conv2d(3, 3, 1)), 2)
+
+
+def test_hooks_buffers_and_handles_survive_adapting_and_merging():
+    model, calls = nn.Sequential(nn.Linear(6, 6)), []
+    model[0].register_buffer("calibration", torch.arange(3.0))
+    handle = model[0].register_forward_hook(lambda module, args, y: calls.append(type(module)))
+    x = torch.randn(2, 6)
+    for change in (lambda: adapt(model, 2), lambda: merge(model)):
+        change()
+        model(x)
+        assert torch.equal(model[0].calibration, torch.arange(3.0)) and "0.calibration" in model.state_dict()
+    assert calls == [LowRankLinear, nn.Linear]
+    handle.remove()
+    model(x)
+    assert len(calls) == 2
+
+
+def test_the_state_says_its_scaling():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6))
+    saved, other = (adapt(copy.deepcopy(base), 2, alpha, "lora") for alpha in (32, 4))
+    moved(saved)
+    other.load_state_dict(saved.state_dict())
+    x = torch.randn(3, 6)
+    assert torch.equal(other(x), saved(x)) and other[0].scaling == 16
+
+
+def test_a_gradient_penalty_is_differentiated_twice():
+    torch.manual_seed(0)
+    model = adapt(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)), 2).double()
+    x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+
+    def penalty(*factors):
+        state = dict(zip(("0.A", "0.B", "2.A", "2.B"), factors, strict=True))
+        y = torch.func.functional_call(model, state, x)
+        return torch.autograd.grad(y.sum(), x, create_graph=True)[0].square().sum()
+
+    factors = [p for name, p in model.named_parameters() if p.requires_grad]
+    assert torch.autograd.gradcheck(penalty, factors)
+
+
+def test_default_dtype_and_device_change_nothing():
+    linear = nn.Linear(6, 5)
+    with torch.device("meta"):
+        torch.set_default_dtype(torch.float64)
+        try:
+            layers = [LowRankLinear.from_linear(linear, 2, init=init) for init in ("lora", "pissa", "pissa_krylov_1")]
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for layer in layers:
+        assert layer.A.dtype == torch.float32 and layer.A.device.type == "cpu"
+        assert layer(torch.randn(3, 6)).shape == (3, 5)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_it_exports_with_a_dynamic_batch(strict):
+    model = moved(adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), 2)).eval()
+    shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
+    program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=shapes, strict=strict)
+    x = torch.randn(300, 8)
+    assert distance(program.module()(x), model(x)) < 1e-6
