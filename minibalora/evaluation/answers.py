@@ -1,4 +1,5 @@
-r"""Final answers of mathematical problems out of a model's text, and whether two are equal. Needs no package: copy it.
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
+r"""Final answers of mathematical problems in a model's text, and whether two are equal. Needs no package: copy it.
 
 `same_number` is for GSM8K, `same_answer` for MATH. Both compare what is written, with numbers as exact fractions, and
 never calculate: 2+3 is not 5, and where the text leaves a doubt the verdict is False.
@@ -7,6 +8,8 @@ never calculate: 2+3 is not 5, and where the text leaves a doubt the verdict is 
 import re
 from fractions import Fraction
 from itertools import accumulate
+
+__all__ = ["final_answer", "normalize", "number", "same_answer", "same_number"]
 
 MARKER, HASHES, BOXES = "The answer is:", "####", (r"\boxed", r"\fbox")  # MetaMathQA, GSM8K, MATH
 FRAME = " \t\r\n*`"  # around an answer, Markdown's included

@@ -171,17 +171,14 @@ def curves(runs: list[Run]) -> "Figure":
     if "task" in titles and not any(task_differs(run) for run in runs):
         del titles["task"]
         titles["loss"] = "loss ≈ task"
-    columns = 2 if len(titles) in (2, 4) else min(len(titles), 3)
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * rows), **FIGURE)
-    grid = figure.add_gridspec(rows, 6)
-    for index, (key, title) in enumerate(titles.items()):
-        row, column = divmod(index, columns)
-        wide = 6 // min(columns, len(titles) - row * columns)  # the last row's panels share the whole width
-        axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
-        axes.set(title=title, xlabel="step" if row == rows - 1 else "")
+    keys, columns = list(titles), 2 if len(titles) in (2, 4) else 3
+    rows = [keys[start : start + columns] for start in range(0, len(keys), columns)]
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(rows)), **FIGURE)
+    last = max(run.entries[-1]["step"] for run in runs)
+    # Of six columns, so that the panels of the last row, which may be fewer, share the whole width.
+    for key, axes in figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows]).items():
         draw_term(axes, key, runs)
-        axes.set_xlim(0, 1.02 * max(run.entries[-1]["step"] for run in runs))
+        axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
     if any(half_window(len(run.entries)) for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
