@@ -29,10 +29,11 @@ NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversit
 NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
 # Okabe and Ito's colours, which colour-blind people can tell apart, with a brown for their yellow, too pale for a line.
-# After eight, the next line style or marker.
+# After eight lines or classes, the next line style or marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-LINES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "s", "X")
-MOST = len(COLOURS) * len(LINES)
+LINES = [{"linestyle": style, "color": colour} for style in ("-", "--", ":", "-.") for colour in COLOURS]
+POINTS = [{"marker": marker, "color": colour} for marker in ("o", "^", "s", "X") for colour in COLOURS]
+MOST = len(LINES)
 GREY = "#555555"
 SMALL = {"fontsize": 8, "color": GREY}
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": "#999999"}
@@ -96,12 +97,13 @@ def short_names(paths: list[Path]) -> list[str]:
 
 
 def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
-    """Above the panels, once for all of them."""
+    """Above all panels, the names with the first `looks`."""
     from matplotlib.lines import Line2D
 
     columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
     where = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 9}
-    legend = figure.legend([Line2D([], [], **look) for look in looks], ["?"] * len(names), **where)
+    handles = [Line2D([], [], **look) for look in looks[: len(names)]]
+    legend = figure.legend(handles, ["?"] * len(names), **where)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
 
@@ -159,10 +161,6 @@ def is_entry(entry: object) -> bool:
     return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
 
 
-def line_look(index: int) -> dict[str, str]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS)]}
-
-
 def curves(runs: list[Run]) -> "Figure":
     """One panel for each term that a run has, one line a run: each step faint, and their moving mean over it."""
     from matplotlib.figure import Figure
@@ -182,7 +180,7 @@ def curves(runs: list[Run]) -> "Figure":
         axes.xaxis.get_major_locator().set_params(integer=True)
     if any(half_window(len(run.entries)) for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
-    add_legend(figure, [run.name for run in runs], [line_look(i) | {"linewidth": 1.6} for i in range(len(runs))])
+    add_legend(figure, [run.name for run in runs], LINES)
     return figure
 
 
@@ -193,7 +191,7 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
     for index, (steps, values) in drawn.items():
         half = half_window(len(steps)) if key in NOISY else 0
-        look = line_look(index) | {"marker": "." if len(steps) < 20 else None}
+        look = LINES[index] | {"marker": "." if len(steps) < 20 else None}
         if half:
             axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
         # Runs may be the same, in their learning rate above all: an earlier one shows on both sides of a later one.
@@ -292,7 +290,7 @@ def read_file(path: Path, name: str, max_rows: int) -> Features:
     try:
         with safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            names = class_names(file.metadata() or {})
+            names = class_names((file.metadata() or {}).get("classes", "[]"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: {again}") from None
     except (SafetensorError, OSError) as error:
@@ -317,9 +315,9 @@ def read_file(path: Path, name: str, max_rows: int) -> Features:
     return Features(name, before, after, labels[kept], names, len(labels))
 
 
-def class_names(metadata: dict[str, str]) -> list[str]:
+def class_names(text: str) -> list[str]:
     try:
-        names = json.loads(metadata.get("classes", "[]"))
+        names = json.loads(text)
     except ValueError:
         return []
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
@@ -342,13 +340,12 @@ def tsne(found: list[Features]) -> "Figure":
     figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), **FIGURE)
     grid = figure.subplots(len(found), 2, squeeze=False)
     classes = all_classes(found)
-    looks = [{"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]} for i in range(len(classes))]
     for row, features in zip(grid, found, strict=True):
         perplexity = min(30, (len(features.labels) - 1) / 3)  # about the number of neighbours that count
         for axes, moment in zip(row, ("before", "after"), strict=True):
             values = getattr(features, moment)
             points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(values)  # (N, 2)
-            draw_points(axes, points, features, dict(zip(classes, looks, strict=True)))
+            draw_points(axes, points, features, classes)
             axes.set_title(f"{moment}: {neighbour_score(values, features)}")
         row[0].set_ylabel(f"{features.name}\n{amounts(features)}", parse_math=False)
         if not features.are_classes:
@@ -358,14 +355,14 @@ def tsne(found: list[Features]) -> "Figure":
     if classes:
         names = max((features.names for features in found), key=len)
         known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
-        add_legend(figure, known, [look | {"linestyle": ""} for look in looks])
+        add_legend(figure, known, [look | {"linestyle": ""} for look in POINTS])
     return figure
 
 
-def draw_points(axes: "Axes", points: np.ndarray, features: Features, looks: dict[int, dict]) -> None:
+def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
     size = float(np.clip(8000 / len(points), 6, 40))
     if features.are_classes:
-        for label, look in looks.items():
+        for label, look in zip(classes, POINTS, strict=False):
             of_class = points[features.labels == label]
             axes.scatter(*of_class.T, size, **look, alpha=0.6, linewidths=0, label=f"class {label}")
     else:
