@@ -40,7 +40,7 @@ STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "ax
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 FIGURE = {"dpi": 200, "layout": "constrained"}
-WIDTH = 9  # inches, for which the font sizes are meant: 1800 pixels, to be shown at 900
+WIDTH = 9  # inches, which suit the font sizes: 1800 pixels, to be shown at 900
 NEIGHBOURS = 5
 
 
@@ -131,9 +131,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of a log.jsonl, without what follows the last end of line: that is still being written.
+    """The entries of a log.jsonl, up to its last end of line: what follows is still being written.
 
-    InputError if there is none, or names the first line that is not an entry.
+    InputError if there is no entry, or for the first line that is not one.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -185,7 +185,7 @@ def curves(runs: list[Run]) -> "Figure":
 
 
 def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
-    """The term's line of each run that has it, at a height that shows their `main_span`; above, what lies beyond."""
+    """The term's line of each run that has it. The axis shows their `main_span`; a note above says what lies beyond."""
     from matplotlib.ticker import StrMethodFormatter
 
     drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
@@ -194,7 +194,7 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
         look = LINES[index] | {"marker": "." if len(steps) < 20 else None}
         if half:
             axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
-        # Runs may be the same, in their learning rate above all: an earlier one shows on both sides of a later one.
+        # Two runs may have the same line, often of learning rates: the earlier one is wider, so it shows on both sides.
         hiding = sum(np.array_equal(values, later) for other, (_, later) in drawn.items() if other > index)
         width = 1.6 + min(1.2, 4 / len(runs)) * hiding
         axes.plot(steps, moving_mean(values, half), **look, linewidth=width, label=runs[index].name)
@@ -285,7 +285,7 @@ def read_features(paths: list[Path], max_rows: int) -> list[Features]:
 
 
 def read_file(path: Path, name: str, max_rows: int) -> Features:
-    """`max_rows` rows drawn with seed 0, the same from each file of that length."""
+    """At most `max_rows` rows, drawn with seed 0: the same ones from every file of one length."""
     again = "give what train_nlu.py --features wrote"
     try:
         with safe_open(path, "pt") as file:
@@ -373,7 +373,7 @@ def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: l
 
 
 def neighbour_score(values: np.ndarray, features: Features) -> str:
-    """Of what the 5 nearest other rows in (N, d) say: the share of rows whose class is theirs, or R² of their mean."""
+    """By the 5 nearest other rows in (N, d): the share of rows that have their class, or R² of their mean score."""
     from sklearn.metrics import r2_score
     from sklearn.neighbors import NearestNeighbors
 

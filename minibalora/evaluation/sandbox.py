@@ -85,7 +85,7 @@ ALLOWED_IF = {
     "fcntl": (1, 0xFFFFFFFF, [*range(8), 1030]),
     # is it a terminal, how large, how much to read, do not wait, close on exec or not; but not a file's attributes
     "ioctl": (1, 0xFFFFFFFF, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]),
-    # All access modes with and without O_TRUNC, but for O_RDONLY | O_TRUNC, which early Landlock takes for reading
+    # Every access mode with and without O_TRUNC, except O_RDONLY | O_TRUNC, which early Landlock takes for reading
     "open": (1, 0o1003, [0, 1, 2, 0o1001, 0o1002]),
     "openat": (2, 0o1003, [0, 1, 2, 0o1001, 0o1002]),
 }
