@@ -27,7 +27,7 @@ ATOM = r"(?:[0-9A-Za-z]|\\(?:pi|theta)(?![A-Za-z]))"
 FACTOR = r"(?:[0-9]|(?:\}|\^)\{[0-9]+\})"  # the end of a number, a fraction or a power
 GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
-# Pattern, replacement, reason, applied in this order. After Hendrycks et al. (arXiv 2103.03874, math_equivalence.py) and
+# (pattern, replacement, reason), in this order. After Hendrycks et al. (arXiv 2103.03874, math_equivalence.py) and
 # Lewkowycz et al. (Minerva, arXiv 2206.14858, appendix), but none deletes a word: \text{Monday} is not \text{Friday}.
 REWRITES = [
     (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, before other patterns meet the two backslashes"),
