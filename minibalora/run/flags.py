@@ -13,13 +13,13 @@ from minibalora import toy
 from minibalora.base import cli, distributed
 from minibalora.base.cli import (
     OneLineParser,
+    fraction,
     natural,
     path,
     positive_int,
     positive_rate,
     rate,
     ratio,
-    share,
     share_below_one,
 )
 from minibalora.base.errors import InputError
@@ -190,7 +190,7 @@ def _add_optimisation_flags(
     add("--lr", type=positive_rate, help=f"peak learning rate of AdamW ({lr})")
     add("--schedule", choices=("cosine", "linear"), default=schedule, help=f"fall of the rate (default: {schedule})")
     warm, source = warmup_ratio
-    add("--warmup-ratio", type=share, default=warm, help=f"share of the steps with a rising rate ({source})")
+    add("--warmup-ratio", type=fraction, default=warm, help=f"share of the steps with a rising rate ({source})")
     add("--grad-clip", type=positive_rate, default=1.0, help="largest norm of the gradient (default: 1)")
     add("--epochs", type=positive_int, help=f"passes over the data ({epochs})")
     add("--max-steps", type=positive_int, help="stop after N steps; the schedules end there, too")
@@ -267,7 +267,11 @@ def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argpars
     """args with what was not given; `is_toy` says that the model, and so the data, is the built-in one."""
     args.is_toy = args.model is None
     args.init = args.init or ("lora" if args.method == "lora" else None)
-    cli.fill_in(args, defaults)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.device = cli.device(args.device)
+    args.dtype = cli.dtype(args.dtype, args.device)
     distributed.check_device(args.device)
     if args.method == "ba-lora":
         args.recipe = args.recipe or "iclr2026"
