@@ -30,11 +30,11 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_file, write_json
 from minibalora.data.batches import Packed, Row, pack
-from minibalora.fused import FrozenHead
-from minibalora.lowrank import adapt, pissa_factors
+from minibalora.lean_product import use_lean_product
+from minibalora.lowrank import adapt, factors_of
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
-from minibalora.objective import NLG_RECIPES, Objective, lambdas, nlg_loss
+from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
 from minibalora.run import training
 from minibalora.run.flags import DEFAULTS
 from minibalora.run.settings import Hardware
@@ -216,15 +216,15 @@ def step_of(model: Decoder, load: Load, contender: Contender, folder: Path) -> C
     torch.manual_seed(0)
     device = load.hardware.device
     adapt(model, load.rank, init="lora" if contender.method == "lora" else "pissa_niter_0").train()
-    # LEAD: if contender.form == "fused": use_lean_product(model)
+    if contender.form == "fused":
+        use_lean_product(model)
     if load.hardware.grad_checkpoint:
         training.checkpoint_blocks(model)
     optimizer = training.optimizer_of(model)
     optimizer.param_groups[0]["lr"] = LEARNING_RATE
     if load.hardware.compile:
         training.compile_blocks(model)
-    # LEAD: head = head_of(model, is_plain=contender.form == "plain")
-    head = FrozenHead(model.head_weight) if contender.form == "fused" else model.head
+    head = head_of(model, is_plain=contender.form == "plain")
     objective, weights = contender.objective, lambdas(contender.objective, STEPS // 2, STEPS)
     cache = open_cache(folder, "bench", [], 0) if contender.knows_teacher else None
 
@@ -236,8 +236,7 @@ def step_of(model: Decoder, load: Load, contender: Contender, folder: Path) -> C
     def step(index: int) -> float:
         batch, teacher = inputs(index)
         student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
-        # LEAD: loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
-        loss, _ = nlg_loss(student, teacher, batch.targets, head, objective, weights)
+        loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
         loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         value = loss.item()
@@ -312,7 +311,7 @@ def init_seconds(load: Load) -> float:
     total, device = 0.0, load.hardware.device
     for shape, count in shapes.items():
         weight = 0.02 * torch.randn(shape, device=device, dtype=load.hardware.dtype)
-        factors = partial(pissa_factors, weight, load.rank, 1.0, DEFAULTS["init"])
+        factors = partial(factors_of(DEFAULTS["init"]), weight, load.rank, 1.0)
         total += count * min(seconds_of(factors, device) for _ in range(2))
     return total * load.config.num_hidden_layers
 

@@ -5,22 +5,22 @@ from pathlib import Path
 from torch import Tensor
 
 from minibalora.base.files import tensors_digest
-from minibalora.lowrank import pissa_factors
+from minibalora.lowrank import factors_of
 from minibalora.run.cache import Cache
 
-VERSION = 2  # raise it when pissa_factors gives other factors
+VERSION = 2  # raise it when an init gives other factors
 
 
 def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """lowrank.pissa_factors, from `folder` if they are there, else computed and put there: 4 r (m + n) bytes a layer.
+    """A and B as `lowrank.factors_of` has them, from `folder` if they are there, else computed and put there.
 
-    Raises what `Cache.write` raises.
+    They take 4 r (m + n) bytes a layer. Raises what `Cache.write` raises.
     """
     settings = f"{VERSION} {list(weight.shape)} {weight.dtype} {rank} {scaling!r} {init} "
     cache = Cache(folder, tensors_digest(settings, weight), "--init-cache")
     factors = cache.read(["A", "B"])
     if factors is None:
-        factors = pissa_factors(weight, rank, scaling, init)
+        factors = factors_of(init)(weight, rank, scaling)
         cache.write(dict(zip("AB", factors, strict=True)))
     A, B = (factor.to(weight.device) for factor in factors)
     return A, B
