@@ -24,8 +24,8 @@ from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data import batches, prompts
 from minibalora.data.batches import Row
 from minibalora.data.prompts import Example
-from minibalora.evaluation import records, tasks
-from minibalora.evaluation.tasks import Item
+from minibalora.evaluation import benchmarks, records
+from minibalora.evaluation.benchmarks import Item
 from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.models import LanguageModel
 from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
@@ -93,8 +93,9 @@ def main() -> int:
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
-    task = tasks.TASKS[args.eval_task] if args.eval_task else None
-    measure = partial(records.scores, model, tok, task, held_out, pretraining, args.micro_batch_size)
+    benchmark = benchmarks.BENCHMARKS[args.eval_task] if args.eval_task else None
+    held_out = records.HeldOut(held_out, pretraining, benchmark, args.micro_batch_size)
+    measure = partial(records.measure, model, tok, held_out)
     before = distributed.on_main(measure, args.out / "eval-before.jsonl", settings["model_digest"])
     step = run_folder.first_step(args.out, model, optimizer, resumed_step)
 
@@ -109,7 +110,7 @@ def main() -> int:
     # Save, on one rank for all.
     distributed.on_main(save, model, args)
     status = training.finish(args.out, step, steps, stop)
-    if (held_out or pretraining) and not stop:
+    if (held_out.items or held_out.pretraining) and not stop:
         after = distributed.on_main(measure, args.out / "eval-after.jsonl", training.trained_digest(model))
         print("\n" + records.before_and_after(before, after))
     distributed.leave()
@@ -186,14 +187,14 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
         train, held_out, pretraining = (
             [prompts.example_from(row, line) for line, row in enumerate(rows, start=1)] for rows in sets
         )
-        return train, 0, tasks.as_items(held_out), pretraining
+        return train, 0, benchmarks.as_items(held_out), pretraining
     fields = args.prompt_field, args.response_field
     train, unanswered = prompts.read_examples(args.data, *fields, args.max_rows, args.raw)
     if args.eval is None:
         return train, unanswered, [], []
     if args.eval_task:
-        return train, unanswered, tasks.read_items(args.eval_task, args.eval), []
-    return train, unanswered, tasks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
+        return train, unanswered, benchmarks.read_items(args.eval_task, args.eval), []
+    return train, unanswered, benchmarks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
 def teacher_cache(args: Namespace, rows: list[Row]) -> Cache:

@@ -149,7 +149,7 @@ def main() -> int:
         features.append(answer(eval_rows[0], part=model.features))
         save_features(args.features, *features, [row.label for row in eval_rows[0]], task.labels or ())
     training.finish(args.out, step, steps, stop)
-    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + records.table(flat(before), flat(after)))
+    print(f"best on {eval_sets[0].name}: step {best_step}\n\n" + records.side_by_side(flat(before), flat(after)))
     return 0
 
 
@@ -178,7 +178,7 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for rows in micro:
-            inputs, labels = labelled.collate(rows, model, device)
+            inputs, labels = labelled.padded(rows, model, device)
             known = None if teacher is None else teacher[[row.index for row in rows]].to(device)
             terms = nlu_terms(forward(*inputs), known, labels, objective, weights)
             yield len(rows) / count, weighted_sum(terms, weights), terms
@@ -263,7 +263,7 @@ def scores(
 ) -> dict[str, dict[str, float]]:
     """Name of an evaluation set -> its scores; of the first `first` sets, or of all."""
     return {
-        eval_set.name: classify.scores(answer(rows), rows, task, eval_set.is_folded, batch_size)
+        eval_set.name: classify.class_scores(answer(rows), rows, task, eval_set.is_folded, batch_size)
         for eval_set, rows in list(zip(eval_sets, eval_rows, strict=True))[:first]
     }
 

@@ -62,7 +62,8 @@ def parse_flags() -> Namespace:
     parser.add_argument("--device", default="cpu")
     parser.set_defaults(dtype=None, grad_checkpoint=False, compile=False)
     args = parser.parse_args()
-    cli.fill_in(args, {})
+    args.device = cli.device(args.device)
+    args.dtype = cli.dtype(args.dtype, args.device)
     return args
 
 

@@ -1,4 +1,4 @@
-"""What every command of the project shares: exit status, one line for an error, and what a flag's value may be."""
+"""What all commands share: exit status, one line for an error, and what a flag's value may be."""
 
 import argparse
 import math
@@ -93,7 +93,7 @@ def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float
 rate = number("a number of at least 0", lambda value: 0 <= value < math.inf)
 positive_rate = number("a positive number", lambda value: 0 < value < math.inf)
 ratio = number("a number of at least 1", lambda value: 1 <= value < math.inf)
-share = number("a share, 0 to 1", lambda value: 0 <= value <= 1)
+fraction = number("a share, 0 to 1", lambda value: 0 <= value <= 1)
 share_below_one = number("a share, 0 to below 1", lambda value: 0 <= value < 1)
 
 
@@ -108,15 +108,6 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def fill_in(args: argparse.Namespace, defaults: dict) -> None:
-    """What was not given; and `device` and `dtype` as torch's, bfloat16 on a GPU and float32 on a CPU."""
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.device = device(args.device)
-    args.dtype = getattr(torch, args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"))
-
-
 def device(name: str | None) -> torch.device:
     """The named one, or a GPU if there is one; InputError if it can't be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -126,3 +117,8 @@ def device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} can't be used here ({reason}): give cpu, cuda or cuda:N") from None
     return torch.device(name)
+
+
+def dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The named one, or bfloat16 on a GPU and float32 on a CPU."""
+    return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -30,6 +30,12 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
+def recorded_settings(out: Path) -> dict:
+    """The settings in the run.json of the folder `out`, {} if there are none."""
+    settings = read_json_object(out / "run.json").get("settings") if (out / "run.json").exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
     existing = nearest(folder)

@@ -1,5 +1,6 @@
 """From prompts and responses to batches: tokenise, order, pack or pad."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,3 +137,19 @@ def check_fits(rows: list, source: str | None, model: str, max_length: int) -> N
             raise InputError(f"{model}: its tokenizer gives {which} ({where}): they do not belong together")
         if limit is not None and len(row.ids) > limit:
             raise InputError(f"{where}: {len(row.ids)} tokens, but the model has {limit} positions: leave it out")
+
+
+def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0) -> None:
+    """InputError if there are no ids, one beyond the model's vocabulary, or too many for its positions.
+
+    where: names the text in the error, as "file, line 7". room: how many positions must stay free, for an answer.
+    """
+    vocabulary, context = config.vocab_size, config.max_position_embeddings
+    if len(ids) == 0:
+        raise InputError(f"{where} has no tokens: write something, or leave it out")
+    if (highest := np.max(ids)) >= vocabulary:
+        which = f"token {highest}, but the model has {vocabulary} tokens"
+        raise InputError(f"{where}: the tokenizer gives {which}: they do not belong together")
+    if context is not None and len(ids) > context - room:
+        positions = f"{context} positions" + (f" and needs {room} for its answer" if room else "")
+        raise InputError(f"{where} has {len(ids)} tokens, but the model has {positions}: shorten it, or leave it out")

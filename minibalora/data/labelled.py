@@ -31,7 +31,7 @@ def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tup
     return rows, cut
 
 
-def collate(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
+def padded(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
     """The model's arguments, each (N, T) and padded on the right with 0, and the labels (N,).
 
     Arguments are ids and attention mask, and token types for a model that has more than one.

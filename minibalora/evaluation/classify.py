@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from minibalora.base.errors import InputError
 from minibalora.data.glue import Task, fold
-from minibalora.data.labelled import ClassRow, collate
+from minibalora.data.labelled import ClassRow, padded
 from minibalora.evaluation import metrics
 from minibalora.lowrank import evaluating
 
@@ -28,7 +28,7 @@ def answers(
     found = []
     with evaluating(model):
         for start in tqdm(range(0, len(rows), batch_size), desc="answers", dynamic_ncols=True, leave=False, delay=2):
-            inputs, _ = collate([rows[index] for index in order[start : start + batch_size]], model, device)
+            inputs, _ = padded([rows[index] for index in order[start : start + batch_size]], model, device)
             found.append((part or model)(*inputs).float().cpu())
     found = torch.cat(found)[torch.tensor(order).argsort()]
     if not found.isfinite().all():
@@ -36,7 +36,9 @@ def answers(
     return found
 
 
-def scores(logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int) -> dict[str, float]:
+def class_scores(
+    logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int
+) -> dict[str, float]:
     """What GLUE reports for the task, accuracy, each class's recall, and the rank of batches of logits.
 
     is_folded: the labels tell class 0 from all others, and so are the predictions taken (`glue.fold`). The rank is that

@@ -2,97 +2,64 @@
 
 import argparse
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
-from minibalora.base.files import appending, keep_lines, write_json
+from minibalora.base.files import write_json
+from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.checkpoints.weights import weights_digest
+from minibalora.data.batches import check_ids
 from minibalora.data.files import read_rows
-from minibalora.evaluation.generate import (
-    Decoding,
-    add_decoding_flags,
-    add_model_flags,
-    encode_prompts,
-    fill_in_defaults,
-    load,
-)
-from minibalora.evaluation.perplexity import mean_predictions, predict, text_windows
-from minibalora.evaluation.records import answer, by_model, in_words, summarize
+from minibalora.evaluation import perplexity, records
+from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
+from minibalora.evaluation.decoding import Decoding, encode_prompts
+from minibalora.evaluation.generate import DEFAULTS, add_decoding_flags, add_model_flags, check_top_p, load
 from minibalora.evaluation.sandbox import Limits, check_sandbox
-from minibalora.evaluation.tasks import TASKS, Item, read_items
+from minibalora.models import LanguageModel
 from minibalora.models.t5 import T5
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
-# An evaluation may go on with another of these: of files, digests are compared; the others don't change a verdict.
+# A stopped evaluation may go on with other values of these. Digests tell whether a file is the same; the others change
+# no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
 
 
 def main() -> int:
     args = parse_flags()
-    if args.task in TASKS and TASKS[args.task].runs_code:
+    benchmark = BENCHMARKS.get(args.task)  # None: --task text
+    if benchmark is not None and benchmark.runs_code:
         check_sandbox()
-    settings = plain_settings(args) | {"data_digest": file_digest(args.data), **source_digests(args)}
+    digests = source_digests(args.gold, args.completions, args.model, args.adapter)
+    settings = plain_settings(args) | {"data_digest": file_digest(args.data), **digests}
     check_folder(args.out, settings)
-    return evaluate_text(args, settings) if args.task == "text" else evaluate_task(args, settings)
-
-
-def evaluate_task(args: argparse.Namespace, settings: dict) -> int:
-    task = TASKS[args.task]
-    items = read_items(args.task, args.data, args.raw, args.max_rows)
-    if args.gold or args.completions is not None:
-        texts = [item.response for item in items] if args.gold else read_completions(args, items)
-
-        def complete(items: list[Item], keys: list[int]) -> Iterable[tuple[int, str]]:
-            return enumerate([texts[key] for key in keys])
+    file = args.out / "records.jsonl"
+    if benchmark is None:
+        model, tok = load(args.model, args.adapter, args.dtype, args.device)
+        windows = windows_of(model, tok, args.data, args.max_length, args.max_rows)
+        start(args.out, settings)
+        found = perplexity.mean_predictions(perplexity.predict_each(model, windows, file))
+        said = perplexity.in_words(found)
     else:
-        model, tok = load(args)
-        encode_prompts(
-            model, tok, [item.prompt for item in items], [f"{args.data}, line {i.line}: the prompt" for i in items]
-        )
-        stop = task.raw_stop if args.raw else task.stop
-        decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
-        complete = by_model(model, tok, decoding, args.batch_size, args.task)
-    start(args.out, settings)
-    limits = Limits(seconds=args.timeout)
-    records = answer(items, args.samples, task.judge, args.out / "records.jsonl", args.task, complete, limits)
-    found = summarize(records, args.k)
+        items = read_items(args.task, args.data, args.raw, args.max_rows)
+        if args.gold:
+            complete = records.by_list([item.response for item in items])
+        elif args.completions is not None:
+            complete = records.by_list(read_completions(args.completions, args.data, items, args.samples))
+        else:
+            model, tok = load(args.model, args.adapter, args.dtype, args.device)
+            names = [f"{args.data}, line {item.line}: the prompt" for item in items]
+            encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses what the model can't take
+            stop = benchmark.raw_stop if args.raw else benchmark.stop
+            decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
+            complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
+        start(args.out, settings)
+        limits = Limits(seconds=args.timeout)
+        judged = records.answer(items, args.samples, benchmark.judge, file, args.task, complete, limits)
+        found = records.summarize(judged, args.k)
+        said = records.in_words(found)
     write_json(args.out / "summary.json", {"task": args.task} | found)
-    print(f"{args.task}: {in_words(found)}")
-    return 0
-
-
-def evaluate_text(args: argparse.Namespace, settings: dict) -> int:
-    """Loss and perplexity of a text file; of an adapter also those of its base, and the KL between the two."""
-    model, tok = load(args)
-    if isinstance(model, T5):
-        raise InputError(f"--task text: {args.model} is a T5, which predicts answers and not the text: give a decoder")
-    longest = model.config.max_position_embeddings
-    length = args.max_length or min(1024, longest)
-    if not 2 <= length <= longest:
-        raise InputError(f"--max-length {length}: {args.model} has {longest} positions: give 2 to {longest}")
-    windows = text_windows(args.data, tok, length, args.max_rows)
-    if (highest := max(map(max, windows))) >= model.config.vocab_size:
-        raise InputError(f"{args.model}: its tokenizer gives token {highest}, but the model has "
-                         f"{model.config.vocab_size}: they do not belong together")  # fmt: skip
-    start(args.out, settings)
-    path = args.out / "records.jsonl"
-    done = {record["window"]: record for record in keep_lines(path, lambda record: type(record.get("window")) is int)}
-    with appending(path) as append:
-        for number, ids in enumerate(tqdm(windows, "text", unit="window", dynamic_ncols=True, leave=False), start=1):
-            if number not in done:
-                done[number] = {"window": number} | predict(model, ids)
-                append(done[number])
-    found = mean_predictions(list(done.values()))
-    write_json(args.out / "summary.json", {"task": "text"} | found)
-    text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:,.2f}"
-    if "kl" in found:
-        text += f"; of the base: loss {found['base_loss']:.4f}, perplexity {found['base_perplexity']:,.2f}"
-        text += f"; KL(base ‖ tuned) {found['kl']:.4f} nats a token"
-    print(f"text: {text}; tokens: {found['tokens']:,}")
+    print(f"{args.task}: {said}")
     return 0
 
 
@@ -103,10 +70,10 @@ def parse_flags() -> argparse.Namespace:
     )
     add_model_flags(parser)
     add = parser.add_argument_group("what is measured").add_argument
-    add("--task", choices=(*TASKS, "text"), required=True, help="gsm8k, math: the final answer; humaneval, mbpp: "
+    add("--task", choices=(*BENCHMARKS, "text"), required=True, help="gsm8k, math: the final answer; humaneval, mbpp: "
         "tests; text: loss and perplexity, with --adapter also of the base, and KL(base ‖ tuned)")  # fmt: skip
     add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file, JSON Lines or an array, "
-        ".gz too; of --task text any text")  # fmt: skip
+        ".gz too; with --task text any text")  # fmt: skip
     add("--out", metavar="DIR", type=cli.path, required=True, help="folder for records.jsonl (every prompt, "
         "completion, answer and verdict) and summary.json; the same command goes on where it was stopped")  # fmt: skip
     add("--max-rows", type=cli.positive_int, metavar="N", help="the first N problems, or windows of text")
@@ -121,55 +88,78 @@ def parse_flags() -> argparse.Namespace:
     add("--samples", type=cli.positive_int, metavar="N", help="answers a problem (default: 1)")
     add("--k", type=cli.positive_int, nargs="+", help="report pass@k (default: 1)")
     add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run what the model wrote, in a sandbox "
-        "(see minibalora/sandbox.py)")  # fmt: skip
+        "(minibalora/evaluation/sandbox.py says what it forbids)")  # fmt: skip
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds a program (default: 10)")
     args = parser.parse_args()
-    refuse_contradictions(args)
-    tokens = TASKS[args.task].max_new_tokens if args.task in TASKS else None
-    fill_in_defaults(args, {"samples": 1, "k": [1], "timeout": 10.0, "max_new_tokens": tokens})
+    refuse_contradictions(args.task, {name for name, value in vars(args).items() if value not in (None, False)})
+    tokens = BENCHMARKS[args.task].max_new_tokens if args.task in BENCHMARKS else None
+    parser.set_defaults(**DEFAULTS, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
+    args = parser.parse_args()
+    check_top_p(args.temperature, args.top_p)
     if args.samples > 1 and args.temperature == 0 and args.completions is None:
         raise InputError(f"--samples {args.samples} would all be the same: add --temperature")
     if max(args.k) > args.samples:
         raise InputError(f"--k {max(args.k)} needs as many samples: raise --samples")
+    args.device = cli.device(args.device)
+    args.dtype = cli.dtype(args.dtype, args.device)
     return args
 
 
-def refuse_contradictions(args: argparse.Namespace) -> None:
-    """InputError for a flag that would have no effect, or that is missing."""
-    runs_code = args.task in TASKS and TASKS[args.task].runs_code
-    if runs_code and not args.allow_code_execution:
-        raise InputError(f"--task {args.task} runs code that a model wrote: allow it by --allow-code-execution")
-    if args.gold and args.completions is not None:
+def refuse_contradictions(task: str, given: set[str]) -> None:
+    """InputError for a flag that is missing, or that would have no effect; `given`: the names of what is given."""
+    is_benchmark = task in BENCHMARKS
+    runs_code = is_benchmark and BENCHMARKS[task].runs_code
+    if runs_code and "allow_code_execution" not in given:
+        raise InputError(f"--task {task} runs code that a model wrote: allow it by --allow-code-execution")
+    if given >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
-    unused = {"max_length"} if args.task in TASKS else {"samples", "k", "gold", "completions", *decoding}
+    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", *decoding}
     unused |= set() if runs_code else {"raw", "allow_code_execution", "timeout"}
-    where = f"--task {args.task}"
-    if args.gold or args.completions is not None:
-        unused, where = unused | decoding | {"adapter", "raw"}, "--gold" if args.gold else "--completions"
-    if args.gold:
+    where = f"--task {task}"
+    if "gold" in given or "completions" in given:
+        unused, where = unused | decoding | {"adapter", "raw"}, "--gold" if "gold" in given else "--completions"
+    if "gold" in given:
         unused |= {"samples", "k"}
-    for name in sorted(unused):
-        if getattr(args, name) not in (None, False):
-            raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
+    for name in sorted(unused & given):
+        raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
 
 
-def read_completions(args: argparse.Namespace, items: list[Item]) -> list[str]:
-    """The `completion` of each row for the item that `item` or `task_id` names, or in the data's order; by key."""
+def windows_of(
+    model: LanguageModel, tok: Tokenizer, data: Path, max_length: int | None, limit: int | None
+) -> list[list[int]]:
+    """The first `limit` windows of a text; InputError if the model can't predict them."""
+    if isinstance(model, T5):
+        raise InputError("--task text: the model is a T5, which predicts answers and not the text: give a decoder")
+    longest = model.config.max_position_embeddings
+    length = max_length or min(1024, longest)
+    if not 2 <= length <= longest:
+        raise InputError(f"--max-length {length}: the model has {longest} positions: give 2 to {longest}")
+    windows = perplexity.text_windows(data, tok, length, limit)
+    for number, ids in enumerate(windows, start=1):
+        check_ids(ids, f"{data}, window {number}", model.config)
+    return windows
+
+
+def read_completions(path: Path, data: Path, items: list[Item], samples: int) -> list[str]:
+    """The `completion` of each row, sample by sample of all items: what `records.by_list` takes.
+
+    A row is for the item that its `item` or `task_id` names, or else for the next one in the order of `data`.
+    """
     given = {item.name: [] for item in items}
-    for index, (line, row) in enumerate(read_rows(args.completions)):
-        where = f"{args.completions}, line {line}"
+    for index, (line, row) in enumerate(read_rows(path)):
+        where = f"{path}, line {line}"
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
             raise InputError(f"{where}: has no text in the field completion: mend the row")
         name = str(row.get("item", row.get("task_id", items[index % len(items)].name)))
         if name not in given:
-            raise InputError(f"{where}: is for problem {name}, which {args.data} does not have: take it away")
+            raise InputError(f"{where}: is for problem {name}, which {data} does not have: take it away")
         given[name].append(row["completion"])
     for name, texts in given.items():
-        if len(texts) != args.samples:
-            counts = f"{len(texts)} completions of problem {name}, not {args.samples}"
-            raise InputError(f"{args.completions}: has {counts}: give as many as --samples for each problem")
-    return [given[item.name][sample] for sample in range(args.samples) for item in items]
+        if len(texts) != samples:
+            counts = f"{len(texts)} completions of problem {name}, not {samples}"
+            raise InputError(f"{path}: has {counts}: give as many as --samples for each problem")
+    return [given[item.name][sample] for sample in range(samples) for item in items]
 
 
 def check_folder(out: Path, settings: dict) -> None:
@@ -195,12 +185,14 @@ def file_digest(*paths: Path) -> str:
     return digest.hexdigest()
 
 
-def source_digests(args: argparse.Namespace) -> dict[str, str]:
-    """What answers: given completions, or a model and its adapter."""
-    if args.gold or args.completions is not None:
-        return {} if args.gold else {"completions_digest": file_digest(args.completions)}
-    digests = {"model_digest": weights_digest(args.model)}
-    if args.adapter is not None:
-        files = (args.adapter / name for name in ("adapter_config.json", "adapter_model.safetensors"))
+def source_digests(gold: bool, completions: Path | None, model: Path, adapter: Path | None) -> dict[str, str]:
+    """Digests of what answers: the file's own solutions, given completions, or a model and its adapter."""
+    if gold:
+        return {}
+    if completions is not None:
+        return {"completions_digest": file_digest(completions)}
+    digests = {"model_digest": weights_digest(model)}
+    if adapter is not None:
+        files = (adapter / name for name in ("adapter_config.json", "adapter_model.safetensors"))
         digests["adapter_digest"] = file_digest(*files)
     return digests

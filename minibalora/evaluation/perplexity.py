@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from minibalora.base.errors import InputError
+from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import Row, micro_batches, pack
 from minibalora.lowrank import adapted_layers, pretrained
@@ -34,9 +36,9 @@ def whole_text(rows: list[Row]) -> list[Row]:
 
 
 def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = None) -> list[list[int]]:
-    """The ids of a text file, cut into windows of `length` that follow each other, each with a BOS; the first `limit`.
+    """The ids of a text file, cut into windows of `length` ids, a BOS among them; the first `limit` windows.
 
-    What a window's first tokens could have known of the one before is lost: longer windows give a lower loss.
+    A window's first tokens are predicted without those of the window before, so longer windows give a lower loss.
     """
     try:
         ids = tok.encode_responses([path.read_text(encoding="utf-8")])[0]
@@ -53,9 +55,20 @@ def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = No
     return windows
 
 
+def predict_each(model: Decoder, windows: list[list[int]], path: Path) -> list[dict[str, float]]:
+    """`predict` of each window, which has its number from 1: those that `path` holds, and new ones, appended to it."""
+    done = {record["window"]: record for record in keep_lines(path, lambda record: type(record.get("window")) is int)}
+    with appending(path) as append:
+        for number, ids in enumerate(tqdm(windows, "text", unit="window", dynamic_ncols=True, leave=False), start=1):
+            if number not in done:
+                done[number] = {"window": number} | predict(model, ids)
+                append(done[number])
+    return list(done.values())
+
+
 @torch.no_grad()
 def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
-    """Sums over the T - 1 tokens of a window that are predicted: `tokens`, and `loss` in nats.
+    """Sums over the T - 1 predicted tokens of a window of T ids: `tokens`, how many, and `loss` in nats.
 
     Of an adapted model also `base_loss`, the pre-trained model's, and `kl`, KL(base ‖ tuned) of the predictions.
     """
@@ -71,12 +84,20 @@ def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
 
 
 def mean_predictions(found: list[dict[str, float]]) -> dict[str, float]:
-    """Means a token of what `predict` gave for the windows, and perplexities, e to the loss."""
+    """What `predict` gave for the windows as means a token, and perplexities, e to the loss; `tokens`: how many."""
     tokens = sum(window["tokens"] for window in found)
-    sums = {
-        name: sum(window[name] for window in found) / tokens for name in found[0] if name not in ("tokens", "window")
+    means = {
+        name: sum(window[name] for window in found) / tokens for name in ("loss", "base_loss", "kl") if name in found[0]
     }
-    for name in ("base_loss", "loss"):
-        if name in sums:
-            sums[name.replace("loss", "perplexity")] = math.exp(min(sums[name], 700))  # beyond, a float ends
-    return {"tokens": tokens} | sums
+    for name in [name for name in means if name.endswith("loss")]:
+        means[name.replace("loss", "perplexity")] = math.exp(min(means[name], 700))  # more is beyond float64
+    return {"tokens": tokens} | means
+
+
+def in_words(found: dict[str, float]) -> str:
+    """What `mean_predictions` found, in a line."""
+    text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:,.2f}"
+    if "kl" in found:
+        text += f"; of the base: loss {found['base_loss']:.4f}, perplexity {found['base_perplexity']:,.2f}"
+        text += f"; KL(base ‖ tuned) {found['kl']:.4f} nats a token"
+    return f"{text}; tokens: {found['tokens']:,}"

@@ -1,7 +1,7 @@
 """Pictures: the terms of runs over their steps, and t-SNE of features before and after training; see `--help`.
 
-Needs matplotlib, for t-SNE scikit-learn too: pip install 'minibalora[plots]'. Both are imported where they are used, so
-that nothing else needs them. Figures are made without pyplot: no window, no backend, no global setting.
+Needs matplotlib and, for t-SNE, scikit-learn: pip install 'minibalora[plots]'. Both are imported where they are used,
+so nothing else needs them. Figures are made without pyplot: no window, no backend, no global setting.
 """
 
 import argparse
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
@@ -25,41 +24,43 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("png", "pdf", "svg")
 # Key in the log -> title of its panel, in the order of the panels.
 NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversity": "diversity"}
 NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
-# Okabe and Ito's colours, which colour-blind people can tell apart; a brown for their yellow, too pale for a line.
-# What is beyond eight gets another line or marker.
+# Okabe and Ito's colours, which colour-blind people can tell apart, with a brown for their yellow, too pale for a line.
+# After eight, the next line style or marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 LINES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "s", "X")
 MOST = len(COLOURS) * len(LINES)
 GREY = "#555555"
+SMALL = {"fontsize": 8, "color": GREY}
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": "#999999"}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
-WIDTH, DPI = 9, 200  # inches, for which the font sizes are meant: 1800 pixels, to be shown at 900
+FIGURE = {"dpi": 200, "layout": "constrained"}
+WIDTH = 9  # inches, for which the font sizes are meant: 1800 pixels, to be shown at 900
 NEIGHBOURS = 5
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    check_out(args.out)
-    needed = ("matplotlib", "sklearn") if args.features else ("matplotlib",)
-    check_installed(*needed)
+    for module in ("matplotlib", "sklearn") if args.features else ("matplotlib",):
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise InputError(f"can't import {module} ({error}): pip install 'minibalora[plots]'") from None
     import matplotlib.style
 
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = tsne(read_features(args.features, args.max_rows)) if args.features else curves(read_runs(args.runs))
         with replacing(args.out) as temporary:
-            figure.savefig(temporary, format=picture_format(args.out))
+            figure.savefig(temporary, format=args.out.suffix[1:].lower())
     print(f"saved to {args.out}")
     return 0
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    """InputError in place of argparse's two lines."""
     parser = cli.OneLineParser(
         prog="python -m minibalora plot",
         description="Draw the log of one or more runs, one panel a term; or, with --features, t-SNE of the features "
@@ -74,42 +75,35 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     if bool(args.runs) == bool(args.features):
         raise InputError("give the folders of runs or --features, one of them: see --help")
     if args.max_rows is not None and not args.features:
-        raise InputError("--max-rows is of --features: leave it out, a run's log is drawn whole")
-    args.max_rows = 2000 if args.max_rows is None else args.max_rows
+        raise InputError("--max-rows goes with --features: leave it out, a run's log is drawn whole")
+    args.max_rows = args.max_rows or 2000
+    if args.out.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise InputError(f"--out {args.out}: not the name of a picture: end it in .png, .pdf or .svg")
+    check_file(args.out, "--out")  # now, not after t-SNE
     return args
-
-
-def picture_format(path: Path) -> str:
-    return path.suffix[1:].lower()
-
-
-def check_out(path: Path) -> None:
-    """InputError if no picture can be written to `path`, which would be known only after t-SNE."""
-    if picture_format(path) not in FORMATS:
-        raise InputError(f"--out {path}: no picture's name: end it in .{', .'.join(FORMATS[:-1])} or .{FORMATS[-1]}")
-    check_file(path, "--out")
-
-
-def check_installed(*modules: str) -> None:
-    for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"can't import {module} ({error}): pip install 'minibalora[plots]'") from None
 
 
 def short_names(paths: list[Path]) -> list[str]:
     """The shortest end of each path that no other path ends in; InputError if one is named twice."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]
+    names, parts = [], [Path(os.path.abspath(path)).parts for path in paths]
     for path, own in zip(paths, parts, strict=True):
-        if parts.count(own) > 1:
-            raise InputError(f"{path} is named twice: name it once")
-
-    def shortest(own: tuple[str, ...]) -> str:
         ends = (own[-length:] for length in range(1, len(own) + 1))
-        return str(Path(*next(end for end in ends if sum(other[-len(end) :] == end for other in parts) == 1)))
+        end = next((end for end in ends if [other[-len(end) :] for other in parts].count(end) == 1), None)
+        if end is None:
+            raise InputError(f"{path} is named twice: name it once")
+        names.append(str(Path(*end)))
+    return names
 
-    return [shortest(own) for own in parts]
+
+def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
+    """Above the panels, once for all of them."""
+    from matplotlib.lines import Line2D
+
+    columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
+    where = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 9}
+    legend = figure.legend([Line2D([], [], **look) for look in looks], ["?"] * len(names), **where)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
 
 
 # Runs
@@ -130,10 +124,8 @@ class Run:
 def read_runs(folders: list[Path]) -> list[Run]:
     if len(folders) > MOST:
         raise InputError(f"{len(folders)} runs: at most {MOST} can be told apart in one picture")
-    runs = []
-    for name, folder in zip(short_names(folders), folders, strict=True):
-        runs.append(Run(name, read_log(folder / "log.jsonl"), recorded_settings(folder)))
-    return runs
+    named = zip(short_names(folders), folders, strict=True)
+    return [Run(name, read_log(folder / "log.jsonl"), recorded_settings(folder)) for name, folder in named]
 
 
 def read_log(path: Path) -> list[dict]:
@@ -145,114 +137,102 @@ def read_log(path: Path) -> list[dict]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give the folder of a run, its --out") from None
-    entries, last = [], 0
+    entries = []
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             entry = None
-        if not is_entry(entry) or entry["step"] <= last:
+        if not is_entry(entry) or entry["step"] <= (entries[-1]["step"] if entries else 0):
             raise InputError(f"{path}, line {number}: not an entry of a run's log: mend it or leave this run out")
         entries.append(entry)
-        last = entry["step"]
     if not entries:
         raise InputError(f"{path}: holds no step yet: wait for the first, or leave this run out")
     return entries
 
 
 def is_entry(entry: object) -> bool:
-    """An object with a step, a loss and a rate, and with a finite number or null for whatever else we draw."""
-    if not isinstance(entry, dict):
+    """Whether it is an object with a step, a loss and a rate, and a finite number or null for whatever else we draw."""
+    if not isinstance(entry, dict) or any(entry.get(key) is None for key in ("step", "loss", "lr")):
         return False
-    values = [entry.get(key) for key in ("step", *PANELS)]
-    are_numbers = all(type(value) in (int, float) and abs(value) < 1e300 for value in values if value is not None)
-    return are_numbers and None not in (entry.get("step"), entry.get("loss"), entry.get("lr"))
+    values = [value for key in ("step", *PANELS) if (value := entry.get(key)) is not None]
+    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
+
+
+def line_look(index: int) -> dict[str, str]:
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS)]}
 
 
 def curves(runs: list[Run]) -> "Figure":
     """One panel for each term that a run has, one line a run: each step faint, and their moving mean over it."""
     from matplotlib.figure import Figure
 
-    shown = [key for key in PANELS if any(len(run.series(key)[0]) for run in runs)]
-    is_task_loss = "task" in shown and not any(task_differs(run) for run in runs)
-    if is_task_loss:
-        shown.remove("task")
-    columns = 2 if len(shown) in (2, 4) else min(len(shown), 3)
-    rows = -(-len(shown) // columns)
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * rows), dpi=DPI, layout="constrained")
+    titles = {key: title for key, title in PANELS.items() if any(len(run.series(key)[0]) for run in runs)}
+    if "task" in titles and not any(task_differs(run) for run in runs):
+        del titles["task"]
+        titles["loss"] = "loss ≈ task"
+    columns = 2 if len(titles) in (2, 4) else min(len(titles), 3)
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * rows), **FIGURE)
     grid = figure.add_gridspec(rows, 6)
-    last = max(run.entries[-1]["step"] for run in runs)
-    for index, key in enumerate(shown):
+    for index, (key, title) in enumerate(titles.items()):
         row, column = divmod(index, columns)
-        wide = 6 // min(columns, len(shown) - row * columns)  # the last row's panels share the whole width
+        wide = 6 // min(columns, len(titles) - row * columns)  # the last row's panels share the whole width
         axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
-        axes.set_title("loss ≈ task" if key == "loss" and is_task_loss else PANELS[key])
+        axes.set(title=title, xlabel="step" if row == rows - 1 else "")
         draw_term(axes, key, runs)
-        axes.set_xlim(0, 1.02 * last)
+        axes.set_xlim(0, 1.02 * max(run.entries[-1]["step"] for run in runs))
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if row == rows - 1:
-            axes.set_xlabel("step")
     if any(half_window(len(run.entries)) for run in runs):
-        caption = "faint: each step; strong: mean of the nearest 5 % of the run's steps"
-        figure.supxlabel(caption, fontsize=8, color=GREY)
-    add_legend(figure, [run.name for run in runs], is_line=True)
+        figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
+    add_legend(figure, [run.name for run in runs], [line_look(i) | {"linewidth": 1.6} for i in range(len(runs))])
     return figure
 
 
 def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
-    found = []
-    for index, run in enumerate(runs):
-        steps, values = run.series(key)
-        if len(steps) == 0:
-            continue
-        found.append(values)
-        half = half_window(len(steps)) if key in NOISY else 0
-        look = {"color": COLOURS[index % len(COLOURS)], "marker": "." if len(steps) < 20 else None}
-        if half:
-            axes.plot(steps, values, **look, linewidth=0.6, alpha=0.3)
-        # Runs may be the same, in their learning rate above all: an earlier one shows on both sides of a later one.
-        hiding = sum(np.array_equal(values, other.series(key)[1]) for other in runs[index + 1 :])
-        line = {"linestyle": LINES[index // len(COLOURS)], "linewidth": 1.6 + min(1.2, 4 / len(runs)) * hiding}
-        axes.plot(steps, moving_mean(values, half) if half else values, **look, **line, label=run.name)
-    fit_height(axes, found, [main_span(values) if key in NOISY else (values.min(), values.max()) for values in found])
-    units = {quantity(key, run.settings) for run in runs if len(run.series(key)[0])} - {""}
-    axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several are too long, and of little use
-
-
-def fit_height(axes: "Axes", found: list[np.ndarray], spans: list[tuple[float, float]]) -> None:
-    """Show all spans; what lies beyond them is told above the panel."""
+    """The term's line of each run that has it, at a height that shows their `main_span`; above, what lies beyond."""
     from matplotlib.ticker import StrMethodFormatter
 
+    drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
+    for index, (steps, values) in drawn.items():
+        half = half_window(len(steps)) if key in NOISY else 0
+        look = line_look(index) | {"marker": "." if len(steps) < 20 else None}
+        if half:
+            axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
+        # Runs may be the same, in their learning rate above all: an earlier one shows on both sides of a later one.
+        hiding = sum(np.array_equal(values, later) for other, (_, later) in drawn.items() if other > index)
+        width = 1.6 + min(1.2, 4 / len(runs)) * hiding
+        axes.plot(steps, moving_mean(values, half), **look, linewidth=width, label=runs[index].name)
+    spans = [main_span(values) if key in NOISY else (values.min(), values.max()) for _, values in drawn.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     room = 0.05 * (high - low or abs(low) or 1)
     axes.set_ylim(low - room, high + room)
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))  # 2e-05 in place of 2 with a power elsewhere
-    lowest, highest = min(values.min() for values in found), max(values.max() for values in found)
-    beyond = [f"down to {lowest:.3g}"] if lowest < low - room else []
-    beyond += [f"up to {highest:.3g}"] if highest > high + room else []
-    axes.set_title(", ".join(beyond), loc="right", fontsize=8, color=GREY)
+    every = np.concatenate([values for _, values in drawn.values()])
+    beyond = [f"down to {every.min():.3g}"] if every.min() < low - room else []
+    beyond += [f"up to {every.max():.3g}"] if every.max() > high + room else []
+    axes.set_title(", ".join(beyond), loc="right", **SMALL)
+    units = {quantity(key, runs[index].settings) for index in drawn} - {""}
+    axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several are too long, and of little use
 
 
 def task_differs(run: Run) -> bool:
     """Whether a picture can show it: by more than 1 % of the height that the loss takes."""
-    steps, task = run.series("task")
-    loss_of = dict(zip(*run.series("loss"), strict=True))
-    loss = np.array([loss_of[step] for step in steps])
-    low, high = main_span(loss) if len(loss) else (0, 0)
+    both = [(entry["loss"], entry["task"]) for entry in run.entries if entry.get("task") is not None]
+    loss, task = np.array(both, dtype=float).reshape(-1, 2).T
+    low, high = main_span(loss) if both else (0, 0)
     return bool((abs(loss - task) > 0.01 * (high - low)).any())
 
 
 def half_window(count: int) -> int:
-    """Of the moving mean over `count` steps: 2.5 % of them to each side."""
+    """How far the moving mean over `count` steps reaches to each side: 2.5 % of them."""
     return round(0.025 * count)
 
 
 def moving_mean(values: np.ndarray, half: int) -> np.ndarray:
     """(n,) -> (n,): the mean of each value and `half` on either side, or what there is of them."""
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    at = np.arange(len(values))
-    start, end = np.maximum(at - half, 0), np.minimum(at + half + 1, len(values))
-    return (sums[end] - sums[start]) / (end - start)
+    sums, counts = (np.convolve(each, np.ones(2 * half + 1)) for each in (values, np.ones(len(values))))
+    return (sums / counts)[half : half + len(values)]
 
 
 def main_span(values: np.ndarray) -> tuple[float, float]:
@@ -266,41 +246,18 @@ def main_span(values: np.ndarray) -> tuple[float, float]:
 
 
 def quantity(key: str, settings: dict) -> str:
-    """What a term is a number of, which depends on the task and the recipe; empty if it says nothing or is unknown."""
+    """The unit of a term, which depends on the task and the recipe; empty if it says nothing or is unknown."""
     objective = settings.get("objective")
     if not isinstance(objective, dict):
         return ""
-    is_nlu, is_regression = "labels" in settings, settings.get("labels") == []
+    is_regression = settings.get("labels") == []
     loss = "squared error" if is_regression else "nats"
     distance = "nats" if objective.get("consistency") == "kl" else "squared distance"
     divisor = "N" if objective.get("svd_norm") is None else "‖Z‖"
-    return {
-        "loss": loss,
-        "task": loss,
-        "consistency": loss if is_regression else distance,
-        "diversity": "squared covariance" if is_nlu else "−entropy, nats",
-        "svd": f"−Σ of {objective.get('svd_k')} largest σ / {divisor}",
-        "non_target_kl": "nats",
-    }.get(key, "")
-
-
-def add_legend(figure: "Figure", names: list[str], is_line: bool) -> None:
-    """Above the panels, once for all of them."""
-    from matplotlib.lines import Line2D
-
-    looks = [(COLOURS[index % len(COLOURS)], index // len(COLOURS)) for index in range(len(names))]
-    handles = [
-        Line2D([], [], color=colour, linestyle=LINES[more], linewidth=1.6)
-        if is_line
-        else Line2D([], [], color=colour, marker=MARKERS[more], linestyle="")
-        for colour, more in looks
-    ]
-    columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
-    legend = figure.legend(
-        handles, ["?"] * len(names), loc="outside upper center", ncols=columns, frameon=False, fontsize=9
-    )
-    for text, name in zip(legend.get_texts(), names, strict=True):
-        text.set(text=name, parse_math=False)  # here, for a label that begins with _ would be left out
+    units = {"loss": loss, "task": loss, "consistency": loss if is_regression else distance, "non_target_kl": "nats"}
+    units["diversity"] = "squared covariance" if "labels" in settings else "−entropy, nats"
+    units["svd"] = f"−Σ of {objective.get('svd_k')} largest σ / {divisor}"
+    return units.get(key, "")
 
 
 # Features
@@ -336,7 +293,9 @@ def read_file(path: Path, name: str, max_rows: int) -> Features:
     """`max_rows` rows drawn with seed 0, the same from each file of that length."""
     again = "give what train_nlu.py --features wrote"
     try:
-        stored, names = load_file(path), class_names(path)
+        with safe_open(path, "pt") as file:
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            names = class_names(file.metadata() or {})
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: {again}") from None
     except (SafetensorError, OSError) as error:
@@ -361,12 +320,11 @@ def read_file(path: Path, name: str, max_rows: int) -> Features:
     return Features(name, before, after, labels[kept], names, len(labels))
 
 
-def class_names(path: Path) -> list[str]:
-    with safe_open(path, "np") as file:
-        try:
-            names = json.loads((file.metadata() or {}).get("classes", "[]"))
-        except ValueError:
-            return []
+def class_names(metadata: dict[str, str]) -> list[str]:
+    try:
+        names = json.loads(metadata.get("classes", "[]"))
+    except ValueError:
+        return []
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
@@ -377,37 +335,40 @@ def all_classes(found: list[Features]) -> list[int]:
 def tsne(found: list[Features]) -> "Figure":
     """Before and after side by side, a row a file, with the same settings and seed; one colour a class or score.
 
-    The features are not standardised: distances are then those that the head's weights see, and a few coordinates of
-    large variance, which fine-tuning is apt to make, keep what they mean. A t-SNE picture tells little of how far
-    clusters are apart, so above each panel stands what the 5 nearest others of a row *among the features* say of it.
+    The features are not standardised: so distances are those that the head's weights see, and a few coordinates of
+    large variance, which fine-tuning tends to make, keep their weight. A t-SNE picture says little about how far
+    clusters are apart, so above each panel stands what the 5 nearest other rows *among the features* say.
     """
     from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
 
-    figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), **FIGURE)
     grid = figure.subplots(len(found), 2, squeeze=False)
     classes = all_classes(found)
+    looks = [{"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]} for i in range(len(classes))]
     for row, features in zip(grid, found, strict=True):
+        perplexity = min(30, (len(features.labels) - 1) / 3)  # about the number of neighbours that count
         for axes, moment in zip(row, ("before", "after"), strict=True):
             values = getattr(features, moment)
-            draw_points(axes, embedding(values), features, classes)
+            points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(values)  # (N, 2)
+            draw_points(axes, points, features, dict(zip(classes, looks, strict=True)))
             axes.set_title(f"{moment}: {neighbour_score(values, features)}")
         row[0].set_ylabel(f"{features.name}\n{amounts(features)}", parse_math=False)
         if not features.are_classes:
             figure.colorbar(row[1].collections[0], ax=row.tolist(), label="label", pad=0.01)
     caption = f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture"
-    figure.supxlabel(caption, fontsize=8, color=GREY)
+    figure.supxlabel(caption, **SMALL)
     if classes:
         names = max((features.names for features in found), key=len)
-        known = {label: names[label] if 0 <= label < len(names) else f"class {label}" for label in classes}
-        add_legend(figure, list(known.values()), is_line=False)
+        known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
+        add_legend(figure, known, [look | {"linestyle": ""} for look in looks])
     return figure
 
 
-def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
+def draw_points(axes: "Axes", points: np.ndarray, features: Features, looks: dict[int, dict]) -> None:
     size = float(np.clip(8000 / len(points), 6, 40))
     if features.are_classes:
-        for index, label in enumerate(classes):
-            look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index // len(COLOURS)]}
+        for label, look in looks.items():
             of_class = points[features.labels == label]
             axes.scatter(*of_class.T, size, **look, alpha=0.6, linewidths=0, label=f"class {label}")
     else:
@@ -415,13 +376,6 @@ def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: l
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(True)
-
-
-def embedding(values: np.ndarray) -> np.ndarray:
-    """(N, d) -> (N, 2). Perplexity is about the number of neighbours that count, so few rows have less than 30."""
-    from sklearn.manifold import TSNE
-
-    return TSNE(init="pca", perplexity=min(30, (len(values) - 1) / 3), random_state=0).fit_transform(values)
 
 
 def neighbour_score(values: np.ndarray, features: Features) -> str:

@@ -1,6 +1,5 @@
-"""Answers to a benchmark's problems, each kept in a file as soon as it is judged, and what they amount to.
-
-So an evaluation goes on where it was stopped, and every verdict can be looked up.
+"""Answers to a benchmark's problems and what they amount to. Each is kept in a file as soon as it is judged, so that a
+stopped evaluation goes on where it was and every verdict can be looked up.
 """
 
 import os
@@ -8,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
@@ -17,21 +17,27 @@ from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
 from minibalora.data.prompts import Example
-from minibalora.evaluation.generate import Decoding, generate_each
+from minibalora.evaluation.benchmarks import RIGHT, Benchmark, Item, Judge, judge_answer
+from minibalora.evaluation.decoding import Decoding, generate_each
 from minibalora.evaluation.metrics import pass_at_k, wilson
 from minibalora.evaluation.perplexity import mean_loss, whole_text
 from minibalora.evaluation.sandbox import Limits
-from minibalora.evaluation.tasks import RIGHT, Item, Judge, Task, judge_answer
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
 
-Complete = Callable[[list[Item], list[int]], Iterable[tuple[int, str]]]  # (items, keys) -> (index, completion)
+# (items, keys) -> (index of an item, completion) in any order; a key makes an item's random numbers its own.
+Complete = Callable[[list[Item], list[int]], Iterable[tuple[int, str]]]
 
 
 def by_model(model: LanguageModel, tok: Tokenizer, decoding: Decoding, batch_size: int, desc: str) -> Complete:
     return lambda items, keys: generate_each(
         model, tok, [item.prompt for item in items], decoding, batch_size, keys, desc
     )
+
+
+def by_list(texts: list[str]) -> Complete:
+    """Of completions that are there already: the one at each key, of the first sample of all items, then the second."""
+    return lambda items, keys: enumerate([texts[key] for key in keys])
 
 
 def answer(
@@ -45,39 +51,33 @@ def answer(
 ) -> list[dict]:
     """A record of every sample of every item: those that `path` has, and new ones, each appended once it is judged.
 
-    measured: what model and settings give these answers; records of anything else are removed from the file.
-    complete(items, keys) yields (index, completion) in any order; a key is what makes a sample's random numbers its
-    own. Programs are judged on all cores while the next answers are generated. What judging raises is raised here.
+    measured: names the model and settings that give these answers; records of any other are removed from the file.
+    Programs are judged on all cores while the next answers are generated. Raises what judging raises.
     """
     wanted = {(item.name, sample): item for sample in range(samples) for item in items}
-    keys = {name: key for key, name in enumerate(wanted)}
 
     def is_wanted(record: dict) -> bool:
         name, sample = record.get("item"), record.get("sample")
         item = wanted.get((name, sample)) if isinstance(name, str) and isinstance(sample, int) else None
-        asked = (measured, *(() if item is None else (item.prompt, item.response)))
-        return item is not None and asked == tuple(map(record.get, ("measured", "prompt", "reference")))
+        asked = tuple(map(record.get, ("measured", "prompt", "reference")))
+        return item is not None and asked == (measured, item.prompt, item.response)
 
     records = {(record["item"], record["sample"]): record for record in keep_lines(path, is_wanted)}
-    missing = [name for name in wanted if name not in records]
+    missing = [(key, name) for key, name in enumerate(wanted) if name not in records]
     lock = Lock()
     with appending(path) as append, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def finish(name: tuple[str, int], completion: str) -> None:
-            item = wanted[name]
-            parsed, verdict, said = judge(item, completion, limits)
-            record = {"item": item.name, "sample": name[1], "kind": item.kind, "measured": measured}
-            record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
-            record |= {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
+            record = record_of(wanted[name], name[1], measured, completion, judge(wanted[name], completion, limits))
             with lock:
                 append(record)
                 records[name] = record
 
         waiting: list[Future] = []
         try:
-            found = complete([wanted[name] for name in missing], [keys[name] for name in missing]) if missing else ()
-            for index, completion in found:
-                waiting.append(pool.submit(finish, missing[index], completion))
+            asked = [wanted[name] for _, name in missing], [key for key, _ in missing]
+            for index, completion in complete(*asked) if missing else ():
+                waiting.append(pool.submit(finish, missing[index][1], completion))
                 while waiting and waiting[0].done():
                     waiting.pop(0).result()
             for future in tqdm(waiting, "judge", unit="answer", dynamic_ncols=True, leave=False, delay=2):
@@ -88,11 +88,20 @@ def answer(
     return [records[name] for name in wanted]
 
 
-def summarize(records: list[dict], ks: list[int]) -> dict:
-    """pass@k for each k, the share of right answers where there is one sample; with Wilson's interval of 95 %.
+def record_of(
+    item: Item, sample: int, measured: str, completion: str, judged: tuple[str | None, str, str]
+) -> dict[str, object]:
+    parsed, verdict, said = judged
+    record = {"item": item.name, "sample": sample, "kind": item.kind, "measured": measured}
+    record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
+    return record | {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
 
-    The interval counts problems, not samples, for the samples of one problem are not independent: with several it is
-    too wide rather than too narrow.
+
+def summarize(records: list[dict], ks: list[int]) -> dict:
+    """pass@k for each k, with Wilson's interval of 95 %. With one sample pass@1 is the share of right answers.
+
+    The interval counts problems, not samples, since the samples of one problem are not independent: with several
+    samples it is too wide rather than too narrow.
     """
     samples, right = Counter(record["item"] for record in records), Counter()
     for record in records:
@@ -121,41 +130,45 @@ def in_words(found: dict) -> str:
 # The before / after tables of the training scripts.
 
 
-def scores(
-    model: LanguageModel,
-    tok: Tokenizer,
-    task: Task | None,
-    items: list[Item],
-    pretraining: list[Example],
-    batch_size: int,
-    path: Path,
-    measured: str,
-) -> tuple[dict[str, float], list[dict]]:
-    """One column: exact match per kind in percent, and losses; and the records of `answer`, which path and measured are
-    for.
+@dataclass(frozen=True)
+class HeldOut:
+    """What a training script measures before and after."""
 
-    Without a task, items whose response has a final answer are asked as in training.
+    items: list[Item]
+    pretraining: list[Example]  # text of the kind that the model was pre-trained on
+    benchmark: Benchmark | None  # None: items are asked as in training, where their response has a final answer
+    batch_size: int
+
+
+def measure(
+    model: LanguageModel, tok: Tokenizer, held_out: HeldOut, path: Path, measured: str
+) -> tuple[dict[str, float], list[dict]]:
+    """A column of the table, exact match of each kind in percent and losses in nats; and the records of `answer`.
+
+    path and measured: see `answer`.
     """
+    items, benchmark, batch_size = held_out.items, held_out.benchmark, held_out.batch_size
     rows, _, _ = encode_examples(items, tok, sys.maxsize)
-    if task is None:
-        # Who has not stopped at twice the length of the longest reference has no answer.
+    if benchmark is None:
+        # A text twice as long as the longest reference counts as one without an answer.
         longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
         judge, decoding = judge_answer, Decoding(max_new_tokens=2 * longest)
     else:
-        judge, decoding = task.judge, Decoding(max_new_tokens=task.max_new_tokens, stop=task.stop)
+        judge, decoding = benchmark.judge, Decoding(max_new_tokens=benchmark.max_new_tokens, stop=benchmark.stop)
     complete = by_model(model, tok, decoding, batch_size, "exact match")
     asked = [item for item in items if judge(item, item.response, None)[1] in RIGHT]
     records = answer(asked, 1, judge, path, measured, complete) if asked else []
-    by_kind = {
-        kind: [record for record in records if record["kind"] == kind] for kind in {i.kind for i in asked} - {""}
+    groups = {
+        f", {kind}": [record for record in records if record["kind"] == kind]
+        for kind in sorted({item.kind for item in asked} - {""})
     }
-    groups = {f", {kind}": found for kind, found in sorted(by_kind.items())} | ({", all": records} if records else {})
+    groups |= {", all": records} if records else {}
     column = {f"exact match{name} ({len(found)})": 100 * share_right(found) for name, found in groups.items()}
     with evaluating(model):
         if rows:
             column["loss on held-out responses"] = mean_loss(model, rows, batch_size)
-        if pretraining:
-            rows, _, _ = encode_examples(pretraining, tok, sys.maxsize)
+        if held_out.pretraining:
+            rows, _, _ = encode_examples(held_out.pretraining, tok, sys.maxsize)
             column["loss on pre-training text"] = mean_loss(model, whole_text(rows), batch_size)
     return column, records
 
@@ -165,8 +178,8 @@ def share_right(records: list[dict]) -> float:
 
 
 def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[dict]]) -> str:
-    """The table of two results of `scores`, and how sure the exact match is."""
-    text = table(before[0], after[0])
+    """The table of two results of `measure`, and how sure the exact match is."""
+    text = side_by_side(before[0], after[0])
     if not after[1]:
         return text
     intervals = [wilson(share_right(records), len(records)) for _, records in (before, after)]
@@ -174,8 +187,8 @@ def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[di
     return f"{text}\n95 % Wilson interval of the exact match of all: {ranges[0]} before, {ranges[1]} after"
 
 
-def table(before: dict[str, float], after: dict[str, float]) -> str:
-    """Both columns side by side."""
+def side_by_side(before: dict[str, float], after: dict[str, float]) -> str:
+    """Two columns with the same names, as a table."""
     width = max(map(len, before))
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
     lines += [f"{name:{width}}  {before[name]:8.3f}  {after[name]:8.3f}" for name in before]

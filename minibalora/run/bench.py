@@ -158,7 +158,9 @@ def parse_flags() -> argparse.Namespace:
         "(default: bench-SHAPE-DEVICE.json)")  # fmt: skip
     args = parser.parse_args()
     config = SHAPES[args.shape]
-    cli.fill_in(args, {"rank": config.hidden_size // 32})
+    args.rank = args.rank or config.hidden_size // 32
+    args.device = cli.device(args.device)
+    args.dtype = cli.dtype(args.dtype, args.device)
     largest = min(config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
     if args.rank > largest:
         raise InputError(f"--rank {args.rank} does not fit {args.shape}: give 1 to {largest}")

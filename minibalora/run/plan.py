@@ -141,7 +141,7 @@ def parser() -> cli.OneLineParser:
         f"encoders: {NLU_DEFAULTS['batch_size']})")  # fmt: skip
     add("--max-length", type=cli.positive_int, help="tokens of each of these rows (default: "
         f"{DEFAULTS['max_length']}; encoders: {NLU_DEFAULTS['max_length']})")  # fmt: skip
-    add("--response-share", type=cli.share, default=0.5, help="share of the tokens that are response (default: 0.5)")
+    add("--response-share", type=cli.fraction, default=0.5, help="share of the tokens that are response (default: 0.5)")
     return parser
 
 

@@ -4,7 +4,6 @@ For train_nlg.py a LLaMA and arithmetic word problems: `problems.py` writes them
 For train_nlu.py a BERT and reviews to classify: `reviews.py` writes them, `pretrain_bert.py` made `bert/`.
 """
 
-from pathlib import Path
+from minibalora.checkpoints import BUILT_IN
 
-MODEL = Path(__file__).with_name("llama")
-BERT = Path(__file__).with_name("bert")
+MODEL, BERT = BUILT_IN / "llama", BUILT_IN / "bert"

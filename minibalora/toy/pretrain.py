@@ -1,13 +1,16 @@
 """The program that made `llama/`: `python -m minibalora.toy.pretrain --out folder`, a BPE tokenizer and a tiny LLaMA.
 
-Both are trained from scratch on `flawed_problems`. Prompts are learned like responses: this is pre-training.
+Both are trained from scratch on `flawed_problems`, the model in the shape of `llama/config.json`. Prompts are learned
+like responses: this is pre-training.
 """
 
 import argparse
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -18,31 +21,15 @@ from tqdm import tqdm
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
-from minibalora.data.batches import Row, collate, encode_examples, rows_of_step
+from minibalora.data.batches import Row, encode_examples, pack, rows_of_step
 from minibalora.data.prompts import example_from
 from minibalora.evaluation.perplexity import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import llama
-from minibalora.objective import predicted_rows
+from minibalora.toy import MODEL
 from minibalora.toy.problems import flawed_problems
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 512,
-    "hidden_size": 128,
-    "intermediate_size": 352,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": False,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
+CONFIG = read_config(MODEL)
 CORPUS_ROWS, CORPUS_SEED = 200_000, 0
 BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
 
@@ -50,17 +37,11 @@ BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
 def train_tokenizer(texts: list[str], folder: Path) -> None:
     """Byte-level BPE with every digit a token of its own, so that arithmetic has something to hold on to."""
     tokenizer = Tokenizer(models.BPE())
-    digits, byte_level = (
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    )
+    digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=CONFIG["vocab_size"], special_tokens=["<s>", "</s>"], initial_alphabet=alphabet
-    )
-    tokenizer.train_from_iterator(texts, trainer)
+    settings = {"special_tokens": ["<s>", "</s>"], "initial_alphabet": byte_level.alphabet()}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=CONFIG.vocab_size, **settings))
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
@@ -69,13 +50,13 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 def new_model(folder: Path, seed: int) -> Decoder:
     """Random weights as GPT-2 draws them: normal, 0.02, and smaller by √(2 · layers) where a block ends."""
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+    shutil.copy(MODEL / "config.json", folder)
     torch.manual_seed(seed)
-    model = llama(read_config(folder))
+    model = llama(CONFIG)
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             ends_block = name.endswith(("o_proj", "down_proj"))
-            nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * CONFIG["num_hidden_layers"]) if ends_block else 1))
+            nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * len(model.model.layers)) if ends_block else 1))
     model.source = folder
     return model
 
@@ -87,13 +68,15 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
     """Mean cross-entropy of every token but the first, prompts included."""
-    input_ids, labels = collate(whole_text(rows), next(model.parameters()).device)
-    states, targets = predicted_rows(model.hidden(input_ids), labels)
-    return F.cross_entropy(model.head(states), targets)
+    batch = pack(whole_text(rows), model.embedding.weight.device)
+    states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+    return F.cross_entropy(model.head(states), batch.targets)
 
 
 def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: float) -> None:
     """AdamW with the settings usual for small language models, on every parameter; loss_of(model, batch of rows)."""
+    tokens = sum(len(row.ids) for row in rows) / len(rows)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a row")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
     bar = tqdm(range(steps))
     for step in bar:
@@ -106,23 +89,23 @@ def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: flo
         bar.set_postfix(loss=f"{loss.item():.4f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parse_flags(about: str, steps: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=2500, help=f"optimisation steps of {BATCH_SIZE} problems")
+    parser.add_argument("--steps", type=int, default=steps, help=f"optimisation steps of {BATCH_SIZE} rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    return parser.parse_args()
 
+
+def main() -> None:
+    args = parse_flags(__doc__, steps=2500)
     corpus = [example_from(row, line) for line, row in enumerate(flawed_problems(CORPUS_ROWS, CORPUS_SEED), start=1)]
-    train_tokenizer([example.prompt + example.response for example in corpus[:20_000]], args.out)
-    tok = load_tokenizer(args.out)
-    rows, _, _ = encode_examples(corpus, tok, CONFIG["max_position_embeddings"])
-    model = new_model(args.out, CORPUS_SEED).to(args.device)
-    tokens = sum(len(row.ids) for row in rows) / len(rows)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a problem")
-    train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
-    save_model(model.to(torch.bfloat16), args.out)
+    with TemporaryDirectory() as folder:  # the model's source, from which save_model copies config and tokenizer
+        train_tokenizer([example.prompt + example.response for example in corpus[:20_000]], Path(folder))
+        rows, _, _ = encode_examples(corpus, load_tokenizer(folder), CONFIG.max_position_embeddings)
+        model = new_model(Path(folder), CORPUS_SEED).to(args.device)
+        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
+        save_model(model.to(torch.bfloat16), args.out)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
 """The program that made `bert/`: `python -m minibalora.toy.pretrain_bert --out folder`, a WordPiece and a tiny BERT.
 
-Both are trained from scratch on `reviews.corpus`, the model by guessing masked words (arXiv 1810.04805, section 3.1,
-without next-sentence prediction). Saved is the backbone alone: pooler and classifier are new in fine-tuning.
+Both are trained from scratch on `reviews.corpus`, the model in the shape of `bert/config.json` and by guessing masked
+words (arXiv 1810.04805, section 3.1, without next-sentence prediction). Only the backbone is saved: pooler and
+classifier are new in fine-tuning.
 """
 
-import argparse
 import json
+import shutil
 import string
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +20,13 @@ from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.data.glue import LabelledText
-from minibalora.data.labelled import ClassRow, collate, encode
+from minibalora.data.labelled import ClassRow, encode, padded
 from minibalora.models.encoder import Bert
-from minibalora.toy.pretrain import BATCH_SIZE, CORPUS_ROWS, CORPUS_SEED, train
+from minibalora.toy import BERT
+from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, parse_flags, train
 from minibalora.toy.reviews import corpus
 
-CONFIG = {
-    "architectures": ["BertModel"],
-    "model_type": "bert",
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "type_vocab_size": 2,
-    "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu",
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-    "pad_token_id": 0,
-}
+CONFIG = read_config(BERT)
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 CLS, SEP, MASK = 2, 3, 4  # their places among the specials
 LEARNING_RATE = 1e-3
@@ -89,38 +77,30 @@ def masked(input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """
     chosen = (torch.rand_like(input_ids, dtype=torch.float) < 0.15) & (input_ids >= len(SPECIALS))
     fate = torch.rand_like(input_ids, dtype=torch.float)
-    any_word = torch.randint_like(input_ids, len(SPECIALS), CONFIG["vocab_size"])
+    any_word = torch.randint_like(input_ids, len(SPECIALS), CONFIG.vocab_size)
     seen = torch.where(chosen & (fate < 0.8), MASK, input_ids)
     return torch.where(chosen & (fate >= 0.9), any_word, seen), chosen
 
 
 def pretraining_loss(model: MaskedLM, rows: list[ClassRow]) -> Tensor:
     """Mean cross-entropy of the words to guess."""
-    (input_ids, attention_mask, token_types), _ = collate(rows, model, next(model.parameters()).device)
+    (input_ids, attention_mask, token_types), _ = padded(rows, model, next(model.parameters()).device)
     seen, chosen = masked(input_ids)
     return F.cross_entropy(model(seen, attention_mask, token_types, chosen), input_ids[chosen])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000, help=f"optimisation steps of {BATCH_SIZE} reviews")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-
+    args = parse_flags(__doc__, steps=3000)
     texts = corpus(CORPUS_ROWS, CORPUS_SEED)
-    make_tokenizer(texts[:20_000], args.out)
-    (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     reviews = [LabelledText((text,), 0, line) for line, text in enumerate(texts, start=1)]
-    rows, _ = encode(reviews, load_tokenizer(args.out), CONFIG["max_position_embeddings"])
-    torch.manual_seed(CORPUS_SEED)
-    model = MaskedLM(args.out).to(args.device)
-    tokens = sum(len(row.ids) for row in rows) / len(rows)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a review")
-    model.eval()  # no dropout: hardly a review is seen twice
-    train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
-    save_model(model.to(torch.bfloat16), args.out)
+    with TemporaryDirectory() as folder:  # the model's source, from which save_model copies config and tokenizer
+        make_tokenizer(texts[:20_000], Path(folder))
+        shutil.copy(BERT / "config.json", folder)
+        rows, _ = encode(reviews, load_tokenizer(folder), CONFIG.max_position_embeddings)
+        torch.manual_seed(CORPUS_SEED)
+        model = MaskedLM(Path(folder)).to(args.device).eval()  # no dropout: it sees hardly any review twice
+        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
+        save_model(model.to(torch.bfloat16), args.out)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def one_hot(predicted, classes):
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 def test_a_batch_is_padded_on_the_right_and_its_mask_counts_the_tokens(bert, lengths):
     rows = random_rows(lengths)
-    (ids, mask, types), labels = labelled.collate(rows, bert, "cpu")
+    (ids, mask, types), labels = labelled.padded(rows, bert, "cpu")
     assert ids.shape == mask.shape == types.shape == (len(rows), max(lengths)) and ids.dtype == torch.int64
     assert mask.sum(1).tolist() == lengths and labels.tolist() == [row.label for row in rows]
     assert (mask.diff(dim=1) <= 0).all() and not ids[mask == 0].any() and not types[mask == 0].any()
@@ -61,14 +61,14 @@ def test_a_batch_is_padded_on_the_right_and_its_mask_counts_the_tokens(bert, len
 ])  # fmt: skip
 def test_token_types_go_only_to_a_model_that_has_more_than_one(name, arguments):
     model = mb.load_model(GOLDEN / name, head="classifier")
-    inputs, _ = labelled.collate(random_rows([3, 5]), model, "cpu")
+    inputs, _ = labelled.padded(random_rows([3, 5]), model, "cpu")
     assert len(inputs) == arguments
     assert model(*inputs).shape == (2, model.num_labels)
 
 
 def test_labels_are_integers_for_classes_and_floats_for_scores(bert):
-    assert labelled.collate(rows_of_labels([2, 0]), bert, "cpu")[1].dtype == torch.int64
-    assert labelled.collate(rows_of_labels([2.0, 0.5]), bert, "cpu")[1].is_floating_point()
+    assert labelled.padded(rows_of_labels([2, 0]), bert, "cpu")[1].dtype == torch.int64
+    assert labelled.padded(rows_of_labels([2.0, 0.5]), bert, "cpu")[1].is_floating_point()
 
 
 def test_rows_keep_order_texts_labels_and_lines_and_tell_how_many_were_cut():
@@ -91,7 +91,7 @@ def test_answers_come_in_the_rows_order_whatever_the_batch_size(bert, lengths, s
     """To float32's rounding: what pads a row changes only how its sums are cut."""
     rows = random_rows(lengths, seed=seed)
     for part, width in ((None, 3), (bert.features, 24)):
-        expected = torch.cat([(part or bert)(*labelled.collate([row], bert, "cpu")[0]) for row in rows]).detach()
+        expected = torch.cat([(part or bert)(*labelled.padded([row], bert, "cpu")[0]) for row in rows]).detach()
         got = classify.answers(bert, rows, size, "cpu", part=part)
         assert got.shape == (len(rows), width)
         assert torch.allclose(got, expected, atol=1e-5)
@@ -109,7 +109,7 @@ def test_answers_are_float32_without_dropout_or_gradient_and_the_mode_is_restore
 
 def test_scores_of_a_task_are_its_metrics_accuracy_recalls_and_ranks():
     gold, predicted = [0, 1, 1, 0, 1], [0, 1, 0, 1, 1]
-    found = classify.scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["mrpc"], False, batch_size=5)
+    found = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["mrpc"], False, batch_size=5)
     assert list(found) == [
         "accuracy", "f1", "recall of 0", "recall of 1", "rank of batch logits", "effective rank of them",
     ]  # fmt: skip
@@ -119,7 +119,7 @@ def test_scores_of_a_task_are_its_metrics_accuracy_recalls_and_ranks():
 
 def test_the_metric_of_a_task_is_that_of_metrics_py():
     gold, predicted = [0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 1, 1]
-    found = classify.scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["cola"], False, batch_size=4)
+    found = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["cola"], False, batch_size=4)
     assert found["matthews"] == metrics.matthews(predicted, gold)
     assert list(found)[:2] == ["matthews", "accuracy"]
 
@@ -127,36 +127,36 @@ def test_the_metric_of_a_task_is_that_of_metrics_py():
 def test_ranks_are_means_over_batches_of_rows_that_follow_each_other():
     """Two batches: rank 1 with one singular value, rank 2 with two equal ones."""
     logits = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
-    found = classify.scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=2)
+    found = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=2)
     assert found["rank of batch logits"] == 1.5 and found["effective rank of them"] == pytest.approx(1.5)
-    together = classify.scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=4)
+    together = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=4)
     assert together["rank of batch logits"] == 2
 
 
 def test_folded_labels_are_compared_with_folded_predictions():
     gold, predicted = [0, 1, 1, 0], [0, 1, 2, 2]
-    found = classify.scores(one_hot(predicted, 3), rows_of_labels(gold), TASKS["mnli"], True, batch_size=4)
+    found = classify.class_scores(one_hot(predicted, 3), rows_of_labels(gold), TASKS["mnli"], True, batch_size=4)
     assert found["accuracy"] == 3 / 4
     assert found["recall of entailment"] == 1 / 2 and found["recall of not entailment"] == 1
     assert "recall of neutral" not in found
 
 
 def test_the_recall_of_a_class_without_examples_is_nan():
-    found = classify.scores(one_hot([2, 0], 3), rows_of_labels([2, 2]), TASKS["mnli"], False, batch_size=2)
+    found = classify.class_scores(one_hot([2, 0], 3), rows_of_labels([2, 2]), TASKS["mnli"], False, batch_size=2)
     assert math.isnan(found["recall of entailment"]) and math.isnan(found["recall of neutral"])
     assert found["recall of contradiction"] == 1 / 2 and found["accuracy"] == 1 / 2
 
 
 def test_scores_of_a_regression_are_correlations_and_no_more():
     gold, predicted = [0.5, 2.0, 5.0, 3.5], [0.1, 3.0, 4.0, 2.5]
-    found = classify.scores(torch.tensor(predicted)[:, None], rows_of_labels(gold), TASKS["stsb"], False, 2)
+    found = classify.class_scores(torch.tensor(predicted)[:, None], rows_of_labels(gold), TASKS["stsb"], False, 2)
     assert list(found) == ["pearson", "spearman"]
     assert found["pearson"] == pytest.approx(np.corrcoef(predicted, gold)[0, 1], abs=1e-6)
     assert found["spearman"] == pytest.approx(metrics.spearman(predicted, gold))
 
 
 def test_a_constant_regression_has_no_correlation_and_no_dev_metric():
-    found = classify.scores(torch.ones(3, 1), rows_of_labels([1.0, 2.0, 3.0]), TASKS["stsb"], False, 2)
+    found = classify.class_scores(torch.ones(3, 1), rows_of_labels([1.0, 2.0, 3.0]), TASKS["stsb"], False, 2)
     assert math.isnan(found["pearson"]) and math.isnan(classify.dev_metric(found, TASKS["stsb"]))
 
 
@@ -173,5 +173,5 @@ def test_the_best_epoch_is_chosen_by_the_mean_of_what_glue_reports(task, found, 
 def test_a_custom_task_is_chosen_by_accuracy(tmp_path):
     (tmp_path / "data.tsv").write_text("text\tkind\na\tham\nb\tspam\n")
     task = custom_task(tmp_path / "data.tsv", ["text"], "kind")
-    found = classify.scores(one_hot([0, 1], 2), rows_of_labels([0, 0]), task, False, 2)
+    found = classify.class_scores(one_hot([0, 1], 2), rows_of_labels([0, 0]), task, False, 2)
     assert classify.dev_metric(found, task) == found["accuracy"] == 0.5

@@ -23,8 +23,9 @@ import minibalora as mb
 from minibalora.base import cli
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from
+from minibalora.evaluation import decoding as decoder
 from minibalora.evaluation import generate as program
-from minibalora.evaluation.generate import (
+from minibalora.evaluation.decoding import (
     Decoding,
     StopWatch,
     before_stop,
@@ -84,11 +85,11 @@ def test_every_language_model_has_greedy_texts_of_transformers():
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_ids_are_those_of_transformers(name, side):
     model, expected = restless(mb.load_model(GOLDEN / name)), GREEDY[name]
-    decoding = Decoding(max_new_tokens=24)
+    decoding = Decoding(max_new_tokens=24, eos_id=expected["eos_id"])
     ids, mask = padded(expected["prompts"], side)
-    assert generate_ids(model, ids, mask, decoding, expected["eos_id"]) == expected["continuations"]
+    assert generate_ids(model, ids, mask, decoding) == expected["continuations"]
     for prompt, continuation in zip(expected["prompts"], expected["continuations"], strict=True):
-        alone = generate_ids(model, *padded([prompt], side), decoding, expected["eos_id"])
+        alone = generate_ids(model, *padded([prompt], side), decoding)
         assert alone == [continuation]
     assert len({len(row) for row in expected["continuations"]}) > 1  # some stopped early
 
@@ -360,7 +361,7 @@ def test_texts_end_before_a_stop_string(toy):
 
 def test_a_stop_string_ends_the_loop(toy, monkeypatch):
     calls = []
-    monkeypatch.setattr(program, "next_tokens", lambda *args, old=program.next_tokens: calls.append(1) or old(*args))
+    monkeypatch.setattr(decoder, "next_tokens", lambda *args, old=decoder.next_tokens: calls.append(1) or old(*args))
     generate(*toy, PROMPTS, Decoding(400, stop=("\n",)))
     assert len(calls) < 60
 

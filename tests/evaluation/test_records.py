@@ -9,8 +9,8 @@ import torch
 import minibalora as mb
 from minibalora.data.prompts import example_from
 from minibalora.evaluation import records
-from minibalora.evaluation.records import answer, before_and_after, scores, summarize, table
-from minibalora.evaluation.tasks import TASKS, Item, as_items, judge_answer
+from minibalora.evaluation.benchmarks import BENCHMARKS, Item, as_items, judge_answer
+from minibalora.evaluation.records import HeldOut, answer, before_and_after, measure, side_by_side, summarize
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -113,7 +113,7 @@ def test_exact_match_counts_right_answers_by_kind(toy, tmp_path, monkeypatch):
         for line, (q, answer, kind) in enumerate(rows, start=1)
     ]
     examples.append(example_from({"query": "q5", "response": "no final answer"}, 5))
-    found = scores(*toy, None, as_items(examples), [], 3, tmp_path / "r.jsonl", "this")
+    found = measure(*toy, HeldOut(as_items(examples), [], None, 3), tmp_path / "r.jsonl", "this")
     exact = {name: value for name, value in found[0].items() if name.startswith("exact")}
     assert exact == pytest.approx(
         {"exact match, a (1)": 100, "exact match, b (3)": 100 / 3, "exact match, all (4)": 50}
@@ -126,17 +126,17 @@ def test_a_task_is_asked_with_its_own_length_and_stop_strings(toy, tmp_path, mon
     asked = []
     monkeypatch.setattr(records, "generate_each", lambda *arguments: asked.append(arguments[3]) or enumerate(["5"] * 2))
     items = as_items(EXAMPLES[:2])
-    scores(*toy, TASKS["math"], items, [], 3, tmp_path / "math.jsonl", "this")
-    scores(*toy, None, items, [], 3, tmp_path / "none.jsonl", "this")
-    assert (asked[0].max_new_tokens, asked[0].stop) == (TASKS["math"].max_new_tokens, TASKS["math"].stop)
+    measure(*toy, HeldOut(items, [], BENCHMARKS["math"], 3), tmp_path / "math.jsonl", "this")
+    measure(*toy, HeldOut(items, [], None, 3), tmp_path / "none.jsonl", "this")
+    assert (asked[0].max_new_tokens, asked[0].stop) == (BENCHMARKS["math"].max_new_tokens, BENCHMARKS["math"].stop)
     assert asked[1].max_new_tokens < 200 and asked[1].stop == ()
 
 
-def test_scores_restore_every_mode_and_name_every_kind(toy, tmp_path):
+def test_measuring_restores_every_mode_and_name_every_kind(toy, tmp_path):
     model, tok = toy
     model.train()
     model.model.layers[0].eval()
-    column, _ = scores(model, tok, None, as_items(EXAMPLES), EXAMPLES[:2], 4, tmp_path / "r.jsonl", "this")
+    column, _ = measure(model, tok, HeldOut(as_items(EXAMPLES), EXAMPLES[:2], None, 4), tmp_path / "r.jsonl", "this")
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     model.eval()
     assert len([name for name in column if name.startswith("exact match")]) == 5
@@ -151,7 +151,7 @@ def test_measuring_records_no_gradients_and_drops_nothing_out(toy, tmp_path, mon
         model, "hidden", lambda *a, **k: seen.add((torch.is_grad_enabled(), model.training)) or hidden(*a, **k)
     )
     model.train()
-    scores(model, tok, None, as_items(EXAMPLES[:2]), EXAMPLES[:2], 2, tmp_path / "r.jsonl", "this")
+    measure(model, tok, HeldOut(as_items(EXAMPLES[:2]), EXAMPLES[:2], None, 2), tmp_path / "r.jsonl", "this")
     model.eval()
     assert seen == {(False, False)}
 
@@ -163,4 +163,7 @@ def test_the_summary_counts_problems_and_not_samples():
 
 
 def test_the_table_has_both_columns():
-    assert table({"loss": 1.0}, {"loss": 0.25}).splitlines() == ["        before     after", "loss     1.000     0.250"]
+    assert side_by_side({"loss": 1.0}, {"loss": 0.25}).splitlines() == [
+        "        before     after",
+        "loss     1.000     0.250",
+    ]

@@ -14,7 +14,7 @@ from test_train_nlg import gradients_of_a_step, random_rows
 
 import minibalora as mb
 from minibalora.checkpoints.families import read_config
-from minibalora.evaluation.generate import Decoding, generate_ids
+from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.lowrank import adapted_layers
 from minibalora.models.mixture import Mixture, Router, load_balance, watched_routers
 from minibalora.objective import NLG_RECIPES

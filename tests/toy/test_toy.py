@@ -1,6 +1,7 @@
 """The built-in models and data: small, deterministic, right where they are clean, flawed at the stated rates."""
 
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch.nn.functional as F
 
 import minibalora as mb
 from minibalora.data.glue import LabelledText
-from minibalora.data.labelled import collate, encode
+from minibalora.data.labelled import encode, padded
 from minibalora.evaluation.answers import final_answer
-from minibalora.toy import BERT, MODEL, reviews
+from minibalora.toy import BERT, MODEL, pretrain, pretrain_bert, reviews
 from minibalora.toy.pretrain_bert import CONFIG, MASK, SPECIALS, make_tokenizer, masked
 from minibalora.toy.problems import CROWDING_KIND, CROWDING_RATE, KINDS, WRONG_RATE, clean_problems, flawed_problems
 
@@ -111,7 +112,7 @@ def test_the_tokenizer_knows_every_word_of_the_reviews_and_spells_others(tmp_pat
 
 def test_masking_is_bert_s():
     torch.manual_seed(0)
-    ids = torch.randint(len(SPECIALS), CONFIG["vocab_size"], (500, 40))
+    ids = torch.randint(len(SPECIALS), CONFIG.vocab_size, (500, 40))
     ids[:, 0] = 2
     seen, chosen = masked(ids)
     assert torch.equal(seen[~chosen], ids[~chosen]) and not chosen[:, 0].any()
@@ -126,10 +127,24 @@ def test_bert_guesses_masked_words_better_than_their_frequencies_do():
     model, tok = mb.load_model(BERT, head="classifier", num_labels=3), mb.load_tokenizer(BERT)
     assert model.new_modules == ["bert.pooler", "classifier"]
     texts = [LabelledText((text,), 0, line) for line, text in enumerate(reviews.corpus(300, seed=1), start=1)]
-    (ids, mask, types), _ = collate(encode(texts, tok, 64)[0], model, "cpu")
+    (ids, mask, types), _ = padded(encode(texts, tok, 64)[0], model, "cpu")
     torch.manual_seed(0)
     seen, chosen = masked(ids)
     logits = model.bert(seen, mask, types)[chosen] @ model.bert.embeddings.word_embeddings.weight.T
-    frequencies = torch.bincount(ids[chosen], minlength=CONFIG["vocab_size"]) / chosen.sum()
+    frequencies = torch.bincount(ids[chosen], minlength=CONFIG.vocab_size) / chosen.sum()
     by_frequency = -frequencies[ids[chosen]].log().mean()  # the best that a constant guess can do
     assert F.cross_entropy(logits, ids[chosen]) < 0.5 * by_frequency
+
+
+@pytest.mark.parametrize(("program", "files"), [(pretrain, MODEL), (pretrain_bert, BERT)])
+def test_the_programs_that_made_the_models_make_such_models(program, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "CORPUS_ROWS", 300)
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / "made"), "--steps", "2", "--device", "cpu"])
+    program.main()
+    assert {path.name for path in (tmp_path / "made").iterdir()} == {path.name for path in files.iterdir()}
+    head = {"head": "classifier", "num_labels": 3} if program is pretrain_bert else {}
+    made, ours = (mb.load_model(folder, **head).state_dict() for folder in (tmp_path / "made", files))
+    assert {name: tensor.shape for name, tensor in made.items()} == {
+        name: tensor.shape for name, tensor in ours.items()
+    }
+    assert len(mb.load_tokenizer(tmp_path / "made").encode("The soup was good.")) > 4

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from minibalora.evaluation.benchmarks import BENCHMARKS, MBPP_PROMPT, RIGHT, THINK, code_of, read_items
 from minibalora.evaluation.sandbox import Limits, check_sandbox
-from minibalora.evaluation.tasks import MBPP_PROMPT, RIGHT, TASKS, THINK, code_of, read_items
 
 GSM8K = [
     {"question": "A robe takes 2 bolts. How many take two?", "answer": "2 * 2 = <<2*2=4>>4 bolts.\n#### 4"},
@@ -64,7 +64,7 @@ def items(tmp_path):
 
 
 def verdict(task: str, item, completion: str) -> str:
-    return TASKS[task].judge(item, completion, Limits(seconds=5))[1]
+    return BENCHMARKS[task].judge(item, completion, Limits(seconds=5))[1]
 
 
 def test_mathematical_prompts_are_the_trainings_and_the_papers_ending(items):
@@ -77,7 +77,7 @@ def test_mathematical_prompts_are_the_trainings_and_the_papers_ending(items):
 @pytest.mark.parametrize("task", ["gsm8k", "math"])
 def test_the_solutions_of_the_file_are_right(items, task):
     for item in items(task):
-        assert TASKS[task].judge(item, item.response, None)[1] == "right"
+        assert BENCHMARKS[task].judge(item, item.response, None)[1] == "right"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ WHOLE = "def root(x):\n    return half(sqrt(x))\n"
 )
 def test_programs_are_judged_by_the_tests(items, completion, expected, sandbox):
     (item,) = items("humaneval")
-    assert TASKS["humaneval"].judge(item, completion, Limits(seconds=1))[1] == expected
+    assert BENCHMARKS["humaneval"].judge(item, completion, Limits(seconds=1))[1] == expected
 
 
 def test_code_is_the_first_block_up_to_the_models_own_tests():

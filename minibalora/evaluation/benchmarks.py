@@ -43,7 +43,7 @@ Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 
 
 @dataclass(frozen=True)
-class Task:
+class Benchmark:
     items: Callable[[list[tuple[int, object]], Path, bool], list[Item]]  # (rows with their lines, path, raw)
     judge: Judge
     max_new_tokens: int
@@ -52,11 +52,15 @@ class Task:
     runs_code: bool = False
 
 
-def read_items(task: str, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
-    """The first `limit` problems of a file, JSON Lines or a JSON array; InputError names a line of another task."""
-    items = TASKS[task].items(list(islice(read_rows(Path(path)), limit)), Path(path), raw)
+def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
+    """The first `limit` problems of a benchmark's file, JSON Lines or a JSON array.
+
+    raw: the prompt published for base models. InputError names a line that is not of this benchmark, or the second of
+    two problems with one name.
+    """
+    items = BENCHMARKS[name].items(list(islice(read_rows(Path(path)), limit)), Path(path), raw)
     if not items:
-        raise InputError(f"{path}: has no problems: give the file of --task {task}")
+        raise InputError(f"{path}: has no problems: give the file of --task {name}")
     seen = set()
     for item in items:
         if item.name in seen:
@@ -165,9 +169,9 @@ def code_of(completion: str) -> str:
 
 
 MATH_STOP = ("### Instruction",)  # where a base model that does not stop begins the next problem
-TASKS = {
-    "gsm8k": Task(_gsm8k_items, judge_number, 512, stop=MATH_STOP),
-    "math": Task(_math_items, judge_answer, 1024, stop=MATH_STOP),
-    "humaneval": Task(_human_eval_items, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
-    "mbpp": Task(_mbpp_items, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),
+BENCHMARKS = {
+    "gsm8k": Benchmark(_gsm8k_items, judge_number, 512, stop=MATH_STOP),
+    "math": Benchmark(_math_items, judge_answer, 1024, stop=MATH_STOP),
+    "humaneval": Benchmark(_human_eval_items, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
+    "mbpp": Benchmark(_mbpp_items, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),
 }

@@ -1,0 +1,227 @@
+"""Text from a model, in batches with a KV cache: the most likely tokens, or tokens drawn at random."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.data.batches import check_ids
+from minibalora.lowrank import evaluating
+from minibalora.models import LanguageModel
+
+WINDOW = 16  # batches
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the next token is chosen, and where a text ends."""
+
+    max_new_tokens: int = 512  # at least 1
+    temperature: float = 0.0  # logits are divided by it; 0: always the most likely token
+    top_p: float = 1.0  # draw from the smallest set of tokens with at least this probability (arXiv 1904.09751)
+    stop: tuple[str, ...] = ()  # a text ends before the first of these
+    seed: int = 42
+    eos_id: int | None = None  # a text ends before this token; None: the tokenizer's
+
+
+def generate(
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
+) -> list[str]:
+    """The text that follows each prompt, up to EOS or a stop string, without special tokens; all prompts in one batch.
+
+    The other prompts of the batch do not change a text, unless two tokens are so nearly as likely that rounding decides
+    between them. A prompt's random numbers depend on decoding.seed and on its key, by default its index. Raises
+    InputError for a prompt that the model can't take.
+    """
+    keys = range(len(prompts)) if keys is None else keys
+    return _texts(model, tok, encode_prompts(model, tok, prompts), decoding, keys) if prompts else []
+
+
+def generate_each(
+    model: LanguageModel,
+    tok: Tokenizer,
+    prompts: list[str],
+    decoding: Decoding,
+    batch_size: int,
+    keys: Sequence[int] | None = None,
+    desc: str = "generate",
+) -> Iterator[tuple[int, str]]:
+    """Yields (index of a prompt, its text), the texts of `generate`, batch by batch, and shows a progress bar.
+
+    The prompts of WINDOW batches are sorted by length, so that a batch needs little padding; sorting all of them would
+    make the first prompts wait for the last batch.
+    """
+    keys = range(len(prompts)) if keys is None else keys
+    encoded = encode_prompts(model, tok, prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
+    start, total = time.perf_counter(), 0
+    with tqdm(total=len(prompts), desc=desc, unit="prompts", miniters=0, dynamic_ncols=True, leave=False) as bar:
+
+        def progress(tokens: int, ended: int) -> None:
+            nonlocal total
+            total += tokens
+            bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
+            bar.update(ended)
+
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
+            chosen = [encoded[index] for index in batch], decoding, [keys[index] for index in batch]
+            yield from zip(batch, _texts(model, tok, *chosen, progress), strict=True)
+
+
+def encode_prompts(
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
+) -> list[list[int]]:
+    """The prompts' ids; InputError names the first prompt that the model can't take, with room for one token more."""
+    encoded = tok.encode_prompts(prompts)
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if names is None else names
+    for name, ids in zip(names, encoded, strict=True):
+        check_ids(ids, name, model.config, room=1)
+    return encoded
+
+
+def _texts(
+    model: LanguageModel,
+    tok: Tokenizer,
+    encoded: list[list[int]],
+    decoding: Decoding,
+    keys: Sequence[int],
+    progress: Callable[[int, int], None] = lambda tokens, ended: None,
+) -> list[str]:
+    width = max(map(len, encoded))
+    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded])
+    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded])
+    watches = [StopWatch(tok, decoding.stop, prompt) for prompt in encoded]
+    has_stopped = (lambda row, ids: watches[row].has_stopped(ids)) if decoding.stop else (lambda row, ids: False)
+    eos_id = tok.eos_id if decoding.eos_id is None else decoding.eos_id
+    decoding = replace(decoding, eos_id=eos_id)
+    rows = generate_ids(model, input_ids, attention_mask, decoding, keys, has_stopped, progress)
+    return [before_stop(tok.decode_after(*both), decoding.stop) for both in zip(encoded, rows, strict=True)]
+
+
+@torch.inference_mode()
+def generate_ids(
+    model: LanguageModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    decoding: Decoding,
+    keys: Sequence[int] | None = None,
+    has_stopped: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    progress: Callable[[int, int], None] = lambda tokens, ended: None,
+) -> list[list[int]]:
+    """The ids that follow each row of input_ids (B, T), without EOS. A row also ends at the model's last position.
+
+    attention_mask (B, T) is 1 for a real token and 0 for padding, which may stand on the left or on the right.
+    has_stopped(row, its ids so far) is asked after each token; decoding.stop, which needs a tokenizer, is not looked
+    at. progress(tokens of this step, rows that ended with it) is called after each step. Raises ValueError for a mask
+    with holes, for an empty row and for a row that leaves no position free.
+    """
+    context = model.config.max_position_embeddings or math.inf
+    input_ids, lengths = padded_on_the_right(input_ids, attention_mask)
+    if not 0 < min(lengths) <= max(lengths) < context:
+        raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens: they must have 1 to {context - 1}")
+    room = [min(decoding.max_new_tokens, context - length) for length in lengths]
+    rngs = [np.random.default_rng([decoding.seed, key]) for key in (range(len(lengths)) if keys is None else keys)]
+    rows: list[list[int]] = [[] for _ in lengths]
+    running = range(len(rows))
+    with evaluating(model):
+        cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
+        while True:
+            tokens = next_tokens(model.head(state), decoding, rngs)
+            ids, going_on = tokens.tolist(), []
+            for row in running:
+                if ids[row] == decoding.eos_id:
+                    continue
+                rows[row].append(ids[row])
+                if len(rows[row]) < room[row] and not has_stopped(row, rows[row]):
+                    going_on.append(row)
+            progress(len(running), len(running) - len(going_on))
+            running = going_on
+            if not running:
+                return rows
+            state = model.decode(tokens, cache)  # rows that have ended are computed too, and not read
+
+
+def padded_on_the_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[int]]:
+    """Rows (B, T) that are padded on either side -> the same rows padded on the right, and their lengths."""
+    first, lengths = attention_mask.argmax(1, keepdim=True), attention_mask.sum(1)
+    slots = torch.arange(input_ids.shape[1], device=input_ids.device)
+    if not torch.equal(attention_mask.bool(), (slots >= first) & (slots < first + lengths[:, None])):
+        raise ValueError("attention_mask has a 0 between two 1: a row's tokens must be neighbours")
+    return input_ids.gather(1, (first + slots) % input_ids.shape[1]), lengths.tolist()
+
+
+def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generator]) -> Tensor:
+    """Logits (B, V) -> tokens (B,): the most likely or, with a temperature, one drawn by the row's generator."""
+    if decoding.temperature == 0:
+        return logits.argmax(-1)
+    uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=logits.device)
+    return sample(logits, uniform, decoding.temperature, decoding.top_p)
+
+
+def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Tokens (B,) drawn from softmax(logits / temperature), cut to its nucleus, by `uniform` (B,) in [0, 1).
+
+    A token is where the running sum of the probabilities passes `uniform`. They are summed in the vocabulary's order:
+    sorted by size, two tokens that are nearly as likely could change places with a batch's rounding, and so the text.
+    In float64.
+    """
+    logits = logits.double()
+    below = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too small to divide by
+    p = (below / temperature).softmax(-1)
+    if top_p < 1:
+        p = p.where(p >= least_likely(p, top_p), 0)
+    up_to = p.cumsum(-1)
+    return torch.searchsorted(up_to, uniform[:, None] * up_to[:, -1:], right=True)[:, 0]
+
+
+def least_likely(p: Tensor, top_p: float) -> Tensor:
+    """The smallest probability (B, 1) in each row's nucleus: its fewest and most likely tokens that make up top_p."""
+    for count in (256, 4096, p.shape[-1]):  # a few suffice as a rule, and sorting a whole vocabulary is slow
+        falling = p.topk(min(count, p.shape[-1])).values
+        if (falling.sum(-1) >= top_p).all():
+            break
+    is_needed = falling.cumsum(-1) - falling < top_p  # those before it do not suffice
+    return falling.gather(-1, is_needed.sum(-1, keepdim=True) - 1)
+
+
+class StopWatch:
+    """Says whether a growing text has a stop string. Decodes only the last few tokens, until it has found one.
+
+    A token may end inside a character (byte-level BPE), and its text may depend on its neighbour (the space before a
+    word; two halves of a character). So new tokens are decoded together with those before them, ids[context:known],
+    whose text ends with a whole character and is then removed.
+    """
+
+    def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
+        self.tok, self.stop, self.prompt = tok, stop, prompt
+        self.context = self.known = 0
+        self.whole = self.grown = 0  # whole characters after ids[:known]; how many tokens there were when they grew
+        self.tail = ""  # the last characters of the text of ids[:known], as many as the longest stop string has
+
+    def has_stopped(self, ids: list[int]) -> bool:
+        """ids: all tokens so far, one more than at the last call."""
+        before = self.prompt if self.known == 0 else ids[self.context : self.known]
+        recent = self.tok.decode_after(before, ids[self.known :])
+        tail = self.tail + recent
+        whole = len(recent.rstrip("\ufffd"))
+        if whole > self.whole:
+            self.whole, self.grown = whole, len(ids)
+        # Half a character decodes as U+FFFD. Four bytes complete it; a U+FFFD that lasts longer belongs to the text.
+        if not recent.endswith("\ufffd") or len(ids) - self.grown > 4:
+            self.context, self.known, self.whole, self.grown = self.known, len(ids), 0, len(ids)
+            self.tail = tail[-max(map(len, self.stop)) :]
+        if not any(stop in tail for stop in self.stop):
+            return False
+        text = self.tok.decode_after(self.prompt, ids)
+        return any(stop in text for stop in self.stop)
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    return text[: min((text.index(end) for end in stop if end in text), default=len(text))]
