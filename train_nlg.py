@@ -31,10 +31,12 @@ from minibalora.models import LanguageModel
 from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.run import run_folder, training
+from minibalora.run.cache import Cache
 from minibalora.run.flags import nlg_objective, parse_nlg_flags
 from minibalora.run.memory import expected_memory, packed_amount
 from minibalora.run.plan import nlg_formula, print_plan
-from minibalora.run.teacher import TeacherCache, open_cache, teacher_states
+from minibalora.run.settings import Hardware
+from minibalora.run.teacher import open_cache, teacher_states
 from minibalora.toy.problems import clean_problems, flawed_problems
 
 
@@ -78,7 +80,15 @@ def main() -> int:
     left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
     longest = sorted(rows, key=lambda row: len(row.ids))[-args.micro_batch_size :]
     amount = packed_amount(batches.pack(longest, "cpu"))
-    memory = expected_memory(args, model, amount, objective, distributed.size() if args.fsdp else 1)
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    memory = expected_memory(
+        model,
+        hardware,
+        amount,
+        objective,
+        args.batch_size > args.micro_batch_size,
+        distributed.size() if args.fsdp else 1,
+    )
     why = "" if isinstance(head, FrozenHead) else ", of whole logits, for the head is trained or caps them"
     print_plan(args, model, nlg_formula(objective) + why, [amounts(args, rows), left_out], steps, memory)
 
@@ -115,7 +125,7 @@ def backward(
     step: int,
     steps: int,
     stop: list[int],
-    cache: TeacherCache | None = None,
+    cache: Cache | None = None,
 ) -> tuple[list[float], dict[str, float]]:
     """Add the gradients of one step, L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR, a mean over its response tokens.
 
@@ -127,12 +137,12 @@ def backward(
     counts = [sum(row.predicted for row in rows) for rows in micro]
     shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
     own = distributed.deal(micro, idle=micro[-1])
-    batches = [batches.pack(rows, model.embedding.weight.device) for rows in own]
-    teachers = teacher_states(model, batches, own, cache) if objective.needs_teacher else [None] * len(own)
+    packed = [batches.pack(rows, model.embedding.weight.device) for rows in own]
+    teachers = teacher_states(model, packed, own, cache) if objective.needs_teacher else [None] * len(own)
     weights = lambdas(objective, step, steps, mean_entropy_share(teachers, shares, head, objective))
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
-        for share, batch, teacher in zip(shares, batches, teachers, strict=True):
+        for share, batch, teacher in zip(shares, packed, teachers, strict=True):
             with watched_routers(model) as given:
                 student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
@@ -187,7 +197,7 @@ def read_data(args: Namespace) -> tuple[list[Example], int, list[Item], list[Exa
     return train, unanswered, benchmarks.as_items(prompts.read_examples(args.eval, *fields, raw=args.raw)[0]), []
 
 
-def teacher_cache(args: Namespace, rows: list[Row]) -> TeacherCache:
+def teacher_cache(args: Namespace, rows: list[Row]) -> Cache:
     """The cache of --teacher-cache for this run's teacher: of quantised weights, what was quantised counts, too."""
     config = read_config(Path(args.model))
     teacher = [weights_digest(args.model, every_byte=True), str(args.dtype), args.tf32]

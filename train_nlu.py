@@ -36,6 +36,7 @@ from minibalora.run import run_folder, training
 from minibalora.run.flags import nlu_objective, parse_nlu_flags
 from minibalora.run.memory import expected_memory, padded_amount
 from minibalora.run.plan import nlu_formula, print_plan
+from minibalora.run.settings import Hardware
 from minibalora.toy import reviews
 
 
@@ -97,7 +98,8 @@ def main() -> int:
     if model.new_modules:
         lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
     amount = padded_amount(min(args.micro_batch_size, len(rows)), max(len(row.ids) for row in rows), args.as_text)
-    memory = expected_memory(args, model, amount, None)
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    memory = expected_memory(model, hardware, amount, None, args.batch_size > args.micro_batch_size)
     print_plan(args, model, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step the student is the pre-trained model, whatever the init.

@@ -27,7 +27,7 @@ from minibalora.data.batches import Row, collate, micro_batches
 from minibalora.fused import FrozenHead
 from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, predicted_rows, weighted_sum
 from minibalora.run import init_cache, run_folder, training
-from minibalora.run.teacher import TeacherCache
+from minibalora.run.cache import Cache
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -300,7 +300,7 @@ def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path
     cached = (*flags, "--init-cache", str(tmp_path / "init"))
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "plain", *flags))[0] == 0
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "first", *cached))[0] == 0
-    monkeypatch.setattr(init_cache, "pissa_factors", None)
+    monkeypatch.setattr(init_cache, "factors_of", None)
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "second", *cached))[0] == 0
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "third", *cached, "--seed", "1"))[0] == 0
     first, *others = ((tmp_path / run / ADAPTER).read_bytes() for run in ("plain", "first", "second"))
@@ -315,10 +315,8 @@ def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_p
     flags = ("--epochs", "2", "--max-steps", "8", "--seed", "3")
     cached = (*flags, "--teacher-cache", str(tmp_path / "cache"))
     written = []
-    write = TeacherCache.write
-    monkeypatch.setattr(
-        TeacherCache, "write", lambda self, rows, states: written.append(len(rows)) or write(self, rows, states)
-    )
+    write = Cache.write
+    monkeypatch.setattr(Cache, "write", lambda self, tensors: written.append(len(tensors)) or write(self, tensors))
     for name, run_flags in (("plain", flags), ("first", cached), ("second", (*cached, "--rank", "5"))):
         assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *run_flags))[0] == 0
     plain, first = ([entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "first"))

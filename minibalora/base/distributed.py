@@ -97,7 +97,7 @@ def deal(parts: list[T], idle: T) -> list[T]:
     return own if len(own) == -(-len(parts) // size()) else [*own, idle]
 
 
-def share(tensors: Iterable[Tensor], source: int) -> None:
+def broadcast(tensors: Iterable[Tensor], source: int) -> None:
     """Give every rank what rank `source` has in these tensors, in place."""
     for tensor in tensors:
         dist.broadcast(tensor, source)
@@ -125,18 +125,13 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
             work.wait()
 
 
-def any_rank(stop: list[int]) -> bool:
-    """Whether a signal has arrived on any rank; then it is in every rank's list `stop`.
+def largest(number: int) -> int:
+    """The largest of the ranks' numbers, for instance of the stop signals that they have received, 0 being none.
 
     What a rank has received alone must not change its course: the others would wait for it for ever. So all ranks ask
     this at the same points, and get the same answer.
     """
-    if size() > 1:
-        numbers = gathered(torch.tensor([stop[0] if stop else 0]))
-        if numbers.any() and not stop:
-            stop.append(int(numbers.max()))
-        return bool(numbers.any())
-    return bool(stop)
+    return number if size() == 1 else int(gathered(torch.tensor([number])).max())
 
 
 def is_first_to_say(line: str) -> bool:

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minibalora.base.errors import InputError
@@ -32,13 +30,18 @@ def read_json_object(path: Path) -> dict:
     return value
 
 
+def recorded_settings(out: Path) -> dict:
+    """The settings in the run.json of the folder `out`, {} if there are none."""
+    settings = read_json_object(out / "run.json").get("settings") if (out / "run.json").exists() else None
+    return settings if isinstance(settings, dict) else {}
+
+
 def check_writable(folder: Path, flag: str) -> None:
     """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
     existing = nearest(folder)
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise InputError(
-            f"{folder}: can't write there, {existing} is no folder that you may write to: give another {flag}"
-        )
+        why = f"you may not write to {existing}" if existing.is_dir() else f"{existing} is not a folder"
+        raise InputError(f"{folder}: can't write there, {why}: give another {flag}")
 
 
 def nearest(folder: Path) -> Path:
@@ -76,23 +79,8 @@ def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save_cached(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], flag: str) -> None:
-    """Write a file of a cache that other processes may be writing, too.
-
-    InputError that names the cache's flag if it can't be written; a full disk stays an OSError or SafetensorError.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path, is_shared=True) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
-    except (OSError, SafetensorError) as error:
-        if is_full_disk(error):
-            raise
-        raise InputError(f"{path}: can't write it ({error}): give another {flag}") from None
-
-
 def tensors_digest(text: str, *tensors: Tensor) -> str:
-    """SHA-256, in hex, of a text and of the bytes of tensors on any device, whose shapes and dtypes do not count."""
+    """SHA-256, in hex, of a text and of the bytes of tensors, on any device. Shapes and dtypes do not count."""
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -130,7 +118,7 @@ def write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that appends an object to a JSON Lines file; a kill costs at most the line that is being written."""
+    """A function that appends an object to a JSON Lines file. A kill costs at most the line that is being written."""
     with open(path, "a", encoding="utf-8") as file:
 
         def append(entry: dict) -> None:
@@ -141,21 +129,21 @@ def appending(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
-    """The objects of a JSON Lines file that are kept, [] if there is no file; every other line is removed from it, and
-    so is one that is damaged, as by a kill."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] if path.exists() else []
-    kept = [(line, value) for line in lines if isinstance(value := _json_or_none(line), dict) and is_kept(value)]
-    if path.exists():
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
+    """Remove all other lines from a JSON Lines file, and those that a kill damaged. Returns the objects that are kept;
+    [] if there is no file."""
+    if not path.exists():
+        return []
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and is_kept(value):
+            kept.append((line, value))
+    with replacing(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
     return [value for _, value in kept]
-
-
-def _json_or_none(line: str) -> object:
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def is_full_disk(error: Exception) -> bool:

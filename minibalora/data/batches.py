@@ -11,7 +11,6 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import Tokenizer
-from minibalora.objective import IGNORED
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,6 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
-
-
-def collate(rows: list[Row], device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """input_ids (B, T), padded on the right, and labels (B, T): the ids of response tokens, IGNORED elsewhere.
-
-    What pads is never looked at, so it is 0 and not the pad token: that may lie beyond the model's vocabulary.
-    """
-    width = max(len(row.ids) for row in rows)
-    input_ids = np.zeros((len(rows), width), dtype=np.int64)
-    labels = np.full((len(rows), width), IGNORED, dtype=np.int64)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row.ids)] = row.ids
-        labels[index, row.prompt_length : len(row.ids)] = row.ids[row.prompt_length :]
-    return torch.from_numpy(input_ids).to(device), torch.from_numpy(labels).to(device)
 
 
 def check_fits(rows: list, source: str | None, model: str, max_length: int) -> None:

@@ -1,15 +1,13 @@
-"""The flags of the training scripts: their published defaults, and what contradicts what."""
+"""The flags of the training scripts: their published defaults, what contradicts what, and the settings they give."""
 
 import argparse
-import dataclasses
-import re
 from collections.abc import Callable
+from dataclasses import fields, replace
 from datetime import datetime
 from pathlib import Path
 
 import torch
 
-from minibalora import toy
 from minibalora.base import cli, distributed
 from minibalora.base.cli import (
     OneLineParser,
@@ -23,23 +21,27 @@ from minibalora.base.cli import (
     share_below_one,
 )
 from minibalora.base.errors import InputError
+from minibalora.checkpoints import BUILT_IN
 from minibalora.data.glue import TASKS
+from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
+from minibalora.run.run_folder import plain_settings
+from minibalora.run.settings import Adaptation, ClassSource, Hardware, Optimisation, Output, Settings, TextSource
 
 METHODS = ("full", "lora", "pissa", "ba-lora")
 ADAPTER_FLAGS = ("rank", "alpha", "init", "init_cache", "targets", "adapter_rank")
 BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
 # As published, but for micro_batch_size, which was 1.
 DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
-DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; see lowrank.pissa_factors for what is gained and lost
+DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` measures what is gained and lost
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
 TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256, "init": "pissa"}
-TOY["model"] = str(toy.MODEL)
+TOY["model"] = str(BUILT_IN / "llama")
 # Published are ranges by task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
 NLU_DEFAULTS = {"rank": 8, "lr": 1e-4, "epochs": 10, "batch_size": 32, "max_length": 128, "label_noise": 0.0}
 NLU_DEFAULTS["init"] = DEFAULTS["init"]
-NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(toy.BERT), "init": "pissa"}
+NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(BUILT_IN / "bert"), "init": "pissa"}
 NLU_TOY |= {"max_rows": 6000, "label_noise": 0.2, "imbalance": 4.0}  # the paper's conditions, at known rates
 # Without a meaning where labels are scores.
 CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1", "non_target_kl")
@@ -47,8 +49,10 @@ CLASS_FLAGS += ("label_noise", "imbalance")
 
 
 def init(text: str) -> str:
-    if not re.fullmatch(r"lora|pissa|pissa_(krylov|niter)_[0-9]{1,3}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa, pissa_krylov_N or pissa_niter_N")
+    try:
+        factors_of(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa, pissa_krylov_N or pissa_niter_N") from None
     return text
 
 
@@ -158,6 +162,8 @@ def _add_method_flags(
     add("--init-cache", type=path, metavar="DIR", help="keep the factors of pissa or pissa_krylov_N there and take "
         "them from there (for instance next to --out: a sweep over lambdas or seeds computes them once)")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
+    add("--plain", action="store_true", help="the layer and the loss as the paper writes them, on whole logits: slower, more "
+        "memory, the same run to rounding")  # fmt: skip
     add("--lambda1", type=rate, help=f"weight of consistency {published['lambda1']}")
     add("--lambda2", type=rate, help=f"weight of diversity {published['lambda2']}: {diversity}")
     add("--lambda3", type=rate, help=f"weight of the spectral term {published['lambda3']}, which is taken per "
@@ -224,153 +230,172 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
     return add
 
 
-def parse_nlg_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags with every default filled in, `dtype` and `device` as torch's; InputError for what can't be meant."""
-    args = nlg_parser().parse_args(argv)
-    _refuse_half_a_source(args, ("eval", "eval_task", "prompt_field", "response_field"))
-    if args.eval_task and args.eval is None:
-        raise InputError("--eval-task goes with --eval: give both")
-    if args.raw and (args.model is None or args.eval_task):
-        raise InputError("--raw has no meaning with the built-in data or --eval-task, which have prompts of their own: "
-                         "leave it out")  # fmt: skip
-    _refuse_contradictions(args)
-    if args.quantize and args.method == "full":
-        raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
-    if args.quantize and args.compile:
-        raise InputError("--compile does not go with --quantize: leave one out")
-    if args.quantize and args.adapter_rank:
-        raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
-                         "minibalora export afterwards")  # fmt: skip
-    if args.teacher_cache and args.method != "ba-lora" and args.non_target_kl == 0:
-        raise InputError(f"--teacher-cache has no meaning with --method {args.method} without --non-target-kl, which "
-                         "has no teacher: leave it out")  # fmt: skip
-    if args.fsdp:
-        _refuse_without_shards(args)
-    defaults = TOY if args.model is None else DEFAULTS
-    return _filled_in(args, defaults | {"batch_size": BATCH_SIZE[args.recipe or "iclr2026"]}, "nlg")
+def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
+    """Every default filled in; InputError for what can't be meant."""
+    given = vars(nlg_parser().parse_args(argv))
+    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "response_field"))
+    _refuse_contradictions(given)
+    _refuse_text_contradictions(given)
+    if given["fsdp"]:
+        _refuse_without_shards(given)
+    defaults = TOY if given["model"] is None else DEFAULTS
+    given = _filled_in(given, defaults | {"batch_size": BATCH_SIZE[given["recipe"] or "iclr2026"]}, "nlg")
+    objective = _objective(given, NLG_RECIPES)
+    objective = replace(objective, top_k=objective.top_k or None, router_aux=given["router_aux_loss"])  # 0: all
+    return _settings(given, TextSource, objective)
 
 
-def parse_nlu_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    """As parse_nlg_flags; `teacher` is None where nothing is compared with one."""
-    args = nlu_parser().parse_args(argv)
+def parse_nlu_flags(argv: list[str] | None = None) -> Settings:
+    """As parse_nlg_flags."""
+    given = vars(nlu_parser().parse_args(argv))
     if distributed.is_torchrun():
         raise InputError("train_nlu.py runs in one process: start it with python, not torchrun")
-    _refuse_half_a_source(args, ("task", "eval", "text_field", "label_field"))
-    _refuse_contradictions(args)
-    _refuse_task_contradictions(args)
-    if args.teacher is None and (args.method == "ba-lora" or args.non_target_kl > 0):
-        args.teacher = "pretrained"
-    return _filled_in(args, NLU_TOY if args.model is None else NLU_DEFAULTS, "nlu")
+    _refuse_half_a_source(given, ("task", "eval", "text_field", "label_field"))
+    _refuse_contradictions(given)
+    _refuse_task_contradictions(given)
+    if given["teacher"] is None and (given["method"] == "ba-lora" or given["non_target_kl"] > 0):
+        given["teacher"] = "pretrained"
+    given = _filled_in(given, NLU_TOY if given["model"] is None else NLU_DEFAULTS, "nlu")
+    return _settings(given, ClassSource, _objective(given, NLU_RECIPES))
 
 
-def _filled_in(args: argparse.Namespace, defaults: dict, script: str) -> argparse.Namespace:
-    """args with what was not given; `is_toy` says that the model, and so the data, is the built-in one."""
-    args.is_toy = args.model is None
-    args.init = args.init or ("lora" if args.method == "lora" else None)
-    for name, value in defaults.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
-    distributed.check_device(args.device)
-    if args.method == "ba-lora":
-        args.recipe = args.recipe or "iclr2026"
-    args.micro_batch_size = min(args.micro_batch_size or args.batch_size, args.batch_size)
-    args.alpha = args.alpha or args.rank
-    if args.resume and args.out is None:
+def _filled_in(given: dict, defaults: dict, script: str) -> dict:
+    """What was given, and the defaults of what was not; `is_toy` says that model and data are the built-in ones."""
+    filled = given | {"is_toy": given["model"] is None}
+    if given["method"] == "lora":
+        filled["init"] = "lora"
+    if given["method"] == "ba-lora":
+        filled["recipe"] = given["recipe"] or "iclr2026"
+    filled |= {name: value for name, value in defaults.items() if filled[name] is None}
+    filled["device"] = cli.device(given["device"])
+    filled["dtype"] = cli.dtype(given["dtype"], filled["device"])
+    distributed.check_device(filled["device"])
+    batch_size = filled["batch_size"]
+    filled["micro_batch_size"] = min(filled["micro_batch_size"] or batch_size, batch_size)
+    filled["alpha"] = given["alpha"] or filled["rank"]
+    if given["resume"] and given["out"] is None:
         raise InputError("--resume needs --out: name the folder of the run to go on with")
-    args.out = args.out or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
-    return args
+    filled["out"] = given["out"] or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
+    return filled
 
 
-def nlg_objective(args: argparse.Namespace) -> Objective:
-    objective = _objective(args, NLG_RECIPES)
-    return dataclasses.replace(objective, top_k=objective.top_k or None, router_aux=args.router_aux_loss)  # 0: all
-
-
-def nlu_objective(args: argparse.Namespace) -> Objective:
-    return _objective(args, NLU_RECIPES)
-
-
-def _objective(args: argparse.Namespace, recipes: dict[str, Objective]) -> Objective:
+def _objective(given: dict, recipes: dict[str, Objective]) -> Objective:
     """The recipe with what the flags change; for a baseline, the task's loss and at most the non-target KL."""
-    if args.method != "ba-lora":
-        return Objective(non_target_kl=args.non_target_kl)
-    given = {name: value for name, value in vars(args).items() if name in BA_LORA_FLAGS[1:] and value is not None}
-    return dataclasses.replace(recipes[args.recipe], non_target_kl=args.non_target_kl, **given)
+    if given["method"] != "ba-lora":
+        return Objective(non_target_kl=given["non_target_kl"])
+    changed = {name: given[name] for name in BA_LORA_FLAGS[1:] if given.get(name) is not None}
+    return replace(recipes[given["recipe"]], non_target_kl=given["non_target_kl"], **changed)
 
 
-def _refuse_half_a_source(args: argparse.Namespace, with_model: tuple[str, ...]) -> None:
+def _settings(given: dict, source: type, objective: Objective) -> Settings:
+    """The groups of the flags, and all of them as run.json keeps them."""
+    recorded = plain_settings(given)
+    given = given | {"is_plain": given["plain"], "folder": given["out"]}
+    given["targets"] = given["targets"] and tuple(given["targets"])
+    groups = [
+        kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+        for kind in (source, Adaptation, Optimisation, Hardware, Output)
+    ]
+    return Settings(groups[0], objective, *groups[1:], recorded)
+
+
+def _refuse_half_a_source(given: dict, with_model: tuple[str, ...]) -> None:
     """InputError unless --model and --data are both given, or neither and none of the flags that go with them."""
-    if (args.model is None) != (args.data is None):
-        given, missing = ("--model", "--data") if args.data is None else ("--data", "--model")
-        raise InputError(f"{given} without {missing}: give both, or neither for the built-in model and data")
+    if (given["model"] is None) != (given["data"] is None):
+        there, missing = ("--model", "--data") if given["data"] is None else ("--data", "--model")
+        raise InputError(f"{there} without {missing}: give both, or neither for the built-in model and data")
     for name in with_model:
-        if args.model is None and getattr(args, name) is not None:
+        if given["model"] is None and given[name] is not None:
             raise InputError(f"{cli.flag(name)} goes with --model and --data: give both")
 
 
-def _refuse_contradictions(args: argparse.Namespace) -> None:
+def _refuse_contradictions(given: dict) -> None:
     unused = {
         "full": ADAPTER_FLAGS + BA_LORA_FLAGS,
         "lora": ("init_cache", *BA_LORA_FLAGS),
         "pissa": BA_LORA_FLAGS,
         "ba-lora": (),
     }
-    for name in unused[args.method]:
-        if vars(args).get(name) is not None:  # --top-k is train_nlg.py's only
-            raise InputError(f"{cli.flag(name)} has no meaning with --method {args.method}: leave one out")
-    if args.method == "full" and args.non_target_kl > 0:
+    for name in unused[given["method"]]:
+        if given.get(name) is not None:  # --top-k is train_nlg.py's only
+            raise InputError(f"{cli.flag(name)} has no meaning with --method {given['method']}: leave one out")
+    if given["method"] == "full" and given["non_target_kl"] > 0:
         raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
-    if args.adaptive_lambda1 and args.lambda1 == 0:
+    if given["adaptive_lambda1"] and given["lambda1"] == 0:
         raise InputError("--adaptive-lambda1 has no meaning with --lambda1 0: leave one out")
-    if args.init is not None and args.method in ("lora", "pissa"):
-        if not args.init.startswith(args.method):
-            raise InputError(f"--init {args.init} contradicts --method {args.method}: leave one out")
-    if args.init_cache is not None and args.init is not None and args.init.startswith(("lora", "pissa_niter")):
-        raise InputError(f"--init-cache keeps what depends on the weights alone, not --init {args.init}: leave one out")
+    if given["init"] is not None and given["method"] in ("lora", "pissa"):
+        if not given["init"].startswith(given["method"]):
+            raise InputError(f"--init {given['init']} contradicts --method {given['method']}: leave one out")
+    if (
+        given["init_cache"] is not None
+        and given["init"] is not None
+        and given["init"].startswith(("lora", "pissa_niter"))
+    ):
+        raise InputError(
+            f"--init-cache keeps what depends on the weights alone, not --init {given['init']}: leave one out"
+        )
 
 
-def _refuse_without_shards(args: argparse.Namespace) -> None:
+def _refuse_text_contradictions(given: dict) -> None:
+    if given["eval_task"] and given["eval"] is None:
+        raise InputError("--eval-task goes with --eval: give both")
+    if given["raw"] and (given["model"] is None or given["eval_task"]):
+        raise InputError("--raw has no meaning with the built-in data or --eval-task, which have prompts of their own: "
+                         "leave it out")  # fmt: skip
+    if given["quantize"] and given["method"] == "full":
+        raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
+    if given["quantize"] and given["compile"]:
+        raise InputError("--compile does not go with --quantize: leave one out")
+    if given["quantize"] and given["adapter_rank"]:
+        raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
+                         "minibalora export afterwards")  # fmt: skip
+    if given["teacher_cache"] and given["method"] != "ba-lora" and given["non_target_kl"] == 0:
+        raise InputError(f"--teacher-cache has no meaning with --method {given['method']} without --non-target-kl, "
+                         "which has no teacher: leave it out")  # fmt: skip
+
+
+def _refuse_without_shards(given: dict) -> None:
     """InputError where --fsdp can't be, or would gain nothing."""
     if not distributed.is_torchrun():
         raise InputError("--fsdp needs processes to share the model: torchrun --nproc-per-node N train_nlg.py ...")
-    if args.method == "full":
+    if given["method"] == "full":
         raise InputError("--fsdp shards frozen weights, and --method full has none: use an adapter method")
-    if args.model is None:
+    if given["model"] is None:
         raise InputError("--fsdp is for large models, the built-in one is tiny: give --model and --data")
-    if args.eval is not None:
+    if given["eval"] is not None:
         raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora evaluate on the adapter")
     for name in ("compile", "quantize", "teacher_cache"):  # with a cache, ranks would not go forward equally often
-        if getattr(args, name):
+        if given[name]:
             raise InputError(f"{cli.flag(name)} does not go with --fsdp: leave one out")
     if torch.__version__ < (2, 7):
         raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
 
 
-def _refuse_task_contradictions(args: argparse.Namespace) -> None:
-    if args.model is not None and args.task is None:
+def _refuse_task_contradictions(given: dict) -> None:
+    if given["model"] is not None and given["task"] is None:
         raise InputError(f"--task is missing: give one of {', '.join((*TASKS, 'custom'))}")
     for name in ("text_field", "label_field"):
-        if args.task == "custom" and getattr(args, name) is None:
+        if given["task"] == "custom" and given[name] is None:
             raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
-        if args.task != "custom" and getattr(args, name) is not None:
-            raise InputError(f"{cli.flag(name)} goes with --task custom: {args.task} has its own fields")
-    if args.as_text and args.model is None:
+        if given["task"] != "custom" and given[name] is not None:
+            raise InputError(f"{cli.flag(name)} goes with --task custom: {given['task']} has its own fields")
+    if given["as_text"] and given["model"] is None:
         raise InputError("--as-text is for a T5, and the built-in model is none: give --model and --data")
-    if args.as_text and args.task == "stsb":
+    if given["as_text"] and given["task"] == "stsb":
         raise InputError("--as-text needs classes, but --task stsb has scores: leave --as-text out")
-    if args.as_text and args.teacher not in (None, "pretrained"):
+    if given["as_text"] and given["teacher"] not in (None, "pretrained"):
         raise InputError("--as-text has its own pre-trained self for a teacher: leave --teacher out")
-    if len(args.text_field or ()) > 2:
-        raise InputError(f"--text-field names {len(args.text_field)} fields: give one, or two for a pair")
-    has_scores = args.task in TASKS and TASKS[args.task].labels is None
+    if len(given["text_field"] or ()) > 2:
+        raise InputError(f"--text-field names {len(given['text_field'])} fields: give one, or two for a pair")
+    has_scores = given["task"] in TASKS and TASKS[given["task"]].labels is None
     for name in CLASS_FLAGS:
-        if has_scores and getattr(args, name):
-            raise InputError(f"{cli.flag(name)} needs classes, but --task {args.task} has scores: leave one out")
-    if args.teacher is not None and args.method != "ba-lora" and args.non_target_kl == 0:
-        raise InputError(f"--teacher has no meaning with --method {args.method} without --non-target-kl: leave it out")
-    if args.teacher is not None and args.lambda1 == 0 and args.non_target_kl == 0:
+        if has_scores and given[name]:
+            raise InputError(f"{cli.flag(name)} needs classes, but --task {given['task']} has scores: leave one out")
+    if given["teacher"] is not None and given["method"] != "ba-lora" and given["non_target_kl"] == 0:
+        raise InputError(
+            f"--teacher has no meaning with --method {given['method']} without --non-target-kl: leave it out"
+        )
+    if given["teacher"] is not None and given["lambda1"] == 0 and given["non_target_kl"] == 0:
         raise InputError("--teacher has no meaning with --lambda1 0 and without --non-target-kl: leave one out")
-    if args.recipe == "2024" and args.temperature is not None and not args.adaptive_lambda1:
+    if given["recipe"] == "2024" and given["temperature"] is not None and not given["adaptive_lambda1"]:
         raise InputError("--temperature has no meaning with --recipe 2024, whose consistency is an MSE: leave one out")

@@ -1,12 +1,10 @@
-"""What a run is going to do and to take, said before its first step; or before its weights are there:
-`python -m minibalora plan --model DIR` needs nothing but config.json.
+"""What a run is going to do and to take, said before its first step.
+
+`python -m minibalora plan --model DIR` says it before there are weights: it needs nothing but config.json.
 """
 
-import argparse
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -21,9 +19,10 @@ from minibalora.checkpoints.weights import empty_model, layers_and_experts
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
+from minibalora.run.adapting import empty_factors
 from minibalora.run.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
 from minibalora.run.memory import Amount, expected_memory, held, padded_amount
-from minibalora.run.run_folder import trained_parameters
+from minibalora.run.settings import Adaptation, Hardware
 
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
@@ -84,7 +83,7 @@ def _formula(objective: Objective, task: str, consistency: str, diversity: str) 
 
 
 def trained_numbers(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in trained_parameters(model).values())
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def base_parameters(model: nn.Module) -> int:
@@ -101,26 +100,42 @@ def base_parameters(model: nn.Module) -> int:
 def main() -> int:
     args = parser().parse_args()
     family, config = read_family(Path(args.model))
-    fill_in(args, family, config)
-    check_amount(args, config)
-    amount = amount_of(args, family)
-    print("\n".join(facts(args, family, config, amount)) + "\n", flush=True)
-    print("\n".join(table(args, family, config, amount)))
+    check_amount(args.model, config)
+    if family.has_language_model:
+        defaults = DEFAULTS | {"batch_size": BATCH_SIZE["iclr2026"]}
+    else:
+        defaults = NLU_DEFAULTS | {"micro_batch_size": NLU_DEFAULTS["batch_size"]}
+    rows, length = args.micro_batch_size or defaults["micro_batch_size"], args.max_length or defaults["max_length"]
+    batch_size = max(defaults["batch_size"], rows)
+    if length > (config.max_position_embeddings or length):
+        limit = config.max_position_embeddings
+        raise InputError(f"--max-length {length}: the model has {limit} positions: give at most that many")
+
+    amount, told = padded_amount(rows, length), f"{rows} of {length} tokens at a time"
+    if family.has_language_model:
+        response = max(1, round(args.response_share * length))
+        amount = replace(amount, wanted=rows * response, is_packed=True)
+        told += f", {response} of them response"
+    rank = args.rank or defaults["rank"]
+    adaptation = Adaptation("lora", rank, rank, "lora", args.targets)
+    print("\n".join(facts(args.model, family, config, adaptation)))
+    print(f"rows     {told}; {batch_size} a step\n", flush=True)
+    print("\n".join(memory_table(family, config, adaptation, amount, accumulates=batch_size > rows)))
     marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
     print(f"\nfits a card of {marks}; what CUDA and torch take for themselves, half a GB or more, comes on top")
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> cli.OneLineParser:
     parser = cli.OneLineParser(
         prog="python -m minibalora plan",
         description="Say what training a model takes, by config.json alone: parameters, files, and GB on each GPU for "
-        "every method. Of a decoder as train_nlg.py trains it, of an encoder as train_nlu.py does.",
+        "every method. A decoder is taken as train_nlg.py trains it, an encoder as train_nlu.py does.",
     )
     add = parser.add_argument
-    published = f"default: {DEFAULTS['rank']}; encoders: {NLU_DEFAULTS['rank']}"
     add("--model", metavar="DIR", required=True, help="folder with config.json")
-    add("--rank", type=cli.positive_int, help=f"rank r of the adapters ({published})")
+    add("--rank", type=cli.positive_int, help="rank r of the adapters "
+        f"(default: {DEFAULTS['rank']}; encoders: {NLU_DEFAULTS['rank']})")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
     add("--micro-batch-size", type=cli.positive_int, help=f"rows at a time (default: {DEFAULTS['micro_batch_size']}; "
         f"encoders: {NLU_DEFAULTS['batch_size']})")  # fmt: skip
@@ -130,70 +145,43 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def fill_in(args: Namespace, family: Family, config: object) -> None:
-    """The training scripts' defaults; InputError for rows that they would refuse, longer than the model's context."""
-    if family.has_language_model:
-        defaults = DEFAULTS | {"batch_size": BATCH_SIZE["iclr2026"]}
-    else:
-        defaults = NLU_DEFAULTS | {"micro_batch_size": NLU_DEFAULTS["batch_size"]}
-    for name in ("rank", "micro_batch_size", "max_length"):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults[name])
-    args.batch_size = max(defaults["batch_size"], args.micro_batch_size)
-    args.device = torch.device("cuda")
-    limit = config.max_position_embeddings
-    if limit is not None and args.max_length > limit:
-        raise InputError(f"--max-length {args.max_length}: the model has {limit} positions: give at most that many")
-
-
-def check_amount(args: Namespace, config: object) -> None:
+def check_amount(folder: str, config: object) -> None:
     """InputError for a number of layers or experts that takes minutes to build, and no model has."""
     layers, experts = layers_and_experts(config)
     if layers + experts > MOST:
         parts = f"{layers} layers and {experts} experts in all"
-        raise InputError(f"{args.model}: config.json has {parts}: download it again")
+        raise InputError(f"{folder}: config.json has {parts}: download it again")
 
 
-def amount_of(args: Namespace, family: Family) -> Amount:
-    amount = padded_amount(args.micro_batch_size, args.max_length)
-    if not family.has_language_model:
-        return amount
-    response = max(1, round(args.response_share * args.max_length))
-    return replace(amount, wanted=args.micro_batch_size * response, is_packed=True)
+def facts(folder: str, family: Family, config: object, adaptation: Adaptation) -> list[str]:
+    """What is known without rows: parameters, the size of the files, and what is trained."""
+    dense = empty_model(family, config, None if family.has_language_model else CLASSES)
+    parameters, by_full = base_parameters(dense), trained_numbers(dense)
+    model = adapted(family, config, torch.float32, adaptation)
+    trained = trained_numbers(model)
+    narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
+    return [
+        f"model    {folder}, {parameters:,} parameters",
+        f"load     {narrow:.1f} GB in bfloat16, {wide:.1f} GB in float32, read and held once: "
+        f"{narrow / DISK_RATE:.0f} and {wide / DISK_RATE:.0f} s from a disk of {DISK_RATE} GB/s",
+        f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {adaptation.rank}, in "
+        f"{len(adapted_layers(model))} layers; {'all' if by_full == parameters else f'{by_full:,}'} by full",
+    ]
 
 
-def cases(args: Namespace, family: Family, config: object, dtype: torch.dtype) -> Iterator[tuple[Namespace, nn.Module]]:
-    """What there is to choose, as flags, and the model as it then is, without a number in it."""
-    for init, methods in {"full": ("full",), "lora": ("lora",), "pissa": ("pissa", "ba-lora")}.items():
-        model = adapted(args, empty_model(family, config, classes_of(family)).to(dtype), init)
-        for quantize in (None, "nf4") if init != "full" and family.has_language_model else (None,):
-            for _, layer in adapted_layers(model) if quantize else ():
-                del layer.W
-                layer.W = room_in_four_bits(layer)
-            for method, checkpoint in product(methods, (False, True)):
-                flags = {"method": method, "quantize": quantize, "grad_checkpoint": checkpoint, "dtype": dtype}
-                yield Namespace(**vars(args) | flags), model
-
-
-def classes_of(family: Family) -> int | None:
-    return None if family.has_language_model else CLASSES
-
-
-def adapted(args: Namespace, model: nn.Module, init: str) -> nn.Module:
-    """InputError if rank or targets do not fit."""
-    if init == "full":
+def adapted(family: Family, config: object, dtype: torch.dtype, adaptation: Adaptation) -> nn.Module:
+    """The model as a run has it, without a number in it. InputError if rank or targets do not fit."""
+    model = empty_model(family, config, None if family.has_language_model else CLASSES).to(dtype)
+    if adaptation.method == "full":
         return model.float()
-    model.own_head = [] if model.family.has_language_model else [model.family.names.head]
+    model.own_head = [] if family.has_language_model else [family.names.head]
+    rank = adaptation.rank
     try:
-        return adapt(model, args.rank, None, init, args.targets, factors=partial(room_for_factors, args.rank))
+        adapt(model, rank, None, adaptation.init, adaptation.targets,
+              factors=lambda _, weight: empty_factors(weight, rank, "meta"))  # fmt: skip
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
-
-
-def room_for_factors(rank: int, _, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B of a weight (n, m)."""
-    n, m = weight.shape
-    return torch.empty(m, rank, device="meta"), torch.empty(rank, n, device="meta")
+    return model
 
 
 def room_in_four_bits(layer: LowRankLinear) -> NF4:
@@ -203,53 +191,40 @@ def room_in_four_bits(layer: LowRankLinear) -> NF4:
     return NF4(torch.Size((layer.out_features, layer.in_features)), codes, scale_codes, steps, least)
 
 
-def facts(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
-    model = empty_model(family, config, classes_of(family))
-    parameters, by_full = base_parameters(model), trained_numbers(model)
-    trained = trained_numbers(adapted(args, model, "lora"))
-    narrow, wide = (parameters * dtype.itemsize / 1e9 for dtype in DTYPES)
-    response = f", {amount.wanted // args.micro_batch_size} of them response" if family.has_language_model else ""
-    return [
-        f"model    {args.model}, {parameters:,} parameters",
-        f"load     {narrow:.1f} GB in bfloat16, {wide:.1f} GB in float32, read and held once: "
-        f"{narrow / DISK_RATE:.0f} and {wide / DISK_RATE:.0f} s from a disk of {DISK_RATE} GB/s",
-        f"trained  {trained:,} ({trained / parameters:.2%}) by lora, pissa and ba-lora at rank {args.rank}, in "
-        f"{len(adapted_layers(model))} layers; {'all' if by_full == parameters else f'{by_full:,}'} by full",
-        f"rows     {args.micro_batch_size} of {args.max_length} tokens at a time{response}; {args.batch_size} a step",
-    ]
-
-
-def table(args: Namespace, family: Family, config: object, amount: Amount) -> list[str]:
+def memory_table(
+    family: Family, config: object, adaptation: Adaptation, amount: Amount, accumulates: bool
+) -> list[str]:
     """GB on each GPU: a line for each method and what saves memory, a column for each dtype and number of GPUs."""
     counts = GPUS if family.has_language_model else GPUS[:1]
     rows = {}
-    for dtype in DTYPES:
-        for run, model in cases(args, family, config, dtype):
-            quantize, checkpoint = " --quantize nf4" * bool(run.quantize), " --grad-checkpoint" * run.grad_checkpoint
-            sizes = gigabytes(run, model, amount, counts)
-            cells = [cell(size) for size in sizes] + ["-"] * (len(counts) - len(sizes))
-            rows.setdefault(f"{run.method}{quantize}{checkpoint}", []).extend(cells)
-    in_order = sorted(rows, key=lambda name: METHODS.index(name.split()[0]))
+    for dtype, (method, also) in product(DTYPES, {"full": [], "lora": [], "pissa": ["ba-lora"]}.items()):
+        model = adapted(family, config, dtype, replace(adaptation, method=method, init=method))
+        for quantize in ("", " --quantize nf4") if method != "full" and family.has_language_model else ("",):
+            for _, layer in adapted_layers(model) if quantize else ():
+                del layer.W  # a parameter's name takes no module
+                layer.W = room_in_four_bits(layer)
+            for name, checkpoint in product([method, *also], ("", " --grad-checkpoint")):
+                hardware = Hardware(torch.device("cuda"), dtype, grad_checkpoint=bool(checkpoint))
+                recipe = NLG_RECIPES["iclr2026"] if name == "ba-lora" else Objective()
+                objective = recipe if family.has_language_model else None
+                one = expected_memory(model, hardware, amount, objective, accumulates)
+                unsharded = one - held(model)
+                sizes = [one] + [
+                    unsharded + held(model, ranks) for ranks in counts[1:] if name != "full" and not quantize
+                ]
+                cells = [*map(cell, sizes), *["-"] * (len(counts) - len(sizes))]
+                rows.setdefault(f"{name}{quantize}{checkpoint}", []).extend(cells)
+    in_order = sorted(rows.items(), key=lambda row: METHODS.index(row[0].split()[0]))
     titles = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     columns = [f"{'1 GPU' if count == 1 else f'fsdp {count}':>9} " for count in counts] * len(DTYPES)
     lines = [
         "GB on each GPU".ljust(40) + "".join(f"{title:>9} ".ljust(10 * len(counts)) for title in titles),
         " " * 40 + "".join(columns),
-        *(f"{name:40}" + "".join(f"{each:>9} " for each in rows[name]) for name in in_order),
+        *(f"{name:40}" + "".join(f"{each:>9} " for each in cells) for name, cells in in_order),
     ]
     return [line.rstrip() for line in lines]
 
 
-def gigabytes(args: Namespace, model: nn.Module, amount: Amount, counts: tuple[int, ...]) -> list[float]:
-    """GB on each of so many GPUs; of a run that can't be sharded on one alone."""
-    recipe = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
-    one = expected_memory(args, model, amount, recipe if model.family.has_language_model else None)
-    if args.method == "full" or args.quantize or len(counts) == 1:
-        return [one / 1e9]
-    others = one - held(model)
-    return [one / 1e9] + [(others + held(model, ranks)) / 1e9 for ranks in counts[1:]]
-
-
-def cell(size: float) -> str:
+def cell(size: int) -> str:
     """GB, and the mark of the smallest card that has them."""
-    return f"{size:.1f} " + next((mark for gigabytes, mark in CARDS.items() if size <= gigabytes), " ")
+    return f"{size / 1e9:.1f} " + next((mark for gigabytes, mark in CARDS.items() if size <= 1e9 * gigabytes), " ")

@@ -2,23 +2,21 @@
 
 import json
 import sys
-from argparse import Namespace
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-import train_nlg
 from minibalora.base import cli
-from minibalora.data import batches
-from minibalora.fused import FrozenHead
-from minibalora.lowrank import adapt
+from minibalora.data.batches import Packed, pack
+from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
+from minibalora.objective import lambdas, nlg_loss
 from minibalora.run import bench
-from minibalora.run.bench import STEPS, Contender
+from minibalora.run.bench import STEPS, Contender, Load
+from minibalora.run.settings import Hardware
 
 TINY = replace(
     bench.SMALL, vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
@@ -27,9 +25,8 @@ TINY = replace(
 EVERY = bench.contenders_of(bench.METHODS, bench.FORMS)
 
 
-def settings(**changes) -> Namespace:
-    common = {"rank": 4, "micro_batch_size": 3, "rounds": 2, "warmup": 1, "device": torch.device("cpu")}
-    return Namespace(**common | {"dtype": torch.float32, "grad_checkpoint": False, "compile": False} | changes)
+CPU = Hardware(torch.device("cpu"), torch.float32)
+LOAD = Load(TINY, CPU, rank=4, rows=3, warmup=1, rounds=2)
 
 
 @pytest.fixture
@@ -58,21 +55,18 @@ def test_a_shape_has_the_parameters_of_its_checkpoint(shape, parameters):
     with torch.device("meta"):
         model = llama(bench.SHAPES[shape])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
-    block = dict(model.model.layers[0].named_modules())
-    for name, (m, n) in bench.linears(bench.SHAPES[shape]).items():
-        (linear,) = (module for key, module in block.items() if key.endswith(name))
-        assert (linear.in_features, linear.out_features) == (m, n)
 
 
 def test_rows_share_the_preamble_and_come_again_an_epoch_later():
     rows = bench.rows_of_step(1000, 1, 4)
-    assert [(row.prompt_length, len(row.ids) - row.prompt_length) for row in rows] == bench.ROW_LENGTHS[4:8]
-    assert batches.pack(rows, "cpu").shared == bench.SHARED
+    lengths = [(row.prompt_length, len(row.ids) - row.prompt_length) for row in rows]
+    assert lengths == list(zip(bench.PROMPTS, bench.RESPONSES, strict=True))[4:8]
+    assert pack(rows, "cpu").shared == bench.SHARED
     assert all((a.ids == b.ids).all() for a, b in zip(rows, bench.rows_of_step(1000, 9, 4), strict=True))
 
 
 def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
-    first, second = (bench.random_model(TINY, torch.device("cpu"), torch.bfloat16).state_dict() for _ in range(2))
+    first, second = (bench.random_model(TINY, replace(CPU, dtype=torch.bfloat16)).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {value.dtype for value in first.values()} == {torch.bfloat16}
     up = [value for name, value in first.items() if name.endswith("up_proj.weight")]
@@ -84,45 +78,80 @@ def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
 
 @pytest.mark.parametrize("contender", EVERY, ids=lambda contender: f"{contender} {contender.form}")
 def test_a_step_is_that_of_train_nlg(contender, tmp_path):
-    args = settings(teacher_cache=tmp_path)
-    base = bench.random_model(TINY, args.device, args.dtype)
-    before = {name: value.clone() for name, value in base.state_dict().items()}
-    step = bench.step_of(base, contender, args)
+    base = bench.random_model(TINY, CPU)
+    step = bench.step_of(deepcopy(base), LOAD, contender, tmp_path)
     losses = [step(index) for index in range(3)]
 
     torch.manual_seed(0)
-    model = adapt(deepcopy(base), args.rank, init="lora" if contender.method == "lora" else "pissa")
-    rows, head = bench.rows_of_step(1000, 0, 3), FrozenHead(model.head_weight)
-    expected, _ = train_nlg.backward(model, head, [rows], contender.objective, STEPS // 2, STEPS, [])
+    model = adapt(base, LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
+    batch = pack(bench.rows_of_step(1000, 0, 3), "cpu")
+    inputs = batch.input_ids, batch.lengths, batch.wanted, batch.shared
+    with pretrained(model):
+        teacher = model.head(model.packed(*inputs))
+    weights = lambdas(contender.objective, STEPS // 2, STEPS)
+    expected, _ = nlg_loss(model.head(model.packed(*inputs)), teacher, batch.targets, contender.objective, weights)
     # Fused and plain share the numbers to float32's rounding; whatever PiSSA starts from, step 0 has W's loss.
-    assert losses[0] == pytest.approx(sum(expected), rel=1e-5)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(losses)) == 3
-    assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
 
 
-def test_checkpointed_blocks_take_the_same_step():
-    base = bench.random_model(TINY, torch.device("cpu"), torch.float32)
-    plain, checkpointed = (
-        bench.step_of(base, Contender("ba-lora", "iclr2026"), settings(grad_checkpoint=value))
-        for value in (False, True)
-    )
+def test_checkpointed_blocks_take_the_same_step(tmp_path):
+    loads = [replace(LOAD, hardware=replace(CPU, grad_checkpoint=value)) for value in (False, True)]
+    contender = Contender("ba-lora", "iclr2026")
+    plain, checkpointed = (bench.step_of(bench.random_model(TINY, CPU), load, contender, tmp_path) for load in loads)
     assert [checkpointed(index) for index in range(2)] == pytest.approx([plain(index) for index in range(2)], rel=1e-6)
+
+
+def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
+    """Operations of the matrix products of a fused step on a CPU in float32, 2 m n a row of an (m, n) matrix.
+
+    A frozen W takes part in the student's pass, in the gradient of its input (not where that is an embedding, which is
+    frozen) and in the teacher's pass; never in a gradient of its own. A and B: 4 r (m + n) a row for their gradients,
+    and twice the change, of rank R = r from `lora` and 2r from PiSSA: 2 R (m + n) a row, or 2 R m n at once where the
+    change is folded into W. Attention: 4 · width · pairs of tokens a pass, the backward pass two, pairs beyond the
+    diagonal included. In the last block only response tokens are queries and go through the MLP; only they reach the
+    head, whose (V, d) takes part in their logits, the teacher's and the gradient. The spectral term: as fused.py takes
+    it from (M, d) states, but for the eigenvectors.
+    """
+    config, rank, objective = load.config, load.rank, contender.objective
+    tokens, predicted = len(batch.input_ids), sum(batch.wanted)
+    rows_seen = [batch.shared + length for length in batch.lengths]
+    d, f, width = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    linears = {"q": (d, width), "k": (d, kv), "v": (d, kv), "o": (width, d)}
+    linears |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
+    has_teacher_pass = objective.needs_teacher and not contender.knows_teacher
+    R = rank if contender.method == "lora" else 2 * rank
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        is_last = layer == config.num_hidden_layers - 1
+        for name, (m, n) in linears.items():
+            rows = predicted if is_last and name not in ("k", "v") else tokens
+            needs_slope = layer > 0 or name not in ("q", "k", "v")
+            change = 2 * R * (m * n if rows * (m + n) > m * n else rows * (m + n))
+            total += 2 * rows * m * n * (1 + needs_slope + has_teacher_pass)
+            total += change * (1 + needs_slope) + 4 * rank * rows * (m + n)
+        queries = batch.wanted if is_last else rows_seen
+        pairs = sum(count * length for count, length in zip(queries, rows_seen, strict=True))
+        total += 4 * width * pairs * (3 + has_teacher_pass)
+    total += 2 * predicted * config.vocab_size * d * (2 + objective.needs_teacher)
+    if objective.lambda3 > 0:
+        smaller = min(predicted, d)
+        total += 4 * predicted * d * d + 4 * predicted * d * smaller + 2 * smaller**3
+    return total
 
 
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
 @pytest.mark.parametrize("contender", [each for each in EVERY if each.form == "fused"], ids=str)
-def test_flops_are_those_of_the_profiler(contender, rows, tmp_path):
-    args = settings(micro_batch_size=rows, rank=8, teacher_cache=tmp_path)
-    config = replace(TINY, hidden_size=512) if rows == 1 else TINY
-    step = bench.step_of(bench.random_model(config, args.device, args.dtype), contender, args)
+def test_flops_are_those_of_a_step(contender, rows, tmp_path):
+    load = replace(LOAD, rows=rows, rank=8, config=replace(TINY, hidden_size=512) if rows == 1 else TINY)
+    step = bench.step_of(bench.random_model(load.config, CPU), load, contender, tmp_path)
     step(0)  # the head's root is made once
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=in_place) as profiler:
-        step(0)
-    batch = batches.pack(bench.rows_of_step(1000, 0, rows), "cpu")
-    counted = bench.flops(config, batch, args.rank, contender, args.dtype)
-    # The profiler sees the sums over a row's vocabulary, too, which fused.py takes as products.
-    assert counted == pytest.approx(profiler.get_total_flops(), rel=0.01)
+    with sdpa_kernel(SDPBackend.MATH):  # whose products are counted on a CPU, too
+        counted = bench.flops(step)
+    # Counted are the sums over a row's vocabulary, too, which fused.py takes as products.
+    expected = expected_flops(load, pack(bench.rows_of_step(1000, 0, rows), "cpu"), contender)
+    assert expected == pytest.approx(counted, rel=0.01)
 
 
 # The command.
@@ -146,7 +175,7 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     assert written["init_seconds"] > 0
     for found, contender in zip(written["results"], EVERY, strict=True):
         assert {name: found[name] for name in vars(contender)} == vars(contender)
-        assert len(found["seconds"]) == len(found["tokens"]) == len(found["flops"]) == 2
+        assert len(found["seconds"]) == len(found["tokens"]) == 2 and found["flops_per_token"] > 4 * 100_000
         assert found["fastest_ms"] <= found["median_ms"] and 0 < found["share_of_peak"] < 1
         assert (found["peak_bytes"] is not None) == sys.platform.startswith("linux")
     assert written["results"][0]["times_lora"] == 1

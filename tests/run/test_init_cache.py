@@ -1,16 +1,13 @@
 """PiSSA's factors on disk: the same bits, and nothing believed that is not what was asked for."""
 
-import os
-
 import pytest
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minibalora.base import files
-from minibalora.lowrank import adapt, pissa_factors
-from minibalora.run import init_cache
+from minibalora.lowrank import adapt, factors_of
+from minibalora.run import cache, init_cache
 from minibalora.run.init_cache import cached_factors
 
 RANK, SCALING, INIT = 3, 1.7, "pissa_krylov_2"
@@ -27,12 +24,16 @@ def computed(monkeypatch):
     """How often factors were computed, as a list that grows."""
     calls = []
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return pissa_factors(*arguments)
+    def counted(init):
+        calls.append(init)
+        return factors_of(init)
 
-    monkeypatch.setattr(init_cache, "pissa_factors", counted)
+    monkeypatch.setattr(init_cache, "factors_of", counted)
     return calls
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if not path.is_dir()]
 
 
 def is_same(some, others):
@@ -46,8 +47,8 @@ def test_a_second_run_gets_the_same_bits_and_computes_nothing(weight, computed, 
     folder = tmp_path / "new" / "cache"
     first, second = (cached_factors(folder, RANK, SCALING, init, weight) for _ in range(2))
     assert len(computed) == 1 and is_same(first, second)
-    assert is_same(first, pissa_factors(weight, RANK, SCALING, init))
-    (file,) = folder.iterdir()
+    assert is_same(first, factors_of(init)(weight, RANK, SCALING))
+    (file,) = files_in(folder)
     assert file.suffix == ".safetensors" and not file.stat().st_mode & 0o111
 
 
@@ -65,14 +66,14 @@ def test_whatever_the_factors_depend_on_has_its_own_file(weight, computed, tmp_p
         (RANK, SCALING, INIT, torch.zeros(70, 90).bfloat16()),
     ]
     for case in 2 * cases:
-        assert is_same(cached_factors(tmp_path, *case), pissa_factors(case[3], *case[:3]))
-    assert len(computed) == len(cases) == len(list(tmp_path.iterdir()))
+        assert is_same(cached_factors(tmp_path, *case), factors_of(case[2])(case[3], *case[:2]))
+    assert len(computed) == len(cases) == len(files_in(tmp_path))
 
 
 def rewrite(path, change):
     """Write the file again, whole for safetensors, with change(tensors, metadata) done to it."""
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-    with init_cache.safe_open(path, "pt") as file:
+    with safe_open(path, "pt") as file:
         metadata = file.metadata()
     change(tensors, metadata)
     path.unlink()
@@ -101,18 +102,18 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_file_is_never_believed_and_is_written_again(weight, computed, tmp_path, damage):
     expected = cached_factors(tmp_path, RANK, SCALING, INIT, weight)
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     whole = path.read_bytes()
     damage(path)
     assert is_same(cached_factors(tmp_path, RANK, SCALING, INIT, weight), expected)
-    assert len(computed) == 2 and path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
+    assert len(computed) == 2 and path.read_bytes() == whole and files_in(tmp_path) == [path]
 
 
 def test_the_file_of_another_weight_is_never_believed(weight, computed, tmp_path):
     cached_factors(tmp_path, RANK, SCALING, INIT, weight)
-    (path,) = tmp_path.iterdir()
+    (path,) = files_in(tmp_path)
     expected = cached_factors(tmp_path, RANK, SCALING, INIT, 2 * weight)
-    (other,) = set(tmp_path.iterdir()) - {path}
+    (other,) = set(files_in(tmp_path)) - {path}
     other.write_bytes(path.read_bytes())
     assert is_same(cached_factors(tmp_path, RANK, SCALING, INIT, 2 * weight), expected) and len(computed) == 3
 
@@ -122,7 +123,7 @@ def test_a_place_that_can_not_be_written_to_is_refused(weight, tmp_path, refuses
     for folder in (tmp_path / "file" / "cache", tmp_path / ("x" * 300)):
         refuses(lambda folder=folder: cached_factors(folder, RANK, SCALING, INIT, weight), folder, "--init-cache")
     cached_factors(tmp_path / "cache", RANK, SCALING, INIT, weight)
-    (path,) = (tmp_path / "cache").iterdir()
+    (path,) = files_in(tmp_path / "cache")
     path.unlink()
     path.mkdir()
     refuses(lambda: cached_factors(tmp_path / "cache", RANK, SCALING, INIT, weight), path, "--init-cache")
@@ -133,10 +134,10 @@ def test_a_full_disk_is_not_taken_for_a_bad_flag(weight, tmp_path, monkeypatch, 
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(files, "save_file", fail)
+    monkeypatch.setattr(cache, "save_file", fail)
     with pytest.raises(type(error), match="No space left"):
         cached_factors(tmp_path, RANK, SCALING, INIT, weight)
-    assert not os.listdir(tmp_path)
+    assert not files_in(tmp_path)
 
 
 def test_a_cached_model_is_the_same_model(tmp_path):

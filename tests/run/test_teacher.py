@@ -15,7 +15,8 @@ import minibalora as mb
 from minibalora.base.errors import InputError
 from minibalora.data.batches import pack
 from minibalora.run import teacher
-from minibalora.run.teacher import TeacherCache, open_cache, teacher_states
+from minibalora.run.cache import Cache
+from minibalora.run.teacher import open_cache, row_digest, teacher_states
 
 
 @pytest.fixture
@@ -25,6 +26,15 @@ def model():
         for _, layer in mb.lowrank.adapted_layers(model):
             layer.B += 0.1
     return model
+
+
+def cache_in(folder, teacher="it"):
+    return open_cache(folder, teacher, [], 64)
+
+
+def missing(cache, rows):
+    names = cache.missing([row_digest(row) for row in rows])
+    return [row for row in rows if row_digest(row) in names]
 
 
 def micro_of(rows, size=3):
@@ -54,26 +64,26 @@ def test_states_are_those_of_the_model_before_training(model):
 
 def test_a_cache_gives_the_same_bits_in_any_order_and_batch(model, tmp_path):
     rows = random_rows(8, 0)
-    expected, computed = states_of(model, rows, TeacherCache(tmp_path, "it"))
+    expected, computed = states_of(model, rows, cache_in(tmp_path))
     assert computed == 3
-    cache = TeacherCache(tmp_path, "it")
-    assert cache.missing(rows) == []
+    cache = cache_in(tmp_path)
+    assert missing(cache, rows) == []
     got, computed = states_of(model, rows[::-1], cache, size=2)
     assert computed == 0 and all(torch.equal(a, b) for a, b in zip(got[::-1], expected, strict=True))
 
 
 def test_only_what_is_missing_is_computed_and_then_it_is_there(model, tmp_path):
     rows = random_rows(9, 0)
-    cache = TeacherCache(tmp_path, "it")
+    cache = cache_in(tmp_path)
     assert states_of(model, rows[:6], cache)[1] == 2
-    assert len(cache.missing(rows)) == 3
+    assert len(missing(cache, rows)) == 3
     assert states_of(model, rows, cache)[1] == 1
     assert states_of(model, rows, cache)[1] == 0
 
 
 def test_what_another_process_wrote_meanwhile_is_found_and_nothing_is_written_twice(model, tmp_path):
     rows = random_rows(6, 0)
-    mine, other = TeacherCache(tmp_path, "it"), TeacherCache(tmp_path, "it")
+    mine, other = cache_in(tmp_path), cache_in(tmp_path)
     assert states_of(model, rows[:3], other)[1] == 1
     assert states_of(model, rows[:3], mine)[1] == 0
     assert states_of(model, rows[2:5], mine)[1] == 1  # of which one row is known
@@ -83,13 +93,13 @@ def test_what_another_process_wrote_meanwhile_is_found_and_nothing_is_written_tw
 
 def test_another_teacher_and_other_rows_are_never_met(model, tmp_path):
     rows = random_rows(4, 0)
-    states_of(model, rows, TeacherCache(tmp_path, "it"))
-    assert len(TeacherCache(tmp_path, "another").missing(rows)) == 4
+    states_of(model, rows, cache_in(tmp_path))
+    assert len(missing(cache_in(tmp_path, "another"), rows)) == 4
     one, *rest = rows
     other_token = dataclasses.replace(one, ids=np.append(one.ids[:-1], (one.ids[-1] + 1) % 61).astype(np.int32))
     longer_prompt = dataclasses.replace(rest[0], prompt_length=rest[0].prompt_length + 1)
     other_line = dataclasses.replace(rest[1], line=99)
-    found = TeacherCache(tmp_path, "it").missing([other_token, longer_prompt, other_line])
+    found = missing(cache_in(tmp_path), [other_token, longer_prompt, other_line])
     assert found == [other_token, longer_prompt]
 
 
@@ -131,21 +141,21 @@ DAMAGES += [(forget_digests, False)]  # a cache that is open remembers them
 @pytest.mark.parametrize("damage, is_open", DAMAGES)
 def test_what_is_damaged_is_computed_anew_and_mended(model, tmp_path, damage, is_open):
     rows = random_rows(3, 0)
-    cache = TeacherCache(tmp_path, "it")
+    cache = cache_in(tmp_path)
     expected, _ = states_of(model, rows, cache)
     damage(next(tmp_path.rglob("*.safetensors")))
-    cache = cache if is_open else TeacherCache(tmp_path, "it")
+    cache = cache if is_open else cache_in(tmp_path)
     got, computed = states_of(model, rows, cache)
     assert computed == 1 and all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
-    assert states_of(model, rows, TeacherCache(tmp_path, "it"))[1] == 0
+    assert states_of(model, rows, cache_in(tmp_path))[1] == 0
 
 
 def test_files_of_others_in_the_folder_are_left_alone(model, tmp_path):
-    cache = TeacherCache(tmp_path, "it")
+    cache = cache_in(tmp_path)
     states_of(model, random_rows(3, 0), cache)
     foreign = cache.folder / "mine.safetensors"
     foreign.write_text("not a tensor")
-    assert TeacherCache(tmp_path, "it").missing(random_rows(3, 0)) == []
+    assert missing(cache_in(tmp_path), random_rows(3, 0)) == []
     assert foreign.read_text() == "not a tensor"
 
 
@@ -166,11 +176,11 @@ def test_a_folder_that_cant_be_written_to_is_named(model, tmp_path):
     with pytest.raises(InputError, match="--teacher-cache"):
         open_cache(tmp_path / "file" / "sub", "it", random_rows(3, 0), 64)
     with pytest.raises(InputError, match="--teacher-cache"):
-        states_of(model, random_rows(3, 0), TeacherCache(tmp_path / "file", "it"))
+        states_of(model, random_rows(3, 0), Cache(tmp_path / "file", "it", "--teacher-cache"))
 
 
 def test_a_new_version_meets_nothing_of_the_old(model, tmp_path, monkeypatch):
     rows = random_rows(3, 0)
-    states_of(model, rows, TeacherCache(tmp_path, "it"))
+    states_of(model, rows, cache_in(tmp_path))
     monkeypatch.setattr(teacher, "VERSION", teacher.VERSION + 1)
-    assert TeacherCache(tmp_path, "it").missing(rows) == rows
+    assert missing(cache_in(tmp_path), rows) == rows

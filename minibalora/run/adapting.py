@@ -1,0 +1,97 @@
+"""Adapting a model as `settings.Adaptation` says. What a checkpoint, a cache or another rank has is not computed anew."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minibalora import nf4
+from minibalora.base import distributed
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.weights import read
+from minibalora.lean_product import use_lean_product
+from minibalora.lowrank import adapt, adapted_layers, factors_of
+from minibalora.run.checkpoint import load_initial_values
+from minibalora.run.init_cache import cached_factors
+from minibalora.run.settings import Adaptation, Hardware
+
+
+def adapt_model(
+    model: nn.Module, adaptation: Adaptation, hardware: Hardware, seed: int, resumed: Path | None = None
+) -> None:
+    """lowrank.adapt with a progress bar, then the product that takes less memory, then --quantize; in place.
+
+    resumed: the folder of the run to go on with. Its checkpoint has the factors, so nothing waits for an SVD. Several
+    ranks compute the factors of each layer once, on one of them. InputError if rank or targets do not fit.
+    """
+    bar = partial(
+        tqdm, desc=adaptation.init, unit="layer", dynamic_ncols=True, leave=False, disable=not distributed.is_main()
+    )
+    comes_later = adaptation.init != "lora" and (resumed is not None or distributed.is_torchrun())
+
+    def factors(_, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if comes_later:
+            return empty_factors(weight, adaptation.rank, hardware.device)
+        return first_factors(weight, adaptation, hardware.device)
+
+    shape = adaptation.rank, adaptation.alpha, adaptation.init, adaptation.targets
+    try:
+        adapt(model, *shape, progress=iter if comes_later else bar, factors=factors)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"--rank or --targets: {error}") from None
+    if resumed is not None:
+        load_initial_values(resumed, model)
+    elif comes_later:
+        deal_factors(model, adaptation, hardware, seed, bar)
+    if not adaptation.is_plain:
+        use_lean_product(model)
+    if adaptation.quantize:
+        for _, layer in adapted_layers(model):  # one at a time is whole on the device
+            nf4.quantize(layer.to(hardware.device))
+        model.to(hardware.device)
+
+
+def empty_factors(weight: Tensor, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """Zeros in place of A (m, r) and B (r, n) of a weight (n, m)."""
+    n, m = weight.shape
+    return torch.zeros(m, rank, device=device), torch.zeros(rank, n, device=device)
+
+
+def first_factors(weight: Tensor, adaptation: Adaptation, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A and B by --init of a weight (n, m), on the run's device; PiSSA's from --init-cache, if they are there."""
+    rank, scaling = adaptation.rank, adaptation.alpha / adaptation.rank
+    if adaptation.init == "lora":  # for which only the shape counts
+        weight = torch.empty(1, device=device).expand(weight.shape)
+    weight = weight.to(device)
+    if adaptation.init_cache is None:
+        return factors_of(adaptation.init)(weight, rank, scaling)
+    return cached_factors(adaptation.init_cache, rank, scaling, adaptation.init, weight)
+
+
+@torch.no_grad()
+def deal_factors(
+    model: nn.Module, adaptation: Adaptation, hardware: Hardware, seed: int, bar: Callable[[list], Iterable]
+) -> None:
+    """PiSSA's factors of each layer from the rank whose turn it is, into every rank's A, B, A₀ and B₀.
+
+    That rank alone reads a weight that the model does not hold yet. What pissa_niter_N draws depends on seed and layer:
+    the same on any number of ranks, but another draw than that of a run without torchrun.
+    """
+    layers = list(enumerate(adapted_layers(model)))
+    for index, (name, layer) in bar(layers[distributed.rank() :: distributed.size()]):
+        torch.manual_seed(seed + index)
+        stored = f"{name}.weight"
+        is_there = not layer.W.is_meta
+        W = layer.W if is_there else read(model.stored[stored], stored, hardware.dtype, hardware.device)
+        A, B = first_factors(W, adaptation, hardware.device)
+        layer.A.copy_(A)
+        layer.B.copy_(B)
+    for index, (_, layer) in layers:
+        distributed.broadcast((layer.A, layer.B), source=index % distributed.size())
+        layer.A0.copy_(layer.A)
+        layer.B0.copy_(layer.B)

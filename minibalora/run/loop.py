@@ -1,0 +1,244 @@
+"""What a training run needs around its loop, so that the loop in the script has the method and nothing else."""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import numpy
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from minibalora.base import distributed
+from minibalora.base.errors import InputError
+from minibalora.data.batches import micro_batches, rows_of_step, steps_per_epoch
+from minibalora.lowrank import adapted_layers
+from minibalora.run.checkpoint import load_checkpoint, save_checkpoint, trained_parameters
+from minibalora.run.run_folder import open_log
+from minibalora.run.settings import Hardware, Optimisation, Output
+
+TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch, and its share of what the step's means are over: predicted tokens, or examples."""
+
+    rows: list
+    share: float
+
+
+class _Stopped(Exception):
+    """A stop signal has arrived. It never leaves the `with` of a Run."""
+
+
+class Run:
+    """Steps, from the checkpoint on if there is one, to the last: micro-batches, gradients, log, checkpoints, signals.
+
+        with Run(output, optimisation, hardware, model, optimizer, steps, resumed) as run:
+            for step, parts in run.steps(rows):
+                for part in parts:
+                    with run.autocast():
+                        loss, terms = ...
+                    (part.share * loss).backward()
+                    run.note(part, loss, terms)
+                run.update()
+
+    steps: how many the run has; resumed: the step of the checkpoint to go on from, None for a new run. `step` says how
+    many are done. SIGINT and SIGTERM end the `with`: the step that they meet is dropped, the checkpoint is that of the
+    last whole one, and `signal` is their number, otherwise 0. A second signal acts at once, as it did before.
+    """
+
+    def __init__(
+        self,
+        output: Output,
+        optimisation: Optimisation,
+        hardware: Hardware,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        steps: int,
+        resumed: int | None,
+    ):
+        self.output, self.optimisation, self.hardware = output, optimisation, hardware
+        self.model, self.optimizer, self.last_step = model, optimizer, steps
+        self.resumed, self.step = resumed, resumed or 0
+        self.signal = self._received = 0
+        self.entry = {}  # of log.jsonl, from `update` to the next step: a script may add to it
+
+    def __enter__(self) -> "Run":
+        if self.resumed is None:
+            save_checkpoint(self.output.folder, self.model, self.optimizer, 0)
+        else:
+            load_checkpoint(self.output.folder, self.model, self.optimizer)
+            print(f"resumed at step {self.resumed}")
+        self.model.train()
+        torch.backends.cuda.matmul.allow_tf32 = self.hardware.tf32  # PiSSA's factors, which want every bit, are found
+        with ExitStack() as opened:
+            bar = tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True,
+                       disable=not distributed.is_main())  # fmt: skip
+            self._bar = opened.enter_context(bar)
+            self._log = opened.enter_context(open_log(self.output.folder, self.step))
+            opened.enter_context(self._noting_signals())
+            self._opened = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type | None, *_) -> bool:
+        self._opened.close()
+        if kind is not _Stopped:
+            return False
+        self.optimizer.zero_grad()
+        save_checkpoint(self.output.folder, self.model, self.optimizer, self.step)
+        return True
+
+    def steps(self, rows: list) -> Iterator[tuple[int, list[Part]]]:
+        """Each step that is left, counted from 0, with this rank's micro-batches of it.
+
+        rows: all that there are to train on, of `batches.Row` or `labelled.ClassRow`. What is to be done between two
+        steps, writing the log and the checkpoint, is done when the next one is asked for.
+        """
+        settings = self.optimisation
+        while True:
+            self._end_if_stopped()
+            if self.step == self.last_step:
+                return
+            self._started = time.perf_counter()
+            seed_step(settings.seed, self.step)
+            indices = rows_of_step(len(rows), settings.batch_size, settings.seed, self.step)
+            self._micro = micro_batches([rows[index] for index in indices], settings.micro_batch_size)
+            self._losses, self._terms = [], {}
+            counts = [sum(row.predicted for row in part) for part in self._micro]
+            parts = [Part(part, count / sum(counts)) for part, count in zip(self._micro, counts, strict=True)]
+            yield self.step, distributed.deal(parts, idle=replace(parts[-1], share=0.0))
+
+            self._log(self.entry)
+            self._show()
+            if self.step % self.output.save_every == 0 or self.step == self.last_step:
+                save_checkpoint(self.output.folder, self.model, self.optimizer, self.step)
+
+    def autocast(self) -> torch.autocast:
+        """For the forward pass: where the weights are trained, they are float32, and --dtype is the activations'."""
+        is_full, dtype = not adapted_layers(self.model), self.hardware.dtype
+        return torch.autocast(self.hardware.device.type, dtype, is_full and dtype != torch.float32)
+
+    def note(self, part: Part, loss: Tensor, terms: dict[str, Tensor]) -> None:
+        """Keep a micro-batch's L and terms for the log, without waiting for a GPU; ends the run after a signal."""
+        self._losses.append(part.share * loss.detach())
+        for name, term in terms.items():
+            self._terms[name] = self._terms.get(name, 0.0) + part.share * term.detach()
+        self._end_if_stopped()
+
+    def update(self) -> None:
+        """A step of the optimizer by the gradients of all ranks, clipped. InputError if a number is not finite."""
+        settings, parameters = self.optimisation, list(trained_parameters(self.model).values())
+        distributed.sum_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        numbers = distributed.gathered(torch.stack([n.double() for n in (*self._losses, *self._terms.values())]))
+        each, sums = numbers[:, : len(self._losses)].T.flatten(), numbers[:, len(self._losses) :].sum(0)
+        *numbers, norm = torch.cat([each, sums, norm.double()[None]]).tolist()  # waits for a GPU once
+        losses = numbers[: len(self._micro)]  # in the order before dealing; beyond are those of idle ranks
+        terms = dict(zip(self._terms, numbers[len(each) :], strict=True))
+        check_finite(losses, norm, self.step, self._micro)
+
+        rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)
+        self.optimizer.param_groups[0]["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        speed = sum(len(row.ids) for rows in self._micro for row in rows) / (time.perf_counter() - self._started)
+        self.entry = {"step": self.step, "loss": sum(losses)} | dict.fromkeys(TERMS) | terms | {"lr": rate}
+        self.entry |= {"tokens_per_s": round(speed), "memory_bytes": peak_memory(self.hardware.device)}
+
+    def say_end(self) -> int:
+        """Say where the files are and, if the run was stopped, how to go on; returns the exit status."""
+        out = self.output.folder
+        if self.signal:
+            reached = f"stopped after step {self.step} of {self.last_step}"
+            print(f"{reached}; saved to {out}; go on with the same command and --resume")
+            return 128 + self.signal
+        print(f"saved to {out}")
+        return 0
+
+    def _end_if_stopped(self) -> None:
+        self.signal = distributed.largest(self._received)
+        if self.signal:
+            raise _Stopped
+
+    def _show(self) -> None:
+        entry = self.entry
+        terms = {name: f"{entry[name]:.3g}" for name in TERMS[1:] if entry[name] is not None}
+        speed = {"tokens/s": entry["tokens_per_s"], "GB": f"{entry['memory_bytes'] / 1e9:.1f}"}
+        self._bar.set_postfix({"loss": f"{entry['loss']:.4f}"} | terms | speed, refresh=False)
+        self._bar.update()
+
+    @contextmanager
+    def _noting_signals(self) -> Iterator[None]:
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def receive(number: int, _) -> None:
+            self._received = number
+            signal.signal(number, previous[number])
+
+        for number in previous:
+            signal.signal(number, receive)
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def steps_of_run(optimisation: Optimisation, rows: int) -> int:
+    steps = optimisation.epochs * steps_per_epoch(rows, optimisation.batch_size)
+    return min(steps, optimisation.max_steps or steps)
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
+    """Of everything that is trained, without weight decay, as published; `Run.update` sets the rate of each step."""
+    return torch.optim.AdamW(trained_parameters(model).values(), weight_decay=0.0, fused=True)
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """The rate of `step` (from 0) of `steps`: a linear rise over the first share, then cosine or linear down to 0."""
+    warm = math.ceil(warmup_ratio * steps)
+    if step < warm:
+        return peak * (step + 1) / warm
+    progress = (step - warm) / max(1, steps - warm)
+    return peak * ((1 + math.cos(math.pi * progress)) / 2 if schedule == "cosine" else 1 - progress)
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make dropout a pure function of the step and the rank, so that a resumed run repeats it exactly.
+
+    SeedSequence mixes the numbers: seed + step would give seed 43 the masks of seed 42, one step later.
+    """
+    numbers = [seed, step, distributed.rank()] if distributed.rank() > 0 else [seed, step]
+    torch.manual_seed(int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0]))
+
+
+def check_finite(losses: list[float], norm: float, step: int, micro: list[list]) -> None:
+    """InputError with the step and the lines of the data whose loss, or else the step's gradient, is not finite."""
+    bad = [rows for loss, rows in zip(losses, micro, strict=True) if not math.isfinite(loss)]
+    if bad or not math.isfinite(norm):
+        lines = sorted(row.line for rows in bad or micro for row in rows)
+        named = ", ".join(map(str, lines[:20])) + (" ..." if len(lines) > 20 else "")
+        what = "loss" if bad else "gradient"
+        raise InputError(
+            f"step {step + 1}: the {what} is not finite (data lines {named}): lower --lr or mend the rows; "
+            "the last checkpoint is kept"
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU so far; on a CPU, the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0  # the standard library can't tell there
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
