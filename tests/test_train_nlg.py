@@ -300,7 +300,7 @@ def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path
     cached = (*flags, "--init-cache", str(tmp_path / "init"))
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "plain", *flags))[0] == 0
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "first", *cached))[0] == 0
-    monkeypatch.setattr(init_cache, "pissa_factors", None)
+    monkeypatch.setattr(init_cache, "factors_of", None)
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "second", *cached))[0] == 0
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "third", *cached, "--seed", "1"))[0] == 0
     first, *others = ((tmp_path / run / ADAPTER).read_bytes() for run in ("plain", "first", "second"))
