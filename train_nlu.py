@@ -31,6 +31,7 @@ from minibalora.data.glue import LabelledText, Task
 from minibalora.data.labelled import ClassRow
 from minibalora.evaluation import classify, records
 from minibalora.models.mixture import MixtureConfig
+from minibalora.models.t5 import AsText
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
 from minibalora.run import run_folder, training
 from minibalora.run.flags import nlu_objective, parse_nlu_flags
@@ -69,9 +70,10 @@ def main() -> int:
         eval_sets = [replace(eval_set, examples=each) for eval_set, each in zip(eval_sets, asked, strict=True)]
     rows, cut = labelled.encode(examples, tok, args.max_length)
     eval_rows = [labelled.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
+    config = read_config(Path(args.model))
     sources = [args.data, *(eval_set.name for eval_set in eval_sets)]
     for source, found in zip(sources, [rows, *eval_rows], strict=True):
-        batches.check_fits(found, source, args.model, args.max_length)
+        batches.check_fits(found, source, config, args.max_length, args.model)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
@@ -103,7 +105,7 @@ def main() -> int:
     print_plan(args, model, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step the student is the pre-trained model, whatever the init.
-    logits = as_text.logits_of(model, words) if args.as_text else model
+    logits = AsText(model, words) if args.as_text else model
     answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device, part=logits)
     judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
     before = judge()
@@ -198,7 +200,7 @@ def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[
         raise InputError(f"--teacher {args.teacher}: has no trained {new[0]}: give a fine-tuned model")
     check_class_order(args.teacher, task)
     rows, _ = labelled.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
-    batches.check_fits(rows, args.data, args.teacher, args.max_length)
+    batches.check_fits(rows, args.data, teacher.config, args.max_length, args.teacher)
     return classify.answers(teacher, rows, 4 * args.batch_size, args.device)
 
 

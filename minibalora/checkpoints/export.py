@@ -29,8 +29,10 @@ def main() -> int:
     put_adapter(model, adapter)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
-            error = truncate(model, args.adapter_rank)
-            print(f"adapter of at most rank {args.adapter_rank}: relative error {error:.2e} of the change in the weights")
+            lost = truncate(model, args.adapter_rank)
+            print(
+                f"adapter of at most rank {args.adapter_rank}: relative error {lost:.2e} of the change in the weights"
+            )
             save_adapter(model, folder)
         else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)

@@ -107,12 +107,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation == "silu":
-            return self.down_proj(_SwiGLU.apply(gate, up))
+            return self.down_proj(swiglu(gate, up))
         return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(g) · u with silu(g) = g σ(g), keeping g and u alone: autograd would keep silu(g), too.
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, of the same shape (arXiv 2002.05202); the backward pass keeps gate and up alone."""
+    return SwiGLU.apply(gate, up)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(g) · u with silu(g) = g σ(g). Autograd would keep silu(g), too; here it is computed once more.
 
     d/dg silu(g) = σ(g) (1 + g (1 − σ(g))).
     """

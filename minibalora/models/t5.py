@@ -315,6 +315,36 @@ class Cache:
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
 
 
+class AsText(nn.Module):
+    """A T5 that answers with a class's word, behind a classifier's interface: input_ids (B, T) -> logits (B, D).
+
+    The logits are the language model's for the first token of an answer, of D tokens alone. No head is new. `t5` is the
+    model to adapt, train and save: here its tensors have "t5." before their names.
+    """
+
+    def __init__(self, t5: T5, tokens: list[int]):
+        """tokens: for each class the token that its answer begins with."""
+        super().__init__()
+        self.config, self.num_labels = t5.config, len(tokens)
+        self.t5, self.tokens, self.own_head = t5, tokens, []
+
+    @property
+    def checkpoint(self) -> object:
+        """What `t5` was loaded from; None where it was not."""
+        return getattr(self.t5, "checkpoint", None)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only."""
+        return self.head(self.features(input_ids, attention_mask))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder's first state (B, d), see `T5.features`."""
+        return self.t5.features(input_ids, attention_mask)
+
+    def head(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.t5.head_weight[self.tokens])
+
+
 class T5Classifier(nn.Module):
     """input_ids (B, T) -> logits (B, num_labels), as transformers' T5ForSequenceClassification.
 

@@ -36,7 +36,7 @@ from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
 from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
 from minibalora.run.flags import DEFAULTS
-from minibalora.run.hardware import checkpoint_blocks, compile_blocks
+from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
 from minibalora.run.settings import Hardware
 from minibalora.run.teacher import open_cache, teacher_states
@@ -221,12 +221,9 @@ def step_of(model: Decoder, load: Load, contender: Contender, folder: Path) -> C
     adapt(model, load.rank, init="lora" if contender.method == "lora" else "pissa_niter_0").train()
     if contender.form == "fused":
         use_lean_product(model)
-    if load.hardware.grad_checkpoint:
-        checkpoint_blocks(model)
+    fit_hardware(model, load.hardware)
     optimizer = optimizer_of(model)
     optimizer.param_groups[0]["lr"] = LEARNING_RATE
-    if load.hardware.compile:
-        compile_blocks(model)
     head = head_of(model, is_plain=contender.form == "plain")
     objective, weights = contender.objective, lambdas(contender.objective, STEPS // 2, STEPS)
     cache = open_cache(folder, "bench", [], 0) if contender.knows_teacher else None

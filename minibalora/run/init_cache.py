@@ -12,9 +12,9 @@ VERSION = 2  # raise it when an init gives other factors
 
 
 def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """What lowrank.factors_of(init) finds, from `folder` if they are there, else computed and put there: 4 r (m + n) bytes a layer.
+    """A and B as `lowrank.factors_of` has them, from `folder` if they are there, else computed and put there.
 
-    Raises what `Cache.write` raises.
+    They take 4 r (m + n) bytes a layer. Raises what `Cache.write` raises.
     """
     settings = f"{VERSION} {list(weight.shape)} {weight.dtype} {rank} {scaling!r} {init} "
     cache = Cache(folder, tensors_digest(settings, weight), "--init-cache")

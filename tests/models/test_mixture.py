@@ -16,7 +16,7 @@ import minibalora as mb
 from minibalora.checkpoints.families import read_config
 from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.lowrank import adapted_layers
-from minibalora.models.mixture import Mixture, Router, load_balance, watched_routers
+from minibalora.models.mixture import Mixture, Router, balance, keep_router_outputs, load_balance, routers_of
 from minibalora.objective import NLG_RECIPES
 from minibalora.run import training
 from minibalora.run.plan import nlg_formula
@@ -64,8 +64,10 @@ def test_bfloat16_chooses_the_experts_that_float32_chooses(name):
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
         model = mb.load_model(GOLDEN / name, dtype=dtype)
-        with watched_routers(model) as given:
-            model(ids)
+        given = []
+        for router in routers_of(model):
+            router.register_forward_hook(lambda _, __, output, given=given: given.append(output))
+        model(ids)
         choices.append(torch.stack([chosen[mask.flatten().bool()].sort().values for _, chosen in given]))
         assert all(probabilities.dtype == torch.float32 for probabilities, _ in given)
     assert torch.equal(*choices)
@@ -158,22 +160,21 @@ def test_compiling_leaves_mixtures_out():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral_window"])
-@torch.no_grad()
 def test_load_balance_is_that_of_transformers(name):
     """Of real tokens alone, and whether the rows are packed or by themselves."""
     ids, mask, _ = golden_example(name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["load_balance"]
     model, lengths = mb.load_model(GOLDEN / name), mask.sum(1).tolist()
-    with watched_routers(model) as given:
-        model.packed(ids[mask.bool()], lengths, lengths)
-    assert load_balance(given) == pytest.approx(expected.item(), rel=1e-6)
+    keep_router_outputs(model.requires_grad_(False))
+    model.packed(ids[mask.bool()], lengths, lengths)
+    assert load_balance(model).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_load_balance_of_perfect_balance_is_the_number_of_choices():
     chosen = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
-    assert load_balance([(torch.full((5, 5), 0.2), chosen)]) == pytest.approx(2)
+    assert balance(torch.full((5, 5), 0.2), chosen) == pytest.approx(2)
     collapsed = torch.eye(5)[:1].expand(5, 5)
-    assert load_balance([(collapsed, torch.zeros(5, 1, dtype=torch.long))]) == pytest.approx(5)
+    assert balance(collapsed, torch.zeros(5, 1, dtype=torch.long)) == pytest.approx(5)
 
 
 def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
@@ -189,13 +190,44 @@ def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
     assert "load balance" not in nlg_formula(NLG_RECIPES["iclr2026"])
 
 
-def test_watching_ends_with_its_body():
+def test_only_the_last_pass_with_gradient_counts_and_only_once():
+    model, ids, others = (
+        mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3),
+        torch.tensor([[3, 5]]),
+        torch.tensor([[7]]),
+    )
+    keep_router_outputs(model)
+    model(ids)
+    expected = load_balance(model)
+    model(others)
+    model(ids)
+    with mb.pretrained(model):
+        model(others)
+    assert torch.equal(load_balance(model), expected)
+    with pytest.raises(ValueError, match="keep_router_outputs"):
+        load_balance(model)
+    with torch.no_grad():
+        model(others)
+    with pytest.raises(ValueError, match="with gradient"):
+        load_balance(model)
+
+
+def test_a_pass_that_fails_leaves_no_router_watched():
     model = mb.load_model(GOLDEN / "mixtral")
-    with pytest.raises(ZeroDivisionError), watched_routers(model) as given:
-        model(torch.tensor([[3]]))
-        raise ZeroDivisionError
-    model(torch.tensor([[3]]))
-    assert len(given) == 2
+    keep_router_outputs(model)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[3, 1000]]))
+    assert not any(router.is_watched for router in routers_of(model))
+
+
+def test_gradient_checkpointing_leaves_nothing_in_the_routers():
+    """What it computes once more in the backward pass would hold the activations of every block."""
+    model = mb.adapt(mb.load_model(GOLDEN / "deepseek"), rank=3)
+    training.checkpoint_blocks(model)
+    keep_router_outputs(model)
+    loss = model(torch.tensor([[3, 5, 7]])).square().mean() + load_balance(model)
+    loss.backward()
+    assert [router.given for router in routers_of(model)] == [None, None]
 
 
 def test_one_expert_keeps_its_probability_even_where_several_are_normalised(tmp_path):
@@ -213,9 +245,9 @@ def test_autocast_rounds_no_probability():
     probabilities, chosen = router(rows)
     with torch.autocast("cpu", torch.bfloat16):
         again, same = router(rows)
-        balance = load_balance([(again, same)])
+        loss = balance(again, same)
     assert torch.equal(again, probabilities) and torch.equal(same, chosen)
-    assert torch.equal(balance, load_balance([(probabilities, chosen)])) and balance.dtype == torch.float32
+    assert torch.equal(loss, balance(probabilities, chosen)) and loss.dtype == torch.float32
 
 
 # Files.

@@ -13,7 +13,7 @@ from minibalora.base import cli
 from minibalora.data.batches import Packed, pack
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
-from minibalora.objective import lambdas, nlg_terms, weighted_sum
+from minibalora.objective import lambdas, nlg_loss
 from minibalora.run import bench
 from minibalora.run.bench import STEPS, Contender, Load
 from minibalora.run.settings import Hardware
@@ -89,9 +89,9 @@ def test_a_step_is_that_of_train_nlg(contender, tmp_path):
     with pretrained(model):
         teacher = model.head(model.packed(*inputs))
     weights = lambdas(contender.objective, STEPS // 2, STEPS)
-    terms = nlg_terms(model.head(model.packed(*inputs)), teacher, batch.targets, contender.objective, weights)
+    expected, _ = nlg_loss(model.head(model.packed(*inputs)), teacher, batch.targets, contender.objective, weights)
     # Fused and plain share the numbers to float32's rounding; whatever PiSSA starts from, step 0 has W's loss.
-    assert losses[0] == pytest.approx(weighted_sum(terms, weights).item(), rel=1e-5)
+    assert losses[0] == pytest.approx(expected.item(), rel=1e-5)
     assert len(set(losses)) == 3
 
 
@@ -118,15 +118,8 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
     rows_seen = [batch.shared + length for length in batch.lengths]
     d, f, width = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    linears = {
-        "q": (d, width),
-        "k": (d, kv),
-        "v": (d, kv),
-        "o": (width, d),
-        "gate": (d, f),
-        "up": (d, f),
-        "down": (f, d),
-    }
+    linears = {"q": (d, width), "k": (d, kv), "v": (d, kv), "o": (width, d)}
+    linears |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
     has_teacher_pass = objective.needs_teacher and not contender.knows_teacher
     R = rank if contender.method == "lora" else 2 * rank
     total = 0
@@ -182,7 +175,7 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     assert written["init_seconds"] > 0
     for found, contender in zip(written["results"], EVERY, strict=True):
         assert {name: found[name] for name in vars(contender)} == vars(contender)
-        assert len(found["seconds"]) == len(found["tokens"]) == 2 and found["flops_per_token"] > 6 * 100_000
+        assert len(found["seconds"]) == len(found["tokens"]) == 2 and found["flops_per_token"] > 4 * 100_000
         assert found["fastest_ms"] <= found["median_ms"] and 0 < found["share_of_peak"] < 1
         assert (found["peak_bytes"] is not None) == sys.platform.startswith("linux")
     assert written["results"][0]["times_lora"] == 1
@@ -223,9 +216,4 @@ def test_what_does_not_fit_memory_is_said_in_a_line(run, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(bench, "in_own_process", lambda *_: (_ for _ in ()).throw(bench.BrokenProcessPool("killed")))
     status, _, error = run("--device", "cpu")
-    assert (
-        status == 2
-        and "does not fit this machine's memory" in error
-        and "--shape" in error
-        and len(error.splitlines()) <= 2
-    )
+    assert status == 2 and "--shape small does not fit" in error and len(error.splitlines()) <= 2

@@ -6,7 +6,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minibalora.lowrank import adapt, pissa_factors
+from minibalora.lowrank import adapt, factors_of
 from minibalora.run import cache, init_cache
 from minibalora.run.init_cache import cached_factors
 
@@ -24,11 +24,11 @@ def computed(monkeypatch):
     """How often factors were computed, as a list that grows."""
     calls = []
 
-    def counted(*arguments):
-        calls.append(arguments)
-        return pissa_factors(*arguments)
+    def counted(init):
+        calls.append(init)
+        return factors_of(init)
 
-    monkeypatch.setattr(init_cache, "pissa_factors", counted)
+    monkeypatch.setattr(init_cache, "factors_of", counted)
     return calls
 
 
@@ -47,7 +47,7 @@ def test_a_second_run_gets_the_same_bits_and_computes_nothing(weight, computed, 
     folder = tmp_path / "new" / "cache"
     first, second = (cached_factors(folder, RANK, SCALING, init, weight) for _ in range(2))
     assert len(computed) == 1 and is_same(first, second)
-    assert is_same(first, pissa_factors(weight, RANK, SCALING, init))
+    assert is_same(first, factors_of(init)(weight, RANK, SCALING))
     (file,) = files_in(folder)
     assert file.suffix == ".safetensors" and not file.stat().st_mode & 0o111
 
@@ -66,7 +66,7 @@ def test_whatever_the_factors_depend_on_has_its_own_file(weight, computed, tmp_p
         (RANK, SCALING, INIT, torch.zeros(70, 90).bfloat16()),
     ]
     for case in 2 * cases:
-        assert is_same(cached_factors(tmp_path, *case), pissa_factors(case[3], *case[:3]))
+        assert is_same(cached_factors(tmp_path, *case), factors_of(case[2])(case[3], *case[:2]))
     assert len(computed) == len(cases) == len(files_in(tmp_path))
 
 
