@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "LowRankLinear adapt adapted_layers evaluating factors_of install lora merge pissa pretrained".split()
+__all__ = "LowRankLinear adapt adapted_layers evaluating factors_of initial_values install lora merge pissa pretrained".split()
 
 HEADS = {"lm_head", "score", "classifier", "pooler", "classification_head"}  # left alone, as all three papers do
 OWN = ("weight", "bias", "W", "A", "B", "A0", "B0", "scaling", "is_teacher")  # of a linear and a LowRankLinear
@@ -187,6 +187,12 @@ def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
 def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLinear]]:
     """(name, layer) of every LowRankLinear in the model, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
+
+
+def initial_values(model: nn.Module) -> dict[str, Tensor]:
+    """What was trained, as it was before, by its name and 0: A0 of A, weight0 of a head's weight."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    return {name: tensor for name, tensor in tensors.items() if name[-1] == "0" and name[:-1] in tensors}
 
 
 @contextmanager

@@ -250,7 +250,10 @@ class TiedLM(nn.Module):
 def test_heads_are_left_alone_by_tie_and_by_transformers_word():
     model = adapt(TiedLM(), 2)
     assert [name for name, _ in adapted_layers(model)] == ["body"] and model.decoder.weight is model.embed.weight
-    for targets, message in (("decoder", "decoder: there are body, and heads"), ("nothing", "is called nothing: there are body")):
+    for targets, message in (
+        ("decoder", "decoder: there are body, and heads"),
+        ("nothing", "is called nothing: there are body"),
+    ):
         with pytest.raises(ValueError, match=message):
             adapt(TiedLM(), 2, targets=targets)
     with pytest.raises(ValueError, match="there are none, and heads"):

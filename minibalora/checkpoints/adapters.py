@@ -19,7 +19,7 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, write_json
 from minibalora.checkpoints.adapter_config import is_target, read_adapter_config, setting
 from minibalora.checkpoints.weights import is_stored_transposed, read, set_parameter
-from minibalora.lowrank import LowRankLinear, adapted_layers, install
+from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values, install
 from minibalora.models.mixture import Router
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
@@ -44,7 +44,9 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
         shapes[name] = left.shape[1], layer.scaling * left.shape[1]
     for module in head:
-        for name, parameter in model.get_submodule(module).named_parameters():
+        part = model.get_submodule(module)
+        kept = initial_values(part)
+        for name, parameter in [(name, p) for name, p in part.named_parameters() if name not in kept]:
             value = read(model.stored[f"{module}.{name}"], name) if parameter.is_meta else parameter
             tensors[f"{PREFIX}{module}.{name}"] = value.cpu().contiguous()
     folder = Path(folder)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, replacing, write_json
 from minibalora.checkpoints.weights import is_stored_transposed, read
-from minibalora.lowrank import LowRankLinear, adapted_layers
+from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values
 
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
@@ -89,10 +89,11 @@ def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str
 
 def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:
     """Every tensor of the base model by its name in a checkpoint, and the layer that changed it, if one did."""
-    layers = dict(adapted_layers(model))
-    tensors = {}
+    layers, kept, tensors = dict(adapted_layers(model)), initial_values(model), {}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
+        if name in kept:
+            continue
         if owner not in layers or leaf == "bias":
             tensors[name] = parameter, None
         elif leaf == "W":

@@ -1,4 +1,5 @@
-r"""Final answers of mathematical problems out of a model's text, and whether two are equal. Needs no package: copy it.
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
+r"""Final answers of mathematical problems in a model's text, and whether two are equal. Needs no package: copy it.
 
 `same_number` is for GSM8K, `same_answer` for MATH. Both compare what is written, with numbers as exact fractions, and
 never calculate: 2+3 is not 5, and where the text leaves a doubt the verdict is False.
@@ -7,6 +8,8 @@ never calculate: 2+3 is not 5, and where the text leaves a doubt the verdict is 
 import re
 from fractions import Fraction
 from itertools import accumulate
+
+__all__ = ["final_answer", "normalize", "number", "same_answer", "same_number"]
 
 MARKER, HASHES, BOXES = "The answer is:", "####", (r"\boxed", r"\fbox")  # MetaMathQA, GSM8K, MATH
 FRAME = " \t\r\n*`"  # around an answer, Markdown's included
@@ -24,15 +27,15 @@ ATOM = r"(?:[0-9A-Za-z]|\\(?:pi|theta)(?![A-Za-z]))"
 FACTOR = r"(?:[0-9]|(?:\}|\^)\{[0-9]+\})"  # the end of a number, a fraction or a power
 GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 
-# Applied in this order. After Hendrycks et al. (arXiv 2103.03874, math_equivalence.py) and Lewkowycz et al. (Minerva,
-# arXiv 2206.14858, appendix); unlike theirs, no row deletes a word, for \text{Monday} is not \text{Friday}.
+# (pattern, replacement, reason), in this order. After Hendrycks et al. (arXiv 2103.03874, math_equivalence.py) and
+# Lewkowycz et al. (Minerva, arXiv 2206.14858, appendix), but none deletes a word: \text{Monday} is not \text{Friday}.
 REWRITES = [
-    (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, lest the next rows see a second backslash"),
+    (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, before other patterns meet the two backslashes"),
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\[Bb]igg?[lr]?(?![A-Za-z])|\\displaystyle", "", "size only"),
     (r"\\[cdt]frac(?![A-Za-z])", r"\\frac", "size only"),
     (r"(?<=[0-9])(?:\{,\}(?:\\!)?|,\\!|\\!,|\\,)(?=[0-9]{3}(?![0-9]))", "", "thousands, also inside brackets"),
     (r"\\[ ,;:!]|~|\\q?quad(?![A-Za-z])|\s+", " ", "spaces"),
-    (rf"\\\$ *({N})", r"\1 dollars ", "currency is a unit; only with a backslash, for a bare $ begins mathematics"),
+    (rf"\\\$ *({N})", r"\1 dollars ", "currency is a unit; only with a backslash: a bare $ begins mathematics"),
     (r"\\?\$|\\[()\[\]]", "", "mathematics begins or ends"),
     (r"\\(?:text|mbox|mathrm) *\{ *m *\}", " meters ", "a bare m is a variable"),
     (r"\\(?:text|textbf|textit|textrm|mbox|mathrm) *\{([^{}]*)\}", r" \1 ", "the words themselves stay"),
@@ -55,7 +58,7 @@ REWRITES = [
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement, reason in REWRITES]
 
-# A line has the words of one unit. Others are not taken for units, for 5 million, 5 less and 5 or more are not 5.
+# Between two bars stand the words of one unit. No other word is taken for a unit: 5 million or 5 less is not 5.
 UNITS = """percent | degrees degree | radians radian | dollars dollar | cents cent | inches inch in | feet foot ft
 | yards yard yd | miles mile mi | mph | millimeters millimeter mm | centimeters centimeter cm | meters meter metres
 | kilometers kilometer km | grams gram | kilograms kilogram kg | pounds pound lbs lb | ounces ounce oz | tons ton
@@ -84,10 +87,10 @@ CALCULATION = re.compile(r"[+*^<>\\]|(?<![A-Za-z])-|-(?![A-Za-z])|/ *[A-Za-z](?!
 
 
 def final_answer(text: str) -> str | None:
-    r"""What follows the last "The answer is:"; without one, the later of the last "####" and the last \boxed{}.
+    r"""What follows the last "The answer is:" or, without one, the last "####" or \boxed{}, whichever is later.
 
-    To the end of the line, or of a matrix that it begins, without a closing full stop and the dollar signs of
-    mathematics; of \boxed{} the content. None if there is no marker or the box never ends, "" if nothing follows.
+    The answer ends with its line, or with a matrix that begins there; a box is replaced by its content, and a full stop
+    and dollar signs are removed. None if there is no marker or the box does not end, "" if nothing follows.
     """
     _, found, tail = text.rpartition(MARKER)
     if not found:
@@ -132,9 +135,9 @@ def _boxed(text: str) -> str | None:
 def number(answer: str) -> Fraction | None:
     r"""The one number in a short text: 1,234, -$5.50, 3/4, \frac{3}{4}, 1 1/2, 12 apples, 5%, 2.5 million, 6 * 3 = 18.
 
-    None if there is no number, or several and no "=" before the last, or a calculation. MetaMath's eval_gsm8k.py, by
-    which PiSSA and BA-LoRA are measured, rounds the first match of [-+]?\d*[.,/]?\d+ instead: 3.6 is its 4, 10 - 4 its
-    10, and of 2,520,000, one of GSM8K's answers, it reads 2520. Like it, we ignore the percent sign.
+    None if there is no number, or a calculation, or several numbers without "=" before the last. MetaMath's
+    eval_gsm8k.py, which measured PiSSA and BA-LoRA, rounds the first match of [-+]?\d*[.,/]?\d+ instead: it takes 3.6
+    for 4, 10 - 4 for 10, and 2,520,000, one of GSM8K's answers, for 2520. Like it, we ignore the percent sign.
     """
     text = _rewritten(answer)
     if text is None:
@@ -158,16 +161,16 @@ def same_number(answer: str | None, reference: str | None) -> bool:
 
 
 def normalize(latex: str) -> str:
-    """One spelling for answers that are spelt differently, without `x =` in front and the unit behind.
+    """One spelling for answers that are spelt differently, without `x =` in front and without the unit.
 
-    Fractions are reduced, decimals are fractions, sets and unions are sorted, elements of brackets and cells of
-    matrices are normalised each. An answer longer than LONGEST or nested deeper than BRACKETS stays as it is.
+    Fractions are reduced, decimals become fractions, sets and unions are sorted, elements of brackets and cells of
+    matrices are normalised too. An answer longer than LONGEST or with more than BRACKETS brackets stays as it is.
     """
     return _parts(latex)[0]
 
 
 def same_answer(answer: str | None, reference: str | None) -> bool:
-    """Whether two answers have the same normal form, and no two different units or names: 5 cm is 5, but not 5 in."""
+    """Whether two answers have the same normal form and no different units or names: 5 cm is 5, but not 5 in."""
     if answer is None or reference is None:
         return False
     (form, *marks), (other, *other_marks) = _parts(answer), _parts(reference)
@@ -273,6 +276,6 @@ def _term(text: str) -> tuple[Fraction, str] | None:
 
 
 def _tokens(text: str) -> tuple[list[str], list[int]]:
-    """Commands and characters, and how many brackets are open after each; of any kind, for intervals mix them."""
+    """Commands and characters, and how many brackets of any kind are open after each (intervals mix the kinds)."""
     tokens = re.findall(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL)
     return tokens, list(accumulate((token in OPENING) - (token in CLOSING) for token in tokens))

@@ -20,7 +20,7 @@ HUMAN_EVAL_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
 )
-# What a model adds to show that its code works; it is not what is measured.
+# What a model adds to show that its code works, which is not measured.
 OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
@@ -44,7 +44,7 @@ Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    items: Callable[[list[tuple[int, object]], Path, bool], list[Item]]  # (rows with their lines, path, raw)
+    item: Callable[[object, int, str, bool], Item | None]  # (row, line, where it stands, raw); None: leave it out
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...] = ()
@@ -58,7 +58,9 @@ def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None
     raw: the prompt published for base models. InputError names a line that is not of this benchmark, or the second of
     two problems with one name.
     """
-    items = BENCHMARKS[name].items(list(islice(read_rows(Path(path)), limit)), Path(path), raw)
+    rows = islice(read_rows(Path(path)), limit)
+    found = [BENCHMARKS[name].item(row, line, f"{path}, line {line}", raw) for line, row in rows]
+    items = [item for item in found if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {name}")
     seen = set()
@@ -70,71 +72,57 @@ def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None
 
 
 def as_items(examples: list[Example]) -> list[Item]:
-    """Problems that are asked as in training."""
+    """Problems whose prompts are those of training."""
     return [Item(str(e.line), e.line, e.prompt, e.response, e.kind) for e in examples]
 
 
-def _math_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[Item]:
-    found = [example_from(row, line, f"{path}, line {line}") for line, row in rows]
-    items = []
-    for item in as_items([example for example in found if example is not None]):
-        if final_answer(item.response) is None:
-            raise InputError(f"{path}, line {item.line}: its solution has no final answer: is it of another --task?")
-        items.append(replace(item, prompt=item.prompt + THINK))
-    return items
+def _math_item(row: object, line: int, where: str, raw: bool) -> Item | None:
+    example = example_from(row, line, where)
+    if example is None:
+        return None
+    if final_answer(example.response) is None:
+        raise InputError(f"{where}: its solution has no final answer: is it for another --task?")
+    return replace(*as_items([example]), prompt=example.prompt + THINK)
 
 
-def _gsm8k_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[Item]:
-    items = _math_items(rows, path, raw)
-    for item in items:
-        answer = final_answer(item.response)
-        if number(answer) is None:
-            raise InputError(f"{path}, line {item.line}: its answer {answer!r} is no number: is it of --task math?")
-    return items
+def _gsm8k_item(row: object, line: int, where: str, raw: bool) -> Item | None:
+    item = _math_item(row, line, where, raw)
+    if item is not None and number(answer := final_answer(item.response)) is None:
+        raise InputError(f"{where}: its answer {answer!r} is not a number: is it for --task math?")
+    return item
 
 
-def _human_eval_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[Item]:
-    items = []
-    for line, row in rows:
-        task_id, prompt, entry_point, solution, test = _fields(row, HUMAN_EVAL, path, line)
-        request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
-        after = f"\n{test}\ncheck({entry_point})\n"
-        asked = prompt if raw else PROMPT.format(instruction=request)
-        items.append(Item(task_id, line, asked, solution, before=prompt, after=after))
-    return items
+def _human_eval_item(row: object, line: int, where: str, raw: bool) -> Item:
+    task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
+    request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
+    asked = prompt if raw else PROMPT.format(instruction=request)
+    return Item(task_id, line, asked, solution, before=prompt, after=f"\n{test}\ncheck({entry_point})\n")
 
 
-def _mbpp_items(rows: list[tuple[int, object]], path: Path, raw: bool) -> list[Item]:
-    """Both published forms: mbpp.jsonl and the sanitized one, which calls the text prompt and the setup imports."""
-    items = []
-    for line, row in rows:
-        names = ("text" if isinstance(row, dict) and "text" in row else "prompt", "code")
-        text, code = _fields(row, names, path, line)
-        tests, imports = (_strings(row, name, path, line) for name in ("test_list", "test_imports"))
-        if not tests:
-            raise InputError(f"{path}, line {line}: has no test_list: give the file of --task mbpp")
-        listed = "\n".join(tests)
-        asked = MBPP_PROMPT.format(text=text) + listed
-        asked = f"{asked}\n[BEGIN]\n" if raw else PROMPT.format(instruction=asked)
-        setup = row.get("test_setup_code") or ""
-        before = "".join(f"{line}\n" for line in imports)
-        items.append(
-            Item(str(row.get("task_id", line)), line, asked, code, before=before, after=f"\n{setup}\n{listed}\n")
-        )
-    return items
+def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
+    """Both published forms: mbpp.jsonl, and the sanitized one, whose text is called prompt and whose setup imports."""
+    text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
+    tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
+    if not tests:
+        raise InputError(f"{where}: has no test_list: give the file of --task mbpp")
+    listed = "\n".join(tests)
+    asked = MBPP_PROMPT.format(text=text) + listed
+    asked = f"{asked}\n[BEGIN]\n" if raw else PROMPT.format(instruction=asked)
+    before, after = "".join(f"{text}\n" for text in imports), f"\n{row.get('test_setup_code') or ''}\n{listed}\n"
+    return Item(str(row.get("task_id", line)), line, asked, code, before=before, after=after)
 
 
-def _fields(row: object, names: tuple[str, ...], path: Path, line: int) -> list[str]:
+def _texts(row: object, names: tuple[str, ...], where: str) -> list[str]:
     missing = [name for name in names if not isinstance(row, dict) or not isinstance(row.get(name), str)]
     if missing:
-        raise InputError(f"{path}, line {line}: has no text in {', '.join(missing)}: is it the file of another --task?")
+        raise InputError(f"{where}: has no text in {', '.join(missing)}: is it the file of another --task?")
     return [row[name] for name in names]
 
 
-def _strings(row: dict, name: str, path: Path, line: int) -> list[str]:
+def _list_of_texts(row: dict, name: str, where: str) -> list[str]:
     value = row.get(name) or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{path}, line {line}: {name} is no list of texts: is it the file of another --task?")
+        raise InputError(f"{where}: {name} is not a list of texts: is it the file of another --task?")
     return value
 
 
@@ -154,15 +142,15 @@ def _judged(item: Item, completion: str, same: Callable[[str, str], bool]) -> tu
 
 
 def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str, str]:
-    """Run the completion's code with the problem's tests. A function that is given whole replaces its beginning in
-    `before`, whose imports and helpers stay."""
+    """Runs the completion's code with the problem's tests, after the item's `before`: a completion that has the whole
+    function redefines what `before` begins, and the imports and helpers there stay."""
     code = code_of(completion)
     outcome = run_program(f"{item.before}{code}\n{item.after}", limits)
     return code, outcome.verdict, outcome.output[-2000:]
 
 
 def code_of(completion: str) -> str:
-    """The first code block, or else all of it, up to the model's own tests."""
+    """The first code block of a completion, or all of it if it has none, up to the model's own tests."""
     fenced = FENCED.search(completion)
     code = fenced[1] if fenced else completion
     return code[: found.start()] if (found := OWN_TESTS.search(code)) else code
@@ -170,8 +158,8 @@ def code_of(completion: str) -> str:
 
 MATH_STOP = ("### Instruction",)  # where a base model that does not stop begins the next problem
 BENCHMARKS = {
-    "gsm8k": Benchmark(_gsm8k_items, judge_number, 512, stop=MATH_STOP),
-    "math": Benchmark(_math_items, judge_answer, 1024, stop=MATH_STOP),
-    "humaneval": Benchmark(_human_eval_items, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
-    "mbpp": Benchmark(_mbpp_items, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),
+    "gsm8k": Benchmark(_gsm8k_item, judge_number, 512, stop=MATH_STOP),
+    "math": Benchmark(_math_item, judge_answer, 1024, stop=MATH_STOP),
+    "humaneval": Benchmark(_human_eval_item, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
+    "mbpp": Benchmark(_mbpp_item, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),
 }

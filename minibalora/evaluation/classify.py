@@ -1,4 +1,4 @@
-"""Labelled texts through a classifier: what it answers, and how good the answers are."""
+"""What a classifier answers to labelled texts, and how good the answers are."""
 
 import math
 from collections.abc import Callable
@@ -21,9 +21,10 @@ def answers(
 ) -> Tensor:
     """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout.
 
-    InputError if they are not finite, as after a step that was too large.
-    part: `model.features` for the states (N, d) that the head reads instead. Batches are of rows of similar length.
+    part: what to call in place of the model, as `model.features` for the states (N, d) that the head reads. Raises
+    InputError if the answers are not finite, as after a step that was too large.
     """
+    # Rows of similar length share a batch: less padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     found = []
     with evaluating(model):
@@ -39,11 +40,11 @@ def answers(
 def class_scores(
     logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int
 ) -> dict[str, float]:
-    """What GLUE reports for the task, accuracy, each class's recall, and the rank of batches of logits.
+    """What GLUE reports for the task, accuracy, each class's recall, and the ranks of batches of logits.
 
-    is_folded: the labels tell class 0 from all others, and so are the predictions taken (`glue.fold`). The rank is that
-    of the (batch_size, D) logits of rows that follow each other, its mean over the batches; so is the effective rank
-    (see `metrics.effective_rank`). NaN where a correlation is not defined and where a class has no example.
+    is_folded: the labels only tell class 0 from all others, so predictions are folded, too (`glue.fold`). Rank and
+    effective rank (`metrics.effective_rank`) are means over the (batch_size, D) logits of rows that follow each other.
+    NaN where a correlation is not defined and where a class has no example.
     """
     gold = np.array([row.label for row in rows])
     if task.labels is None:
@@ -64,5 +65,5 @@ def class_scores(
 
 
 def dev_metric(found: dict[str, float], task: Task) -> float:
-    """The number by which the best epoch is chosen: the mean of what GLUE reports for the task, as in its score."""
+    """The number that chooses the best epoch: the mean of what GLUE reports for the task, as in GLUE's own score."""
     return float(np.mean([found[name] for name in task.metrics]))

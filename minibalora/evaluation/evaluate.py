@@ -91,7 +91,8 @@ def parse_flags() -> argparse.Namespace:
         "(minibalora/evaluation/sandbox.py says what it forbids)")  # fmt: skip
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds a program (default: 10)")
     args = parser.parse_args()
-    refuse_contradictions(args.task, {name for name, value in vars(args).items() if value not in (None, False)})
+    given = {name for name, value in vars(args).items() if value is not None and value is not False}
+    refuse_contradictions(args.task, given)
     tokens = BENCHMARKS[args.task].max_new_tokens if args.task in BENCHMARKS else None
     parser.set_defaults(**DEFAULTS, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
     args = parser.parse_args()

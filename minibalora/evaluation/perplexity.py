@@ -1,4 +1,4 @@
-"""How well a model predicts text, and how far tuning moved its predictions: what was learned, what was forgotten."""
+"""How well a model predicts text, and how far tuning moved its predictions: what it learned, what it forgot."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
 
 
 def whole_text(rows: list[Row]) -> list[Row]:
-    """The same rows with every token but the first to be predicted, as in pre-training."""
+    """The same rows, in which every token but the first is predicted, as in pre-training."""
     return [replace(row, prompt_length=1) for row in rows]
 
 
@@ -51,7 +51,7 @@ def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = No
     windows = [bos + ids[start : start + step] for start in range(0, len(ids), step)]
     windows = [window for window in windows if len(window) > 1][:limit]
     if not windows:
-        raise InputError(f"{path}: has no two tokens to predict one from the other: give a longer text")
+        raise InputError(f"{path}: has no two tokens, so none can be predicted: give a longer text")
     return windows
 
 

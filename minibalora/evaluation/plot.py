@@ -29,17 +29,18 @@ NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversit
 NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
 # Okabe and Ito's colours, which colour-blind people can tell apart, with a brown for their yellow, too pale for a line.
-# After eight, the next line style or marker.
+# After eight lines or classes, the next line style or marker.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
-LINES, MARKERS = ("-", "--", ":", "-."), ("o", "^", "s", "X")
-MOST = len(COLOURS) * len(LINES)
+LINES = [{"linestyle": style, "color": colour} for style in ("-", "--", ":", "-.") for colour in COLOURS]
+POINTS = [{"marker": marker, "color": colour} for marker in ("o", "^", "s", "X") for colour in COLOURS]
+MOST = len(LINES)
 GREY = "#555555"
 SMALL = {"fontsize": 8, "color": GREY}
 STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": "#999999"}
 STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E8E8E8"}
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 FIGURE = {"dpi": 200, "layout": "constrained"}
-WIDTH = 9  # inches, for which the font sizes are meant: 1800 pixels, to be shown at 900
+WIDTH = 9  # inches, which suit the font sizes: 1800 pixels, to be shown at 900
 NEIGHBOURS = 5
 
 
@@ -96,12 +97,13 @@ def short_names(paths: list[Path]) -> list[str]:
 
 
 def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
-    """Above the panels, once for all of them."""
+    """Above all panels, the names with the first `looks`."""
     from matplotlib.lines import Line2D
 
     columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
     where = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 9}
-    legend = figure.legend([Line2D([], [], **look) for look in looks], ["?"] * len(names), **where)
+    handles = [Line2D([], [], **look) for look in looks[: len(names)]]
+    legend = figure.legend(handles, ["?"] * len(names), **where)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
 
@@ -129,9 +131,9 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The entries of a log.jsonl, without what follows the last end of line: that is still being written.
+    """The entries of a log.jsonl, up to its last end of line: what follows is still being written.
 
-    InputError if there is none, or names the first line that is not an entry.
+    InputError if there is no entry, or for the first line that is not one.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -159,10 +161,6 @@ def is_entry(entry: object) -> bool:
     return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
 
 
-def line_look(index: int) -> dict[str, str]:
-    return {"color": COLOURS[index % len(COLOURS)], "linestyle": LINES[index // len(COLOURS)]}
-
-
 def curves(runs: list[Run]) -> "Figure":
     """One panel for each term that a run has, one line a run: each step faint, and their moving mean over it."""
     from matplotlib.figure import Figure
@@ -171,35 +169,32 @@ def curves(runs: list[Run]) -> "Figure":
     if "task" in titles and not any(task_differs(run) for run in runs):
         del titles["task"]
         titles["loss"] = "loss ≈ task"
-    columns = 2 if len(titles) in (2, 4) else min(len(titles), 3)
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * rows), **FIGURE)
-    grid = figure.add_gridspec(rows, 6)
-    for index, (key, title) in enumerate(titles.items()):
-        row, column = divmod(index, columns)
-        wide = 6 // min(columns, len(titles) - row * columns)  # the last row's panels share the whole width
-        axes = figure.add_subplot(grid[row, column * wide : (column + 1) * wide])
-        axes.set(title=title, xlabel="step" if row == rows - 1 else "")
+    keys, columns = list(titles), 2 if len(titles) in (2, 4) else 3
+    rows = [keys[start : start + columns] for start in range(0, len(keys), columns)]
+    figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(rows)), **FIGURE)
+    last = max(run.entries[-1]["step"] for run in runs)
+    # Of six columns, so that the panels of the last row, which may be fewer, share the whole width.
+    for key, axes in figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows]).items():
         draw_term(axes, key, runs)
-        axes.set_xlim(0, 1.02 * max(run.entries[-1]["step"] for run in runs))
+        axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
     if any(half_window(len(run.entries)) for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
-    add_legend(figure, [run.name for run in runs], [line_look(i) | {"linewidth": 1.6} for i in range(len(runs))])
+    add_legend(figure, [run.name for run in runs], LINES)
     return figure
 
 
 def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
-    """The term's line of each run that has it, at a height that shows their `main_span`; above, what lies beyond."""
+    """The term's line of each run that has it. The axis shows their `main_span`; a note above says what lies beyond."""
     from matplotlib.ticker import StrMethodFormatter
 
     drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
     for index, (steps, values) in drawn.items():
         half = half_window(len(steps)) if key in NOISY else 0
-        look = line_look(index) | {"marker": "." if len(steps) < 20 else None}
+        look = LINES[index] | {"marker": "." if len(steps) < 20 else None}
         if half:
             axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
-        # Runs may be the same, in their learning rate above all: an earlier one shows on both sides of a later one.
+        # Two runs may have the same line, often of learning rates: the earlier one is wider, so it shows on both sides.
         hiding = sum(np.array_equal(values, later) for other, (_, later) in drawn.items() if other > index)
         width = 1.6 + min(1.2, 4 / len(runs)) * hiding
         axes.plot(steps, moving_mean(values, half), **look, linewidth=width, label=runs[index].name)
@@ -290,12 +285,12 @@ def read_features(paths: list[Path], max_rows: int) -> list[Features]:
 
 
 def read_file(path: Path, name: str, max_rows: int) -> Features:
-    """`max_rows` rows drawn with seed 0, the same from each file of that length."""
+    """At most `max_rows` rows, drawn with seed 0: the same ones from every file of one length."""
     again = "give what train_nlu.py --features wrote"
     try:
         with safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            names = class_names(file.metadata() or {})
+            names = class_names((file.metadata() or {}).get("classes", "[]"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: {again}") from None
     except (SafetensorError, OSError) as error:
@@ -320,9 +315,9 @@ def read_file(path: Path, name: str, max_rows: int) -> Features:
     return Features(name, before, after, labels[kept], names, len(labels))
 
 
-def class_names(metadata: dict[str, str]) -> list[str]:
+def class_names(text: str) -> list[str]:
     try:
-        names = json.loads(metadata.get("classes", "[]"))
+        names = json.loads(text)
     except ValueError:
         return []
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
@@ -345,13 +340,12 @@ def tsne(found: list[Features]) -> "Figure":
     figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), **FIGURE)
     grid = figure.subplots(len(found), 2, squeeze=False)
     classes = all_classes(found)
-    looks = [{"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i // len(COLOURS)]} for i in range(len(classes))]
     for row, features in zip(grid, found, strict=True):
         perplexity = min(30, (len(features.labels) - 1) / 3)  # about the number of neighbours that count
         for axes, moment in zip(row, ("before", "after"), strict=True):
             values = getattr(features, moment)
             points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(values)  # (N, 2)
-            draw_points(axes, points, features, dict(zip(classes, looks, strict=True)))
+            draw_points(axes, points, features, classes)
             axes.set_title(f"{moment}: {neighbour_score(values, features)}")
         row[0].set_ylabel(f"{features.name}\n{amounts(features)}", parse_math=False)
         if not features.are_classes:
@@ -361,14 +355,14 @@ def tsne(found: list[Features]) -> "Figure":
     if classes:
         names = max((features.names for features in found), key=len)
         known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
-        add_legend(figure, known, [look | {"linestyle": ""} for look in looks])
+        add_legend(figure, known, [look | {"linestyle": ""} for look in POINTS])
     return figure
 
 
-def draw_points(axes: "Axes", points: np.ndarray, features: Features, looks: dict[int, dict]) -> None:
+def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
     size = float(np.clip(8000 / len(points), 6, 40))
     if features.are_classes:
-        for label, look in looks.items():
+        for label, look in zip(classes, POINTS, strict=False):
             of_class = points[features.labels == label]
             axes.scatter(*of_class.T, size, **look, alpha=0.6, linewidths=0, label=f"class {label}")
     else:
@@ -379,7 +373,7 @@ def draw_points(axes: "Axes", points: np.ndarray, features: Features, looks: dic
 
 
 def neighbour_score(values: np.ndarray, features: Features) -> str:
-    """Of what the 5 nearest other rows in (N, d) say: the share of rows whose class is theirs, or R² of their mean."""
+    """By the 5 nearest other rows in (N, d): the share of rows that have their class, or R² of their mean score."""
     from sklearn.metrics import r2_score
     from sklearn.neighbors import NearestNeighbors
 

@@ -1,19 +1,19 @@
-"""Running Python programs that a language model wrote: on Linux, without privileges, and without trusting them.
+"""Runs Python programs that a language model wrote: on Linux, without privileges, and without trusting them.
 
-A program gets an interpreter of its own, in a process that this file, run as a script, has enclosed before:
+A program gets an interpreter of its own, in a process that this file, run as a script, encloses first:
 
-- Landlock: it opens nothing but the Python installation and /usr, to read, and an empty temporary folder, to write.
+- Landlock: it may only read the Python installation and /usr, and only write an empty temporary folder.
 - seccomp: no processes, sockets, signals to others, tracing or shared memory; no chmod, chown, utime or truncate, which
   Landlock does not know, or not in its first version.
 - rlimits: CPU time, memory, open files, size of a file. Root's capabilities are dropped; no_new_privs is set.
 
-The caller watches the clock, the output, the threads and the temporary folder, and kills at the first excess. Of our
-environment variables the program sees none. There are threads, but no folders, subprocesses or asyncio (it needs
-sockets): a program that needs those fails.
+The caller watches the clock, the output, the threads and the temporary folder, and kills at the first excess. The
+program sees none of our environment variables. It may start threads. A program that needs folders, subprocesses or
+asyncio (which needs sockets) fails.
 
 Not protected: what stands in the Python installation and /usr; whether other paths exist, how large they are, where a
-link leads; until the time is up, disk space, for files that are deleted but still open or mapped are not counted; the
-machine's speed; anything behind a bug of the kernel. And a program that means to cheat can, for "passed" rests on a
+link leads; until the time is up, disk space (files that are deleted but still open or mapped are not counted); the
+machine's speed; anything behind a bug of the kernel. And a program that means to cheat can, since "passed" rests on a
 secret that stands in its own source.
 """
 
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-if __name__ != "__main__":  # as a script this file should start fast, and runs alone: the package would import torch
+if __name__ != "__main__":  # as a script this file runs alone and should start fast: the package would import torch
     import subprocess
     import tempfile
 
@@ -40,7 +40,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of 
 # What the program may not call, unless ALLOWED_IF says more: name: (number on x86_64, on aarch64).
 # fmt: off
 REFUSED = {
-    # what encloses it, and could let its parent's death pass unnoticed
+    # what encloses it, and could make it survive its parent
     "prctl": (157, 167), "capset": (126, 91),
     "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     # processes and signals; fcntl and tkill send signals too
@@ -72,10 +72,10 @@ REFUSED = {
     "ioctl": (16, 29), "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
 }
 # fmt: on
-NEWEST = 451  # cachestat of Linux 6.5: what came later, and x86_64's x32 numbers, are said not to exist
+NEWEST = 451  # cachestat of Linux 6.5: later calls, and x86_64's x32 numbers, are said not to exist
 CLONE_THREAD, OWN_PID = 0x10000, "own pid"
-# name: (argument, mask, values): allowed if the argument, masked, is one of the values. Looks at 32 bits; so does the
-# kernel with these.
+# name: (argument, mask, values): allowed if the argument, masked, is one of the values. The filter looks at 32 bits; so
+# does the kernel in these calls.
 ALLOWED_IF = {
     "clone": (0, CLONE_THREAD, [CLONE_THREAD]),
     "kill": (0, 0xFFFFFFFF, [OWN_PID]),
@@ -83,9 +83,9 @@ ALLOWED_IF = {
     "prlimit64": (0, 0xFFFFFFFF, [0, OWN_PID]),
     # F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC; but not F_SETOWN, which makes the kernel signal any process
     "fcntl": (1, 0xFFFFFFFF, [*range(8), 1030]),
-    # is it a terminal, how large, how much to read, do not wait, close on exec or not; but no attributes of a file
+    # is it a terminal, how large, how much to read, do not wait, close on exec or not; but not a file's attributes
     "ioctl": (1, 0xFFFFFFFF, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]),
-    # Of O_TRUNC and the access mode anything but O_RDONLY | O_TRUNC, which is reading to early versions of Landlock
+    # Every access mode with and without O_TRUNC, except O_RDONLY | O_TRUNC, which early Landlock takes for reading
     "open": (1, 0o1003, [0, 1, 2, 0o1001, 0o1002]),
     "openat": (2, 0o1003, [0, 1, 2, 0o1001, 0o1002]),
 }
@@ -113,9 +113,9 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdict: "passed": it ran to its end; "failed": an exception (a MemoryError, too), an early exit, a signal, not
-    Python; or the limit that it exceeded: "timed out", "too much output", "too many files" (or bytes in them), "too
-    many threads".
+    """verdict: "passed": it ran to its end; "failed": an exception (a MemoryError, too), an early exit, a signal, or
+    source that is not Python; otherwise the limit that it exceeded: "timed out", "too much output", "too many files"
+    (or bytes in them), "too many threads".
     """
 
     verdict: str
@@ -150,11 +150,12 @@ def can(name: str, *arguments: int | None) -> bool:
 
 
 def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Runs a program in a sandbox; from several threads at once, if you like.
+    """Runs a program in a sandbox. Several threads may do so at once.
 
-    InputError if the sandbox cannot be set up; whatever the program does is an Outcome. What it leaves behind is
-    removed. The last line tells us of the end through a pipe, for exit status and output can be had without reaching
-    it. That guards against accidents such as sys.exit(0), not against a program that reads its own source.
+    Whatever the program does is an Outcome; InputError if the sandbox cannot be set up. What the program leaves behind
+    is removed. A line added at its end says through a pipe that it was reached, since a program may have exit status 0
+    and the right output without that. This guards against accidents such as sys.exit(0), not against a program that
+    reads its own source.
     """
     if "\0" in source:  # before 3.11.4 Python ignores the rest of such a line
         return Outcome("failed", "SyntaxError: source code cannot contain null bytes\n")
@@ -168,7 +169,7 @@ def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
         try:
             excess, said = watch(process.pid, output[0], folder, limits)
         finally:
-            os.killpg(process.pid, signal.SIGKILL)  # not waited for yet, so the number is still its own
+            os.killpg(process.pid, signal.SIGKILL)  # before wait(), after which another process may get its number
             status = process.wait()
         step = drain(steps[0], 4096)
         reached_end = drain(end[0], 4096) == nonce.encode()
@@ -185,7 +186,7 @@ def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
 
 @contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
-    """(end to read without waiting, end to write). Both stay open here, so nobody can wait for the end of the file."""
+    """(end to read, which never waits, end to write). Both stay open here, so the program can't close the pipe."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     try:
@@ -216,8 +217,8 @@ def start(folder: str, output: int, steps: int, end: int, limits: Limits) -> "su
         pass_fds=(steps, end),
         cwd=folder,
         env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
-        | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},  # so that a verdict does not hang on the order of a set
-        start_new_session=True,  # Ctrl-C is for us alone
+        | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},  # so that a verdict does not depend on the order of a set
+        start_new_session=True,  # so that Ctrl-C reaches only us
     )
 
 
@@ -249,7 +250,7 @@ def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, byte
 
 
 def file_sizes(folder: str) -> list[int]:
-    """Of all files in a folder that changes meanwhile; it has no folders inside, for the sandbox allows none."""
+    """The size of each file in a folder that changes meanwhile. It has no folders inside: the sandbox allows none."""
     sizes = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -258,12 +259,12 @@ def file_sizes(folder: str) -> list[int]:
     return sizes
 
 
-# From here on: what runs in the child, before the program.
+# What runs in the child, before the program.
 
 
 def enclose(parent: int, steps: int, seconds: int, memory_bytes: int, file_bytes: int, readable: list[str]) -> None:
-    """Becomes the program in the current folder; or tells `steps` what went wrong, and exits."""
-    os.set_inheritable(steps, False)  # the program does not get it, and so cannot forge it
+    """Becomes the program in the current folder, or writes what went wrong to `steps` and exits."""
+    os.set_inheritable(steps, False)  # so that the program can't write to it
     try:
         call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -280,7 +281,7 @@ def enclose(parent: int, steps: int, seconds: int, memory_bytes: int, file_bytes
 
 
 def call(name: str, *arguments: int | bytes | None) -> int:
-    """A system call; OSError that names it if it fails."""
+    """Makes a system call; OSError that names it if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     number = REFUSED[name][MACHINES[os.uname().machine][0]]
@@ -309,8 +310,8 @@ def set_limits(seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 
 def drop_privileges() -> None:
-    """For good: after no_new_privs no program that is executed has more than the one before."""
-    with suppress(OSError):  # after the last capability that this kernel knows; at once if we are not root
+    """For good: after no_new_privs a program that is executed has no more than the one before it."""
+    with suppress(OSError):  # raised after the last capability that this kernel knows; at once if we are not root
         for capability in range(64):
             call("prctl", 24, capability)  # PR_CAPBSET_DROP
     call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # empties the ambient set too
@@ -318,7 +319,7 @@ def drop_privileges() -> None:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Landlock: whatever this kernel's version knows is forbidden, except these rights beneath these paths."""
+    """Landlock: forbids all that this kernel's version knows, except these rights beneath these paths."""
     abi = call("landlock_create_ruleset", None, 0, 1)
     known = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
     ruleset = call("landlock_create_ruleset", struct.pack("Q", known), 8, 0)
@@ -330,7 +331,7 @@ def restrict_files(readable: list[str]) -> None:
         except FileNotFoundError:
             continue
         if not os.path.isdir(path):
-            rights &= ~LIST  # Landlock refuses a right that makes no sense
+            rights &= ~LIST  # which Landlock refuses for a file
         call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights & known, descriptor), 0)
         os.close(descriptor)
     call("landlock_restrict_self", ruleset, 0)
@@ -345,7 +346,7 @@ def restrict_calls() -> None:
 
 
 def filter_code(column: int, architecture: int, pid: int) -> bytes:
-    """The seccomp filter, in BPF: every line is (operation, lines to skip if true, if false, value)."""
+    """The seccomp filter, in BPF: each line is (operation, lines to skip if true, if false, value)."""
     load, mask, equal, at_least, answer = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill)]  # another ABI has other numbers

@@ -261,7 +261,7 @@ def encode_bytes(raw):
 
 
 def fallback_tokenizer(*words):
-    """As LLaMA 2's: pieces with ▁ for a space, and bytes for what is none of them."""
+    """As LLaMA 2's: pieces with ▁ for a space, and bytes for all other text."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -91,7 +91,7 @@ def run(source, **limits) -> Outcome:
 
 
 def run_attempts(*sources, setup="") -> Outcome:
-    """Of a program that stops after the first attempt that succeeds, lest it harm the machine that runs the tests."""
+    """What a program ends as that makes these attempts and prints those that succeed."""
     return run(ATTEMPTS + setup + "".join(f"\nattempt({source!r})" for source in sources))
 
 
@@ -449,7 +449,7 @@ def test_files_outside_cannot_be_changed(outside):
 
 
 def test_what_can_be_read_cannot_be_changed():
-    # Each would change nothing if it were allowed, for this is the Python that runs the tests.
+    # None of them would change anything if it were allowed: this is the Python that runs the tests.
     opened = "os.open(os.__file__, os.O_RDONLY)"
     sources = [
         f"os.fchmod({opened}, os.stat(os.__file__).st_mode)",
