@@ -73,6 +73,11 @@ def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
+def longest(rows: list[Row], count: int) -> list[Row]:
+    """The micro-batch that takes the most memory."""
+    return sorted(rows, key=lambda row: len(row.ids))[-count:]
+
+
 @dataclass(frozen=True)
 class Packed:
     """Rows laid end to end, without padding: the arguments of `Decoder.packed`, and what is predicted."""

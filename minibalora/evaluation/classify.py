@@ -1,18 +1,27 @@
 """What a classifier answers to labelled texts, and how good the answers are."""
 
+import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from minibalora.base.errors import InputError
-from minibalora.data.glue import Task, fold
-from minibalora.data.labelled import ClassRow, padded
+from minibalora.base.files import replacing, write_json
+from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.checkpoints.weights import load_model, weights_digest
+from minibalora.data.batches import check_fits
+from minibalora.data.glue import LabelledText, Task, fold
+from minibalora.data.labelled import ClassRow, encode, padded
+from minibalora.data.sets import EvalSet, check_class_order
 from minibalora.evaluation import metrics
 from minibalora.lowrank import evaluating
+from minibalora.run.settings import ClassSource, Hardware
 
 
 @torch.no_grad()
@@ -67,3 +76,74 @@ def class_scores(
 def dev_metric(found: dict[str, float], task: Task) -> float:
     """The number that chooses the best epoch: the mean of what GLUE reports for the task, as in GLUE's own score."""
     return float(np.mean([found[name] for name in task.metrics]))
+
+
+def scores_of_sets(
+    answer: Callable[[list[ClassRow]], Tensor], task: Task, batch_size: int, eval_sets: list[EvalSet]
+) -> dict[str, dict[str, float]]:
+    """Name of an evaluation set -> its `class_scores`. answer: rows -> logits, see `answers`."""
+    return {
+        each.name: class_scores(answer(each.rows), each.rows, task, each.is_folded, batch_size) for each in eval_sets
+    }
+
+
+# A fine-tuned teacher.
+
+
+def teacher_digest(folder: str | None) -> str | None:
+    """Which fine-tuned checkpoint --teacher names, None if it names none. InputError if there is no such folder."""
+    if folder in (None, "pretrained"):
+        return None
+    if not Path(folder).is_dir():
+        raise InputError(f"--teacher {folder}: no such folder: give pretrained or a fine-tuned checkpoint")
+    return weights_digest(folder)
+
+
+def fine_tuned_logits(
+    source: ClassSource, task: Task, examples: list[LabelledText], hardware: Hardware, batch_size: int
+) -> Tensor:
+    """What the model in the folder `source.teacher`, with its own tokenizer, answers to every example, (N, D).
+
+    InputError if it has no trained head, or one with other classes.
+    """
+    folder, classes = source.teacher, 1 if task.labels is None else len(task.labels)
+    teacher = load_model(folder, "classifier", classes, hardware.dtype, hardware.device)
+    if new := teacher.checkpoint.new_modules:
+        raise InputError(f"--teacher {folder}: has no trained {new[0]}: give a fine-tuned model")
+    check_class_order(folder, task)
+    rows, _ = encode(examples, load_tokenizer(folder), source.max_length)
+    check_fits(rows, source.data, teacher.config, source.max_length, folder)
+    return answers(teacher, rows, batch_size, hardware.device)
+
+
+# What a run leaves of its measurements.
+
+
+def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float], names: Sequence[str]) -> None:
+    """The states (N, d) that the head reads, of the dev set before and after training, and its labels (N,); the names
+    of the classes are in the metadata."""
+    tensors = {"before": before, "after": after, "labels": torch.tensor(labels)}
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, metadata={"classes": json.dumps(list(names))})
+
+
+def write_report(out: Path, task: Task, best_step: int, before: dict, after: dict) -> None:
+    """report.json: every score of every evaluation set, and the dev metric after each epoch."""
+    entries = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    epochs = [{"step": entry["step"], "dev": entry["dev"]} for entry in entries if "dev" in entry]
+    before, after = (
+        {name: {key: finite(value) for key, value in found.items()} for name, found in column.items()}
+        for column in (before, after)
+    )
+    report = {"task": task.name, "dev_metric": task.metrics, "best_step": best_step, "epochs": epochs}
+    write_json(out / "report.json", report | {"before": before, "after": after})
+
+
+def flat(column: dict[str, dict[str, float]]) -> dict[str, float]:
+    """The scores of several sets as one column of a table."""
+    return {f"{name}: {key}": value for name, found in column.items() for key, value in found.items()}
+
+
+def finite(value: float) -> float | None:
+    """JSON has no NaN."""
+    return value if math.isfinite(value) else None

@@ -16,8 +16,17 @@ from tqdm import tqdm
 from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
-from minibalora.data.prompts import Example
-from minibalora.evaluation.benchmarks import RIGHT, Benchmark, Item, Judge, judge_answer
+from minibalora.data.prompts import Example, read_examples
+from minibalora.evaluation.benchmarks import (
+    BENCHMARKS,
+    RIGHT,
+    Benchmark,
+    Item,
+    Judge,
+    as_items,
+    judge_answer,
+    read_items,
+)
 from minibalora.evaluation.decoding import Decoding, generate_each
 from minibalora.evaluation.metrics import pass_at_k, wilson
 from minibalora.evaluation.perplexity import mean_loss, whole_text

@@ -1,4 +1,4 @@
-"""Adapting a model as `settings.Adaptation` says. What a checkpoint, a cache or another rank has is not computed anew."""
+"""Adapting a model as `settings.Adaptation` says. What a checkpoint, a cache or another rank has is not computed."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -17,6 +17,7 @@ from minibalora.lowrank import adapt, adapted_layers, factors_of
 from minibalora.run.checkpoint import load_initial_values
 from minibalora.run.init_cache import cached_factors
 from minibalora.run.settings import Adaptation, Hardware
+from minibalora.truncate import truncate
 
 
 def adapt_model(
@@ -54,6 +55,13 @@ def adapt_model(
         for _, layer in adapted_layers(model):  # one at a time is whole on the device
             nf4.quantize(layer.to(hardware.device))
         model.to(hardware.device)
+
+
+def truncate_adapter(model: nn.Module, rank: int | None) -> None:
+    """For --adapter-rank: bring what was learned to that rank before it is measured and saved."""
+    if rank is not None:
+        error = truncate(model, rank)
+        print(f"adapter of at most rank {rank}: relative error {error:.2e} of the change in the weights")
 
 
 def empty_factors(weight: Tensor, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor]:

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, tensors_digest
+from minibalora.lowrank import initial_values
 from minibalora.run.run_folder import check_settings
 
 
@@ -39,12 +40,6 @@ def resumed_step(out: Path, settings: dict, steps: int) -> int | None:
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def initial_values(model: nn.Module) -> dict[str, Tensor]:
-    """What the tensors that are trained were before: named like them and 0, A0 of A and weight0 of weight."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-    return {f"{name}0": tensors[f"{name}0"] for name in tensors if f"{name}0" in tensors}
 
 
 def trained_digest(model: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -162,8 +162,8 @@ def _add_method_flags(
     add("--init-cache", type=path, metavar="DIR", help="keep the factors of pissa or pissa_krylov_N there and take "
         "them from there (for instance next to --out: a sweep over lambdas or seeds computes them once)")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
-    add("--plain", action="store_true", help="the layer and the loss as the paper writes them, on whole logits: slower, more "
-        "memory, the same run to rounding")  # fmt: skip
+    add("--plain", action="store_true", help="the layer and the loss as the paper writes them, on whole logits: "
+        "slower, more memory, the same run to rounding")  # fmt: skip
     add("--lambda1", type=rate, help=f"weight of consistency {published['lambda1']}")
     add("--lambda2", type=rate, help=f"weight of diversity {published['lambda2']}: {diversity}")
     add("--lambda3", type=rate, help=f"weight of the spectral term {published['lambda3']}, which is taken per "
@@ -289,7 +289,7 @@ def _objective(given: dict, recipes: dict[str, Objective]) -> Objective:
 
 def _settings(given: dict, source: type, objective: Objective) -> Settings:
     """The groups of the flags, and all of them as run.json keeps them."""
-    recorded = plain_settings(given)
+    recorded = plain_settings(given) | {"objective": asdict(objective)}
     given = given | {"is_plain": given["plain"], "folder": given["out"]}
     given["targets"] = given["targets"] and tuple(given["targets"])
     groups = [

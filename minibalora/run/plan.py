@@ -3,7 +3,6 @@
 `python -m minibalora plan --model DIR` says it before there are weights: it needs nothing but config.json.
 """
 
-from argparse import Namespace
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,7 +21,7 @@ from minibalora.objective import NLG_RECIPES, Objective
 from minibalora.run.adapting import empty_factors
 from minibalora.run.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
 from minibalora.run.memory import Amount, expected_memory, held, padded_amount
-from minibalora.run.settings import Adaptation, Hardware
+from minibalora.run.settings import Adaptation, Hardware, Settings
 
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
@@ -32,31 +31,29 @@ MOST = 10_000  # layers and experts; DeepSeek-MoE has 1,756
 CLASSES = 2  # of a classifier, whose size they do not change
 
 
-def print_plan(
-    args: Namespace, model: nn.Module, formula: str, data: list[str], steps: int, memory: int | None = None
-) -> None:
+def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[str], steps: int, memory: int) -> None:
     """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
-    parameters = base_parameters(model)
-    trained = trained_numbers(model)
-    layers = adapted_layers(model)
-    adapter = f", {len(layers)} layers, init {args.init}, rank {args.rank}, alpha {args.alpha:g}" if layers else ""
-    dtype = str(args.dtype).removeprefix("torch.")
+    adaptation, optimisation, device = settings.adaptation, settings.optimisation, settings.hardware.device
+    parameters, trained, layers = base_parameters(model), trained_numbers(model), adapted_layers(model)
+    shape = f"init {adaptation.init}, rank {adaptation.rank}, alpha {adaptation.alpha:g}"
+    adapter = f", {len(layers)} layers, {shape}" if layers else ""
+    dtype = str(settings.hardware.dtype).removeprefix("torch.")
     ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
-    print(f"model   {args.model}, {parameters:,} parameters, {dtype} on {args.device}{ranks}")
-    print(f"method  {args.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
+    print(f"model   {settings.source.model}, {parameters:,} parameters, {dtype} on {device}{ranks}")
+    print(f"method  {adaptation.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
     print(f"terms   {formula}")
     print("data    " + "\n        ".join(data))
-    print(f"steps   {steps:,} of {args.batch_size} rows in micro-batches of {args.micro_batch_size}, "
-          f"peak learning rate {args.lr:g}, {args.schedule}")  # fmt: skip
-    if memory is not None:
-        print(f"memory  about {memory / 1e9:.2f} GB on {args.device}, beside what Python and torch take")
-    print(f"out     {args.out}", flush=True)
+    print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
+          f"peak learning rate {optimisation.lr:g}, {optimisation.schedule}")  # fmt: skip
+    print(f"memory  about {memory / 1e9:.2f} GB on {device}, beside what Python and torch take")
+    print(f"out     {settings.output.folder}", flush=True)
 
 
-def nlg_formula(objective: Objective) -> str:
-    """The objective in words, weights included."""
+def nlg_formula(objective: Objective, is_whole: bool = False) -> str:
+    """The objective in words, weights included. is_whole: it is taken on whole logits."""
     consistency = f"KL at T = {objective.temperature:g}"
-    return _formula(objective, "cross-entropy", consistency, f"entropy of {objective.top_k or 'all'}")
+    terms = _formula(objective, "cross-entropy", consistency, f"entropy of {objective.top_k or 'all'}")
+    return f"{terms}, on whole logits" if is_whole else terms
 
 
 def nlu_formula(objective: Objective, classes: int) -> str:
