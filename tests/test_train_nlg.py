@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +22,15 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora.base import cli
-from minibalora.data.batches import Row, micro_batches
-from minibalora.fused import FrozenHead
-from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, weighted_sum
-from minibalora.run import init_cache, run_folder, training
+from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.objective import NLG_RECIPES, head_of, lambdas, nlg_loss
+from minibalora.run import checkpoint, init_cache, loop
 from minibalora.run.cache import Cache
+from minibalora.run.checkpoint import trained_parameters
+from minibalora.run.hardware import checkpoint_blocks
+from minibalora.run.loop import Run
+from minibalora.run.settings import Hardware, Optimisation, Output
+from minibalora.run.teacher import teacher_states
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -53,10 +56,23 @@ def random_rows(count: int, seed: int) -> list[Row]:
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective):
     model.zero_grad()
-    head, micro = FrozenHead(model.head_weight), micro_batches(rows, micro_batch_size)
-    losses, terms = train_nlg.backward(model, head, micro, objective, step=5, steps=10, stop=[])
+    head, micro = head_of(model), micro_batches(rows, micro_batch_size)
+    shares = [sum(row.predicted for row in part) / sum(row.predicted for row in rows) for part in micro]
+    packed = [pack(part, "cpu") for part in micro]
+    teachers = teacher_states(model, packed, micro) if objective.needs_teacher else [None] * len(micro)
+    unsure = None
+    if objective.adaptive_lambda1:
+        means = [head.entropy_share(teacher, objective.temperature) for teacher in teachers]
+        unsure = sum(share * mean.item() for share, mean in zip(shares, means, strict=True))
+    weights, total, sums = lambdas(objective, 5, 10, unsure), 0.0, {}
+    for share, batch, teacher in zip(shares, packed, teachers, strict=True):
+        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        loss, terms = head.loss(student, teacher, batch.targets, objective, weights)
+        (share * loss).backward()
+        total += share * loss.item()
+        sums = {name: sums.get(name, 0.0) + share * term.item() for name, term in terms.items()}
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    return gradient, sum(losses), terms
+    return gradient, total, sums
 
 
 @settings(deadline=None, max_examples=10)
@@ -90,13 +106,13 @@ def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, reci
     with mb.pretrained(model):
         teacher, _ = predicted_rows(model(input_ids), labels)
     student, targets = predicted_rows(model(input_ids), labels)
-    expected = nlg_terms(student, teacher, targets, objective, lambdas(objective, 5, 10))
+    expected, terms_of_whole = nlg_loss(student, teacher, targets, objective, lambdas(objective, 5, 10))
     model.zero_grad()
-    weighted_sum(expected, lambdas(objective, 5, 10)).backward()
+    expected.backward()
     padded = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     assert distance(gradient, padded) < 1e-5
-    assert loss == pytest.approx(weighted_sum(expected, lambdas(objective, 5, 10)).item(), rel=1e-5)
-    assert terms == pytest.approx({name: term.item() for name, term in expected.items()}, rel=1e-4, abs=1e-6)
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    assert terms == pytest.approx({name: term.item() for name, term in terms_of_whole.items()}, rel=1e-4, abs=1e-6)
 
 
 def test_the_spectral_term_is_averaged_by_tokens():
@@ -127,7 +143,7 @@ def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trai
 def test_checkpointing_blocks_changes_no_gradient(name):
     rows, objective = random_rows(5, 2), NLG_RECIPES["iclr2026"]
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
-    training.checkpoint_blocks(checkpointed)
+    checkpoint_blocks(checkpointed)
     seen = []
     checkpointed.model.layers[0].mlp.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     expected, got = (gradients_of_a_step(model, rows, 3, objective)[0] for model in (plain, checkpointed))
@@ -136,28 +152,26 @@ def test_checkpointing_blocks_changes_no_gradient(name):
 
 
 def train_a_network(out: Path, start: int = 0, until: int = 6, seed: int = 7) -> tuple[list[Tensor], list[dict]]:
-    """training.train on a network with dropout, from a checkpoint if start > 0, stopped within step `until` if < 6."""
-
-    def gradients(step: int, stop: list[int]):
-        if step == until:
-            stop.append(signal.SIGTERM)
-            return [], {}, []
-        loss = model(torch.ones(4, 6)).square().mean()
-        loss.backward()
-        return [loss.item()], {"task": loss.item()}, [random_rows(1, step)]
-
-    settings = dict(out=out, seed=seed, lr=0.1, warmup_ratio=0.0, schedule="linear", grad_clip=1.0, save_every=100)
-    args = Namespace(**settings, method="lora", device=torch.device("cpu"), dtype=torch.float32, tf32=False)
+    """A network with dropout in a Run, from a checkpoint if start > 0, stopped within step `until` if < 6."""
+    settings = Optimisation(0.1, "linear", 0.0, 1.0, 6, None, 1, 1, seed)
+    hardware = Hardware(torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     model = mb.adapt(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), rank=2, init="lora")
-    optimizer = torch.optim.AdamW(run_folder.trained_parameters(model).values())
+    optimizer = torch.optim.AdamW(trained_parameters(model).values())
     out.mkdir(exist_ok=True)
-    assert run_folder.first_step(out, model, optimizer, start or None) == start
     torch.manual_seed(start)  # what must not matter
-    step, stop = training.train(args, model, optimizer, start, 6, gradients, after_step=lambda step: {"dev": step})
-    assert (step, stop) == (until, [signal.SIGTERM] if until < 6 else [])
+    with Run(Output(out, 100, False), settings, hardware, model, optimizer, 6, start or None) as run:
+        for step, (part,) in run.steps(random_rows(1, 0)):
+            if step == until:
+                signal.raise_signal(signal.SIGTERM)
+            loss = model(torch.ones(4, 6)).square().mean()
+            (part.share * loss).backward()
+            run.note(part, loss, {"task": loss})
+            run.update()
+            run.entry["dev"] = run.step
+    assert (run.step, run.signal) == (until, signal.SIGTERM if until < 6 else 0)
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return list(run_folder.trained_parameters(model).values()), entries
+    return list(trained_parameters(model).values()), entries
 
 
 def test_a_resumed_run_repeats_dropout_exactly(tmp_path):
@@ -171,7 +185,7 @@ def test_a_resumed_run_repeats_dropout_exactly(tmp_path):
 def test_dropout_differs_from_step_to_step_and_seed_to_seed():
     masks = set()
     for seed, step in ((7, 0), (7, 1), (8, 0), (8, 1)):
-        training.seed_step(seed, step)
+        loop.seed_step(seed, step)
         masks.add(tuple(F.dropout(torch.ones(64)).tolist()))
     assert len(masks) == 4
 
@@ -334,14 +348,14 @@ def test_a_quantised_run_learns_and_resumes_exactly(flags, small_data, tmp_path,
     tasks = [entry["task"] for entry in logged(tmp_path / "whole")]
     assert sum(tasks[-4:]) < sum(tasks[:4])
 
-    rate = training.learning_rate
+    rate = loop.learning_rate
     monkeypatch.setattr(
-        training,
+        loop,
         "learning_rate",
         lambda step, *more: (step == 4 and signal.raise_signal(signal.SIGTERM)) or rate(step, *more),
     )
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "parts", *flags))[0] == 128 + signal.SIGTERM
-    monkeypatch.setattr(training, "learning_rate", rate)
+    monkeypatch.setattr(loop, "learning_rate", rate)
     assert len(logged(tmp_path / "parts")) == 5
     assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "parts", *flags, "--resume"))[0] == 0
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
@@ -421,7 +435,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkp
 
 def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    real, calls = mb.run_folder.save_file, []
+    real, calls = checkpoint.save_file, []
 
     def save_file(tensors, path, **kwargs):
         calls.append(path)
@@ -430,11 +444,11 @@ def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_p
             raise OSError(28, "No space left on device")
         real(tensors, path, **kwargs)
 
-    monkeypatch.setattr(mb.run_folder, "save_file", save_file)
+    monkeypatch.setattr(checkpoint, "save_file", save_file)
     status, error = in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2"))
     assert status == 1 and "the disk is full" in error.splitlines()[-1]
     assert {path.name for path in (out / "checkpoint").iterdir()} == {"initial.safetensors", "state.safetensors"}
-    monkeypatch.setattr(mb.run_folder, "save_file", real)
+    monkeypatch.setattr(checkpoint, "save_file", real)
     assert in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2", "--resume"))[0] == 0
 
 

@@ -27,8 +27,8 @@ from minibalora.data.batches import micro_batches
 from minibalora.data.glue import TASKS, read_labelled
 from minibalora.data.labelled import ClassRow
 from minibalora.evaluation import classify
-from minibalora.objective import NLU_RECIPES
-from minibalora.run import run_folder
+from minibalora.objective import NLU_RECIPES, entropy_share, lambdas, nlu_loss
+from minibalora.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = str(ROOT / "train_nlu.py")
@@ -179,10 +179,17 @@ def gradients_of_a_step(model, rows, size, objective):
     with mb.pretrained(model):
         teacher = classify.answers(model, rows, 4, "cpu")
     model.zero_grad()
-    micro = micro_batches(rows, size)
-    losses, terms = train_nlu.backward(model, model, micro, teacher, objective, 5, 10, "cpu", [])
+    unsure = float(entropy_share(teacher, objective.temperature).mean()) if objective.adaptive_lambda1 else None
+    weights, total, sums = lambdas(objective, 5, 10, unsure), 0.0, {}
+    for part in micro_batches(rows, size):
+        inputs, labels = labelled.padded(part, model, "cpu")
+        loss, terms = nlu_loss(model(*inputs), teacher[[row.index for row in part]], labels, objective, weights)
+        share = len(part) / len(rows)
+        (share * loss).backward()
+        total += share * loss.item()
+        sums = {name: sums.get(name, 0.0) + share * term.item() for name, term in terms.items()}
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    return gradient, sum(losses), terms
+    return gradient, total, sums
 
 
 @settings(deadline=None, max_examples=10)
@@ -280,7 +287,7 @@ def tuned(base: Path, out: Path):
 def accuracy_of(model, folder: Path, data: Path) -> float:
     rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(folder), 16)
     logits = classify.answers(model, rows, 4, "cpu")
-    return classify.scores(logits, rows, TASKS["sst2"], False, 4)["accuracy"]
+    return classify.class_scores(logits, rows, TASKS["sst2"], False, 4)["accuracy"]
 
 
 def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_path, train, monkeypatch):
@@ -306,14 +313,14 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
 
 def stop_after(step: int, number: int, monkeypatch):
     """Send this process a signal in the middle of the step that follows `step` others."""
-    real = train_nlu.backward
+    real = train_nlu.lambdas
 
-    def backward(*args):
-        if args[5] == step:
+    def lambdas(objective, at, *rest):
+        if at == step:
             os.kill(os.getpid(), number)
-        return real(*args)
+        return real(objective, at, *rest)
 
-    monkeypatch.setattr(train_nlu, "backward", backward)
+    monkeypatch.setattr(train_nlu, "lambdas", lambdas)
 
 
 @pytest.mark.parametrize(("method", "number", "step"), [
@@ -372,14 +379,14 @@ def test_killed_between_the_best_epochs_file_and_the_checkpoint_changes_nothing(
 
 def falling(monkeypatch, values: list[float]) -> dict[int, torch.Tensor]:
     """Give the epochs these dev scores; returns the head's weight as of each."""
-    heads, real, scores = {}, run_folder.keep_best, iter(values)
+    heads, real, scores = {}, checkpoint.keep_best, iter(values)
 
     def keep_best(out, model, step, score):
         heads[step] = model.classifier.weight.detach().clone()
         real(out, model, step, score)
 
     monkeypatch.setattr(classify, "dev_metric", lambda *_: next(scores))
-    monkeypatch.setattr(run_folder, "keep_best", keep_best)
+    monkeypatch.setattr(checkpoint, "keep_best", keep_best)
     return heads
 
 
@@ -547,25 +554,27 @@ def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, 
 # Teachers
 
 
-def spied_steps(monkeypatch) -> list[tuple]:
-    """The student and the teacher's logits of every step to come."""
-    seen, real = [], train_nlu.backward
+def spied_teachers(monkeypatch) -> list[tuple]:
+    """Each model that is asked for the classes of the training rows, and what it answers: the teacher, once."""
+    seen, real = [], classify.answers
 
-    def backward(model, forward, micro, teacher, *rest):
-        seen.append((model, teacher))
-        return real(model, forward, micro, teacher, *rest)
+    def answers(model, rows, *rest, **named):
+        found = real(model, rows, *rest, **named)
+        if len(rows) == 46:
+            seen.append((model, found))
+        return found
 
-    monkeypatch.setattr(train_nlu, "backward", backward)
+    monkeypatch.setattr(classify, "answers", answers)
     return seen
 
 
 def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trains(tmp_path, data, train, monkeypatch):
     model = base_model("bert", tmp_path / "still", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    steps = spied_steps(monkeypatch)
+    teachers = spied_teachers(monkeypatch)
     assert train(flags_of(model, data, tmp_path / "out"))[0] == 0
     consistency = [entry["consistency"] for entry in entries_of(tmp_path / "out")]
     assert consistency[0] == pytest.approx(0, abs=1e-9) and consistency[-1] > 1e-6
-    student, expected = steps[0]
+    ((student, expected),) = teachers
     rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(model), 16)
     with mb.pretrained(student):
         assert torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-6)
@@ -580,11 +589,11 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
         full = flags_of(bert, data, tmp_path / "first", "--max-steps", "2", "--method", "full")
         assert train(full)[0] == 0
         teacher = tmp_path / "first" / "model"
-    steps = spied_steps(monkeypatch)
+    teachers = spied_teachers(monkeypatch)
     assert train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))[0] == 0
     rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
     expected = classify.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
-    assert torch.allclose(steps[0][1], expected, atol=1e-5)
+    assert torch.allclose(teachers[0][1], expected, atol=1e-5)
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
 
 
@@ -627,7 +636,7 @@ def test_what_a_full_run_reports_is_what_it_saves(bert, data, tmp_path, train):
     saved = mb.load_model(tmp_path / "out" / "model", head="classifier", dtype=torch.bfloat16)
     logits = classify.answers(saved, rows, 16, "cpu")
     assert report_of(tmp_path / "out")["after"]["dev.tsv"] == pytest.approx(
-        classify.scores(logits, rows, task, False, 4)
+        classify.class_scores(logits, rows, task, False, 4)
     )
 
 

@@ -45,8 +45,8 @@ def adapt_model(
         raise
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
-    if resumed is not None:
-        load_initial_values(resumed, model)
+    if comes_later and resumed is not None:
+        take_initial_values(model, resumed)
     elif comes_later:
         deal_factors(model, adaptation, hardware, seed, bar)
     if not adaptation.is_plain:
@@ -55,6 +55,15 @@ def adapt_model(
         for _, layer in adapted_layers(model):  # one at a time is whole on the device
             nf4.quantize(layer.to(hardware.device))
         model.to(hardware.device)
+
+
+@torch.no_grad()
+def take_initial_values(model: nn.Module, folder: Path) -> None:
+    """A₀ and B₀ from the checkpoint in `folder`, for A and B, too, so that the student is the pre-trained model."""
+    load_initial_values(folder, model)
+    for _, layer in adapted_layers(model):
+        layer.A.copy_(layer.A0)
+        layer.B.copy_(layer.B0)
 
 
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:

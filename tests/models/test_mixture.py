@@ -18,7 +18,7 @@ from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.lowrank import adapted_layers
 from minibalora.models.mixture import Mixture, Router, balance, keep_router_outputs, load_balance, routers_of
 from minibalora.objective import NLG_RECIPES
-from minibalora.run import training
+from minibalora.run.hardware import checkpoint_blocks, compile_blocks
 from minibalora.run.plan import nlg_formula
 from minibalora.toy import MODEL
 
@@ -141,7 +141,7 @@ def test_full_training_leaves_the_router_as_it_is():
 def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(name):
     rows = random_rows(5, 2)
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
-    training.checkpoint_blocks(checkpointed)
+    checkpoint_blocks(checkpointed)
     for model in (plain, checkpointed):
         stretch(model)
     expected, got = (gradients_of_a_step(model, rows, 3, BALANCED) for model in (plain, checkpointed))
@@ -150,7 +150,7 @@ def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(n
 
 def test_compiling_leaves_mixtures_out():
     model = mb.load_model(GOLDEN / "deepseek")
-    training.compile_blocks(model)
+    compile_blocks(model)
     dense, *sparse = [layer.mlp for layer in model.model.layers]
     assert dense._compiled_call_impl is not None
     assert all(m._compiled_call_impl is None for mixture in sparse for m in mixture.modules())
@@ -223,7 +223,7 @@ def test_a_pass_that_fails_leaves_no_router_watched():
 def test_gradient_checkpointing_leaves_nothing_in_the_routers():
     """What it computes once more in the backward pass would hold the activations of every block."""
     model = mb.adapt(mb.load_model(GOLDEN / "deepseek"), rank=3)
-    training.checkpoint_blocks(model)
+    checkpoint_blocks(model)
     keep_router_outputs(model)
     loss = model(torch.tensor([[3, 5, 7]])).square().mean() + load_balance(model)
     loss.backward()

@@ -19,7 +19,7 @@ from minibalora.data.batches import Row, encode_examples, pack
 from minibalora.data.prompts import example_from
 from minibalora.evaluation import evaluate, generate
 from minibalora.models.t5 import bucket, t5
-from minibalora.run.training import checkpoint_blocks
+from minibalora.run.hardware import checkpoint_blocks
 from minibalora.toy.problems import clean_problems
 
 sys.path.insert(0, str(Path(__file__).parents[2]))

@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,9 @@ from minibalora.base import cli, distributed
 from minibalora.checkpoints import weights
 from minibalora.data.batches import Row, pack
 from minibalora.lowrank import adapted_layers
-from minibalora.run import flags, training
+from minibalora.run import flags, loop
+from minibalora.run.adapting import adapt_model
+from minibalora.run.settings import Adaptation, Hardware
 from minibalora.run.sharded import load_sharded, own_rows
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
@@ -79,7 +80,7 @@ def torchrun(*arguments: str | Path) -> list[str]:
 
 
 def stopping(seed_step, stopped_rank: int):
-    """training.seed_step that at STOPPED_AT sends SIGTERM to this process, if it is that rank."""
+    """loop.seed_step that at STOPPED_AT sends SIGTERM to this process, if it is that rank."""
 
     def seed_and_stop(seed: int, step: int) -> None:
         seed_step(seed, step)
@@ -95,14 +96,14 @@ def stopping(seed_step, stopped_rank: int):
 def as_a_rank(folder: Path) -> None:
     distributed.join()
     distributed.join, distributed.leave = lambda: None, dist.barrier  # torch's processes can't meet a second time
-    report, seed_step = {}, training.seed_step
+    report, seed_step = {}, loop.seed_step
     for name, more in RUNS.items():
         report[name] = status_of(command(folder / "two", name, *more))
     report["refused"] = status_of(command(folder / "two", WHOLE))  # which rank 0 finds out
     report["wrong flag"] = status_of(command(folder / "two", "new", "--rank", "129"))  # which every rank finds out
-    training.seed_step = stopping(seed_step, stopped_rank=1)
+    loop.seed_step = stopping(seed_step, stopped_rank=1)
     report["stopped by two"] = status_of(command(folder / "two", "stopped"))
-    training.seed_step = seed_step
+    loop.seed_step = seed_step
     with reading() as sizes:
         report["resumed by two"] = status_of(command(folder / "one", "stopped", *SHARDED, "--resume"))
     report["read"] = sizes
@@ -139,12 +140,11 @@ class reading:
 
 def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
     """How far states, and gradients of all A and B, of a sharded model are from those of one that is whole."""
-    settings = dict(rank=3, alpha=5, init="pissa", init_cache=None, targets=None, seed=0)
-    args = Namespace(**settings, dtype=dtype, device=torch.device("cpu"))
+    hardware = Hardware(torch.device("cpu"), dtype)
     whole = mb.adapt(mb.load_model(GOLDEN / name, dtype=dtype), 3, 5)
     sharded = weights.skeleton(GOLDEN / name)
-    training.adapt_model(sharded, args, is_resumed=False)
-    load_sharded(sharded, dtype, args.device)
+    adapt_model(sharded, Adaptation("pissa", 3, 5, "pissa"), hardware, seed=0)
+    load_sharded(sharded, dtype, hardware.device)
     assert all(not parameter.is_meta for parameter in sharded.parameters())
     rng = np.random.default_rng(distributed.rank())
     rows = [Row(rng.integers(0, 61, length).astype(np.int32), 2, 0) for length in (5, 9)]
@@ -175,7 +175,7 @@ def folder(tmp_path_factory) -> Path:
         for name, more in RUNS.items():
             arguments = command(folder / "one", name, *(flag for flag in more if flag != "--fsdp"))
             assert in_one_process(monkeypatch, *arguments) == 0
-        monkeypatch.setattr(training, "seed_step", stopping(training.seed_step, stopped_rank=0))
+        monkeypatch.setattr(loop, "seed_step", stopping(loop.seed_step, stopped_rank=0))
         assert in_one_process(monkeypatch, *command(folder / "one", "stopped")) == 128 + signal.SIGTERM
     result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -193,7 +193,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
     logs = [[json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()] for out in (a, b)]
     assert len(logs[0]) == len(logs[1])
     for entries in zip(*logs, strict=True):
-        for name in ("step", "loss", *training.TERMS, "lr"):
+        for name in ("step", "loss", *loop.TERMS, "lr"):
             values = [math.nan if entry[name] is None else entry[name] for entry in entries]
             assert values[0] == pytest.approx(values[1], rel=0, abs=tolerance, nan_ok=True), name
     tensors = [load_file(next(out.rglob("*model*.safetensors"))) for out in (a, b)]
@@ -291,7 +291,7 @@ def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(folder):
 def test_every_part_is_dealt_once_and_all_ranks_get_equally_many(count, ranks):
     hands = [as_rank(rank, ranks, lambda: distributed.deal(list(range(count)), idle=None)) for rank in range(ranks)]
     assert len({len(hand) for hand in hands}) == 1
-    rounds = [part for turn in zip(*hands, strict=True) for part in turn]  # the order of `training.add_gradients`
+    rounds = [part for turn in zip(*hands, strict=True) for part in turn]  # the order of `Run.update`
     assert rounds[:count] == list(range(count)) and set(rounds[count:]) <= {None} and len(rounds) < count + ranks
 
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
-from minibalora.run.flags import nlg_objective, nlg_parser, nlu_objective, nlu_parser, parse_nlg_flags, parse_nlu_flags
+from minibalora.run.flags import nlg_parser, nlu_parser, parse_nlg_flags, parse_nlu_flags
 from minibalora.run.plan import nlg_formula, nlu_formula
+from minibalora.run.settings import Adaptation, Hardware, Optimisation
 
 CPU = ["--device", "cpu"]
 GLUE = ["--model", "m", "--data", "d", "--task", "mrpc"]
@@ -21,47 +22,46 @@ def nlu(*flags: str):
 
 
 def test_the_published_settings_of_classification_are_the_defaults():
-    args = nlu(*GLUE)
-    assert (args.rank, args.alpha, args.init, args.method, args.recipe) == (
-        8,
-        8,
-        "pissa_krylov_8",
-        "ba-lora",
-        "iclr2026",
-    )
-    assert (args.lr, args.schedule, args.warmup_ratio, args.epochs, args.grad_clip) == (1e-4, "linear", 0.06, 10, 1)
-    assert (args.batch_size, args.micro_batch_size, args.max_length, args.max_rows) == (32, 32, 128, None)
-    assert (args.label_noise, args.imbalance, args.teacher, args.features) == (0, None, "pretrained", None)
-    assert not args.is_toy and args.dtype == torch.float32 and args.out.name.startswith("nlu-")
-    assert nlu_objective(args) == NLU_RECIPES["iclr2026"]
+    settings = nlu(*GLUE)
+    source, optimisation = settings.source, settings.optimisation
+    assert settings.adaptation == Adaptation("ba-lora", 8, 8, "pissa_krylov_8")
+    assert optimisation == Optimisation(1e-4, "linear", 0.06, 1, 10, None, 32, 32, 42)
+    assert (source.max_length, source.max_rows) == (128, None)
+    assert (source.label_noise, source.imbalance, source.teacher) == (0, None, "pretrained")
+    assert settings.hardware == Hardware(torch.device("cpu"), torch.float32)
+    assert settings.output.folder.name.startswith("nlu-") and settings.output.features is None
+    assert not settings.recorded["is_toy"] and settings.recorded["recipe"] == "iclr2026"
+    assert settings.objective == NLU_RECIPES["iclr2026"]
 
 
 def test_the_default_init_goes_with_method_and_model():
-    assert nlu().init == "pissa" and parse_nlg_flags(CPU).init == "pissa"
-    assert parse_nlg_flags([*CPU, "--model", "m", "--data", "d"]).init == "pissa_krylov_8"
-    assert nlu(*GLUE, "--method", "pissa", "--init-cache", "c").init_cache == Path("c")
-    assert nlu(*GLUE, "--method", "pissa", "--init", "pissa").init == "pissa"
-    assert nlu(*GLUE, "--method", "lora").init == "lora"
+    assert nlu().adaptation.init == "pissa" and parse_nlg_flags(CPU).adaptation.init == "pissa"
+    assert parse_nlg_flags([*CPU, "--model", "m", "--data", "d"]).adaptation.init == "pissa_krylov_8"
+    assert nlu(*GLUE, "--method", "pissa", "--init-cache", "c").adaptation.init_cache == Path("c")
+    assert nlu(*GLUE, "--method", "pissa", "--init", "pissa").adaptation.init == "pissa"
+    assert nlu(*GLUE, "--method", "lora").adaptation.init == "lora"
 
 
 def test_micro_batches_are_whole_batches_unless_asked_for():
-    assert nlu(*GLUE, "--batch-size", "6").micro_batch_size == 6
-    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "4").micro_batch_size == 4
-    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "9").micro_batch_size == 6
+    assert nlu(*GLUE, "--batch-size", "6").optimisation.micro_batch_size == 6
+    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "4").optimisation.micro_batch_size == 4
+    assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "9").optimisation.micro_batch_size == 6
 
 
 def test_the_built_in_classifier_takes_what_any_task_takes():
     args = nlu("--label-noise", "0.2", "--imbalance", "10", "--teacher", "tuned", "--features", "f.safetensors")
-    assert args.is_toy and args.task is None and args.data is None and Path(args.model).is_absolute()
-    assert (args.lr, args.epochs, args.max_length) == (1e-3, 4, 64)
-    assert (args.label_noise, args.imbalance, args.teacher, args.features) == (0.2, 10, "tuned", Path("f.safetensors"))
+    assert args.recorded["is_toy"] and args.source.task is None and args.source.data is None
+    assert Path(args.source.model).is_absolute()
+    assert (args.optimisation.lr, args.optimisation.epochs, args.source.max_length) == (1e-3, 4, 64)
+    assert (args.source.label_noise, args.source.imbalance, args.source.teacher) == (0.2, 10, "tuned")
+    assert args.output.features == Path("f.safetensors")
 
 
 def test_both_scripts_share_the_flags_that_are_common():
     only_nlg = {"prompt_field", "response_field", "raw", "top_k", "eval_task", "quantize", "teacher_cache", "fsdp"}
     only_nlg |= {"router_aux_loss"}
     only_nlu = {"task", "as_text", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
-    nlg_names, nlu_names = vars(parse_nlg_flags(CPU)).keys(), vars(nlu()).keys()
+    nlg_names, nlu_names = parse_nlg_flags(CPU).recorded.keys(), nlu().recorded.keys()
     assert nlg_names - nlu_names == only_nlg and nlu_names - nlg_names == only_nlu
 
 
@@ -75,20 +75,22 @@ def test_both_scripts_share_the_flags_that_are_common():
     ],
 )
 def test_flags_change_the_recipe(flags, expected):
-    assert nlu_objective(nlu(*GLUE, *flags)) == expected
+    assert nlu(*GLUE, *flags).objective == expected
 
 
 @pytest.mark.parametrize("top_k, expected", [([], 20), (["--top-k", "0"], None), (["--top-k", "7"], 7)])
 def test_top_k_0_is_the_whole_vocabulary(top_k, expected):
-    assert nlg_objective(parse_nlg_flags([*CPU, *top_k])).top_k == expected
+    assert parse_nlg_flags([*CPU, *top_k]).objective.top_k == expected
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "pissa"])
 def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
-    assert nlu(*GLUE, "--method", method).teacher is None
+    assert nlu(*GLUE, "--method", method).source.teacher is None
     if method != "full":
         flags = [*GLUE, "--method", method, "--non-target-kl", "1"]
-        assert nlu(*flags).teacher == "pretrained" and nlu(*flags, "--teacher", "tuned").teacher == "tuned"
+        assert (
+            nlu(*flags).source.teacher == "pretrained" and nlu(*flags, "--teacher", "tuned").source.teacher == "tuned"
+        )
 
 
 @pytest.mark.parametrize(
