@@ -26,6 +26,7 @@ import minibalora as mb
 from minibalora.base import cli, distributed
 from minibalora.checkpoints import weights
 from minibalora.data.batches import Row, pack
+from minibalora.lean_product import use_lean_product
 from minibalora.lowrank import adapted_layers
 from minibalora.run import flags, loop
 from minibalora.run.adapting import adapt_model
@@ -142,6 +143,7 @@ def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
     """How far states, and gradients of all A and B, of a sharded model are from those of one that is whole."""
     hardware = Hardware(torch.device("cpu"), dtype)
     whole = mb.adapt(mb.load_model(GOLDEN / name, dtype=dtype), 3, 5)
+    use_lean_product(whole)
     sharded = weights.skeleton(GOLDEN / name)
     adapt_model(sharded, Adaptation("pissa", 3, 5, "pissa"), hardware, seed=0)
     load_sharded(sharded, dtype, hardware.device)
@@ -177,7 +179,8 @@ def folder(tmp_path_factory) -> Path:
             assert in_one_process(monkeypatch, *arguments) == 0
         monkeypatch.setattr(loop, "seed_step", stopping(loop.seed_step, stopped_rank=0))
         assert in_one_process(monkeypatch, *command(folder / "one", "stopped")) == 128 + signal.SIGTERM
-    result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True)
+    found_by = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the package, and helpers
+    result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True, env=os.environ | found_by)
     assert result.returncode == 0, result.stderr
     (folder / "stderr").write_text(result.stderr)
     (folder / "stdout").write_text(result.stdout)
