@@ -8,7 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minibalora.data.batches import micro_batches, pack
 from minibalora.lowrank import adapted_layers
+from minibalora.models.mixture import keep_router_outputs, load_balance
+from minibalora.objective import head_of, lambdas
+from minibalora.run.teacher import teacher_states
 
 GOLDEN = Path(__file__).with_name("golden")
 # The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
@@ -96,3 +100,30 @@ def restless(model: nn.Module) -> nn.Module:
     if (bias := norm.replace("weight", "bias")) in vectors:
         vectors[bias].zero_()
     return model
+
+
+def gradients_of_a_step(model, rows, micro_batch_size, objective, step=5, steps=10):
+    """The step of train_nlg.py on one rank: the gradient of all that is trained in one vector, L, and its terms."""
+    model.zero_grad()
+    if objective.router_aux > 0:
+        keep_router_outputs(model)
+    head, micro = head_of(model), micro_batches(rows, micro_batch_size)
+    shares = [sum(row.predicted for row in part) / sum(row.predicted for row in rows) for part in micro]
+    packed = [pack(part, "cpu") for part in micro]
+    teachers = teacher_states(model, packed, micro) if objective.needs_teacher else [None] * len(micro)
+    unsure = None
+    if objective.adaptive_lambda1:
+        means = [head.entropy_share(teacher, objective.temperature) for teacher in teachers]
+        unsure = sum(share * mean.item() for share, mean in zip(shares, means, strict=True))
+    weights, total, sums = lambdas(objective, step, steps, unsure), 0.0, {}
+    for share, batch, teacher in zip(shares, packed, teachers, strict=True):
+        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+        loss, terms = head.loss(student, teacher, batch.targets, objective, weights)
+        if objective.router_aux > 0:
+            terms["router_aux"] = load_balance(model)
+            loss = loss + objective.router_aux * terms["router_aux"]
+        (share * loss).backward()
+        total += share * loss.item()
+        sums = {name: sums.get(name, 0.0) + share * term.item() for name, term in terms.items()}
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+    return gradient, total, sums

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, distance, padded_rows, predicted_rows, stretch
+from helpers import GOLDEN, distance, gradients_of_a_step, padded_rows, predicted_rows, stretch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,15 +22,14 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora.base import cli
-from minibalora.data.batches import Row, micro_batches, pack
-from minibalora.objective import NLG_RECIPES, head_of, lambdas, nlg_loss
+from minibalora.data.batches import Row, micro_batches
+from minibalora.objective import NLG_RECIPES, lambdas, nlg_loss
 from minibalora.run import checkpoint, init_cache, loop
 from minibalora.run.cache import Cache
 from minibalora.run.checkpoint import trained_parameters
 from minibalora.run.hardware import checkpoint_blocks
 from minibalora.run.loop import Run
 from minibalora.run.settings import Hardware, Optimisation, Output
-from minibalora.run.teacher import teacher_states
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
@@ -52,27 +51,6 @@ def random_rows(count: int, seed: int) -> list[Row]:
         Row(rng.integers(0, 61, length).astype(np.int32), prompt, line)
         for line, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
     ]
-
-
-def gradients_of_a_step(model, rows, micro_batch_size, objective):
-    model.zero_grad()
-    head, micro = head_of(model), micro_batches(rows, micro_batch_size)
-    shares = [sum(row.predicted for row in part) / sum(row.predicted for row in rows) for part in micro]
-    packed = [pack(part, "cpu") for part in micro]
-    teachers = teacher_states(model, packed, micro) if objective.needs_teacher else [None] * len(micro)
-    unsure = None
-    if objective.adaptive_lambda1:
-        means = [head.entropy_share(teacher, objective.temperature) for teacher in teachers]
-        unsure = sum(share * mean.item() for share, mean in zip(shares, means, strict=True))
-    weights, total, sums = lambdas(objective, 5, 10, unsure), 0.0, {}
-    for share, batch, teacher in zip(shares, packed, teachers, strict=True):
-        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
-        loss, terms = head.loss(student, teacher, batch.targets, objective, weights)
-        (share * loss).backward()
-        total += share * loss.item()
-        sums = {name: sums.get(name, 0.0) + share * term.item() for name, term in terms.items()}
-    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-    return gradient, total, sums
 
 
 @settings(deadline=None, max_examples=10)

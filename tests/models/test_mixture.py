@@ -8,9 +8,9 @@ import sys
 import deepseek_reference
 import pytest
 import torch
-from helpers import GOLDEN, distance, golden_example, stretch
+from helpers import GOLDEN, distance, golden_example, gradients_of_a_step, stretch
 from safetensors.torch import load_file, save_file
-from test_train_nlg import gradients_of_a_step, random_rows
+from test_train_nlg import random_rows
 
 import minibalora as mb
 from minibalora.checkpoints.families import read_config
