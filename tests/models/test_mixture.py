@@ -18,7 +18,7 @@ from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.lowrank import adapted_layers
 from minibalora.models.mixture import Mixture, Router, balance, keep_router_outputs, load_balance, routers_of
 from minibalora.objective import NLG_RECIPES
-from minibalora.run import training
+from minibalora.run.hardware import checkpoint_blocks, compile_blocks
 from minibalora.run.plan import nlg_formula
 from minibalora.toy import MODEL
 
@@ -50,7 +50,7 @@ def test_a_mixture_is_the_weighted_sum_of_all_experts(name):
     kept = p.topk(of.gate.top_k).values
     p = p.masked_fill(p < kept[..., -1:], 0)
     p = p / kept.sum(-1, keepdim=True) if of.norm_topk_prob else p
-    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts.values()))
+    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts))
     expected += 0 if of.shared_experts is None else of.shared_experts(x)
     assert distance(of(x), expected) < 1e-6
 
@@ -121,8 +121,8 @@ def test_an_expert_without_a_token_has_a_gradient_of_zeros(init):
 @torch.no_grad()
 def test_without_autograd_only_chosen_experts_compute():
     of, visited = mixture("deepseek"), []
-    for index, expert in of.experts.items():
-        expert.register_forward_hook(lambda *_, index=index: visited.append(int(index)))
+    for index, expert in enumerate(of.experts):
+        expert.register_forward_hook(lambda *_, index=index: visited.append(index))
     x = torch.randn(1, 1, 24)
     of(x)
     assert visited == sorted(of.gate(x[0])[1].flatten().tolist())
@@ -141,7 +141,7 @@ def test_full_training_leaves_the_router_as_it_is():
 def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(name):
     rows = random_rows(5, 2)
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
-    training.checkpoint_blocks(checkpointed)
+    checkpoint_blocks(checkpointed)
     for model in (plain, checkpointed):
         stretch(model)
     expected, got = (gradients_of_a_step(model, rows, 3, BALANCED) for model in (plain, checkpointed))
@@ -150,7 +150,7 @@ def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(n
 
 def test_compiling_leaves_mixtures_out():
     model = mb.load_model(GOLDEN / "deepseek")
-    training.compile_blocks(model)
+    compile_blocks(model)
     dense, *sparse = [layer.mlp for layer in model.model.layers]
     assert dense._compiled_call_impl is not None
     assert all(m._compiled_call_impl is None for mixture in sparse for m in mixture.modules())
@@ -223,7 +223,7 @@ def test_a_pass_that_fails_leaves_no_router_watched():
 def test_gradient_checkpointing_leaves_nothing_in_the_routers():
     """What it computes once more in the backward pass would hold the activations of every block."""
     model = mb.adapt(mb.load_model(GOLDEN / "deepseek"), rank=3)
-    training.checkpoint_blocks(model)
+    checkpoint_blocks(model)
     keep_router_outputs(model)
     loss = model(torch.tensor([[3, 5, 7]])).square().mean() + load_balance(model)
     loss.backward()
