@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """Mixtral and DeepSeek-MoE: LLaMA's blocks with a mixture of experts for an MLP.
 
 A router gives each token to the few experts that it thinks best, and the token gets their outputs, weighted by the
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from .decoder import Attend, Decoder, pick
 from .llama import MLP, Attention, Backbone, Block, LlamaConfig, RMSNorm, swiglu
+
+__all__ = "Mixture MixtureConfig Router balance deepseek keep_router_outputs load_balance mixtral routers_of".split()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +53,15 @@ class Router(nn.Module):
 
 
 class Mixture(nn.Module):
-    """Σ_k p_k expert_k(x) over the K experts that the router chooses for x, and what is shared.
+    """Σ_k p_k expert_k(x) over the K experts that the router chooses for x, and what is shared."""
 
-    experts are in a dict, for a list is of blocks, which are checkpointed, compiled and sharded as such.
-    """
+    can_compile = False  # an expert with no token or with one would compile it anew: half a minute for 5 tiny ones
 
     def __init__(self, config: MixtureConfig, experts: list[nn.Module], shared_experts: nn.Module | None = None):
         super().__init__()
         self.norm_topk_prob = config.norm_topk_prob
         self.gate = Router(config)
-        self.experts = nn.ModuleDict({str(index): expert for index, expert in enumerate(experts)})
+        self.experts = nn.ModuleList(experts)
         self.shared_experts = shared_experts
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ class Mixture(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # of the N·K pairs
         token = order // chosen.shape[1]
         counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()  # waits for a GPU once a layer
-        parts = zip(self.experts.values(), rows[token].split(counts), strict=True)
+        parts = zip(self.experts, rows[token].split(counts), strict=True)
         # With autograd an expert without a token computes on none: its A and B get a gradient, of zeros, so that what
         # the ranks sum and Adam keeps does not depend on the data.
         found = torch.cat([expert(own) for expert, own in parts if len(own) or torch.is_grad_enabled()])

@@ -50,7 +50,7 @@ def test_a_mixture_is_the_weighted_sum_of_all_experts(name):
     kept = p.topk(of.gate.top_k).values
     p = p.masked_fill(p < kept[..., -1:], 0)
     p = p / kept.sum(-1, keepdim=True) if of.norm_topk_prob else p
-    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts.values()))
+    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts))
     expected += 0 if of.shared_experts is None else of.shared_experts(x)
     assert distance(of(x), expected) < 1e-6
 
@@ -121,8 +121,8 @@ def test_an_expert_without_a_token_has_a_gradient_of_zeros(init):
 @torch.no_grad()
 def test_without_autograd_only_chosen_experts_compute():
     of, visited = mixture("deepseek"), []
-    for index, expert in of.experts.items():
-        expert.register_forward_hook(lambda *_, index=index: visited.append(int(index)))
+    for index, expert in enumerate(of.experts):
+        expert.register_forward_hook(lambda *_, index=index: visited.append(index))
     x = torch.randn(1, 1, 24)
     of(x)
     assert visited == sorted(of.gate(x[0])[1].flatten().tolist())

@@ -4,7 +4,7 @@ from functools import partial
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Names, check_heads
-from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig, RobertaClassifier
+from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig
 
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # The only form of DeBERTa that is here: v3's, which is v2's without the convolution.
@@ -107,7 +107,7 @@ family = partial(Family, has_language_model=False)
 FAMILIES = {
     "bert": family(
         partial(read_bert, is_roberta=False),
-        BertClassifier,
+        partial(BertClassifier, prefix="bert"),
         Names(
             "bert", "classifier", "classifier.weight", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"
         ),
@@ -116,7 +116,7 @@ FAMILIES = {
     ),
     "roberta": family(
         partial(read_bert, is_roberta=True),
-        RobertaClassifier,
+        partial(BertClassifier, prefix="roberta"),
         Names(
             "roberta",
             "classifier",
