@@ -31,7 +31,7 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    settings = plain_settings(args) | {"data_digest": file_digest(args.data), **digests}
+    settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
     check_folder(args.out, settings)
     file = args.out / "records.jsonl"
     if benchmark is None:

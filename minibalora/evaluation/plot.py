@@ -17,8 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
-from minibalora.base.files import check_file, replacing
-from minibalora.run.run_folder import recorded_settings
+from minibalora.base.files import check_file, recorded_settings, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
