@@ -28,7 +28,7 @@ from minibalora.evaluation import benchmarks, records
 from minibalora.evaluation.benchmarks import Item
 from minibalora.fused import FrozenHead, mean_entropy
 from minibalora.models import LanguageModel
-from minibalora.models.mixture import MixtureConfig, load_balance, watched_routers
+from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import Objective, entropy_share, head_of, lambdas, nlg_loss
 from minibalora.run import run_folder, training
 from minibalora.run.cache import Cache
@@ -56,10 +56,12 @@ def main() -> int:
     if not rows:
         raise InputError(f"--max-length {args.max_length} leaves no room for a response in any row: raise it")
     full = args.method == "full"
-    if objective.router_aux > 0 and not isinstance(read_config(Path(args.model)), MixtureConfig):
+    config = read_config(Path(args.model))
+    if objective.router_aux > 0 and not isinstance(config, MixtureConfig):
         raise InputError(f"--router-aux-loss: {args.model} has no experts to choose from: leave it out")
-    batches.check_fits(rows, args.data, args.model, args.max_length)
-    batches.check_fits(batches.encode_examples(held_out, tok, sys.maxsize)[0], args.eval, args.model, args.max_length)
+    batches.check_fits(rows, args.data, config, args.max_length, args.model)
+    asked, _, _ = batches.encode_examples(held_out, tok, sys.maxsize)
+    batches.check_fits(asked, args.eval, config, args.max_length, args.model)
     settings = settings_of(args, examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = distributed.on_main(run_folder.resumed_step, args, settings, steps)
@@ -134,6 +136,8 @@ def backward(
     (but for the spectral term, see `nlg_terms`, and the routers' load balance, which is a product of two means). Ends
     early, with gradients of no use, once `stop` is not empty.
     """
+    if objective.router_aux > 0:
+        keep_router_outputs(model)
     counts = [sum(row.predicted for row in rows) for rows in micro]
     shares = distributed.deal([count / sum(counts) for count in counts], idle=0.0)
     own = distributed.deal(micro, idle=micro[-1])
@@ -143,11 +147,10 @@ def backward(
 
     def losses() -> Iterator[tuple[float, Tensor, dict[str, Tensor]]]:
         for share, batch, teacher in zip(shares, packed, teachers, strict=True):
-            with watched_routers(model) as given:
-                student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+            student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
             loss, terms = nlg_loss(student, teacher, batch.targets, head, objective, weights)
             if objective.router_aux > 0:
-                terms["router_aux"] = load_balance(given)
+                terms["router_aux"] = load_balance(model)
                 loss = loss + objective.router_aux * terms["router_aux"]
             yield share, loss, terms
 

@@ -31,6 +31,7 @@ from minibalora.data.glue import LabelledText, Task
 from minibalora.data.labelled import ClassRow
 from minibalora.evaluation import classify, records
 from minibalora.models.mixture import MixtureConfig
+from minibalora.models.t5 import AsText
 from minibalora.objective import Objective, entropy_share, lambdas, nlu_terms, weighted_sum
 from minibalora.run import run_folder, training
 from minibalora.run.flags import nlu_objective, parse_nlu_flags
@@ -69,9 +70,10 @@ def main() -> int:
         eval_sets = [replace(eval_set, examples=each) for eval_set, each in zip(eval_sets, asked, strict=True)]
     rows, cut = labelled.encode(examples, tok, args.max_length)
     eval_rows = [labelled.encode(eval_set.examples, tok, args.max_length)[0] for eval_set in eval_sets]
+    config = read_config(Path(args.model))
     sources = [args.data, *(eval_set.name for eval_set in eval_sets)]
     for source, found in zip(sources, [rows, *eval_rows], strict=True):
-        batches.check_fits(found, source, args.model, args.max_length)
+        batches.check_fits(found, source, config, args.max_length, args.model)
     settings = settings_of(args, objective, task, examples + eval_sets[0].examples)
     steps = training.steps_of_run(args, len(rows))
     resumed_step = run_folder.resumed_step(args, settings, steps)
@@ -80,7 +82,7 @@ def main() -> int:
     torch.manual_seed(args.seed)
     kind = ("lm", None) if args.as_text else ("classifier", classes)
     model = mb.load_model(args.model, *kind, torch.float32 if full else args.dtype, args.device)
-    if model.own_head and model.own_head[-1] not in model.new_modules:
+    if model.own_head and model.own_head[-1] not in model.checkpoint.new_modules:
         check_class_order(args.model, task)
 
     # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
@@ -95,15 +97,15 @@ def main() -> int:
     if args.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.name}, {len(eval_set.examples):,} rows" for eval_set in eval_sets]
-    if model.new_modules:
-        lines.append(f"no {' and no '.join(model.new_modules)} in the checkpoint: new, from seed {args.seed}")
+    if new := model.checkpoint.new_modules:
+        lines.append(f"no {' and no '.join(new)} in the checkpoint: new, from seed {args.seed}")
     amount = padded_amount(min(args.micro_batch_size, len(rows)), max(len(row.ids) for row in rows), args.as_text)
     hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
     memory = expected_memory(model, hardware, amount, None, args.batch_size > args.micro_batch_size)
     print_plan(args, model, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step the student is the pre-trained model, whatever the init.
-    logits = as_text.logits_of(model, words) if args.as_text else model
+    logits = AsText(model, words) if args.as_text else model
     answer = partial(classify.answers, model, batch_size=4 * args.batch_size, device=args.device, part=logits)
     judge = partial(scores, answer, task, eval_sets, eval_rows, args.batch_size)
     before = judge()
@@ -194,11 +196,11 @@ def fine_tuned_logits(args: Namespace, task: Task, classes: int, examples: list[
     if args.teacher == "pretrained":
         return None
     teacher = mb.load_model(args.teacher, "classifier", classes, args.dtype, args.device)
-    if teacher.new_modules:
-        raise InputError(f"--teacher {args.teacher}: has no trained {teacher.new_modules[0]}: give a fine-tuned model")
+    if new := teacher.checkpoint.new_modules:
+        raise InputError(f"--teacher {args.teacher}: has no trained {new[0]}: give a fine-tuned model")
     check_class_order(args.teacher, task)
     rows, _ = labelled.encode(examples, mb.load_tokenizer(args.teacher), args.max_length)
-    batches.check_fits(rows, args.data, args.teacher, args.max_length)
+    batches.check_fits(rows, args.data, teacher.config, args.max_length, args.teacher)
     return classify.answers(teacher, rows, 4 * args.batch_size, args.device)
 
 

@@ -21,13 +21,13 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from helpers import padded_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minibalora import regularizers as R
 from minibalora.base import cli
-from minibalora.data import batches
 from minibalora.objective import NLG_RECIPES, Objective, lambdas
 from minibalora.run import bench
 from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Step
@@ -100,7 +100,7 @@ def peft(loss_of: Callable[..., Tensor], objective: Objective | None, args: Name
 
     def step(index: int) -> float:
         batch = bench.rows_of_step(SHAPE.vocab_size, index, args.micro_batch_size)
-        ids, labels = batches.collate(batch, args.device)
+        ids, labels = padded_rows(batch, args.device)
         lengths = torch.tensor([len(row.ids) for row in batch], device=args.device)
         mask = (torch.arange(ids.shape[1], device=args.device) < lengths[:, None]).long()
         loss = loss_of(student, teacher, {"input_ids": ids, "attention_mask": mask, "labels": labels}, objective)

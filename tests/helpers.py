@@ -49,6 +49,27 @@ def headless(name: str, folder: Path) -> Path:
     return folder
 
 
+IGNORED = -100  # in labels: nothing is predicted there
+
+
+def padded_rows(rows: list, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """`Row`s as input_ids (B, T), padded on the right with 0, and labels (B, T): response ids, IGNORED elsewhere."""
+    width = max(len(row.ids) for row in rows)
+    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED)
+    for index, row in enumerate(rows):
+        ids = torch.as_tensor(row.ids).long()
+        input_ids[index, : len(ids)] = ids
+        labels[index, row.prompt_length : len(ids)] = ids[row.prompt_length :]
+    return input_ids.to(device), labels.to(device)
+
+
+def predicted_rows(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(M, d) states that predict a response token, and the tokens (M,): position t predicts token t + 1."""
+    counts = labels[:, 1:] != IGNORED
+    return states[:, :-1][counts], labels[:, 1:][counts]
+
+
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a − b‖ / ‖b‖."""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()

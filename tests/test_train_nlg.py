@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, distance, stretch
+from helpers import GOLDEN, distance, padded_rows, predicted_rows, stretch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora.base import cli
-from minibalora.data.batches import Row, collate, micro_batches
+from minibalora.data.batches import Row, micro_batches
 from minibalora.fused import FrozenHead
-from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, predicted_rows, weighted_sum
+from minibalora.objective import NLG_RECIPES, lambdas, nlg_terms, weighted_sum
 from minibalora.run import init_cache, run_folder, training
 from minibalora.run.cache import Cache
 from minibalora.toy import MODEL
@@ -86,7 +86,7 @@ def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, reci
     model, rows, objective = mb.adapt(mb.load_model(GOLDEN / name), rank=3), random_rows(7, 0), NLG_RECIPES[recipe]
     stretch(model)
     gradient, loss, terms = gradients_of_a_step(model, rows, 7, objective)
-    input_ids, labels = collate(rows, "cpu")
+    input_ids, labels = padded_rows(rows)
     with mb.pretrained(model):
         teacher, _ = predicted_rows(model(input_ids), labels)
     student, targets = predicted_rows(model(input_ids), labels)
@@ -110,7 +110,7 @@ def test_the_spectral_term_is_averaged_by_tokens():
 
 def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trains():
     model, rows = mb.adapt(mb.load_model(GOLDEN / "gemma"), rank=3), random_rows(6, 1)
-    input_ids, _ = collate(rows, "cpu")
+    input_ids, _ = padded_rows(rows)
     base = mb.load_model(GOLDEN / "gemma")(input_ids)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
     consistency = []

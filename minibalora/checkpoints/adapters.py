@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, write_json
 from minibalora.checkpoints.adapter_config import is_target, read_adapter_config, setting
-from minibalora.checkpoints.weights import is_stored_transposed, read, set_parameter
+from minibalora.checkpoints.weights import checkpoint_of, is_stored_transposed, read, set_parameter
 from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values, install
 from minibalora.models.mixture import Router
 
@@ -47,7 +47,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         part = model.get_submodule(module)
         kept = initial_values(part)
         for name, parameter in [(name, p) for name, p in part.named_parameters() if name not in kept]:
-            value = read(model.stored[f"{module}.{name}"], name) if parameter.is_meta else parameter
+            value = read(model.checkpoint.stored[f"{module}.{name}"], name) if parameter.is_meta else parameter
             tensors[f"{PREFIX}{module}.{name}"] = value.cpu().contiguous()
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,10 +63,12 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
     }
     ranks, alphas = ({name: shape[index] for name, shape in shapes.items()} for index in (0, 1))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    checkpoint = checkpoint_of(model)
+    language_model_task = "CAUSAL_LM" if checkpoint is None else checkpoint.family.peft_task
     return {
         "peft_type": "LORA",
-        "task_type": _task_type(model),
-        "base_model_name_or_path": str(Path(model.source).resolve()) if hasattr(model, "source") else None,
+        "task_type": language_model_task if getattr(model, "num_labels", None) is None else "SEQ_CLS",
+        "base_model_name_or_path": str(checkpoint.folder.resolve()) if checkpoint and checkpoint.folder else None,
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
@@ -81,12 +83,6 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
     }
-
-
-def _task_type(model: nn.Module) -> str:
-    if getattr(model, "num_labels", None) is not None:
-        return "SEQ_CLS"
-    return model.family.peft_task if hasattr(model, "family") else "CAUSAL_LM"
 
 
 def _target_modules(model: nn.Module) -> list[str]:
@@ -180,7 +176,8 @@ def _check_whole(model: nn.Module, adapter: Adapter) -> None:
             has = f"{list(parameters[name].shape)}" if name in parameters else "none"
             raise InputError(f"{adapter.file}: {name} has shape {list(value.shape)}, but the model has {has}: "
                              f"it is for another base or head{_base_of(adapter)}: give that one")  # fmt: skip
-    to_save = [*(config.get("modules_to_save") or ()), *getattr(model, "new_modules", ())]
+    checkpoint = checkpoint_of(model)
+    to_save = [*(config.get("modules_to_save") or ()), *(checkpoint.new_modules if checkpoint else ())]
     for name in parameters:
         if name not in adapter.whole and any(f".{module}." in f".{name}" for module in to_save):
             raise InputError(f"{adapter.file}: lacks {name}, which only an adapter has: save it with modules_to_save")

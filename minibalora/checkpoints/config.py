@@ -18,6 +18,7 @@ class Names:
 
     backbone: str  # of everything below the head, the prefix of its tensors
     head: str  # the classifier's own module
+    classes: str  # of its parameters the one with a row for each class
     pooler: str | None = None  # a module between backbone and head, which a file may lack as it may lack the head
     ignored: str = "$^"  # regular expression: buffers, and heads of other tasks
     transposed: str = "$^"  # stored as (in, out)

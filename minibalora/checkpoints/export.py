@@ -6,28 +6,33 @@ that is written, 5 GB.
 
 import argparse
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 from minibalora.base import cli
-from minibalora.base.files import new_folder
+from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
-from minibalora.checkpoints.weights import LAST_OF_HEAD, skeleton
-from minibalora.run.run_folder import recorded_settings
-from minibalora.run.training import truncate_adapter
+from minibalora.checkpoints.weights import skeleton
+from minibalora.truncate import truncate
 
 
 def main() -> int:
     args = parser().parse_args()
     adapter = read_adapter(args.adapter)
     is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
-    num_labels = next((adapter.whole[name].shape[0] for name in LAST_OF_HEAD if name in adapter.whole), None)
+    classes = adapter.whole.get(read_family(Path(args.model))[0].names.classes)
+    num_labels = None if classes is None else len(classes)
     model = skeleton(args.model, "classifier" if is_classifier else "lm", num_labels)
     put_adapter(model, adapter)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
-            truncate_adapter(model, args.adapter_rank)
+            lost = truncate(model, args.adapter_rank)
+            print(
+                f"adapter of at most rank {args.adapter_rank}: relative error {lost:.2e} of the change in the weights"
+            )
             save_adapter(model, folder)
         else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)

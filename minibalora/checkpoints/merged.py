@@ -32,11 +32,11 @@ def save_model(
 
     Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. Of a
     `weights.skeleton` each tensor is read when its turn comes, so that little more than a shard is ever in memory.
-    `model.source` is the folder that config and tokenizer are copied from. label_names: of a classifier's columns, for
+    `model.checkpoint.folder` is where config and tokenizer are copied from. label_names: of a classifier's columns, for
     its config (None: as in the source). progress wraps the list of shards, for instance `tqdm`.
     Raises InputError if `folder` holds other weight files or is the source.
     """
-    folder, source = Path(folder), Path(model.source)
+    folder, source = Path(folder), model.checkpoint.folder
     if folder.resolve() == source.resolve():
         raise InputError(f"{folder}: is the model's own folder, whose weights would be lost: give another one")
     tensors = _checkpoint_tensors(model)
@@ -79,7 +79,7 @@ def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str
     stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
     names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
     return {
-        "architectures": [f"{model.family.transformers}ForSequenceClassification"],
+        "architectures": [f"{model.checkpoint.family.transformers}ForSequenceClassification"],
         "problem_type": "regression" if count == 1 else "single_label_classification",
         "num_labels": count,
         "id2label": dict(enumerate(names)),
@@ -103,7 +103,7 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLine
 
 def _merged(model: nn.Module, name: str, parameter: Tensor, layer: LowRankLinear | None) -> Tensor:
     """The tensor as a checkpoint has it: W + ΔW, summed in float32 and rounded once to the dtype of W."""
-    W = read(model.stored[name], name) if parameter.is_meta else parameter
+    W = read(model.checkpoint.stored[name], name) if parameter.is_meta else parameter
     tensor = W if layer is None else (W.float() + layer.delta).to(W.dtype)
     return (tensor.T if is_stored_transposed(model, name) else tensor).detach().cpu().contiguous()
 

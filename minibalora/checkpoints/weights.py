@@ -8,7 +8,7 @@ one shard at a time. On a CPU, in the file's own dtype, weights stay mapped and 
 import hashlib
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,6 @@ from minibalora.base.files import read_json_object
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 
-LAST_OF_HEAD = (  # one row a class
-    "score.weight",
-    "classifier.weight",
-    "classifier.out_proj.weight",
-    "classification_head.out_proj.weight",
-)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
@@ -43,22 +37,22 @@ def load_model(
 
     head "lm": model(input_ids) -> logits (B, T, V); a T5 is asked model(input_ids, attention_mask, decoder_input_ids).
     "classifier": (B, num_labels); None means as many as the stored head has, or 2. A head that the file lacks is drawn
-    from torch's generator: `model.new_modules` names it, and `model.own_head` what `adapt` is to leave trainable.
-    `model.source` is the folder. Raises InputError, naming file and tensor, for anything missing, superfluous,
-    misshapen, not finite, or not implemented.
+    from torch's generator: `model.checkpoint.new_modules` names it, and `model.own_head` what `adapt` leaves trainable.
+    Raises InputError, which names file and tensor, for anything missing, superfluous, misshapen, not finite, or not
+    implemented.
     """
     model = skeleton(path, head, num_labels)
-    for name, stored in model.stored.items():
+    for name, stored in model.checkpoint.stored.items():
         set_parameter(model, name, nn.Parameter(read(stored, name, dtype, device)))
-    for name in model.new_modules:
+    for name in model.checkpoint.new_modules:
         _draw(model.get_submodule(name), model.config.initializer_range, dtype, device)
     return model
 
 
 def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) -> nn.Module:
-    """The model of `load_model` before its numbers are read, all shapes checked against the files.
+    """The model of `load_model` before its numbers are read; all shapes are checked against the files.
 
-    Parameters are on the meta device, in the dtype that the file has; `model.stored` says where each of them is.
+    Parameters are on the meta device, in the dtype of the file; `model.checkpoint.stored` says where each of them is.
     """
     folder = Path(path)
     if head not in ("lm", "classifier") or (head == "lm" and num_labels is not None):
@@ -66,32 +60,32 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
     if num_labels is not None and num_labels < 1:
         raise InputError(f"num_labels is {num_labels}: give at least 1 (1 is regression)")
     family, config = read_family(folder)
+    names = family.names
     if head == "lm" and not family.has_language_model:
         raise InputError(f"{folder}: {family.transformers} is an encoder, which has no language model here: "
                          "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
     _check_amount(folder, config, len(stored))
     if head == "classifier" and num_labels is None:
-        shapes = (stored[name].shape for name in LAST_OF_HEAD if name in stored)
-        num_labels = next((shape[0] for shape in shapes if shape), 2)
+        shape = stored[names.classes].shape if names.classes in stored else ()
+        num_labels = shape[0] if shape else 2
     model = empty_model(family, config, num_labels)
-    names = family.names
     stored = by_our_names(stored, model)
     embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
     if copies and embedding not in stored:  # as programs write it that leave out what is there twice
         stored[embedding] = stored[copies[0]]
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
-    model.new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
-    model.own_head = [part for part in parts if part == names.head or part in model.new_modules]
-    check_tensors(folder, model, stored)
+    new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
+    model.own_head = [part for part in parts if part == names.head or part in new_modules]
+    check_tensors(folder, model, stored, new_modules)
     for name in copies:
         _check_copy(stored[embedding], stored[name], name, "download the weights again")
     if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_copy(stored[embedding], stored["lm_head.weight"], "lm_head.weight", "set tie_word_embeddings to false")
 
-    model.source = folder
-    model.stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
-    for name, tensor in model.stored.items():
+    stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
+    model.checkpoint = Checkpoint(folder, family, stored, new_modules)
+    for name, tensor in stored.items():
         empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         set_parameter(model, name, nn.Parameter(empty))
     return model.eval()
@@ -111,10 +105,10 @@ def layers_and_experts(config: object) -> tuple[int, int]:
 
 
 def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Module:
-    """The model of a configuration on the meta device: shapes without numbers. `model.family` is its family."""
+    """The model of a configuration on the meta device: shapes without numbers, and a checkpoint without a folder."""
     with torch.device("meta"), _NoInitialValues():
         model = family.build(config, num_labels)
-    model.family = family
+    model.checkpoint = Checkpoint(None, family)
     return model
 
 
@@ -134,6 +128,22 @@ class StoredTensor:
     dtype: str
     shape: tuple[int, ...]  # as the model has it
     is_transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`model.checkpoint`: what a model is read from."""
+
+    folder: Path | None  # of config.json and tokenizer; None: the model is not read from files
+    family: Family
+    stored: dict[str, StoredTensor] = field(default_factory=dict)  # by the name of the model's parameter
+    new_modules: list[str] = field(default_factory=list)  # parts of the classifier that the files lack
+
+
+def checkpoint_of(model: nn.Module) -> Checkpoint | None:
+    """None of a model that somebody else built."""
+    found = getattr(model, "checkpoint", None)
+    return found if isinstance(found, Checkpoint) else None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -187,7 +197,7 @@ def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str,
     Files of a backbone alone leave its prefix out; old ones call LayerNorm's weight gamma and its bias beta, as
     TensorFlow does; GPT-2 stores its linears transposed.
     """
-    expected, names = dict(model.named_parameters()), model.family.names
+    expected, names = dict(model.named_parameters()), model.checkpoint.family.names
     is_bare = hasattr(model, names.backbone) and not any(name.startswith(f"{names.backbone}.") for name in stored)
     ours = {}
     for name, tensor in stored.items():
@@ -200,14 +210,14 @@ def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str,
     return ours
 
 
-def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor], new_modules: list[str]) -> None:
     """Every name and shape against the model that config.json describes; InputError names the first that differ."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    new = tuple(f"{module}." for module in model.new_modules)
+    new = tuple(f"{module}." for module in new_modules)
     if missing := {name for name in expected.keys() - stored.keys() if not name.startswith(new)}:
         files = ", ".join(sorted({tensor.file.name for tensor in stored.values()}))
         raise InputError(f"{folder}: {files or 'no file'} lacks {_some(missing)}: download the weights again")
-    names = model.family.names
+    names = model.checkpoint.family.names
     for name, tensor in stored.items():
         if name in expected and tensor.dtype not in DTYPES:
             known = ", ".join(DTYPES)
@@ -225,8 +235,8 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
 
 def is_stored_transposed(model: nn.Module, name: str) -> bool:
     """Whether checkpoints of this model hold the tensor as (in, out), as GPT-2's Conv1D does."""
-    family = getattr(model, "family", None)  # none has a model that is not read from a checkpoint
-    return family is not None and re.fullmatch(family.names.transposed, name) is not None
+    checkpoint = checkpoint_of(model)
+    return checkpoint is not None and re.fullmatch(checkpoint.family.names.transposed, name) is not None
 
 
 def read(

@@ -2,14 +2,10 @@
 
 Questions and answers are those that T5 was trained on (arXiv 1910.10683, appendix D). What counts is the first token of
 each class's word, as LoRA-GA measures it (arXiv 2407.05000, section 4.1): D logits of the language model's own head, so
-that no head is new, and the pre-trained model has an opinion from which consistency can keep the student near.
+that no head is new, and the pre-trained model has an opinion that consistency can keep the student near.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
@@ -50,8 +46,3 @@ def first_tokens(task: Task, tok: Tokenizer) -> list[int]:
         twins = ", ".join(repr(word) for word in words if word not in first.values() or word == first.get(()))
         raise InputError(f"--as-text: {twins} has no first token or another class's: rename the classes")
     return [ids[0] for ids in first]
-
-
-def logits_of(model: nn.Module, tokens: list[int]) -> Callable[[Tensor, Tensor], Tensor]:
-    """(input_ids, attention_mask) -> logits (B, D) of these tokens as the first of an answer."""
-    return lambda *inputs: F.linear(model.features(*inputs), model.head_weight[tokens])

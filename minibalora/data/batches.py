@@ -2,14 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minibalora.base.errors import InputError
-from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import Tokenizer
 
 
@@ -107,34 +105,29 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def check_fits(rows: list, source: str | None, model: str, max_length: int) -> None:
-    """InputError if rows of the file `source` have tokens, or --max-length asks for positions, that `model` has not."""
-    config = read_config(Path(model))
+def check_fits(rows: list, source: str | None, config: object, max_length: int, model: str = "the model") -> None:
+    """InputError if --max-length asks for positions, or a row of the file `source` has tokens, that the model has not.
+
+    config: the model's configuration; model: its name in the messages.
+    """
     limit = config.max_position_embeddings
     if limit is not None and max_length > limit:
         raise InputError(f"--max-length {max_length}: {model} has {limit} positions: give at most {limit}")
     for row in rows:
-        where = f"{source or 'built-in data'}, line {row.line}"
-        if len(row.ids) == 0:
-            raise InputError(f"{where}: the text has no tokens: leave it out")
-        if row.ids.max() >= config.vocab_size:
-            which = f"token {row.ids.max()}, but the model has {config.vocab_size} tokens"
-            raise InputError(f"{model}: its tokenizer gives {which} ({where}): they do not belong together")
-        if limit is not None and len(row.ids) > limit:
-            raise InputError(f"{where}: {len(row.ids)} tokens, but the model has {limit} positions: leave it out")
+        check_ids(row.ids, f"{source or 'built-in data'}, line {row.line}", config, model=model)
 
 
-def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0) -> None:
-    """InputError if there are no ids, one beyond the model's vocabulary, or too many for its positions.
+def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0, model: str = "the model") -> None:
+    """InputError that begins with `where` unless there are tokens, all in the vocabulary, and `room` for so many more.
 
-    where: names the text in the error, as "file, line 7". room: how many positions must stay free, for an answer.
+    config: the model's configuration; model: its name in the messages.
     """
-    vocabulary, context = config.vocab_size, config.max_position_embeddings
     if len(ids) == 0:
         raise InputError(f"{where} has no tokens: write something, or leave it out")
-    if (highest := np.max(ids)) >= vocabulary:
-        which = f"token {highest}, but the model has {vocabulary} tokens"
+    if (highest := np.max(ids)) >= config.vocab_size:
+        which = f"token {highest}, but {model} has {config.vocab_size} tokens"
         raise InputError(f"{where}: the tokenizer gives {which}: they do not belong together")
-    if context is not None and len(ids) > context - room:
-        positions = f"{context} positions" + (f" and needs {room} for its answer" if room else "")
-        raise InputError(f"{where} has {len(ids)} tokens, but the model has {positions}: shorten it, or leave it out")
+    limit = config.max_position_embeddings
+    if limit is not None and len(ids) > limit - room:
+        positions = f"{limit} positions" + (f" and needs {room} for its answer" if room else "")
+        raise InputError(f"{where} has {len(ids)} tokens, but {model} has {positions}: shorten it, or leave it out")

@@ -20,6 +20,8 @@ class ClassRow:
     index: int
     line: int
 
+    predicted = 1  # what a step's mean counts of it, as `Row.predicted`
+
 
 def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tuple[list[ClassRow], int]:
     """The examples' rows, in order, and how many of them were cut to max_length tokens."""

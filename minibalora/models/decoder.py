@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """What every causal language model shares: a head on a backbone, attention, rows without padding, a cache.
 
 A backbone is one family's blocks (`llama.py`, `gpt2.py`, `mixture.py`): a module that takes ids, their positions and a
@@ -11,6 +12,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick visible".split()
 
 # (layer, q, k, v, dropout) -> what each query found among the keys that it may see; shapes as in `attention`.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -38,8 +41,8 @@ class Decoder(nn.Module):
     """input_ids (B, T) -> logits: (B, T, V) of a language model, (B, num_labels) of a classifier."""
 
     def __init__(self, config: DecoderConfig, backbone: nn.Module, prefix: str, num_labels: int | None = None):
-        """backbone: (ids (B, T), positions (1 or B, T), attend, wanted) -> states, with an `embedding`; prefix: its
-        name in checkpoints."""
+        """backbone: (ids (B, T), positions (1 or B, T), attend, wanted) -> states, with an `embedding` and `blocks`;
+        prefix: its name in checkpoints."""
         super().__init__()
         self.config, self.prefix, self.num_labels = config, prefix, num_labels
         self.add_module(prefix, backbone)
@@ -55,6 +58,11 @@ class Decoder(nn.Module):
     @property
     def embedding(self) -> nn.Embedding:
         return self.backbone.embedding
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        """The backbone's blocks, in one list."""
+        return [self.backbone.blocks]
 
     @property
     def head_weight(self) -> Tensor:

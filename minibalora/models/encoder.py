@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """Bidirectional transformers as classifiers: BERT, RoBERTa and DeBERTa-v2/v3.
 
 Post-norm blocks, x = LayerNorm(x + f(x)), of full self-attention and an MLP. BERT adds learned positions and token
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+__all__ = "BertClassifier DebertaClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
 
 @dataclass(frozen=True)
@@ -145,33 +148,6 @@ class Bert(nn.Module):
         return x
 
 
-class BertClassifier(nn.Module):
-    """input_ids (B, T) -> logits (B, num_labels): dense, tanh and a linear on the state of [CLS], the first token."""
-
-    def __init__(self, config: EncoderConfig, num_labels: int):
-        super().__init__()
-        self.config, self.num_labels = config, num_labels
-        self.bert = Bert(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
-    ) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text."""
-        return self.head(self.features(input_ids, attention_mask, token_types))
-
-    def features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The last hidden state (B, d) of the token that the head reads."""
-        return self.bert(input_ids, attention_mask, token_types)[:, 0]
-
-    def head(self, features: Tensor) -> Tensor:
-        x = torch.tanh(in_dtype_of(self.bert.pooler["dense"], features))
-        return in_dtype_of(self.classifier, self.dropout(x))
-
-
 class RobertaHead(nn.Module):
     """config needs hidden_size and classifier_dropout alone."""
 
@@ -186,25 +162,47 @@ class RobertaHead(nn.Module):
         return self.out_proj(self.dropout(x))
 
 
-class RobertaClassifier(nn.Module):
-    """input_ids (B, T) -> logits (B, num_labels): dense, tanh and a linear on the state of <s>, the first token."""
+class BertClassifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels), from the state of the first token, [CLS] or <s>.
 
-    def __init__(self, config: EncoderConfig, num_labels: int):
+    BERT's head is its pooler, which is dense and tanh, and a linear; RoBERTa's is a `RobertaHead`.
+    """
+
+    def __init__(self, config: EncoderConfig, num_labels: int, prefix: str):
+        """prefix: the name of what is below the head, in checkpoints."""
         super().__init__()
-        self.config, self.num_labels = config, num_labels
-        self.roberta = Bert(config)
-        self.classifier = RobertaHead(config, num_labels)
+        self.config, self.num_labels, self.prefix = config, num_labels, prefix
+        self.add_module(prefix, Bert(config))
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        has_pooler = config.has_pooler
+        self.classifier = nn.Linear(config.hidden_size, num_labels) if has_pooler else RobertaHead(config, num_labels)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only. RoBERTa has no token types."""
-        return self.head(self.features(input_ids, attention_mask))
+    @property
+    def backbone(self) -> Bert:
+        return getattr(self, self.prefix)
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        return [self.backbone.encoder["layer"]]
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text,
+        which RoBERTa does not tell apart."""
+        return self.head(self.features(input_ids, attention_mask, token_types))
+
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
         """The last hidden state (B, d) of the token that the head reads."""
-        return self.roberta(input_ids, attention_mask, token_types=None)[:, 0]
+        return self.backbone(input_ids, attention_mask, token_types)[:, 0]
 
     def head(self, features: Tensor) -> Tensor:
-        return self.classifier(features)
+        if not self.config.has_pooler:
+            return self.classifier(features)
+        x = torch.tanh(in_dtype_of(self.backbone.pooler["dense"], features))
+        return in_dtype_of(self.classifier, self.dropout(x))
 
 
 # DeBERTa
@@ -309,6 +307,10 @@ class DebertaClassifier(nn.Module):
         self.pooler_dropout = nn.Dropout(config.pooler_dropout)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, num_labels)
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        return [self.deberta.encoder.layer]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """attention_mask (B, T): 1 = real token, right padding only. DeBERTa has no token types."""

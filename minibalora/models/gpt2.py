@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """GPT-2: pre-norm blocks with learned positions, LayerNorms and a plain MLP; checkpoints store linears transposed.
 
 Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .decoder import Attend, Decoder, pick
+
+__all__ = ["GPT2Config", "gpt2"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class GPT2Config:
 
 
 class Attention(nn.Module):
+    can_compile = False  # rows of another length would compile it anew
+
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
         self.head_dim, self.index, self.dropout = config.head_dim, index, config.attention_dropout
@@ -100,6 +105,10 @@ class Backbone(nn.Module):
     @property
     def embedding(self) -> nn.Embedding:
         return self.wte
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.h
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         x = self.drop(self.wte(input_ids) + self.wpe(positions))

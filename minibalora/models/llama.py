@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """LLaMA 1 to 3.3, Yi, Mistral, Gemma 1 and 2, Qwen 1.5 to 3: one model with several settings.
 
 Pre-norm blocks of causal self-attention with rotary positions, and a gated MLP. Modules are named as in Hugging Face
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .decoder import Attend, Decoder, pick
+
+__all__ = "MLP Attention Backbone Block LlamaConfig RMSNorm llama swiglu".split()
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,8 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
+    can_compile = False  # rows of another length would compile it anew
+
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
         d, self.head_dim, self.index, self.query_scale = config.hidden_size, config.head_dim, index, config.query_scale
@@ -107,12 +112,17 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)
         if self.activation == "silu":
-            return self.down_proj(_SwiGLU.apply(gate, up))
+            return self.down_proj(swiglu(gate, up))
         return self.down_proj(F.gelu(gate, approximate="tanh") * up)
 
 
-class _SwiGLU(torch.autograd.Function):
-    """silu(g) · u with silu(g) = g σ(g), keeping g and u alone: autograd would keep silu(g), too.
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) · up, of the same shape (arXiv 2002.05202); the backward pass keeps gate and up alone."""
+    return SwiGLU.apply(gate, up)
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(g) · u with silu(g) = g σ(g). Autograd would keep silu(g), too; here it is computed once more.
 
     d/dg silu(g) = σ(g) (1 + g (1 − σ(g))).
     """
@@ -176,6 +186,10 @@ class Backbone(nn.Module):
     @property
     def embedding(self) -> nn.Embedding:
         return self.embed_tokens
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.layers
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
         """Ids (B, T) at positions (1 or B, T) -> states (B, T, d), of the tokens `wanted` only, where given."""

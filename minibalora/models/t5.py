@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """T5, T5 v1.1 and Flan-T5: an encoder reads the prompt, and a decoder that looks at what it found writes the answer.
 
 Pre-norm blocks without biases; attention adds a learned number for the distance of two tokens to their score, which is
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from .decoder import last_states
 from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
+
+__all__ = ["AsText", "T5", "T5Classifier", "T5Config", "t5"]
 
 # (layer, q, k, v, dropout) -> what each query found, (B, heads, T, head_dim) as q; k and v None: those of a cache.
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None, float], Tensor]
@@ -53,6 +56,8 @@ class T5Config:
 
 
 class Attention(nn.Module):
+    can_compile = False  # rows of another length would compile it anew
+
     def __init__(self, config: T5Config, index: int, has_relative_bias: bool):
         super().__init__()
         d, width = config.hidden_size, config.num_attention_heads * config.head_dim
@@ -101,16 +106,15 @@ class Block(nn.Module):
         if is_decoder:
             parts["EncDecAttention"] = Attention(config, index, has_relative_bias=False)
         parts["DenseReluDense"] = FeedForward(config)
-        # Not a ModuleList, for in such a list our models have their blocks and nothing else.
-        self.layer = nn.ModuleDict()
-        for number, (name, part) in enumerate(parts.items()):
+        self.layer = nn.ModuleList()
+        for name, part in parts.items():
             norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, 0.0)
-            self.layer[str(number)] = nn.ModuleDict({name: part, "layer_norm": norm})
+            self.layer.append(nn.ModuleDict({name: part, "layer_norm": norm}))
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, attend: Attend, memory: Tensor | None = None, cross: Attend | None = None) -> Tensor:
         """(B, T, d) -> (B, T, d); memory (B, S, d): the encoder's states, or None where `cross` has them in a cache."""
-        own, *between, mlp = self.layer.values()
+        own, *between, mlp = self.layer
         y = own["layer_norm"](x)
         x = x + self.dropout(own["SelfAttention"](y, y, attend))
         for layer in between:
@@ -138,7 +142,7 @@ class Stack(nn.Module):
     def bias(self, length: int, first: int = 0) -> Tensor:
         """What is added to the scores of the tokens first to length − 1 for all tokens, (1, heads, length − first,
         length): the number learned for their distance, −inf for those that a decoder may not see."""
-        learned = self.block[0].layer["0"]["SelfAttention"].relative_attention_bias  # shared by all blocks
+        learned = self.block[0].layer[0]["SelfAttention"].relative_attention_bias  # shared by all blocks
         positions = torch.arange(length, device=learned.weight.device)
         distance = positions - positions[first:, None]
         sizes = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
@@ -191,6 +195,10 @@ class Backbone(nn.Module):
         self.shared = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoder = Stack(config, config.num_layers, is_decoder=False)
         self.decoder = Stack(config, config.num_decoder_layers, is_decoder=True)
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        return [self.encoder.block, self.decoder.block]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
         """The decoder's states (B, T', d) at decoder_input_ids (B, T') where the encoder reads input_ids (B, T).
@@ -315,6 +323,40 @@ class Cache:
         return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
 
 
+class AsText(nn.Module):
+    """A T5 that answers with a class's word, behind a classifier's interface: input_ids (B, T) -> logits (B, D).
+
+    The logits are the language model's for the first token of an answer, of D tokens alone. No head is new. `t5` is the
+    model to adapt, train and save: here its tensors have "t5." before their names.
+    """
+
+    def __init__(self, t5: T5, tokens: list[int]):
+        """tokens: for each class the token that its answer begins with."""
+        super().__init__()
+        self.config, self.num_labels = t5.config, len(tokens)
+        self.t5, self.tokens, self.own_head = t5, tokens, []
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        return self.t5.stacks
+
+    @property
+    def checkpoint(self) -> object:
+        """What `t5` was loaded from; None where it was not."""
+        return getattr(self.t5, "checkpoint", None)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only."""
+        return self.head(self.features(input_ids, attention_mask))
+
+    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The decoder's first state (B, d), see `T5.features`."""
+        return self.t5.features(input_ids, attention_mask)
+
+    def head(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.t5.head_weight[self.tokens])
+
+
 class T5Classifier(nn.Module):
     """input_ids (B, T) -> logits (B, num_labels), as transformers' T5ForSequenceClassification.
 
@@ -331,6 +373,10 @@ class T5Classifier(nn.Module):
     @property
     def embedding(self) -> nn.Embedding:
         return self.transformer.shared
+
+    @property
+    def stacks(self) -> list[nn.ModuleList]:
+        return self.transformer.stacks
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """attention_mask (B, T): 1 = real token, right padding only."""

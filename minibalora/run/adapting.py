@@ -87,7 +87,7 @@ def deal_factors(
         torch.manual_seed(seed + index)
         stored = f"{name}.weight"
         is_there = not layer.W.is_meta
-        W = layer.W if is_there else read(model.stored[stored], stored, hardware.dtype, hardware.device)
+        W = layer.W if is_there else read(model.checkpoint.stored[stored], stored, hardware.dtype, hardware.device)
         A, B = first_factors(W, adaptation, hardware.device)
         layer.A.copy_(A)
         layer.B.copy_(B)

@@ -7,7 +7,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from minibalora.models import blocks_of
-from minibalora.models.mixture import Mixture
 from minibalora.run.settings import Hardware
 
 
@@ -32,16 +31,16 @@ def checkpoint_blocks(model: nn.Module) -> None:
 def compile_blocks(model: nn.Module) -> None:
     """torch.compile what takes tokens one by one, each block's norms and MLP: once for rows of any length.
 
-    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. A
-    mixture would be, whenever other experts have no token or one (half a minute for 5 tiny ones): it stays as it is.
+    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. So
+    attention and mixtures of experts, whose shapes change, stay as they are (`can_compile`).
     """
     for block in blocks_of(model):
-        for name, part in parts_of(block):
-            if not name.endswith(("attn", "Attention")) and not isinstance(part, Mixture):
+        for part in parts_of(block):
+            if getattr(part, "can_compile", True):
                 part.compile(dynamic=True)
 
 
-def parts_of(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(name, module) of what a block calls: of a ModuleDict, which is never called, what stands in it."""
-    for name, part in block.named_children():
-        yield from parts_of(part) if isinstance(part, nn.ModuleDict) else [(name, part)]
+def parts_of(block: nn.Module) -> Iterator[nn.Module]:
+    """What a block calls: of a list or dict of modules, which is never called, what stands in it."""
+    for part in block.children():
+        yield from parts_of(part) if isinstance(part, nn.ModuleList | nn.ModuleDict) else [part]

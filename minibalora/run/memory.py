@@ -20,7 +20,7 @@ from torch import nn
 from minibalora.data.batches import Packed
 from minibalora.fused import BLOCK, ROOT_ROWS, FrozenHead
 from minibalora.lowrank import LowRankLinear, adapted_layers
-from minibalora.models import blocks_of, stacks_of
+from minibalora.models import blocks_of
 from minibalora.objective import Objective, head_of
 from minibalora.run.settings import Hardware
 
@@ -126,7 +126,7 @@ def activations(step: Step, model: nn.Module, amount: Amount, is_checkpointed: b
 
 def stacks(model: nn.Module, amount: Amount) -> list[tuple[list[nn.Module], Amount]]:
     """A model's lists of blocks, each with what goes through it. T5's encoder takes prompts, its decoder answers."""
-    lists = [list(stack) for stack in stacks_of(model)]
+    lists = [list(stack) for stack in model.stacks]
     if len(lists) == 1 or amount.wanted == amount.seen:  # a classifier's decoder reads all that its encoder reads
         return [(blocks, amount) for blocks in lists]
     answer = amount.wanted / amount.seen

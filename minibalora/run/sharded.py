@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from minibalora.base import distributed
 from minibalora.checkpoints.weights import read, set_parameter
-from minibalora.models import LanguageModel
+from minibalora.models import LanguageModel, blocks_of
 
 
 def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device) -> None:
@@ -22,17 +22,16 @@ def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device)
     Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
-    for stack in list(model.modules()):  # of blocks: a decoder has one, T5 two
-        blocks = [block for child in stack.children() if isinstance(child, nn.ModuleList) for block in child]
-        for block in blocks:
-            fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
-        if blocks:
-            # What is above them has nothing sharded: it lets a block be gathered while the one before computes.
-            rest = {p for p in stack.parameters() if not isinstance(p, DTensor)}
-            fully_shard(stack, mesh=mesh, ignored_params=rest)
+    for block in blocks_of(model):
+        fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
+    for owner in list(model.modules()):
+        if any(child is stack for child in owner.children() for stack in model.stacks):
+            # It has nothing sharded of its own: it lets a block be gathered while the one before computes.
+            rest = {p for p in owner.parameters() if not isinstance(p, DTensor)}
+            fully_shard(owner, mesh=mesh, ignored_params=rest)
 
     for name, parameter in list(model.named_parameters()):
-        stored = model.stored.get(stored_name(name))
+        stored = model.checkpoint.stored.get(stored_name(name))
         if isinstance(parameter, DTensor):
             rows = read(stored, name, dtype, device, own_rows(len(parameter)))
             shard = DTensor.from_local(

@@ -18,9 +18,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import nn
 from tqdm import tqdm
 
-from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.batches import Row, encode_examples, pack, rows_of_step
 from minibalora.data.prompts import example_from
 from minibalora.evaluation.perplexity import whole_text
@@ -29,7 +30,7 @@ from minibalora.models.llama import llama
 from minibalora.toy import MODEL
 from minibalora.toy.problems import flawed_problems
 
-CONFIG = read_config(MODEL)
+FAMILY, CONFIG = read_family(MODEL)
 CORPUS_ROWS, CORPUS_SEED = 200_000, 0
 BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
 
@@ -57,7 +58,7 @@ def new_model(folder: Path, seed: int) -> Decoder:
         if isinstance(module, nn.Linear | nn.Embedding):
             ends_block = name.endswith(("o_proj", "down_proj"))
             nn.init.normal_(module.weight, std=0.02 / (math.sqrt(2 * len(model.model.layers)) if ends_block else 1))
-    model.source = folder
+    model.checkpoint = Checkpoint(folder, FAMILY)
     return model
 
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
-from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
+from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.glue import LabelledText
 from minibalora.data.labelled import ClassRow, encode, padded
 from minibalora.models.encoder import Bert
@@ -26,7 +27,7 @@ from minibalora.toy import BERT
 from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, parse_flags, train
 from minibalora.toy.reviews import corpus
 
-CONFIG = read_config(BERT)
+CONFIG = read_family(BERT)[1]
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 CLS, SEP, MASK = 2, 3, 4  # their places among the specials
 LEARNING_RATE = 1e-3
@@ -37,7 +38,8 @@ class MaskedLM(nn.Module):
 
     def __init__(self, folder: Path):
         super().__init__()
-        self.source, self.config = folder, read_config(folder)
+        family, self.config = read_family(folder)
+        self.checkpoint = Checkpoint(folder, family)
         self.bert = Bert(self.config)
         del self.bert.pooler
         for module in self.modules():

@@ -59,7 +59,7 @@ def test_a_file_in_any_dtype_loads_as_any_dtype(copy, stored, dtype):
 
 def test_a_loaded_model_is_in_eval_mode_and_knows_its_folder():
     model = mb.load_model(GOLDEN / "gemma")
-    assert not any(module.training for module in model.modules()) and model.source == GOLDEN / "gemma"
+    assert not any(module.training for module in model.modules()) and model.checkpoint.folder == GOLDEN / "gemma"
 
 
 @torch.no_grad()

@@ -6,8 +6,9 @@ from helpers import GOLDEN, golden_example
 
 import minibalora as mb
 from minibalora.checkpoints.tokenizer import Tokenizer
-from minibalora.data.as_text import first_tokens, logits_of, questions, words_of
+from minibalora.data.as_text import first_tokens, questions, words_of
 from minibalora.data.glue import TASKS, LabelledText, Task
+from minibalora.models.t5 import AsText
 from minibalora.toy import MODEL
 
 # arXiv 1910.10683, appendix D
@@ -66,4 +67,8 @@ def test_logits_are_the_language_models_for_the_first_token(name):
     model, tokens = mb.load_model(GOLDEN / name), [7, 3, 50]
     start = torch.full((len(ids), 1), model.config.decoder_start_token_id)
     expected = model(ids, mask, start)[:, 0, tokens]
-    assert torch.allclose(logits_of(model, tokens)(ids, mask), expected, atol=1e-6)
+    asked = AsText(model, tokens)
+    assert torch.allclose(asked(ids, mask), expected, atol=1e-6)
+    assert torch.equal(asked.head(asked.features(ids, mask)), asked(ids, mask))
+    assert (asked.num_labels, asked.config, asked.own_head) == (3, model.config, [])
+    assert asked.t5 is model and asked.checkpoint is model.checkpoint

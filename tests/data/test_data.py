@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minibalora as mb
+from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import (
     Row,
     check_fits,
-    collate,
+    check_ids,
     encode_examples,
     micro_batches,
     pack,
@@ -23,7 +24,6 @@ from minibalora.data.batches import (
     steps_per_epoch,
 )
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, Example, example_from, examples_digest, read_examples
-from minibalora.objective import IGNORED, predicted_rows
 from minibalora.toy import MODEL
 
 ROW = {"query": "What is 2 + 3?", "response": "The answer is: 5"}
@@ -200,15 +200,27 @@ def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
 
 def test_a_text_without_tokens_is_refused(refuses):
     row = Row(np.array([], dtype=np.int32), 0, 7)
-    refuses(lambda: check_fits([row], "file.tsv", str(GOLDEN / "gpt2"), 20), "file.tsv, line 7", "no tokens")
+    refuses(lambda: check_fits([row], "file.tsv", read_config(GOLDEN / "gpt2"), 20), "file.tsv, line 7", "no tokens")
 
 
 @pytest.mark.parametrize(("name", "positions"), [("gpt2", 40), ("llama2", 2048)])
 def test_what_is_beyond_the_context_is_refused(refuses, name, positions):
-    model, ids = str(GOLDEN / name), np.full(positions + 1, 5, dtype=np.int32)
-    check_fits([Row(ids[1:], 1, 7)], "file", model, positions)
-    refuses(lambda: check_fits([], "file", model, positions + 1), "--max-length", f"{positions} positions")
-    refuses(lambda: check_fits([Row(ids, 1, 7)], "file", model, 9), "file, line 7", f"{positions} positions")
+    config, ids = read_config(GOLDEN / name), np.full(positions + 1, 5, dtype=np.int32)
+    check_fits([Row(ids[1:], 1, 7)], "file", config, positions)
+    refuses(lambda: check_fits([], "file", config, positions + 1, "m"), "--max-length", f"m has {positions} positions")
+    refuses(
+        lambda: check_fits([Row(ids, 1, 7)], "file", config, 9, "m"), "file, line 7", f"m has {positions} positions"
+    )
+    check_ids(ids[2:], "a prompt", config, room=1)
+    refuses(
+        lambda: check_ids(ids[1:], "a prompt", config, room=1), f"a prompt has {positions} tokens", "for its answer"
+    )
+
+
+def test_a_token_beyond_the_vocabulary_is_refused(refuses):
+    config = read_config(GOLDEN / "gpt2")
+    check_ids([60], "a prompt", config)
+    refuses(lambda: check_ids([2, 61], "a prompt", config, model="m"), "a prompt", "token 61", "m has 61 tokens")
 
 
 def test_the_digest_is_of_what_is_learned_from():
@@ -295,26 +307,6 @@ def test_micro_batches_are_a_partition_sorted_by_length(lengths, size):
     assert [[row.line for row in batch] for batch in micro_batches(rows[::-1], size)] == [
         [row.line for row in batch] for batch in batches
     ]
-
-
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=6))
-def test_collate_pads_on_the_right_and_labels_exactly_the_response(parts):
-    rows = [row_of(prompt + response, prompt) for prompt, response in parts]
-    input_ids, labels = collate(rows, "cpu")
-    assert input_ids.dtype == labels.dtype == torch.int64
-    assert input_ids.shape == labels.shape == (len(rows), max(prompt + response for prompt, response in parts))
-    for (prompt, response), row, ids, label in zip(parts, rows, input_ids.tolist(), labels.tolist(), strict=True):
-        padding = len(ids) - prompt - response
-        assert ids == row.ids.tolist() + [0] * padding
-        assert label == [IGNORED] * prompt + row.ids[prompt:].tolist() + [IGNORED] * padding
-
-
-def test_the_predicted_tokens_are_those_of_the_response():
-    rows = [row_of(7, 3), row_of(4, 3), row_of(5, 1)]
-    input_ids, labels = collate(rows, "cpu")
-    states, targets = predicted_rows(input_ids[..., None].float(), labels)
-    assert targets.tolist() == [103, 104, 105, 106, 103, 101, 102, 103, 104]
-    assert states[:, 0].tolist() == [target - 1 for target in targets.tolist()]  # the position before
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 9))

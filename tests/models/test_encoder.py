@@ -117,7 +117,7 @@ def test_a_checkpoint_with_another_head_or_none_gives_its_backbone(name, is_bare
         del tensors["embeddings.position_ids" if is_bare else f"{backbone}.embeddings.position_ids"]
     save_file(tensors, folder / "model.safetensors")
     model = mb.load_model(folder, head="classifier", num_labels=2)
-    assert model.new_modules == model.own_head and len(model.new_modules) >= 1
+    assert model.checkpoint.new_modules == model.own_head and len(model.checkpoint.new_modules) >= 1
     ids, mask, *types, _ = golden_example(name)
     assert torch.equal(model.features(ids, mask, *types), classifier(name).features(ids, mask, *types))
 
@@ -143,7 +143,7 @@ def test_a_missing_head_is_new_from_the_seed(name, tmp_path):
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
         model = mb.load_model(folder, head="classifier", num_labels=5)
-        heads.append([p for part in model.new_modules for p in model.get_submodule(part).parameters()])
+        heads.append([p for part in model.checkpoint.new_modules for p in model.get_submodule(part).parameters()])
     assert model(torch.tensor([[5, 6, 7]])).shape == (1, 5)
     assert all(torch.equal(a, b) for a, b in zip(heads[0], heads[1], strict=True))
     weights = [(a, b) for a, b in zip(heads[0], heads[2], strict=True) if a.ndim == 2]

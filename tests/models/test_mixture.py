@@ -16,9 +16,9 @@ import minibalora as mb
 from minibalora.checkpoints.families import read_config
 from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.lowrank import adapted_layers
-from minibalora.models.mixture import Mixture, Router, load_balance, watched_routers
+from minibalora.models.mixture import Mixture, Router, balance, keep_router_outputs, load_balance, routers_of
 from minibalora.objective import NLG_RECIPES
-from minibalora.run import training
+from minibalora.run.hardware import checkpoint_blocks, compile_blocks
 from minibalora.run.plan import nlg_formula
 from minibalora.toy import MODEL
 
@@ -50,7 +50,7 @@ def test_a_mixture_is_the_weighted_sum_of_all_experts(name):
     kept = p.topk(of.gate.top_k).values
     p = p.masked_fill(p < kept[..., -1:], 0)
     p = p / kept.sum(-1, keepdim=True) if of.norm_topk_prob else p
-    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts.values()))
+    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts))
     expected += 0 if of.shared_experts is None else of.shared_experts(x)
     assert distance(of(x), expected) < 1e-6
 
@@ -64,8 +64,10 @@ def test_bfloat16_chooses_the_experts_that_float32_chooses(name):
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
         model = mb.load_model(GOLDEN / name, dtype=dtype)
-        with watched_routers(model) as given:
-            model(ids)
+        given = []
+        for router in routers_of(model):
+            router.register_forward_hook(lambda _, __, output, given=given: given.append(output))
+        model(ids)
         choices.append(torch.stack([chosen[mask.flatten().bool()].sort().values for _, chosen in given]))
         assert all(probabilities.dtype == torch.float32 for probabilities, _ in given)
     assert torch.equal(*choices)
@@ -119,8 +121,8 @@ def test_an_expert_without_a_token_has_a_gradient_of_zeros(init):
 @torch.no_grad()
 def test_without_autograd_only_chosen_experts_compute():
     of, visited = mixture("deepseek"), []
-    for index, expert in of.experts.items():
-        expert.register_forward_hook(lambda *_, index=index: visited.append(int(index)))
+    for index, expert in enumerate(of.experts):
+        expert.register_forward_hook(lambda *_, index=index: visited.append(index))
     x = torch.randn(1, 1, 24)
     of(x)
     assert visited == sorted(of.gate(x[0])[1].flatten().tolist())
@@ -139,7 +141,7 @@ def test_full_training_leaves_the_router_as_it_is():
 def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(name):
     rows = random_rows(5, 2)
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
-    training.checkpoint_blocks(checkpointed)
+    checkpoint_blocks(checkpointed)
     for model in (plain, checkpointed):
         stretch(model)
     expected, got = (gradients_of_a_step(model, rows, 3, BALANCED) for model in (plain, checkpointed))
@@ -148,7 +150,7 @@ def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(n
 
 def test_compiling_leaves_mixtures_out():
     model = mb.load_model(GOLDEN / "deepseek")
-    training.compile_blocks(model)
+    compile_blocks(model)
     dense, *sparse = [layer.mlp for layer in model.model.layers]
     assert dense._compiled_call_impl is not None
     assert all(m._compiled_call_impl is None for mixture in sparse for m in mixture.modules())
@@ -158,22 +160,21 @@ def test_compiling_leaves_mixtures_out():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral_window"])
-@torch.no_grad()
 def test_load_balance_is_that_of_transformers(name):
     """Of real tokens alone, and whether the rows are packed or by themselves."""
     ids, mask, _ = golden_example(name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["load_balance"]
     model, lengths = mb.load_model(GOLDEN / name), mask.sum(1).tolist()
-    with watched_routers(model) as given:
-        model.packed(ids[mask.bool()], lengths, lengths)
-    assert load_balance(given) == pytest.approx(expected.item(), rel=1e-6)
+    keep_router_outputs(model.requires_grad_(False))
+    model.packed(ids[mask.bool()], lengths, lengths)
+    assert load_balance(model).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_load_balance_of_perfect_balance_is_the_number_of_choices():
     chosen = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
-    assert load_balance([(torch.full((5, 5), 0.2), chosen)]) == pytest.approx(2)
+    assert balance(torch.full((5, 5), 0.2), chosen) == pytest.approx(2)
     collapsed = torch.eye(5)[:1].expand(5, 5)
-    assert load_balance([(collapsed, torch.zeros(5, 1, dtype=torch.long))]) == pytest.approx(5)
+    assert balance(collapsed, torch.zeros(5, 1, dtype=torch.long)) == pytest.approx(5)
 
 
 def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
@@ -189,13 +190,44 @@ def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
     assert "load balance" not in nlg_formula(NLG_RECIPES["iclr2026"])
 
 
-def test_watching_ends_with_its_body():
+def test_only_the_last_pass_with_gradient_counts_and_only_once():
+    model, ids, others = (
+        mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3),
+        torch.tensor([[3, 5]]),
+        torch.tensor([[7]]),
+    )
+    keep_router_outputs(model)
+    model(ids)
+    expected = load_balance(model)
+    model(others)
+    model(ids)
+    with mb.pretrained(model):
+        model(others)
+    assert torch.equal(load_balance(model), expected)
+    with pytest.raises(ValueError, match="keep_router_outputs"):
+        load_balance(model)
+    with torch.no_grad():
+        model(others)
+    with pytest.raises(ValueError, match="with gradient"):
+        load_balance(model)
+
+
+def test_a_pass_that_fails_leaves_no_router_watched():
     model = mb.load_model(GOLDEN / "mixtral")
-    with pytest.raises(ZeroDivisionError), watched_routers(model) as given:
-        model(torch.tensor([[3]]))
-        raise ZeroDivisionError
-    model(torch.tensor([[3]]))
-    assert len(given) == 2
+    keep_router_outputs(model)
+    with pytest.raises(IndexError):
+        model(torch.tensor([[3, 1000]]))
+    assert not any(router.is_watched for router in routers_of(model))
+
+
+def test_gradient_checkpointing_leaves_nothing_in_the_routers():
+    """What it computes once more in the backward pass would hold the activations of every block."""
+    model = mb.adapt(mb.load_model(GOLDEN / "deepseek"), rank=3)
+    checkpoint_blocks(model)
+    keep_router_outputs(model)
+    loss = model(torch.tensor([[3, 5, 7]])).square().mean() + load_balance(model)
+    loss.backward()
+    assert [router.given for router in routers_of(model)] == [None, None]
 
 
 def test_one_expert_keeps_its_probability_even_where_several_are_normalised(tmp_path):
@@ -213,9 +245,9 @@ def test_autocast_rounds_no_probability():
     probabilities, chosen = router(rows)
     with torch.autocast("cpu", torch.bfloat16):
         again, same = router(rows)
-        balance = load_balance([(again, same)])
+        loss = balance(again, same)
     assert torch.equal(again, probabilities) and torch.equal(same, chosen)
-    assert torch.equal(balance, load_balance([(probabilities, chosen)])) and balance.dtype == torch.float32
+    assert torch.equal(loss, balance(probabilities, chosen)) and loss.dtype == torch.float32
 
 
 # Files.

@@ -228,7 +228,7 @@ def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path
     names = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"]
     folder = copy_of("t5", tmp_path, unused | {name: shared.clone() for name in names})
     assert (mb.load_model(folder)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert mb.load_model(folder, "classifier", 2).new_modules == ["classification_head"]
+    assert mb.load_model(folder, "classifier", 2).checkpoint.new_modules == ["classification_head"]
     for name in names:
         copy_of("t5", tmp_path, {name: shared + 1})
         refuses(lambda: mb.load_model(tmp_path), name, "differs from the embedding")  # noqa: B023

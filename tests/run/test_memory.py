@@ -127,6 +127,7 @@ def test_ranks_share_what_is_frozen_in_the_blocks_alone():
             super().__init__()
             self.embedding = nn.Embedding(10, 16)
             self.layers = nn.ModuleList(nn.Sequential(nn.Linear(16, 16, bias=False)) for _ in range(12))
+            self.stacks = [self.layers]
 
     model = adapt(Model(), rank=2, init="lora")
     factors = sum(layer.A.nbytes + layer.B.nbytes for _, layer in adapted_layers(model))

@@ -125,7 +125,7 @@ def test_masking_is_bert_s():
 @torch.no_grad()
 def test_bert_guesses_masked_words_better_than_their_frequencies_do():
     model, tok = mb.load_model(BERT, head="classifier", num_labels=3), mb.load_tokenizer(BERT)
-    assert model.new_modules == ["bert.pooler", "classifier"]
+    assert model.checkpoint.new_modules == ["bert.pooler", "classifier"]
     texts = [LabelledText((text,), 0, line) for line, text in enumerate(reviews.corpus(300, seed=1), start=1)]
     (ids, mask, types), _ = padded(encode(texts, tok, 64)[0], model, "cpu")
     torch.manual_seed(0)

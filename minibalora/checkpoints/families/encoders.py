@@ -4,7 +4,7 @@ from functools import partial
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Names, check_heads
-from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig, RobertaClassifier
+from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig
 
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # The only form of DeBERTa that is here: v3's, which is v2's without the convolution.
@@ -107,15 +107,22 @@ family = partial(Family, has_language_model=False)
 FAMILIES = {
     "bert": family(
         partial(read_bert, is_roberta=False),
-        BertClassifier,
-        Names("bert", "classifier", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"),
+        partial(BertClassifier, prefix="bert"),
+        Names(
+            "bert", "classifier", "classifier.weight", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"
+        ),
         "Bert",
         BERT,
     ),
     "roberta": family(
         partial(read_bert, is_roberta=True),
-        RobertaClassifier,
-        Names("roberta", "classifier", ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*"),
+        partial(BertClassifier, prefix="roberta"),
+        Names(
+            "roberta",
+            "classifier",
+            "classifier.out_proj.weight",
+            ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*",
+        ),
         "Roberta",
         BERT | {"pad_token_id": 1},
     ),
@@ -125,6 +132,7 @@ FAMILIES = {
         Names(
             "deberta",
             "classifier",
+            "classifier.weight",
             "pooler",
             ignored=r"(lm_predictions|mask_predictions|cls|qa_outputs)\..*|.*\.position_(ids|embeddings.*)",
         ),

@@ -6,6 +6,7 @@ from minibalora.models.gpt2 import GPT2Config, gpt2
 NAMES = Names(
     "transformer",
     "score",
+    "score.weight",
     ignored=r".*\.attn\.(masked_)?bias|lm_head\.weight",
     transposed=r".*\.(c_attn|c_fc|c_proj)\.weight",
 )

@@ -8,7 +8,7 @@ from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Nam
 from minibalora.models.llama import LlamaConfig, llama
 
 GATED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
-NAMES = Names("model", "score", ignored=r".*rotary_emb\.inv_freq|lm_head\.weight")
+NAMES = Names("model", "score", "score.weight", ignored=r".*rotary_emb\.inv_freq|lm_head\.weight")
 
 
 def read_llama(fields: Fields) -> LlamaConfig:

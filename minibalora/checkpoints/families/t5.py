@@ -8,6 +8,7 @@ COPIES = r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight"
 NAMES = Names(
     "transformer",
     "classification_head",
+    "classification_head.out_proj.weight",
     # Old files have a bias that none of their attention to the encoder ever used.
     ignored=rf"{COPIES}|(transformer\.)?lm_head\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight",
     copies=COPIES,
