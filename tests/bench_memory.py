@@ -10,7 +10,6 @@ have them all.
 import json
 import sys
 import weakref
-from argparse import Namespace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,14 +20,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import train_nlg
-import train_nlu
 from minibalora.checkpoints.families import read_family
-from minibalora.data import batches
-from minibalora.data.batches import Row
-from minibalora.data.labelled import ClassRow
-from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of
-from minibalora.run import bench, memory, training
+from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of, lambdas, nlu_loss
+from minibalora.run import bench, memory
+from minibalora.run.adapting import adapt_model
+from minibalora.run.hardware import fit_hardware
+from minibalora.run.loop import optimizer_of
+from minibalora.run.settings import Adaptation, Hardware
+from minibalora.run.teacher import teacher_states
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
@@ -64,6 +64,7 @@ SHAPES = {
                        "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
                        "pos_att_type": "p2c|c2p", "position_buckets": 64},
 }  # fmt: skip
+ROWS = 3  # of a micro-batch
 KINDS = ("", "grad-checkpoint", "nf4", "one micro-batch")
 
 
@@ -114,68 +115,76 @@ def is_encoder(shape: str) -> bool:
 
 def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -> tuple[int, int]:
     """Bytes predicted and measured of a step on rows of `length` tokens, half of them response."""
-    args = Namespace(
-        method=method, dtype=getattr(torch, dtype), device=torch.device("cpu"), rank=8, alpha=8, targets=None,
-        init="lora" if method == "lora" else "pissa_niter_1", init_cache=None, quantize=kind == "nf4" or None,
-        grad_checkpoint=kind == "grad-checkpoint", compile=False, fsdp=False, micro_batch_size=3,
-        batch_size=3 if kind == "one micro-batch" else 6,
-    )  # fmt: skip
+    init = "lora" if method == "lora" else "pissa_niter_1"
+    adaptation = Adaptation(method, 8, 8, init, quantize="nf4" if kind == "nf4" else None)
+    hardware = Hardware(torch.device("cpu"), getattr(torch, dtype), grad_checkpoint=kind == "grad-checkpoint")
     torch.manual_seed(0)
-    model = random_model(shape, args)
+    model = random_model(shape, torch.float32 if method == "full" else hardware.dtype)
     if method != "full":
-        training.adapt_model(model, args, is_resumed=False)
-    training.fit_hardware(model.train(), args, is_resumed=False)
-    optimizer = training.optimizer_of(model)
+        adapt_model(model, adaptation, hardware, seed=0)
+    fit_hardware(model.train(), hardware)
+    optimizer = optimizer_of(model.requires_grad_(True) if method == "full" else model)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # so that Adam's moments are there
     optimizer.zero_grad()
+    micro = 1 if kind == "one micro-batch" else 2
     if is_encoder(shape):
-        objective, amount, gradients = nlu_step(model, args, min(length, 128))
+        objective, amount, gradients = nlu_step(model, method, min(length, 128), micro)
     else:
-        objective, amount, gradients = nlg_step(model, args, length)
-    predicted = memory.expected_memory(args, model, amount, objective)
+        objective, amount, gradients = nlg_step(model, method, length, micro)
+    predicted = memory.expected_memory(model, hardware, amount, objective, accumulates=micro > 1)
     state = [value for values in optimizer.state.values() for value in values.values()]
     with LiveBytes(*model.parameters(), *model.buffers(), *state) as live:
-        with torch.autocast("cpu", args.dtype, method == "full" and dtype != "float32"):
-            gradients()
+        gradients(torch.autocast("cpu", hardware.dtype, method == "full" and dtype != "float32"))
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
     return predicted, live.peak
 
 
-def random_model(shape: str, args: Namespace) -> nn.Module:
+def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
     with TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(SHAPES[shape]))
         family, config = read_family(Path(folder))
     with torch.device("meta"):
         model = family.build(config, 3 if is_encoder(shape) else None)
     model.own_head = [family.names.head] if is_encoder(shape) else []
-    model = model.to(torch.float32 if args.method == "full" else args.dtype).to_empty(device="cpu")
-    return bench.fill(model).requires_grad_(args.method == "full")
+    return bench.fill(model.to(dtype).to_empty(device="cpu")).requires_grad_(False)
 
 
-def nlg_step(model: nn.Module, args: Namespace, length: int):
-    """The objective, how much a micro-batch is, and a function that adds the gradients of a step."""
-    objective = NLG_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
+def nlg_step(model: nn.Module, method: str, length: int, micro: int):
+    """The objective, how much a micro-batch is, and a function that adds the gradients of a step of so many."""
+    objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
     random = np.random.default_rng(0)
     shared = random.integers(model.config.vocab_size, size=bench.SHARED)
-    ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(args.batch_size)]
-    rows = [Row(own, length // 2, line) for line, own in enumerate(ids)]
-    micro = batches.micro_batches(rows, args.micro_batch_size)
-    head = head_of(model)
-    gradients = partial(train_nlg.backward, model, head, micro, objective, 50, 100, [])
-    return objective, memory.packed_amount(batches.pack(micro[0], "cpu")), gradients
+    ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(ROWS * micro)]
+    parts = micro_batches([Row(own, length // 2, line) for line, own in enumerate(ids)], ROWS)
+    head, weights = head_of(model), lambdas(objective, 50, 100)
+
+    def gradients(autocast: torch.autocast) -> None:
+        batches = [pack(part, "cpu") for part in parts]
+        teachers = teacher_states(model, batches, parts) if objective.needs_teacher else [None] * micro
+        for batch, teacher in zip(batches, teachers, strict=True):
+            with autocast:
+                student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+                loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
+            (loss / micro).backward()
+
+    return objective, memory.packed_amount(pack(parts[0], "cpu")), gradients
 
 
-def nlu_step(model: nn.Module, args: Namespace, length: int):
-    objective = NLU_RECIPES["iclr2026"] if args.method == "ba-lora" else Objective()
-    ids, types = np.random.default_rng(0).integers(500, size=length), np.zeros(length, np.int32)
-    rows = [ClassRow(ids, types, index % 3, index, index) for index in range(args.batch_size)]
-    micro = batches.micro_batches(rows, args.micro_batch_size)
-    teacher = torch.zeros(len(rows), 3)
-    gradients = partial(train_nlu.backward, model, model, micro, teacher, objective, 50, 100, "cpu", [])
-    return None, memory.padded_amount(args.micro_batch_size, length), gradients
+def nlu_step(model: nn.Module, method: str, length: int, micro: int):
+    objective = NLU_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
+    ids, labels = torch.from_numpy(np.random.default_rng(0).integers(500, size=length)), torch.tensor([0, 1, 2])
+    teacher, weights = torch.zeros(ROWS, 3), lambdas(objective, 50, 100)
+
+    def gradients(autocast: torch.autocast) -> None:
+        for _ in range(micro):
+            with autocast:
+                loss, _ = nlu_loss(model(ids.expand(ROWS, -1)), teacher, labels, objective, weights)
+            (loss / micro).backward()
+
+    return None, memory.padded_amount(ROWS, length), gradients
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.families import read_family
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
-from minibalora.nf4 import NF4
+from minibalora.nf4 import quantize
 from minibalora.run import plan
 from minibalora.run.memory import held
 
@@ -116,7 +116,7 @@ def test_numbers_that_no_model_has_are_refused_before_they_are_built(changes, tm
 def test_four_bits_on_meta_are_as_many_bytes_as_four_bits():
     layer = LowRankLinear.from_linear(nn.Linear(61, 37), rank=3)
     room = plan.room_in_four_bits(layer)
-    layer.quantize(NF4.quantize)
+    quantize(layer)
     shapes = [[(tensor.shape, tensor.dtype) for tensor in form.buffers()] for form in (layer.W, room)]
     assert shapes[0] == shapes[1] and layer.W.shape == room.shape
 
