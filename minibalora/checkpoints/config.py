@@ -49,6 +49,10 @@ class Fields:
         fits = type(value) is int and least <= value <= LARGEST[int]
         return self._checked(key, value, fits, f"an integer from {least} to {LARGEST[int]}")
 
+    def integers(self, *keys: str) -> dict[str, int]:
+        """Those that are called in a configuration as they are in config.json."""
+        return {key: self.integer(key) for key in keys}
+
     def number(self, key: str, default: float | None = None) -> float:
         value = self._present(key, default)
         return float(self._checked(key, value, is_positive(value), "a positive number"))

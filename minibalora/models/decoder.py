@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick visible".split()
+__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put visible".split()
 
 # (layer, q, k, v, dropout) -> what each query found among the keys that it may see; shapes as in `attention`.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -284,6 +284,10 @@ class KVCache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, kv_heads, T, head_dim) into the last T slots taken; the layer's filled part, a view."""
-        new = slice(self.filled - k.shape[2], self.filled)
-        self.keys[layer, :, :, new], self.values[layer, :, :, new] = k, v
-        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+        return put(self.keys[layer], k, self.filled), put(self.values[layer], v, self.filled)
+
+
+def put(slots: Tensor, new: Tensor, filled: int) -> Tensor:
+    """Write `new` (B, heads, T, head_dim) at the end of the first `filled` slots (B, heads, :, head_dim); their view."""
+    slots[:, :, filled - new.shape[2] : filled] = new
+    return slots[:, :, :filled]

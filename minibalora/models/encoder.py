@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "BertClassifier DebertaClassifier EncoderConfig RobertaHead key_mask split_heads".split()
+__all__ = "EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,10 @@ class EncoderConfig:
     attention_dropout: float
     classifier_dropout: float
     initializer_range: float  # standard deviation of a new head's weights
+    pooler: (
+        str | None
+    )  # a dense layer on the state of [CLS], then "tanh" (BERT) or "gelu" (DeBERTa); None: there is none
     # BERT and RoBERTa
-    has_pooler: bool = False  # BERT: a dense layer on the state of [CLS]
     max_position_embeddings: int | None = None  # tokens that a text may have; None: no limit
     type_vocab_size: int = 0
     first_position: int = 0  # RoBERTa: the padding index + 1
@@ -137,72 +139,19 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         layers = [Layer(config, SelfAttention(config)) for _ in range(config.num_hidden_layers)]
         self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layers)})
-        if config.has_pooler:
+        if config.pooler:
             self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder["layer"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
         mask = key_mask(attention_mask)
         x = self.embeddings(input_ids, token_types)
-        for layer in self.encoder["layer"]:
+        for layer in self.blocks:
             x = layer(x, mask)
         return x
-
-
-class RobertaHead(nn.Module):
-    """config needs hidden_size and classifier_dropout alone."""
-
-    def __init__(self, config: EncoderConfig, num_labels: int):
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.out_proj = nn.Linear(config.hidden_size, num_labels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(in_dtype_of(self.dense, self.dropout(x)))
-        return self.out_proj(self.dropout(x))
-
-
-class BertClassifier(nn.Module):
-    """input_ids (B, T) -> logits (B, num_labels), from the state of the first token, [CLS] or <s>.
-
-    BERT's head is its pooler, which is dense and tanh, and a linear; RoBERTa's is a `RobertaHead`.
-    """
-
-    def __init__(self, config: EncoderConfig, num_labels: int, prefix: str):
-        """prefix: the name of what is below the head, in checkpoints."""
-        super().__init__()
-        self.config, self.num_labels, self.prefix = config, num_labels, prefix
-        self.add_module(prefix, Bert(config))
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        has_pooler = config.has_pooler
-        self.classifier = nn.Linear(config.hidden_size, num_labels) if has_pooler else RobertaHead(config, num_labels)
-
-    @property
-    def backbone(self) -> Bert:
-        return getattr(self, self.prefix)
-
-    @property
-    def stacks(self) -> list[nn.ModuleList]:
-        return [self.backbone.encoder["layer"]]
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
-    ) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text,
-        which RoBERTa does not tell apart."""
-        return self.head(self.features(input_ids, attention_mask, token_types))
-
-    def features(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
-    ) -> Tensor:
-        """The last hidden state (B, d) of the token that the head reads."""
-        return self.backbone(input_ids, attention_mask, token_types)[:, 0]
-
-    def head(self, features: Tensor) -> Tensor:
-        if not self.config.has_pooler:
-            return self.classifier(features)
-        x = torch.tanh(in_dtype_of(self.backbone.pooler["dense"], features))
-        return in_dtype_of(self.classifier, self.dropout(x))
 
 
 # DeBERTa
@@ -285,43 +234,82 @@ class DebertaEncoder(nn.Module):
 
 
 class Deberta(nn.Module):
-    """input_ids (B, T) -> states (B, T, d)."""
+    """input_ids (B, T) -> states (B, T, d). It has no token types."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.embeddings = DebertaEmbeddings(config)
         self.encoder = DebertaEncoder(config)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+    @property
+    def blocks(self) -> nn.ModuleList:
+        return self.encoder.layer
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
         return self.encoder(self.embeddings(input_ids), key_mask(attention_mask))
 
 
-class DebertaClassifier(nn.Module):
-    """input_ids (B, T) -> logits (B, num_labels): dense, GELU and a linear on the state of [CLS], the first token."""
+# Classifiers
+
+
+class RobertaHead(nn.Module):
+    """config needs hidden_size and classifier_dropout alone."""
 
     def __init__(self, config: EncoderConfig, num_labels: int):
         super().__init__()
-        self.config, self.num_labels = config, num_labels
-        self.deberta = Deberta(config)
-        self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
-        self.pooler_dropout = nn.Dropout(config.pooler_dropout)
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, num_labels)
+        self.out_proj = nn.Linear(config.hidden_size, num_labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(in_dtype_of(self.dense, self.dropout(x)))
+        return self.out_proj(self.dropout(x))
+
+
+class EncoderClassifier(nn.Module):
+    """input_ids (B, T) -> logits (B, num_labels), from the state of the first token, [CLS] or <s>.
+
+    BERT's head is its pooler, dense and tanh, and a linear. DeBERTa's is the same with GELU; RoBERTa's a `RobertaHead`.
+    """
+
+    def __init__(self, config: EncoderConfig, num_labels: int, prefix: str):
+        """prefix: the name of what is below the head, in checkpoints."""
+        super().__init__()
+        self.config, self.num_labels, self.prefix = config, num_labels, prefix
+        self.add_module(prefix, Deberta(config) if config.position_buckets else Bert(config))
+        if config.pooler == "gelu":
+            self.pooler = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.hidden_size)})
+        self.pooler_dropout, self.dropout = nn.Dropout(config.pooler_dropout), nn.Dropout(config.classifier_dropout)
+        is_linear = config.pooler is not None
+        self.classifier = nn.Linear(config.hidden_size, num_labels) if is_linear else RobertaHead(config, num_labels)
+
+    @property
+    def backbone(self) -> nn.Module:
+        return getattr(self, self.prefix)
 
     @property
     def stacks(self) -> list[nn.ModuleList]:
-        return [self.deberta.encoder.layer]
+        return [self.backbone.blocks]
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only. DeBERTa has no token types."""
-        return self.head(self.features(input_ids, attention_mask))
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
+        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text;
+        only BERT tells them apart."""
+        return self.head(self.features(input_ids, attention_mask, token_types))
 
-    def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
+    ) -> Tensor:
         """The last hidden state (B, d) of the token that the head reads."""
-        return self.deberta(input_ids, attention_mask)[:, 0]
+        return self.backbone(input_ids, attention_mask, token_types)[:, 0]
 
     def head(self, features: Tensor) -> Tensor:
-        x = F.gelu(in_dtype_of(self.pooler["dense"], self.pooler_dropout(features)))
+        if self.config.pooler is None:
+            return self.classifier(features)
+        pooler = self.pooler if self.config.pooler == "gelu" else self.backbone.pooler
+        x = in_dtype_of(pooler["dense"], self.pooler_dropout(features))
+        x = F.gelu(x) if self.config.pooler == "gelu" else torch.tanh(x)
         return in_dtype_of(self.classifier, self.dropout(x))
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import last_states
+from .decoder import last_states, put
 from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
 
@@ -318,9 +318,7 @@ class Cache:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, heads, 1, head_dim) into the last place taken; the layer's filled part, a view."""
-        self.keys[layer, :, :, self.filled - 1 : self.filled] = k
-        self.values[layer, :, :, self.filled - 1 : self.filled] = v
-        return self.keys[layer, :, :, : self.filled], self.values[layer, :, :, : self.filled]
+        return put(self.keys[layer], k, self.filled), put(self.values[layer], v, self.filled)
 
 
 class AsText(nn.Module):

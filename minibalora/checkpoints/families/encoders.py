@@ -4,7 +4,7 @@ from functools import partial
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Names, check_heads
-from minibalora.models.encoder import BertClassifier, DebertaClassifier, EncoderConfig
+from minibalora.models.encoder import EncoderClassifier, EncoderConfig
 
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 # The only form of DeBERTa that is here: v3's, which is v2's without the convolution.
@@ -30,7 +30,7 @@ def read_bert(fields: Fields, is_roberta: bool) -> EncoderConfig:
         raise InputError(f"{fields.path}: pad_token_id is {padding!r}: it must be a position, below {rows - 1}")
     return EncoderConfig(
         **_encoder_settings(fields, "classifier_dropout"),
-        has_pooler=not is_roberta,
+        pooler=None if is_roberta else "tanh",
         max_position_embeddings=rows - (padding + 1),
         type_vocab_size=fields.integer("type_vocab_size"),
         first_position=padding + 1,
@@ -53,6 +53,7 @@ def read_deberta(fields: Fields) -> EncoderConfig:
         raise InputError(f"{fields.path}: {buckets} position_buckets do not fit {furthest} positions: download again")
     return EncoderConfig(
         **settings,
+        pooler="gelu",
         position_buckets=buckets,
         max_relative_positions=furthest,
         pooler_dropout=fields.dropout("pooler_dropout"),
@@ -61,15 +62,10 @@ def read_deberta(fields: Fields) -> EncoderConfig:
 
 def _encoder_settings(fields: Fields, classifier_dropout: str) -> dict:
     """What all encoders have."""
-    d, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-    check_heads(fields, d, heads)
+    check_heads(fields, fields.integer("hidden_size"), fields.integer("num_attention_heads"))
     hidden_dropout = fields.dropout("hidden_dropout_prob")
     return {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": d,
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_hidden_layers": fields.integer("num_hidden_layers"),
-        "num_attention_heads": heads,
+        **fields.integers("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
         "activation": fields.activation("hidden_act", PLAIN),
         "layer_norm_eps": fields.number("layer_norm_eps"),
         "hidden_dropout": hidden_dropout,
@@ -107,7 +103,7 @@ family = partial(Family, has_language_model=False)
 FAMILIES = {
     "bert": family(
         partial(read_bert, is_roberta=False),
-        partial(BertClassifier, prefix="bert"),
+        partial(EncoderClassifier, prefix="bert"),
         Names(
             "bert", "classifier", "classifier.weight", "bert.pooler", ignored=r"cls\..*|qa_outputs\..*|.*\.position_ids"
         ),
@@ -116,7 +112,7 @@ FAMILIES = {
     ),
     "roberta": family(
         partial(read_bert, is_roberta=True),
-        partial(BertClassifier, prefix="roberta"),
+        partial(EncoderClassifier, prefix="roberta"),
         Names(
             "roberta",
             "classifier",
@@ -128,7 +124,7 @@ FAMILIES = {
     ),
     "deberta-v2": family(
         read_deberta,
-        DebertaClassifier,
+        partial(EncoderClassifier, prefix="deberta"),
         Names(
             "deberta",
             "classifier",

@@ -93,11 +93,8 @@ def llama_settings(fields: Fields) -> dict:
         shape = f"hidden_size {d}, {heads} heads, {kv_heads} key-value heads"
         raise InputError(f"{fields.path}: {shape} of size {head_dim} do not fit together: download it again")
     return {
-        "vocab_size": fields.integer("vocab_size"),
-        "hidden_size": d,
-        "intermediate_size": fields.integer("intermediate_size"),
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
+        **fields.integers("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        **fields.integers("max_position_embeddings"),
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": fields.number("rms_norm_eps"),
@@ -112,7 +109,6 @@ def llama_settings(fields: Fields) -> dict:
         "activation": fields.activation("hidden_act", GATED),
         "norm_offset": 0.0,
         "embedding_scale": 1.0,
-        "max_position_embeddings": fields.integer("max_position_embeddings"),
         "initializer_range": fields.number("initializer_range", INITIALIZER_RANGE),
     }
 
