@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
+__all__ = "Bert EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
 
 @dataclass(frozen=True)
