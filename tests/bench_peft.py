@@ -21,27 +21,33 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from helpers import padded_rows
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minibalora import regularizers as R
 from minibalora.base import cli
+from minibalora.data.batches import Row
 from minibalora.objective import NLG_RECIPES, Objective, lambdas
 from minibalora.run import bench
-from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Step
+from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Load
+from minibalora.run.settings import Hardware
 
 SHAPE = bench.SMALL
+Step = Callable[[int], float]  # which step, from 0 -> its loss, before the update
 
 
 def main() -> None:
     args = parse_flags()
-    steps = {name: CONTENDERS[name](args) for name in args.contenders}
+    hardware = Hardware(cli.device(args.device), cli.dtype(None, cli.device(args.device)))
+    load = Load(SHAPE, hardware, args.rank, args.micro_batch_size, args.warmup, args.rounds)
+    steps = {name: CONTENDERS[name](load) for name in args.contenders}
     check_losses({name: step(0) for name, step in steps.items()})
-    seconds = bench.interleaved(steps, args)
+    seconds = interleaved(steps, load)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    memories = {name: bench.in_own_process(peak_memory, name, args) for name in args.contenders}
+    memories = {name: bench.in_own_process(peak_memory, name, load) for name in args.contenders}
     print(f"{'':31} ms: median fastest slowest  peak MB")
     for name, times in seconds.items():
         median, fastest, slowest = (1000 * value for value in (medians[name], min(times), max(times)))
@@ -52,6 +58,21 @@ def main() -> None:
             print(f"{mine} / {other}: {ratios}")
 
 
+def interleaved(steps: dict[str, Step], load: Load) -> dict[str, list[float]]:
+    """Seconds of every contender's steps, one after the other on the same rows, each round begun by another.
+
+    What slows the machine for a while slows all of them.
+    """
+    names, seconds = list(steps), {name: [] for name in steps}
+    for index in tqdm(range(load.warmup + load.rounds), "steps", unit="round", dynamic_ncols=True, leave=False):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            taken = bench.seconds_of(partial(steps[name], index), load.hardware.device)
+            if index >= load.warmup:
+                seconds[name].append(taken)
+    return seconds
+
+
 def parse_flags() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
@@ -60,11 +81,7 @@ def parse_flags() -> Namespace:
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of a step")
     parser.add_argument("--rank", type=int, default=SHAPE.hidden_size // 32, help="the paper has 128 at 4096")
     parser.add_argument("--device", default="cpu")
-    parser.set_defaults(dtype=None, grad_checkpoint=False, compile=False)
-    args = parser.parse_args()
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
-    return args
+    return parser.parse_args()
 
 
 def check_losses(losses: dict[str, float]) -> None:
@@ -76,34 +93,37 @@ def check_losses(losses: dict[str, float]) -> None:
         assert max(abs(loss - other) for other in others) < same * loss, f"losses differ at the start: {losses}"
 
 
-def peak_memory(name: str, args: Namespace) -> int:
-    if args.device.type == "cpu":
-        return bench.own_peak(lambda: CONTENDERS[name](args), args)
-    bench.interleaved({name: CONTENDERS[name](args)}, args)
-    return torch.cuda.max_memory_allocated(args.device)
+def peak_memory(name: str, load: Load) -> int:
+    """Bytes that a model and two steps on the longest rows take at most: of tensors on a GPU, else of the process."""
+
+    def tokens(index: int) -> int:
+        return sum(len(row.ids) for row in bench.rows_of_step(SHAPE.vocab_size, index, load.rows))
+
+    on_gpu = load.hardware.device.type == "cuda"
+    before, step = 0 if on_gpu else bench.process_bytes("VmRSS"), CONTENDERS[name](load)
+    longest = max(range(load.warmup + load.rounds), key=tokens)
+    for _ in range(2):
+        step(longest)
+    return torch.cuda.max_memory_allocated(load.hardware.device) if on_gpu else bench.process_bytes("VmHWM") - before
 
 
-def ours(contender: Contender, args: Namespace) -> Step:
-    return bench.step_of(bench.random_model(SHAPE, args.device, args.dtype), contender, args)
+def ours(contender: Contender, load: Load) -> Step:
+    return bench.step_of(bench.random_model(SHAPE, load.hardware), load, contender)
 
 
-def peft(loss_of: Callable[..., Tensor], objective: Objective | None, args: Namespace) -> Step:
+def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load) -> Step:
     """transformers + PEFT, minimising loss_of(student, teacher, batch, objective); no objective: LoRA, no teacher."""
-    student = hugging_face(args)
+    student = hugging_face(load.hardware)
     init = True if objective is None else "pissa_niter_16"
-    targets = list(bench.linears(SHAPE))
-    config = LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=targets, init_lora_weights=init)
+    config = LoraConfig(r=load.rank, lora_alpha=load.rank, target_modules="all-linear", init_lora_weights=init)
     student = get_peft_model(student, config).train()
-    teacher = None if objective is None else hugging_face(args).requires_grad_(False).eval()
+    teacher = None if objective is None else hugging_face(load.hardware).requires_grad_(False).eval()
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)  # as the Trainer
 
     def step(index: int) -> float:
-        batch = bench.rows_of_step(SHAPE.vocab_size, index, args.micro_batch_size)
-        ids, labels = padded_rows(batch, args.device)
-        lengths = torch.tensor([len(row.ids) for row in batch], device=args.device)
-        mask = (torch.arange(ids.shape[1], device=args.device) < lengths[:, None]).long()
-        loss = loss_of(student, teacher, {"input_ids": ids, "attention_mask": mask, "labels": labels}, objective)
+        batch = padded(bench.rows_of_step(SHAPE.vocab_size, index, load.rows), load.hardware.device)
+        loss = loss_of(student, teacher, batch, objective)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -113,12 +133,22 @@ def peft(loss_of: Callable[..., Tensor], objective: Objective | None, args: Name
     return step
 
 
-def hugging_face(args: Namespace) -> nn.Module:
+def padded(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
+    """What transformers' models take; labels are -100 on prompt and padding."""
+    ids = [torch.from_numpy(row.ids).long() for row in rows]
+    labels = [torch.cat([torch.full((row.prompt_length,), -100), own[row.prompt_length :]])
+              for own, row in zip(ids, rows, strict=True)]  # fmt: skip
+    masks = [torch.ones_like(own) for own in ids]
+    parts = {"input_ids": (ids, 0), "attention_mask": (masks, 0), "labels": (labels, -100)}
+    return {name: pad_sequence(each, True, value).to(device) for name, (each, value) in parts.items()}
+
+
+def hugging_face(hardware: Hardware) -> nn.Module:
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps")
     names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
     config = LlamaConfig(use_cache=False, **{name: getattr(SHAPE, name) for name in names})
-    model = LlamaForCausalLM._from_config(config, dtype=args.dtype, attn_implementation="sdpa")
-    return bench.fill(model.to(args.device))
+    model = LlamaForCausalLM._from_config(config, dtype=hardware.dtype, attn_implementation="sdpa")
+    return bench.fill(model.to(hardware.device))
 
 
 def lora_loss(student: nn.Module, teacher: None, batch: dict[str, Tensor], objective: None) -> Tensor:

@@ -210,7 +210,7 @@ def fill(model: nn.Module) -> nn.Module:
     return model
 
 
-def step_of(model: Decoder, load: Load, contender: Contender, folder: Path) -> Callable[[int], float]:
+def step_of(model: Decoder, load: Load, contender: Contender, folder: Path | None = None) -> Callable[[int], float]:
     """A function that takes step `index`, counted from 0, and returns its loss before the update.
 
     It is the optimisation step of train_nlg.py, here of one micro-batch. Which factors PiSSA starts from doesn't change
