@@ -135,6 +135,8 @@ def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: 
         raise ValueError(
             f"targets are {targets.dtype} of shape {list(targets.shape)}: give a token for each of {M} rows"
         )
+    if not targets.is_cuda and not ((targets >= 0) & (targets < len(head.weight))).all():  # a GPU says so itself
+        raise ValueError(f"a target lies outside of 0 to {len(head.weight) - 1}: leave out rows that have none")
     is_needed = terms.lambda1 != 0 or terms.non_target_kl != 0
     if is_needed and (teacher is None or teacher.shape != student.shape):
         shape = None if teacher is None else list(teacher.shape)
@@ -147,6 +149,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
+        ctx.dtype = student.dtype
         return value
 
     @staticmethod
@@ -154,19 +157,18 @@ class _WithGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("fused_objective can't be differentiated twice: take the formulas of regularizers.py")
         (gradient,) = ctx.saved_tensors
-        wide = torch.promote_types(gradient.dtype, torch.float32)  # a micro-batch's share keeps its digits
-        return (upstream.to(wide) * gradient.to(wide)).to(gradient.dtype), None, None
+        return (upstream.to(gradient.dtype) * gradient).to(ctx.dtype), None, None  # a loss scale comes before rounding
 
 
 @torch.no_grad()
 def _token_terms(
     student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The means over tokens of `terms`, and the gradient (M, d) of their weighted sum, in student's dtype."""
+    """The means over tokens of `terms`, and the gradient (M, d) of their weighted sum, in float32 or wider."""
     weights = terms.of_tokens
     needs_teacher = "consistency" in weights or "non_target_kl" in weights
     values = {name: [] for name in weights}
-    gradient = torch.empty_like(student)
+    gradient = torch.empty_like(student, dtype=torch.promote_types(student.dtype, torch.float32))
     for start in range(0, len(student), head.block):
         rows = slice(start, start + head.block)
         z, slope, *free = head.workspace(5 if needs_teacher else 3, len(targets[rows]))
@@ -174,8 +176,8 @@ def _token_terms(
         z_P = head.logits(teacher[rows], out=free.pop()) if needs_teacher else None
         for name, value in _block_terms(z, z_P, targets[rows, None], terms, slope, free):
             values[name].append(value)
-        gradient[rows] = slope.div_(len(student)).to(head.weight.dtype) @ head.weight
-    return {name: torch.cat(parts).mean() for name, parts in values.items()}, gradient
+        gradient[rows] = (slope.to(head.weight.dtype) @ head.weight).to(gradient.dtype)
+    return {name: torch.cat(parts).mean() for name, parts in values.items()}, gradient.div_(len(student))
 
 
 def _block_terms(
@@ -256,12 +258,12 @@ def _largest(z: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
-    """−Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ, and its gradient (M, d) in H's dtype; root: R of the docstring above."""
+    """−Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ, and its gradient (M, d), in float64; root: R of the docstring above."""
     Y = student.double() @ root.T
     M, d = Y.shape
     gram = Y @ Y.T if M <= d else Y.T @ Y
     if not gram.isfinite().all():  # eigh would raise, and hide which rows it was
-        return gram.new_tensor(torch.nan), torch.full_like(student, torch.nan)
+        return gram.new_tensor(torch.nan), torch.full_like(student, torch.nan, dtype=gram.dtype)
     squares, Q = torch.linalg.eigh(gram)
     squares, Q = squares.flip(0), Q.flip(1)  # descending
     is_noise = squares <= squares[0] * len(gram) * torch.finfo(gram.dtype).eps
@@ -269,12 +271,12 @@ def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[T
 
     total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
     if total == 0:
-        return total, torch.zeros_like(student)
+        return total, torch.zeros_like(student, dtype=gram.dtype)
     share = -sigma[:k].sum() / total
     slope = -share / total * (torch.ones_like(sigma) if norm == "nuclear" else sigma / total)  # φ'
     slope[:k] -= 1 / total
     core = (Q * (slope / sigma).masked_fill(is_noise, 0.0)) @ Q.T
-    return share, ((core @ Y if M <= d else Y @ core) @ root).to(student.dtype)
+    return share, (core @ Y if M <= d else Y @ core) @ root
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "LowRankLinear adapt adapted_layers evaluating factors_of initial_values install lora merge pissa pretrained".split()
+__all__ = ["LowRankLinear", "adapt", "adapted_layers", "evaluating", "factors_of", "initial_values", "install", "lora"]
+__all__ += ["merge", "pissa", "pretrained"]
 
 HEADS = {"lm_head", "score", "classifier", "pooler", "classification_head"}  # left alone, as all three papers do
 OWN = ("weight", "bias", "W", "A", "B", "A0", "B0", "scaling", "is_teacher")  # of a linear and a LowRankLinear
@@ -166,7 +167,7 @@ def adapt(
         A, B = make(weight, rank, scaling) if factors is None else factors(name, weight)
         layers[name] = LowRankLinear(chosen[name], A, B, scaling, keep_initial=init != "lora")
     for module in _own_head(model):
-        module.float()
+        module._apply(lambda t: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t)
     return install(model, layers)
 
 
@@ -177,6 +178,8 @@ def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
     _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     for module in _own_head(model):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
+            if hasattr(module, f"{leaf}0"):
+                raise ValueError(f"{leaf}0 of own_head stands where the initial value of {leaf} would: rename it")
             module.register_parameter(f"{leaf}0", _frozen(parameter.clone()))
             parameter.requires_grad_(True)
         for leaf, buffer in list(module.named_buffers(recurse=False)):
@@ -227,6 +230,7 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
             layer.is_teacher = True
         for tensor, _, initial in head:
             tensor.data = initial.data
+        torch.clear_autocast_cache()  # it would go on with the casts of the trained head
         with evaluating(model), torch.no_grad():
             yield model
     finally:
@@ -234,6 +238,7 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
             layer.is_teacher = role
         for tensor, trained, _ in head:
             tensor.data = trained
+        torch.clear_autocast_cache()
 
 
 @torch.no_grad()
@@ -279,21 +284,26 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> linear, without the heads: by name, by `own_head`, by transformers' word, or tied to an embedding. What
     only passes for a linear is there too: `_check` refuses it, so that nothing is left out in silence."""
-    heads = {*_own_head(model), getattr(model, "get_output_embeddings", lambda: None)()}
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    found = {}
-    for name, module in model.named_modules():
-        kind, is_head = type(module).__name__, module in heads or HEADS & {*name.split(".")}
-        is_like = ("Linear" in kind or kind == "Conv1D") and hasattr(module, "weight")
-        if (isinstance(module, nn.Linear) or is_like) and name and not is_head and id(module.weight) not in embeddings:
-            found[name] = module
-    return found
+    heads = {*_own_head(model), *(getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules())}
+    found = {name: module for name, module in model.named_modules() if name and _passes_for_linear(module)}
+    owners = set(model.modules()) - set(found.values())
+    tied = {id(parameter) for module in owners for parameter in module._parameters.values()}
+    left_alone = [name for name, module in found.items() if module in heads or id(module.weight) in tied]
+    return {n: module for n, module in found.items() if n not in left_alone and not HEADS & {*n.split(".")}}
+
+
+def _passes_for_linear(module: nn.Module) -> bool:
+    kind = type(module).__name__
+    return isinstance(module, nn.Linear) or (("Linear" in kind or kind == "Conv1D") and hasattr(module, "weight"))
 
 
 def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is_known: bool = False) -> None:
     """Refuse what LowRankLinear can't stand for. is_known: A and B are known, so the numbers of W are not needed."""
     kind, is_plain = type(linear).__name__, getattr(type(linear), "forward", None) is nn.Linear.forward
-    is_changed = {"forward", "_compiled_call_impl"} & vars(linear).keys() or "weight" not in linear._parameters
+    is_changed = {"forward", "_compiled_call_impl"} & vars(linear).keys() or not {
+        "weight",
+        "bias",
+    } <= linear._parameters.keys()
     if not is_plain or is_changed or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
         why = "it computes something of its own, or was pruned, parametrised, offloaded, compiled or sharded"
         raise ValueError(f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of targets")
@@ -312,7 +322,8 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
 def _own_head(model: nn.Module) -> list[nn.Module]:
     """The modules that stay trainable: what a model, or a part of it as under DDP, names in `own_head`."""
     named = [(part, vars(part).get("own_head", getattr(type(part), "own_head", ()))) for part in model.modules()]
-    return list(dict.fromkeys(m for part, names in named for name in names for m in part.get_submodule(name).modules()))
+    heads = [part.get_submodule(n) for part, names in named for n in ([names] if isinstance(names, str) else names)]
+    return list(dict.fromkeys(inner for head in heads for inner in head.modules()))
 
 
 def _head_with_initial(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:

@@ -6,7 +6,7 @@ This file needs only torch.
 NF4: QLoRA, Dettmers et al., arXiv 2305.14314, section 3.
 """
 
-from functools import cache, partial
+from functools import partial
 from math import inf, prod
 
 import torch
@@ -17,6 +17,7 @@ __all__ = ["NF4", "normal_levels", "quantize"]
 
 BLOCK = 64  # weights that share one scale, in the order of memory: along a row, then on into the next
 SCALE_BLOCK = 256  # scales that share one step of their own
+TABLES: dict[torch.device, Tensor] = {}  # of `_levels_of_a_byte`
 CHUNK = 2**14  # blocks worked on at a time: what must be unpacked takes some MB, whatever the size of the weight
 
 
@@ -115,11 +116,13 @@ def _padded_rows(flat: Tensor, width: int) -> Tensor:
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, width)
 
 
-@cache
 def _levels_of_a_byte(device: torch.device) -> Tensor:
     """(256,): the levels of a byte's two halves, two float32 in one int64, as one number is looked up faster."""
+    if device in TABLES:
+        return TABLES[device]
     levels = normal_levels().float()
-    return torch.cartesian_prod(levels, levels).view(torch.int64).flatten().to(device)
+    table = torch.cartesian_prod(levels, levels).view(torch.int64).flatten().to(device)
+    return TABLES.setdefault(device, table) if type(table) is Tensor else table  # a trace's stand-in is not kept
 
 
 @torch.no_grad()

@@ -103,12 +103,12 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 def _kl(log_p: Tensor, log_f: Tensor) -> Tensor:
     """Σ p (log p − log f) of each row; an entry with p = 0 adds 0, also where f is 0 too."""
     p = log_p.exp()
-    return torch.where(p > 0, p * (log_p - log_f), 0.0).sum(-1)
+    return torch.where(p == 0, 0.0, p * (log_p - log_f)).sum(-1)
 
 
 def _rows(logits: Tensor) -> Tensor:
     """The logits in float32 or wider; ValueError unless they are at least one row."""
-    if logits.ndim != 2 or len(logits) == 0:
+    if logits.ndim != 2 or logits.numel() == 0:
         raise ValueError(f"logits of shape {list(logits.shape)}: give (rows, columns), a row an example or token")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 

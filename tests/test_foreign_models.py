@@ -33,6 +33,26 @@ class Classifier(nn.Module):
         return self.head(self.body(x))
 
 
+@pytest.mark.parametrize("is_teacher_first", [False, True])
+def test_student_and_teacher_share_an_autocast_block(is_teacher_first):
+    """Autocast keeps the casts of trained leaves; a head that changes its numbers must not meet the other's."""
+    torch.manual_seed(0)
+    model, x = Classifier().eval(), torch.randn(5, 16)
+    before = model(x)
+    adapt(model, 4)
+    with torch.no_grad():
+        model.head[1].weight.add_(1)
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        student = None if is_teacher_first else model(x)
+        with pretrained(model):
+            teacher = model(x)
+        student = model(x) if is_teacher_first else student
+    assert (
+        distance(teacher, before) < 0.03 and distance(student, expected) < 0.03
+    )  # bfloat16; they differ by more than 1
+
+
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
     store = tmp_path_factory.mktemp("group") / "store"
@@ -192,6 +212,10 @@ def pruned() -> nn.Module:
     return prune.random_unstructured(nn.Linear(6, 6), "weight", 0.5)
 
 
+def with_pruned_bias() -> nn.Module:
+    return prune.random_unstructured(nn.Linear(6, 6), "bias", 0.5)
+
+
 def with_old_weight_norm() -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -210,6 +234,7 @@ def offloaded() -> nn.Module:
         (lambda: Scaled(6, 6), "Scaled"),
         (Conv1D, "Conv1D"),
         (pruned, "Linear"),
+        (with_pruned_bias, "Linear"),
         (with_old_weight_norm, "Linear"),
         (lambda: parametrizations.weight_norm(nn.Linear(6, 6)), "ParametrizedLinear"),
         (lambda: parametrizations.orthogonal(nn.Linear(6, 6)), "ParametrizedLinear"),
@@ -258,6 +283,28 @@ def test_heads_are_left_alone_by_tie_and_by_transformers_word():
             adapt(TiedLM(), 2, targets=targets)
     with pytest.raises(ValueError, match="there are none, and heads"):
         adapt(nn.Sequential(nn.Conv2d(3, 3, 1)), 2)
+
+
+def test_transformers_word_and_ties_are_heard_in_wrappers():
+    model = adapt(nn.DataParallel(TiedLM()), 2)
+    assert [name for name, _ in adapted_layers(model)] == ["module.body"]
+    bags = nn.ModuleDict(
+        {"embed": nn.EmbeddingBag(20, 6), "body": nn.Linear(6, 6), "out": nn.Linear(6, 20, bias=False)}
+    )
+    bags["out"].weight = bags["embed"].weight
+    assert [name for name, _ in adapted_layers(adapt(bags, 2))] == ["body"]
+
+
+def test_an_own_head_keeps_float64_may_be_one_name_and_collides_with_nothing():
+    class Named(Classifier):
+        own_head = "head"
+
+    model = adapt(Named().double(), 2)
+    assert model.head[1].weight.dtype == torch.float64 and [name for name, _ in adapted_layers(model)] == ["body"]
+    model = Classifier()
+    model.head[1].weight0 = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="weight0"):
+        adapt(model, 2)
 
 
 def test_hooks_buffers_and_handles_survive_adapting_and_merging():

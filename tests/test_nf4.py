@@ -256,3 +256,15 @@ def test_qpissa_gains_little_where_the_spectrum_is_flat():
     torch.manual_seed(0)
     qlora, qpissa = errors(decaying(256, 0), 16)
     assert 0.95 < qpissa.norm(p="nuc") / qlora.norm(p="nuc") < 1.02  # √(1 − 16/256) = 0.97
+
+
+def test_a_trace_leaves_nothing_behind(monkeypatch):
+    """torch.export looks levels up with stand-ins for tensors; the next forward pass must not meet them."""
+    monkeypatch.setattr(nf4, "TABLES", {})
+    model = adapt(nn.Sequential(nn.Linear(30, 17)), rank=3)
+    quantize(model[0])
+    x = torch.randn(3, 30)
+    y = model(x)
+    nf4.TABLES.clear()
+    torch.export.export(model, (x,))
+    assert torch.equal(model(x), y)

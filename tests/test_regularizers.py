@@ -236,3 +236,10 @@ def test_every_term_has_a_second_derivative(name):
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradgradcheck(lambda z: TERMS[name](z, teacher), student)
+
+
+@pytest.mark.parametrize("name", ["consistency_mse", "consistency_kl", "non_target_kl"])
+def test_a_number_that_is_not_finite_is_not_lost(name):
+    student, teacher = torch.randn(4, 20), torch.randn(4, 20)
+    teacher[1, 7] = torch.nan
+    assert TERMS[name](student, teacher).isnan() and TERMS[name](teacher, teacher).isnan()
