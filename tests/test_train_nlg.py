@@ -286,6 +286,18 @@ def test_flags_that_change_the_method_run(flags, small_data, tmp_path, monkeypat
     assert all(np.isfinite(entry["loss"]) for entry in logged(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
+def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, small_data, tmp_path, monkeypatch, capsys):
+    flags = ("--max-steps", "4", "--seed", "3", "--recipe", recipe, "--adaptive-lambda1", "--non-target-kl", "0.1")
+    for name, more in (("lean", ()), ("plain", ("--plain",))):
+        assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *flags, *more))[0] == 0
+    lean, plain = (logged(tmp_path / name) for name in ("lean", "plain"))
+    for entry, expected in zip(lean, plain, strict=True):
+        assert entry == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    trained, expected = (load_file(tmp_path / name / ADAPTER) for name in ("lean", "plain"))
+    assert all(distance(trained[name], expected[name]) < 1e-3 for name in expected)  # Adam divides by what is near 0
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_krylov_1"])
 def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path, monkeypatch, capsys):
     flags = ("--max-steps", "1", "--alpha", "7", "--init", init)
