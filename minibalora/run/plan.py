@@ -15,6 +15,7 @@ from minibalora.base.errors import InputError
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.weights import empty_model, layers_and_experts
+from minibalora.data.batches import check_fits
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
@@ -104,9 +105,7 @@ def main() -> int:
         defaults = NLU_DEFAULTS | {"micro_batch_size": NLU_DEFAULTS["batch_size"]}
     rows, length = args.micro_batch_size or defaults["micro_batch_size"], args.max_length or defaults["max_length"]
     batch_size = max(defaults["batch_size"], rows)
-    if length > (config.max_position_embeddings or length):
-        limit = config.max_position_embeddings
-        raise InputError(f"--max-length {length}: the model has {limit} positions: give at most that many")
+    check_fits([], None, config, length)
 
     amount, told = padded_amount(rows, length), f"{rows} of {length} tokens at a time"
     if family.has_language_model:
