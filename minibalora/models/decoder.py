@@ -288,6 +288,6 @@ class KVCache:
 
 
 def put(slots: Tensor, new: Tensor, filled: int) -> Tensor:
-    """Write `new` (B, heads, T, head_dim) at the end of the `filled` first slots (B, heads, :, head_dim); their view."""
+    """Write `new` (B, heads, T, head_dim) at the end of the `filled` first slots (B, heads, :, head_dim); a view."""
     slots[:, :, filled - new.shape[2] : filled] = new
     return slots[:, :, :filled]
