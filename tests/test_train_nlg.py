@@ -293,7 +293,8 @@ def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, small_da
         assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *flags, *more))[0] == 0
     lean, plain = (logged(tmp_path / name) for name in ("lean", "plain"))
     for entry, expected in zip(lean, plain, strict=True):
-        assert entry == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        known = {name: value for name, value in expected.items() if value is not None}
+        assert {name: value for name, value in entry.items() if value is not None} == pytest.approx(known, 1e-4, 1e-6)
     trained, expected = (load_file(tmp_path / name / ADAPTER) for name in ("lean", "plain"))
     assert all(distance(trained[name], expected[name]) < 1e-3 for name in expected)  # Adam divides by what is near 0
 
