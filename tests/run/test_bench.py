@@ -156,7 +156,8 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
 @pytest.mark.parametrize("contender", [each for each in EVERY if each.form == "fused"], ids=str)
 def test_flops_are_those_of_a_step(contender, rows, tmp_path):
-    load = replace(LOAD, rows=rows, rank=8, config=replace(TINY, hidden_size=512) if rows == 1 else TINY)
+    wide = replace(bench.SMALL, vocab_size=1000, num_hidden_layers=3)
+    load = replace(LOAD, rows=rows, rank=8, config=wide if rows == 1 else TINY)
     step = bench.steps_of(load, [contender], tmp_path)[contender]
     step(0)  # the head's root is made once
     with sdpa_kernel(SDPBackend.MATH):  # whose products are counted on a CPU, too
