@@ -141,7 +141,7 @@ Linears = list[tuple[nn.Module, float]]  # of a block, each with the share of th
 
 
 def linears_of(config: object, block: nn.Module) -> Linears:
-    """All of them; of a mixture's experts, a token passes those that are chosen."""
+    """All of them. A token passes only the chosen ones of a mixture's experts."""
     linears = [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear | LowRankLinear)]
     # ".shared_experts." are passed by all tokens.
     return [(part, config.num_experts_per_tok / config.num_experts if ".experts." in name else 1)
@@ -199,14 +199,14 @@ def is_gated(linears: Linears) -> bool:
 
 
 def norm_bytes(step: Step, block: nn.Module, linears: Linears) -> float:
-    """Bytes a token that are kept of the norms of a block."""
+    """Bytes a token that autograd keeps of a block's norms."""
     config, d, f = step.config, step.config.hidden_size, widest(linears)
     norms = [module for module in block.modules() if is_norm(module) and module.weight.numel() == d]
     is_plain = isinstance(norms[0], nn.LayerNorm)
     inputs = (step.element if is_plain and not step.is_autocast else 4) * len(norms)
     if norms[0].weight.requires_grad and not is_plain:
         inputs += 4 * len(norms)  # the slope of an RMSNorm's gain
-    if step.is_autocast:  # each linear has its own copy; what attention found is no norm's output
+    if step.is_autocast:  # each linear has its own copy; what attention found comes from no norm
         readers = sum(share for linear, share in linears if linear.in_features == d) - (step.width == d)
     else:
         halves = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added
