@@ -65,7 +65,7 @@ SHAPES = {
                        "pos_att_type": "p2c|c2p", "position_buckets": 64},
 }  # fmt: skip
 ROWS = 3  # of a micro-batch
-KINDS = ("", "grad-checkpoint", "nf4", "one micro-batch")
+KINDS = ("", "grad-checkpoint", "nf4", "one micro-batch", "plain form")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -115,8 +115,8 @@ def is_encoder(shape: str) -> bool:
 
 def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -> tuple[int, int]:
     """Bytes predicted and measured of a step on rows of `length` tokens, half of them response."""
-    init = "lora" if method == "lora" else "pissa_niter_1"
-    adaptation = Adaptation(method, 8, 8, init, quantize="nf4" if kind == "nf4" else None)
+    init, is_plain = "lora" if method == "lora" else "pissa_niter_1", kind == "plain form"
+    adaptation = Adaptation(method, 8, 8, init, quantize="nf4" if kind == "nf4" else None, is_plain=is_plain)
     hardware = Hardware(torch.device("cpu"), getattr(torch, dtype), grad_checkpoint=kind == "grad-checkpoint")
     torch.manual_seed(0)
     model = random_model(shape, torch.float32 if method == "full" else hardware.dtype)
@@ -132,8 +132,8 @@ def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -
     if is_encoder(shape):
         objective, amount, gradients = nlu_step(model, method, min(length, 128), micro)
     else:
-        objective, amount, gradients = nlg_step(model, method, length, micro)
-    predicted = memory.expected_memory(model, hardware, amount, objective, accumulates=micro > 1)
+        objective, amount, gradients = nlg_step(model, method, length, micro, is_plain)
+    predicted = memory.expected_memory(model, hardware, amount, objective, accumulates=micro > 1, is_plain=is_plain)
     state = [value for values in optimizer.state.values() for value in values.values()]
     with LiveBytes(*model.parameters(), *model.buffers(), *state) as live:
         gradients(torch.autocast("cpu", hardware.dtype, method == "full" and dtype != "float32"))
@@ -152,14 +152,14 @@ def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
     return bench.fill(model.to(dtype).to_empty(device="cpu")).requires_grad_(False)
 
 
-def nlg_step(model: nn.Module, method: str, length: int, micro: int):
+def nlg_step(model: nn.Module, method: str, length: int, micro: int, is_plain: bool):
     """The objective, how much a micro-batch is, and a function that adds the gradients of a step of so many."""
     objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
     random = np.random.default_rng(0)
     shared = random.integers(model.config.vocab_size, size=bench.SHARED)
     ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(ROWS * micro)]
     parts = micro_batches([Row(own, length // 2, line) for line, own in enumerate(ids)], ROWS)
-    head, weights = head_of(model), lambdas(objective, 50, 100)
+    head, weights = head_of(model, is_plain), lambdas(objective, 50, 100)
 
     def gradients(autocast: torch.autocast) -> None:
         batches = [pack(part, "cpu") for part in parts]

@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from minibalora import regularizers as R
@@ -32,11 +31,10 @@ from minibalora.base import cli
 from minibalora.data.batches import Row
 from minibalora.objective import NLG_RECIPES, Objective, lambdas
 from minibalora.run import bench
-from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Load
+from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Load, Step
 from minibalora.run.settings import Hardware
 
 SHAPE = bench.SMALL
-Step = Callable[[int], float]  # which step, from 0 -> its loss, before the update
 
 
 def main() -> None:
@@ -45,7 +43,7 @@ def main() -> None:
     load = Load(SHAPE, hardware, args.rank, args.micro_batch_size, args.warmup, args.rounds)
     steps = {name: CONTENDERS[name](load) for name in args.contenders}
     check_losses({name: step(0) for name, step in steps.items()})
-    seconds = interleaved(steps, load)
+    seconds = bench.in_turn(steps, load)
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     memories = {name: bench.in_own_process(peak_memory, name, load) for name in args.contenders}
     print(f"{'':31} ms: median fastest slowest  peak MB")
@@ -56,21 +54,6 @@ def main() -> None:
         if {mine, other} <= medians.keys():
             ratios = f"time {medians[mine] / medians[other]:.2f}, memory {memories[mine] / memories[other]:.2f}"
             print(f"{mine} / {other}: {ratios}")
-
-
-def interleaved(steps: dict[str, Step], load: Load) -> dict[str, list[float]]:
-    """Seconds of every contender's steps, one after the other on the same rows, each round begun by another.
-
-    What slows the machine for a while slows all of them.
-    """
-    names, seconds = list(steps), {name: [] for name in steps}
-    for index in tqdm(range(load.warmup + load.rounds), "steps", unit="round", dynamic_ncols=True, leave=False):
-        first = index % len(names)
-        for name in names[first:] + names[:first]:
-            taken = bench.seconds_of(partial(steps[name], index), load.hardware.device)
-            if index >= load.warmup:
-                seconds[name].append(taken)
-    return seconds
 
 
 def parse_flags() -> Namespace:
@@ -94,21 +77,11 @@ def check_losses(losses: dict[str, float]) -> None:
 
 
 def peak_memory(name: str, load: Load) -> int:
-    """Bytes that a model and two steps on the longest rows take at most: of tensors on a GPU, else of the process."""
-
-    def tokens(index: int) -> int:
-        return sum(len(row.ids) for row in bench.rows_of_step(SHAPE.vocab_size, index, load.rows))
-
-    on_gpu = load.hardware.device.type == "cuda"
-    before, step = 0 if on_gpu else bench.process_bytes("VmRSS"), CONTENDERS[name](load)
-    longest = max(range(load.warmup + load.rounds), key=tokens)
-    for _ in range(2):
-        step(longest)
-    return torch.cuda.max_memory_allocated(load.hardware.device) if on_gpu else bench.process_bytes("VmHWM") - before
+    return bench.needs_of(lambda: {name: CONTENDERS[name](load)}, load)["peak_bytes"]
 
 
 def ours(contender: Contender, load: Load) -> Step:
-    return bench.step_of(bench.random_model(SHAPE, load.hardware), load, contender)
+    return bench.steps_of(load, [contender])[contender]
 
 
 def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load) -> Step:

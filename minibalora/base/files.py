@@ -147,5 +147,5 @@ def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
 
 
 def is_full_disk(error: Exception) -> bool:
-    """By the text, for safetensors passes no error number on."""
+    """Judged by the text, because safetensors does not pass the error number on."""
     return any(text in str(error) for text in ("No space left", "quota exceeded"))

@@ -64,10 +64,10 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
     ranks, alphas = ({name: shape[index] for name, shape in shapes.items()} for index in (0, 1))
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     checkpoint = checkpoint_of(model)
-    language_model_task = "CAUSAL_LM" if checkpoint is None else checkpoint.family.peft_task
+    task = "CAUSAL_LM" if checkpoint is None else checkpoint.family.peft_task
     return {
         "peft_type": "LORA",
-        "task_type": language_model_task if getattr(model, "num_labels", None) is None else "SEQ_CLS",
+        "task_type": task if getattr(model, "num_labels", None) is None else "SEQ_CLS",
         "base_model_name_or_path": str(checkpoint.folder.resolve()) if checkpoint and checkpoint.folder else None,
         "r": rank,
         "lora_alpha": alpha,
@@ -147,10 +147,9 @@ def _layer(name: str, linear: nn.Linear | None, adapter: Adapter) -> LowRankLine
     rank = setting(adapter.config, "r", "rank_pattern", name)
     alpha = setting(adapter.config, "lora_alpha", "alpha_pattern", name)
     if lora_A.ndim != 2 or len(lora_A) != rank or lora_B.shape[1:] != (rank,):
-        ranks = (
-            f"factors of shape {list(lora_A.shape)} and {list(lora_B.shape)}, but adapter_config.json says rank {rank}"
-        )
-        raise InputError(f"{adapter.file}: {name} has {ranks}: use the two files that were saved together")
+        shapes = f"factors of shape {list(lora_A.shape)} and {list(lora_B.shape)}"
+        raise InputError(f"{adapter.file}: {name} has {shapes}, but adapter_config.json says rank {rank}: "
+                         "use the two files that were saved together")  # fmt: skip
     A, B = lora_A.T, lora_B.T
     other_base = f"it is for another base{_base_of(adapter)}: give that one"
     if linear is None:
@@ -189,7 +188,7 @@ def _base_of(adapter: Adapter) -> str:
 
 
 def _device_of(parameter: Tensor) -> torch.device:
-    """Of a `weights.skeleton`, which has its parameters nowhere, the CPU."""
+    """The CPU for a parameter of a `weights.skeleton`, which has no memory yet."""
     return torch.device("cpu") if parameter.is_meta else parameter.device
 
 
@@ -204,7 +203,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         if not stored_name.startswith(PREFIX):
             raise InputError(f"{file}: {stored_name} does not begin with {PREFIX}: give an adapter as PEFT saves it")
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise InputError(f"{file}: {stored_name} has values that are no finite numbers: train it again")
+            raise InputError(f"{file}: {stored_name} has values that are not finite: train it again")
         name = stored_name.removeprefix(PREFIX)
         if ".base_layer." in name:
             continue  # of an adapted lm_head PEFT repeats the frozen weight

@@ -30,9 +30,8 @@ def main() -> int:
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
             lost = truncate(model, args.adapter_rank)
-            print(
-                f"adapter of at most rank {args.adapter_rank}: relative error {lost:.2e} of the change in the weights"
-            )
+            of = f"adapter of at most rank {args.adapter_rank}"
+            print(f"{of}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)
         else:
             bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)

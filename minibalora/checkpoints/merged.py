@@ -65,14 +65,14 @@ def save_model(
 
 
 def _code_files(config: dict) -> list[str]:
-    """The model's own code, which transformers needs of what it does not have, as DeepSeek-MoE; never run here."""
+    """The code of a model that transformers does not have, for instance DeepSeek-MoE. It is never run here."""
     auto_map = config.get("auto_map")
     modules = {str(name).partition(".")[0] for name in (auto_map.values() if isinstance(auto_map, dict) else ())}
     return [f"{module}.py" for module in sorted(modules) if module.isidentifier()]
 
 
 def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:
-    """What makes the config.json `source` that of a classifier; nothing for a language model."""
+    """What a classifier's config.json has beyond `source`; {} for a language model."""
     count = getattr(model, "num_labels", None)
     if count is None:
         return {}

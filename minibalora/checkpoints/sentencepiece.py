@@ -85,6 +85,6 @@ def read_sentencepiece(path: Path, settings: dict) -> Tokenizer:
         return _build(_fields(path.read_bytes()), settings)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # what is no protobuf fails anywhere, and tokenizers raises plain Exception
+    except Exception as error:  # a file that is not protobuf fails anywhere, and tokenizers raises plain Exception
         cause = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a SentencePiece model that can be read here ({cause}): {MEND}") from None

@@ -27,8 +27,7 @@ class Tokenizer:
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
 
     def _special(self, settings: dict, name: str, where: Path) -> int | None:
-        token = settings.get(name)
-        content = token.get("content") if isinstance(token, dict) else token
+        content = _content(settings, name)
         if content is None:
             return None
         token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
@@ -49,9 +48,8 @@ class Tokenizer:
         """
         specials = self.backend.num_special_tokens_to_add(any(len(text) == 2 for text in texts))
         if max_length <= specials:  # tokenizers would then not cut at all
-            raise InputError(
-                f"a length of {max_length} has no room for text beside {specials} special tokens: raise it"
-            )
+            room = f"has no room for text beside {specials} special tokens"
+            raise InputError(f"a length of {max_length} {room}: raise it")
         self.backend.enable_truncation(max_length, strategy="longest_first")
         try:
             encoded = self.backend.encode_batch_fast([text[0] if len(text) == 1 else text for text in texts])
@@ -116,12 +114,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return tok
 
 
+def _content(settings: dict, name: str) -> object:
+    token = settings.get(name)
+    return token.get("content") if isinstance(token, dict) else token
+
+
 def _with_bos(backend: Backend, settings: dict) -> Backend:
     """LlamaTokenizerFast of transformers 4 put BOS before a text where tokenizer_config.json asks for it, whatever
     tokenizer.json says. DeepSeek-MoE was trained so, and its tokenizer.json says nothing, so transformers 5 forgets it.
     """
-    bos = settings.get("bos_token")
-    bos = bos.get("content") if isinstance(bos, dict) else bos
+    bos = _content(settings, "bos_token")
     bos_id = backend.token_to_id(bos) if isinstance(bos, str) else None
     is_asked = settings.get("tokenizer_class") == "LlamaTokenizerFast" and settings.get("add_bos_token") is True
     if is_asked and bos_id is not None and bos_id not in backend.encode("").ids:

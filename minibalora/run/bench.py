@@ -1,21 +1,22 @@
 """What to expect on this machine: step time, tokens/s, memory and initialisation: `python -m minibalora bench`.
 
-Random weights of a published shape, no download. What is timed is the whole optimisation step of train_nlg.py.
+It takes random weights of a published shape, and times the whole optimisation step of train_nlg.py.
 """
 
 import argparse
+import copy
 import platform
 import re
 import statistics
 import time
 import zlib
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
+from operator import truediv
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.compiler import set_stance
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.optim import AdamW
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from minibalora.base import cli
@@ -35,13 +37,14 @@ from minibalora.lowrank import adapt, factors_of
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
 from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
+from minibalora.run.cache import Cache
 from minibalora.run.flags import DEFAULTS
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
 from minibalora.run.settings import Hardware
 from minibalora.run.teacher import open_cache, teacher_states
 
-# As their config.json's have them.
+# As their config.json files have them.
 LLAMA_2_7B = LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=32, head_dim=128, rms_norm_eps=1e-5, rope_theta=10000.0, rope_scaling=None,
@@ -72,6 +75,7 @@ PROMPTS = (150, 145, 106, 82, 75, 91, 128, 127, 74, 155, 70, 113, 89, 131, 67, 8
 PROMPTS += (71, 81, 86, 94, 153, 106, 75, 80)
 RESPONSES = (135, 124, 104, 118, 84, 73, 219, 247, 101, 170, 110, 184, 106, 122, 86, 172, 154, 63, 51, 151, 93, 134)
 RESPONSES += (143, 167, 156, 104, 135, 111, 277, 109, 63, 90)
+Step = Callable[[int], float]  # takes the step of that index, from 0, and returns its loss before the update
 
 
 @dataclass(frozen=True)
@@ -100,34 +104,42 @@ class Load:
     warmup: int  # steps that do not count
     rounds: int  # steps that do
 
+    def tokens_of(self, index: int) -> int:
+        return sum(len(row.ids) for row in rows_of_step(self.config.vocab_size, index, self.rows))
+
 
 def main() -> int:
     args = parse_flags()
     hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint, compile=args.compile)
     load = Load(SHAPES[args.shape], hardware, args.rank, args.micro_batch_size, args.warmup, args.rounds)
-    facts, dtype = machine(args.device), str(args.dtype).removeprefix("torch.")
+    contenders, facts = contenders_of(args.methods, args.forms), machine(args.device)
+    dtype = str(args.dtype).removeprefix("torch.")
     print(f"{args.shape}, rank {args.rank}, {args.micro_batch_size} rows a step, {dtype}")
     print(f"{facts['gpu'] or facts['cpu']}, threads: {facts['threads']}, torch {facts['torch']}", flush=True)
     rates = [matmul_rate(hardware)]
-    bar = tqdm(contenders_of(args.methods, args.forms), unit="contender", dynamic_ncols=True, leave=False)
     try:
-        found = [in_own_process(measure, load, contender) for contender in bar]
+        with TemporaryDirectory() as folder:
+            bar = tqdm(contenders, "memory", unit="process", dynamic_ncols=True, leave=False)
+            needs = [in_own_process(needs_of, partial(steps_of, load, [each], folder), load) for each in bar]
+            seconds = in_turn(steps_of(load, contenders, folder), load)
     except RuntimeError as error:
         if not isinstance(error, BrokenProcessPool) and "allocate memory" not in str(error):
             raise
         cure = "give a smaller one or --micro-batch-size"
         raise InputError(f"--shape {args.shape} does not fit this machine's memory: {cure}") from None
     rates.append(matmul_rate(hardware))  # others may have been at work during one of them
-    lora = next((each["seconds"] for each in found if (each["method"], each["form"]) == ("lora", "fused")), None)
-    results = [each | summary(each, lora, max(rates)) for each in found]
+    tokens = [load.tokens_of(index) for index in range(load.warmup, load.warmup + load.rounds)]
+    lora, rate = seconds.get(Contender("lora")), max(rates)
+    results = [asdict(each) | result(seconds[each], tokens, need, lora, rate)
+               for each, need in zip(contenders, needs, strict=True)]  # fmt: skip
     init = init_seconds(load)
     settings = {name: value if isinstance(value, int | list) else str(value) for name, value in vars(args).items()}
     settings |= {"config": asdict(load.config), "init": DEFAULTS["init"]}
     write_json(args.json, {"settings": settings, "machine": facts, "matmul_flops_per_s": rates, "init_seconds": init,
                            "results": results})  # fmt: skip
-    print(timing_table(results))
-    print(f"peak: {max(rates) / 1e9:,.0f} GFLOP/s in matrix products alone")
-    print(f"init {DEFAULTS['init']}: {init:.1f} s for all layers, estimated from one of each shape")
+    print(timing_table(contenders, results))
+    print(f"peak: {rate / 1e9:,.0f} GFLOP/s in matrix products alone")
+    print(f"init {DEFAULTS['init']}: {init:.1f} s for all layers, estimated from one block's")
     print(f"saved to {args.json}")
     return 0
 
@@ -143,8 +155,7 @@ def parse_flags() -> argparse.Namespace:
     add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="default: all; ba-lora in both recipes")
     add("--forms", choices=FORMS, nargs="+", default=list(FORMS), help="fused: without ever holding the logits, as "
         "train_nlg.py does it; plain: the formulas on them, with an exact SVD (default: both)")  # fmt: skip
-    add("--rank", type=cli.positive_int, help="rank r of the adapters (default: 1/32 of the width, 128 at 4096 as "
-        "published)")  # fmt: skip
+    add("--rank", type=cli.positive_int, help="of the adapters (default: 1/32 of the width, the published 128 at 4096)")
     add("--micro-batch-size", type=cli.positive_int, default=4, help="rows of a step (default: 4)")
     add("--rounds", type=cli.positive_int, default=8, help="steps of each (default: 8, which at 4 rows sees all once)")
     add("--warmup", type=cli.positive_int, default=2, help="steps before that do not count (default: 2)")
@@ -171,7 +182,7 @@ def parse_flags() -> argparse.Namespace:
 
 
 def contenders_of(methods: list[str], forms: list[str]) -> list[Contender]:
-    """In the order of the table. A cached teacher is one of the fused form, because that is what trains."""
+    """In the order of the table. The one with a cached teacher is fused, because that form trains."""
     kinds = [(method, recipe) for method in methods for recipe in (NLG_RECIPES if method == "ba-lora" else [None])]
     found = [Contender(*kind, form) for form in forms for kind in kinds]
     if "fused" in forms and "ba-lora" in methods:
@@ -183,19 +194,16 @@ def contenders_of(methods: list[str], forms: list[str]) -> list[Contender]:
 
 
 def rows_of_step(vocab_size: int, index: int, count: int) -> list[Row]:
-    """`count` of the 32 rows, in turn, with random ids: the same for every contender, and an epoch later again."""
+    """`count` of the 32 rows, in turn, with random ids: the same for every contender, and again an epoch later."""
     random = np.random.default_rng(0)
     shared = random.integers(vocab_size, size=SHARED)
-    ids = [
-        np.concatenate([shared, random.integers(vocab_size, size=prompt + response - SHARED)])
-        for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
-    ]
-    chosen = [(index * count + offset) % len(ids) for offset in range(count)]
-    return [Row(ids[number], PROMPTS[number], number) for number in chosen]
+    own = [random.integers(vocab_size, size=sum(lengths) - SHARED) for lengths in zip(PROMPTS, RESPONSES, strict=True)]
+    chosen = [(index * count + offset) % len(own) for offset in range(count)]
+    return [Row(np.concatenate([shared, own[number]]), PROMPTS[number], number) for number in chosen]
 
 
 def random_model(config: LlamaConfig, hardware: Hardware) -> Decoder:
-    """Made where and as what it is used: a 7B model in bfloat16 never takes more than its 13 GB."""
+    """Made on its device and in its dtype: a 7B model in bfloat16 never takes more than its 13 GB."""
     with torch.device("meta"):
         model = llama(config).to(hardware.dtype)
     return fill(model.to_empty(device=hardware.device)).requires_grad_(False)
@@ -210,27 +218,35 @@ def fill(model: nn.Module) -> nn.Module:
     return model
 
 
-def step_of(model: Decoder, load: Load, contender: Contender, folder: Path | None = None) -> Callable[[int], float]:
-    """A function that takes step `index`, counted from 0, and returns its loss before the update.
+def steps_of(load: Load, contenders: list[Contender], folder: str | None = None) -> dict[Contender, Step]:
+    """Each contender's step. All models share the frozen weights, and contenders whose layers compute alike share a
+    model: what they make of it does not change their time. Nor does it matter which factors PiSSA starts from, so they
+    are the quickest to have. folder: of the teacher cache, where a contender has one."""
+    base, models, steps = random_model(load.config, load.hardware), {}, {}
+    for each in contenders:
+        kind = "lora" if each.method == "lora" else "pissa_niter_0", each.form
+        if kind not in models:
+            torch.manual_seed(0)
+            model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+            adapt(model, load.rank, init=kind[0]).train()
+            if each.form == "fused":
+                use_lean_product(model)
+            fit_hardware(model, load.hardware)
+            models[kind] = model, optimizer_of(model)
+        cache = open_cache(Path(folder), "bench", [], 0) if each.knows_teacher else None
+        steps[each] = step_of(*models[kind], load, each, cache)
+    return steps
 
-    It is the optimisation step of train_nlg.py, here of one micro-batch. Which factors PiSSA starts from doesn't change
-    its time, so they are the quickest to have. folder: of a teacher cache, where the contender has one.
-    """
-    torch.manual_seed(0)
-    device = load.hardware.device
-    adapt(model, load.rank, init="lora" if contender.method == "lora" else "pissa_niter_0").train()
-    if contender.form == "fused":
-        use_lean_product(model)
-    fit_hardware(model, load.hardware)
-    optimizer = optimizer_of(model)
+
+def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, cache: Cache | None) -> Step:
+    """The optimisation step of train_nlg.py, here of one micro-batch. A cache gets the teacher's states of all rows."""
     optimizer.param_groups[0]["lr"] = LEARNING_RATE
-    head = head_of(model, is_plain=contender.form == "plain")
-    objective, weights = contender.objective, lambdas(contender.objective, STEPS // 2, STEPS)
-    cache = open_cache(folder, "bench", [], 0) if contender.knows_teacher else None
+    head, objective = head_of(model, is_plain=contender.form == "plain"), contender.objective
+    weights = lambdas(objective, STEPS // 2, STEPS)
 
     def inputs(index: int) -> tuple[Packed, torch.Tensor | None]:
         rows = rows_of_step(load.config.vocab_size, index, load.rows)
-        batch = pack(rows, device)
+        batch = pack(rows, load.hardware.device)
         return batch, teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
 
     def step(index: int) -> float:
@@ -244,12 +260,25 @@ def step_of(model: Decoder, load: Load, contender: Contender, folder: Path | Non
         optimizer.zero_grad()
         return value
 
-    for index in range(load.warmup + load.rounds) if contender.knows_teacher else ():
+    for index in range(load.warmup + load.rounds) if cache else ():
         inputs(index)
     return step
 
 
 # Measuring.
+
+
+def in_turn(steps: dict[object, Step], load: Load) -> dict[object, list[float]]:
+    """Seconds of every contender's steps, one after the other on the same rows. Each round begins with another one.
+
+    Whatever slows the machine for a while slows all of them.
+    """
+    names, seconds = list(steps), {name: [] for name in steps}
+    for index in tqdm(range(load.warmup + load.rounds), "steps", unit="round", dynamic_ncols=True, leave=False):
+        first = index % len(names)
+        for name in names[first:] + names[:first]:
+            seconds[name].append(seconds_of(partial(steps[name], index), load.hardware.device))
+    return {name: times[load.warmup :] for name, times in seconds.items()}
 
 
 def in_own_process(function: Callable, *arguments: object) -> object:
@@ -258,42 +287,33 @@ def in_own_process(function: Callable, *arguments: object) -> object:
         return pool.submit(function, *arguments).result()
 
 
-def measure(load: Load, contender: Contender) -> dict:
-    """The contender, the seconds and tokens of each step, its operations, and bytes at the peak: of tensors on a GPU,
-    else what the process took besides. Only Linux tells that: ru_maxrss begins with the peak of the parent process."""
+def needs_of(make_steps: Callable[[], dict[object, Step]], load: Load) -> dict:
+    """What one contender takes: operations a token, and the bytes that its model and two steps on the longest rows take
+    at most: of tensors on a GPU, else what this process took besides. Only Linux tells that: ru_maxrss begins with the
+    peak of the parent process."""
     device, status = load.hardware.device, Path("/proc/self/status")
-    before, peak = process_bytes("VmRSS") if status.exists() else 0, None
-    steps = range(load.warmup + load.rounds)
-    with TemporaryDirectory() as folder:
-        step = step_of(random_model(load.config, load.hardware), load, contender, Path(folder))
-        seconds = [seconds_of(partial(step, index), device) for index in steps]
-        if device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(device)
-        elif status.exists():
-            peak = process_bytes("VmHWM") - before
-        operations = flops(step)
-    tokens = [sum(len(row.ids) for row in rows_of_step(load.config.vocab_size, index, load.rows)) for index in steps]
-    return asdict(contender) | {
-        "seconds": seconds[load.warmup :],
-        "tokens": tokens[load.warmup :],
-        "flops_per_token": operations / tokens[0],
-        "peak_bytes": peak,
-    }
+
+    def process_bytes(field: str) -> int:
+        return 1024 * int(re.search(rf"{field}:\s*(\d+)", status.read_text())[1]) if status.exists() else 0
+
+    before, (step,) = process_bytes("VmRSS"), make_steps().values()
+    longest = max(range(load.warmup + load.rounds), key=load.tokens_of)
+    for _ in range(2):
+        step(longest)
+    on_cpu = process_bytes("VmHWM") - before if status.exists() else None
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else on_cpu
+    return {"flops_per_token": flops(step) / load.tokens_of(0), "peak_bytes": peak}
 
 
-def flops(step: Callable[[int], float]) -> int:
+def flops(step: Step) -> int:
     """Floating-point operations of the matrix products of step 0, as torch counts them, after it has run before.
 
     On a CPU torch does not count those of attention, on these rows one in a hundred; nor anywhere those of an SVD.
     """
-    in_place = {torch.ops.aten.addmm_: addmm_flop}
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # of shapes
     with set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         step(0)
     return counter.get_total_flops()
-
-
-def process_bytes(field: str) -> int:
-    return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def matmul_rate(hardware: Hardware) -> float:
@@ -304,16 +324,12 @@ def matmul_rate(hardware: Hardware) -> float:
 
 
 def init_seconds(load: Load) -> float:
-    """Of train_nlg.py's default start for a whole model: the better of two runs on one layer of each shape."""
-    with torch.device("meta"):
-        block = llama(replace(load.config, num_hidden_layers=1, windows=load.config.windows[:1])).model.layers[0]
-    shapes = Counter(linear.weight.shape for linear in block.modules() if isinstance(linear, nn.Linear))
-    total, device = 0.0, load.hardware.device
-    for shape, count in shapes.items():
-        weight = 0.02 * torch.randn(shape, device=device, dtype=load.hardware.dtype)
-        factors = partial(factors_of(DEFAULTS["init"]), weight, load.rank, 1.0)
-        total += count * min(seconds_of(factors, device) for _ in range(2))
-    return total * load.config.num_hidden_layers
+    """Of train_nlg.py's default start for a whole model: the better of two runs on each linear of one block."""
+    one = replace(load.config, vocab_size=1, num_hidden_layers=1, windows=load.config.windows[:1])
+    linears = [part for part in random_model(one, load.hardware).model.layers.modules() if isinstance(part, nn.Linear)]
+    works = [partial(factors_of(DEFAULTS["init"]), linear.weight, load.rank, 1.0) for linear in linears]
+    best = [min(seconds_of(work, load.hardware.device) for _ in range(2)) for work in works]
+    return load.config.num_hidden_layers * sum(best)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
@@ -340,30 +356,28 @@ def machine(device: torch.device) -> dict:
     }
 
 
-def summary(found: dict, lora: list[float] | None, rate: float) -> dict:
+def result(seconds: list[float], tokens: list[int], needs: dict, lora: list[float] | None, rate: float) -> dict:
     """Medians: steps differ in length, so speeds and ratios are taken of each.
 
     lora: the seconds of `lora`'s steps, on the same rows; rate: that of `matmul_rate`.
     """
-    seconds = found["seconds"]
-    speed = statistics.median(count / time for count, time in zip(found["tokens"], seconds, strict=True))
-    return {
+    speed = statistics.median(map(truediv, tokens, seconds))
+    return {"seconds": seconds, "tokens": tokens} | needs | {
         "median_ms": 1000 * statistics.median(seconds),
         "fastest_ms": 1000 * min(seconds),
         "tokens_per_s": speed,
-        "share_of_peak": speed * found["flops_per_token"] / rate,
-        "times_lora": lora and statistics.median(time / other for time, other in zip(seconds, lora, strict=True)),
-    }
+        "share_of_peak": speed * needs["flops_per_token"] / rate,
+        "times_lora": lora and statistics.median(map(truediv, seconds, lora)),
+    }  # fmt: skip
 
 
-def timing_table(results: list[dict]) -> str:
+def timing_table(contenders: list[Contender], results: list[dict]) -> str:
     """A line each; "tokens/s" counts prompts, too, "of peak" is the rate of `flops` beside `matmul_rate`."""
     columns = f"{'form':7}{'ms a step':>10}{'fastest':>9}{'tokens/s':>10}{'of peak':>9}{'peak MB':>9}{'x lora':>8}"
     lines = [f"{'':33}{columns}"]
-    for found in results:
-        name = str(Contender(**{field: found[field] for field in ("method", "recipe", "form", "knows_teacher")}))
+    for each, found in zip(contenders, results, strict=True):
         times = f"{found['median_ms']:10.0f}{found['fastest_ms']:9.0f}{found['tokens_per_s']:10.0f}"
         memory = "-" if found["peak_bytes"] is None else f"{found['peak_bytes'] / 1e6:.0f}"
         ratio = "-" if found["times_lora"] is None else f"{found['times_lora']:.2f}"
-        lines.append(f"{name:33}{found['form']:7}{times}{found['share_of_peak']:9.1%}{memory:>9}{ratio:>8}")
+        lines.append(f"{each!s:33}{each.form:7}{times}{found['share_of_peak']:9.1%}{memory:>9}{ratio:>8}")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ from operator import add
 from torch import nn
 
 from minibalora.data.batches import Packed
-from minibalora.fused import BLOCK, ROOT_ROWS, FrozenHead
+from minibalora.fused import BLOCK, ROOT_ROWS
 from minibalora.lowrank import LowRankLinear, adapted_layers
 from minibalora.models import blocks_of
 from minibalora.objective import Objective, head_of
@@ -64,17 +64,17 @@ def expected_memory(
 
     model: adapted; one without adapted layers is trained in full. amount: the largest micro-batch. objective: None of a
     classifier, whose logits are next to nothing. accumulates: a step has several micro-batches. ranks: how many share
-    the blocks' frozen weights, as --fsdp has it. is_plain: the loss is taken on whole logits.
+    the blocks' frozen weights, as --fsdp has it. is_plain: layers and loss are the paper's own formulas.
     """
     config, element = model.config, hardware.dtype.itemsize
     width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
-    step = Step(config, width, element, hardware.device.type, element < 4 and not adapted_layers(model))
+    step = Step(config, width, element, hardware.device.type, element < 4 and not adapted_layers(model), is_plain)
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     always = held(model, ranks) + 2 * trained
     if step.is_autocast:  # which keeps a copy of each weight in the activations' dtype during a step
         linears = [module for module in model.modules() if type(module) is nn.Linear and module.weight.requires_grad]
         always += element * sum(linear.weight.numel() for linear in linears)
-    stays, passes = (0, 0) if objective is None else objective_bytes(step, model, amount.wanted, objective, is_plain)
+    stays, passes = (0, 0) if objective is None else objective_bytes(step, model, amount.wanted, objective)
     kept, backward = activations(step, model, amount, hardware.grad_checkpoint)
     # The first micro-batch's gradients take the place of what was kept; a second one finds them there.
     gradients = trained if accumulates else 0
@@ -90,6 +90,7 @@ class Step:
     element: int  # bytes of a number in the activations
     device: str  # "cpu" or "cuda"
     is_autocast: bool  # activations are narrower than the weights, which are trained and so float32
+    is_plain: bool
 
 
 # What is always there.
@@ -140,7 +141,7 @@ Linears = list[tuple[nn.Module, float]]  # of a block, each with the share of th
 
 
 def linears_of(config: object, block: nn.Module) -> Linears:
-    """All of them; of a mixture's experts, a token passes those that are chosen."""
+    """All of them. A token passes only the chosen ones of a mixture's experts."""
     linears = [(name, part) for name, part in block.named_modules() if isinstance(part, nn.Linear | LowRankLinear)]
     # ".shared_experts." are passed by all tokens.
     return [(part, config.num_experts_per_tok / config.num_experts if ".experts." in name else 1)
@@ -163,6 +164,9 @@ def kept_of_block(step: Step, block: nn.Module, linears: Linears, amount: Amount
         products += element * 2 * config.num_experts_per_tok * config.hidden_size
     if is_gated(linears) and getattr(config, "activation", "gelu") != "silu":
         products += element * linears[-1][1] * f  # gelu(gate), which SwiGLU computes again
+    if step.is_plain:  # X (A - A0) and X A0, which the lean product does not keep
+        adapted = [(layer, share) for layer, share in linears if isinstance(layer, LowRankLinear)]
+        products += element * sum(share * layer.A.shape[1] * (2 - (layer.A0 is None)) for layer, share in adapted)
     norms = norm_bytes(step, block, linears)
     copied = element * width if amount.is_packed else 0  # what attention found, all rows in one
     a_token, a_pair = attention_bytes(step, amount)
@@ -195,14 +199,14 @@ def is_gated(linears: Linears) -> bool:
 
 
 def norm_bytes(step: Step, block: nn.Module, linears: Linears) -> float:
-    """Bytes a token that are kept of the norms of a block."""
+    """Bytes a token that autograd keeps of a block's norms."""
     config, d, f = step.config, step.config.hidden_size, widest(linears)
     norms = [module for module in block.modules() if is_norm(module) and module.weight.numel() == d]
     is_plain = isinstance(norms[0], nn.LayerNorm)
     inputs = (step.element if is_plain and not step.is_autocast else 4) * len(norms)
     if norms[0].weight.requires_grad and not is_plain:
         inputs += 4 * len(norms)  # the slope of an RMSNorm's gain
-    if step.is_autocast:  # each linear has its own copy; what attention found is no norm's output
+    if step.is_autocast:  # each linear has its own copy; what attention found comes from no norm
         readers = sum(share for linear, share in linears if linear.in_features == d) - (step.width == d)
     else:
         halves = len(norms) // (2 if getattr(config, "has_post_norms", False) else 1)  # whose output is only added
@@ -268,14 +272,11 @@ def dense_bytes(step: Step, linear: nn.Module, tokens: int) -> int:
 # The objective's own.
 
 
-def objective_bytes(
-    step: Step, model: nn.Module, predicted: int, objective: Objective, is_plain: bool
-) -> tuple[int, int]:
+def objective_bytes(step: Step, model: nn.Module, predicted: int, objective: Objective) -> tuple[int, int]:
     """What L takes for that many predicted tokens: bytes that stay from step to step, and bytes that come and go."""
     element, (V, d) = step.element, model.head_weight.shape
     states = predicted * d * (4 + 4 * element)  # the last norm's input and output; student, teacher and gradient
-    is_whole = is_plain or not isinstance(head_of(model), FrozenHead)  # LEAD: head_of(model, is_plain).is_whole
-    if is_whole:
+    if head_of(model, step.is_plain).is_whole:
         stays, passes = whole_logits_bytes(step, model, predicted, objective)
         return stays, states + passes
     rows = BLOCK.get(step.device, 512)

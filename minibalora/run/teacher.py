@@ -27,8 +27,8 @@ def teacher_states(
 ) -> list[Tensor]:
     """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger.
 
-    batches: the rows of `micro`, packed. With a cache only those batches are computed of which it lacks a row, and then
-    it has them.
+    batches: the rows of `micro`, packed. With a cache, only batches of which it lacks a row are computed, and then it
+    gets them.
     """
     names = [[row_digest(row) for row in rows] for rows in micro]
     known = [cache.read(each) if cache else None for each in names]

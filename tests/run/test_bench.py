@@ -2,11 +2,11 @@
 
 import json
 import sys
-from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibalora.base import cli
@@ -78,12 +78,11 @@ def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
 
 @pytest.mark.parametrize("contender", EVERY, ids=lambda contender: f"{contender} {contender.form}")
 def test_a_step_is_that_of_train_nlg(contender, tmp_path):
-    base = bench.random_model(TINY, CPU)
-    step = bench.step_of(deepcopy(base), LOAD, contender, tmp_path)
+    step = bench.steps_of(LOAD, [contender], tmp_path)[contender]
     losses = [step(index) for index in range(3)]
 
     torch.manual_seed(0)
-    model = adapt(base, LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
+    model = adapt(bench.random_model(TINY, CPU), LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
     batch = pack(bench.rows_of_step(1000, 0, 3), "cpu")
     inputs = batch.input_ids, batch.lengths, batch.wanted, batch.shared
     with pretrained(model):
@@ -95,10 +94,23 @@ def test_a_step_is_that_of_train_nlg(contender, tmp_path):
     assert len(set(losses)) == 3
 
 
-def test_checkpointed_blocks_take_the_same_step(tmp_path):
+def test_contenders_share_what_is_frozen_and_are_timed_in_turn():
+    contenders, order = EVERY[:2], []
+    with LiveBytes() as live:
+        steps = bench.steps_of(LOAD, contenders)
+    weights = sum(parameter.nbytes for parameter in bench.random_model(TINY, CPU).parameters())
+    assert weights < live.now < 2 * weights
+    steps = {name: lambda index, name=name: order.append((index, name)) for name in steps}
+    seconds = bench.in_turn(steps, LOAD)
+    lora, pissa = contenders
+    assert order == [(0, lora), (0, pissa), (1, pissa), (1, lora), (2, lora), (2, pissa)]
+    assert [len(times) for times in seconds.values()] == [LOAD.rounds] * 2
+
+
+def test_checkpointed_blocks_take_the_same_step():
     loads = [replace(LOAD, hardware=replace(CPU, grad_checkpoint=value)) for value in (False, True)]
     contender = Contender("ba-lora", "iclr2026")
-    plain, checkpointed = (bench.step_of(bench.random_model(TINY, CPU), load, contender, tmp_path) for load in loads)
+    plain, checkpointed = (bench.steps_of(load, [contender])[contender] for load in loads)
     assert [checkpointed(index) for index in range(2)] == pytest.approx([plain(index) for index in range(2)], rel=1e-6)
 
 
@@ -144,8 +156,9 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
 @pytest.mark.parametrize("contender", [each for each in EVERY if each.form == "fused"], ids=str)
 def test_flops_are_those_of_a_step(contender, rows, tmp_path):
-    load = replace(LOAD, rows=rows, rank=8, config=replace(TINY, hidden_size=512) if rows == 1 else TINY)
-    step = bench.step_of(bench.random_model(load.config, CPU), load, contender, tmp_path)
+    wide = replace(bench.SMALL, vocab_size=1000, num_hidden_layers=3)
+    load = replace(LOAD, rows=rows, rank=8, config=wide if rows == 1 else TINY)
+    step = bench.steps_of(load, [contender], tmp_path)[contender]
     step(0)  # the head's root is made once
     with sdpa_kernel(SDPBackend.MATH):  # whose products are counted on a CPU, too
         counted = bench.flops(step)
