@@ -5,7 +5,6 @@ so nothing else needs them. Figures are made without pyplot: no window, no backe
 """
 
 import argparse
-import importlib
 import json
 import os
 from dataclasses import dataclass
@@ -45,13 +44,12 @@ NEIGHBOURS = 5
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    for module in ("matplotlib", "sklearn") if args.features else ("matplotlib",):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"can't import {module} ({error}): pip install 'minibalora[plots]'") from None
-    import matplotlib.style
-
+    try:
+        if args.features:
+            import sklearn  # noqa: F401
+        import matplotlib.style
+    except ImportError as error:
+        raise InputError(f"can't draw ({error}): pip install 'minibalora[plots]'") from None
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = tsne(read_features(args.features, args.max_rows)) if args.features else curves(read_runs(args.runs))
         with replacing(args.out) as temporary:
@@ -85,13 +83,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def short_names(paths: list[Path]) -> list[str]:
     """The shortest end of each path that no other path ends in; InputError if one is named twice."""
-    names, parts = [], [Path(os.path.abspath(path)).parts for path in paths]
-    for path, own in zip(paths, parts, strict=True):
-        ends = (own[-length:] for length in range(1, len(own) + 1))
-        end = next((end for end in ends if [other[-len(end) :] for other in parts].count(end) == 1), None)
-        if end is None:
+    names, wholes = [], [Path(os.path.abspath(path)).parts for path in paths]
+    for path, own in zip(paths, wholes, strict=True):
+        if wholes.count(own) > 1:
             raise InputError(f"{path} is named twice: name it once")
-        names.append(str(Path(*end)))
+        length = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in wholes) == 1)
+        names.append(str(Path(*own[-length:])))
     return names
 
 
@@ -100,9 +97,8 @@ def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
     from matplotlib.lines import Line2D
 
     columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
-    where = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 9}
-    handles = [Line2D([], [], **look) for look in looks[: len(names)]]
-    legend = figure.legend(handles, ["?"] * len(names), **where)
+    handles = [Line2D([], [], label="?", **look) for look in looks[: len(names)]]
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
 
@@ -138,26 +134,22 @@ def read_log(path: Path) -> list[dict]:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give the folder of a run, its --out") from None
-    entries = []
+    entries, last = [], 0
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not is_entry(entry) or entry["step"] <= (entries[-1]["step"] if entries else 0):
+            values = [entry[key] for key in ("step", "loss", "lr")]
+            values += [entry[key] for key in PANELS if entry.get(key) is not None]
+            is_good = all(type(value) in (int, float) and abs(value) < 1e300 for value in values) and values[0] > last
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_good = False
+        if not is_good:
             raise InputError(f"{path}, line {number}: not an entry of a run's log: mend it or leave this run out")
         entries.append(entry)
+        last = entry["step"]
     if not entries:
         raise InputError(f"{path}: holds no step yet: wait for the first, or leave this run out")
     return entries
-
-
-def is_entry(entry: object) -> bool:
-    """Whether it is an object with a step, a loss and a rate, and a finite number or null for whatever else we draw."""
-    if not isinstance(entry, dict) or any(entry.get(key) is None for key in ("step", "loss", "lr")):
-        return False
-    values = [value for key in ("step", *PANELS) if (value := entry.get(key)) is not None]
-    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
 
 
 def curves(runs: list[Run]) -> "Figure":
@@ -213,9 +205,8 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
 def task_differs(run: Run) -> bool:
     """Whether a picture can show it: by more than 1 % of the height that the loss takes."""
     both = [(entry["loss"], entry["task"]) for entry in run.entries if entry.get("task") is not None]
-    loss, task = np.array(both, dtype=float).reshape(-1, 2).T
-    low, high = main_span(loss) if both else (0, 0)
-    return bool((abs(loss - task) > 0.01 * (high - low)).any())
+    low, high = main_span(np.array([loss for loss, _ in both])) if both else (0, 0)
+    return any(abs(loss - task) > 0.01 * (high - low) for loss, task in both)
 
 
 def half_window(count: int) -> int:
@@ -244,11 +235,10 @@ def quantity(key: str, settings: dict) -> str:
     objective = settings.get("objective")
     if not isinstance(objective, dict):
         return ""
-    is_regression = settings.get("labels") == []
-    loss = "squared error" if is_regression else "nats"
-    distance = "nats" if objective.get("consistency") == "kl" else "squared distance"
+    loss = "squared error" if settings.get("labels") == [] else "nats"
+    distance = "squared distance" if loss == "nats" and objective.get("consistency") != "kl" else loss
     divisor = "N" if objective.get("svd_norm") is None else "‖Z‖"
-    units = {"loss": loss, "task": loss, "consistency": loss if is_regression else distance, "non_target_kl": "nats"}
+    units = {"loss": loss, "task": loss, "consistency": distance, "non_target_kl": "nats"}
     units["diversity"] = "squared covariance" if "labels" in settings else "−entropy, nats"
     units["svd"] = f"−Σ of {objective.get('svd_k')} largest σ / {divisor}"
     return units.get(key, "")
@@ -276,11 +266,7 @@ class Features:
 def read_features(paths: list[Path], max_rows: int) -> list[Features]:
     if max_rows < 3:
         raise InputError(f"--max-rows {max_rows}: t-SNE needs 3 rows: give more")
-    found = [read_file(path, name, max_rows) for path, name in zip(paths, short_names(paths), strict=True)]
-    classes = len(all_classes(found))
-    if classes > MOST:
-        raise InputError(f"--features: {classes} classes: at most {MOST} can be told apart in one picture")
-    return found
+    return [read_file(path, name, max_rows) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
 def read_file(path: Path, name: str, max_rows: int) -> Features:
@@ -322,24 +308,22 @@ def class_names(text: str) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def all_classes(found: list[Features]) -> list[int]:
-    return sorted({int(label) for features in found if features.are_classes for label in features.labels})
-
-
 def tsne(found: list[Features]) -> "Figure":
     """Before and after side by side, a row a file, with the same settings and seed; one colour a class or score.
 
     The features are not standardised: so distances are those that the head's weights see, and a few coordinates of
     large variance, which fine-tuning tends to make, keep their weight. A t-SNE picture says little about how far
     clusters are apart, so above each panel stands what the 5 nearest other rows *among the features* say.
+    InputError for more classes than can be told apart.
     """
+    classes = sorted({int(label) for features in found if features.are_classes for label in features.labels})
+    if len(classes) > MOST:
+        raise InputError(f"--features: {len(classes)} classes: at most {MOST} can be told apart in one picture")
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), **FIGURE)
-    grid = figure.subplots(len(found), 2, squeeze=False)
-    classes = all_classes(found)
-    for row, features in zip(grid, found, strict=True):
+    for row, features in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
         perplexity = min(30, (len(features.labels) - 1) / 3)  # about the number of neighbours that count
         for axes, moment in zip(row, ("before", "after"), strict=True):
             values = getattr(features, moment)
@@ -349,8 +333,7 @@ def tsne(found: list[Features]) -> "Figure":
         row[0].set_ylabel(f"{features.name}\n{amounts(features)}", parse_math=False)
         if not features.are_classes:
             figure.colorbar(row[1].collections[0], ax=row.tolist(), label="label", pad=0.01)
-    caption = f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture"
-    figure.supxlabel(caption, **SMALL)
+    figure.supxlabel(f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture", **SMALL)
     if classes:
         names = max((features.names for features in found), key=len)
         known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
@@ -359,13 +342,12 @@ def tsne(found: list[Features]) -> "Figure":
 
 
 def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
-    size = float(np.clip(8000 / len(points), 6, 40))
+    look = {"s": float(np.clip(8000 / len(points), 6, 40)), "linewidths": 0}
     if features.are_classes:
-        for label, look in zip(classes, POINTS, strict=False):
-            of_class = points[features.labels == label]
-            axes.scatter(*of_class.T, size, **look, alpha=0.6, linewidths=0, label=f"class {label}")
+        for label, own in zip(classes, POINTS, strict=False):
+            axes.scatter(*points[features.labels == label].T, **look, **own, alpha=0.6, label=f"class {label}")
     else:
-        axes.scatter(*points.T, size, features.labels, cmap="viridis", alpha=0.8, linewidths=0)
+        axes.scatter(*points.T, c=features.labels, **look, cmap="viridis", alpha=0.8)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(True)

@@ -500,7 +500,7 @@ def test_features_are_saved_as_a_picture(tsne_libraries, new_features, tmp_path,
 )
 def test_wrong_features_are_refused(changes, parts, new_features, refuses):
     path = new_features(name="wrong.safetensors", changes=changes)
-    refuses(lambda: read_features([path], 2000), "--features" if "classes" in str(parts) else path, *parts)
+    refuses(lambda: plot.tsne(read_features([path], 2000)), "--features" if "classes" in str(parts) else path, *parts)
 
 
 def test_fewer_than_three_rows_are_refused(new_features, refuses):
