@@ -14,7 +14,7 @@ from minibalora.data.files import read_rows
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
-from minibalora.evaluation.generate import DEFAULTS, add_decoding_flags, add_model_flags, check_top_p, load
+from minibalora.evaluation.generate import add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 from minibalora.models import LanguageModel
 from minibalora.models.t5 import T5
@@ -94,15 +94,11 @@ def parse_flags() -> argparse.Namespace:
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     refuse_contradictions(args.task, given)
     tokens = BENCHMARKS[args.task].max_new_tokens if args.task in BENCHMARKS else None
-    parser.set_defaults(**DEFAULTS, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
-    args = parser.parse_args()
-    check_top_p(args.temperature, args.top_p)
+    args = parse(parser, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
     if args.samples > 1 and args.temperature == 0 and args.completions is None:
         raise InputError(f"--samples {args.samples} would all be the same: add --temperature")
     if max(args.k) > args.samples:
         raise InputError(f"--k {max(args.k)} needs as many samples: raise --samples")
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
     return args
 
 
