@@ -39,6 +39,7 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": Tru
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 FIGURE = {"dpi": 200, "layout": "constrained"}
 WIDTH = 9  # inches, which suit the font sizes: 1800 pixels, to be shown at 900
+FEW = 20  # steps up to which a run is drawn as points, without a moving mean
 NEIGHBOURS = 5
 
 
@@ -169,7 +170,7 @@ def curves(runs: list[Run]) -> "Figure":
         draw_term(axes, key, runs)
         axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(half_window(len(run.entries)) for run in runs):
+    if any(len(run.entries) > FEW for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
     add_legend(figure, [run.name for run in runs], LINES)
     return figure
@@ -181,14 +182,15 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
 
     drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
     for index, (steps, values) in drawn.items():
-        half = half_window(len(steps)) if key in NOISY else 0
-        look = LINES[index] | {"marker": "." if len(steps) < 20 else None}
-        if half:
-            axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
+        look = LINES[index] | {"marker": None if len(steps) > FEW else ".", "label": runs[index].name}
         # Two runs may have the same line, often of learning rates: the earlier one is wider, so it shows on both sides.
         hiding = sum(np.array_equal(values, later) for other, (_, later) in drawn.items() if other > index)
         width = 1.6 + min(1.2, 4 / len(runs)) * hiding
-        axes.plot(steps, moving_mean(values, half), **look, linewidth=width, label=runs[index].name)
+        if key in NOISY and len(steps) > FEW:
+            axes.plot(steps, values, color=LINES[index]["color"], linewidth=0.6, alpha=0.3)
+            axes.plot(steps, moving_mean(values), **look, linewidth=width)
+        else:
+            axes.plot(steps, values, **look, linewidth=width)
     spans = [main_span(values) if key in NOISY else (values.min(), values.max()) for _, values in drawn.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     room = 0.05 * (high - low or abs(low) or 1)
@@ -209,13 +211,9 @@ def task_differs(run: Run) -> bool:
     return any(abs(loss - task) > 0.01 * (high - low) for loss, task in both)
 
 
-def half_window(count: int) -> int:
-    """How far the moving mean over `count` steps reaches to each side: 2.5 % of them."""
-    return round(0.025 * count)
-
-
-def moving_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """(n,) -> (n,): the mean of each value and `half` on either side, or what there is of them."""
+def moving_mean(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (n,): the mean of each value and its neighbours, 2.5 % of n on either side, or what there is of them."""
+    half = round(0.025 * len(values))
     sums, counts = (np.convolve(each, np.ones(2 * half + 1)) for each in (values, np.ones(len(values))))
     return (sums / counts)[half : half + len(values)]
 

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 
 from minibalora.evaluation import plot
 from minibalora.evaluation.plot import (
-    half_window,
     main,
     main_span,
     moving_mean,
@@ -187,15 +186,11 @@ def test_a_path_that_is_named_twice_is_refused(refuses):
 # Curves
 
 
-def test_the_moving_mean_is_that_of_what_lies_around_a_step():
-    values = np.random.default_rng(0).normal(size=23)
-    for half in (0, 1, 4, 40):
-        expected = [values[max(0, at - half) : at + half + 1].mean() for at in range(23)]
-        np.testing.assert_allclose(moving_mean(values, half), expected, atol=1e-12)  # sums of 23 numbers around 1
-
-
-def test_the_window_is_a_twentieth_of_the_run():
-    assert [2 * half_window(count) + 1 for count in (1, 15, 50, 781)] == [1, 1, 3, 41]
+def test_the_moving_mean_is_that_of_the_twentieth_of_the_run_around_a_step():
+    for count, half in ((1, 0), (15, 0), (50, 1), (167, 4), (781, 20)):
+        values = np.random.default_rng(0).normal(size=count)
+        expected = [values[max(0, at - half) : at + half + 1].mean() for at in range(count)]
+        np.testing.assert_allclose(moving_mean(values), expected, atol=1e-12)  # sums of up to 41 numbers around 1
 
 
 def test_one_value_far_off_does_not_squash_the_rest():
@@ -257,7 +252,7 @@ def test_the_lines_hold_the_log(pictures, ba, lora):
     losses = [entry["loss"] for entry in entries]
     raw, mean = found["loss"].get_lines()[:2]
     assert raw.get_ydata().tolist() == losses and raw.get_alpha() < 0.5 and raw.get_linewidth() < 1
-    assert mean.get_ydata().tolist() == moving_mean(np.array(losses), 1).tolist()
+    assert mean.get_ydata().tolist() == moving_mean(np.array(losses)).tolist()
     assert line_of(found["learning rate"], "ba").get_ydata().tolist() == [entry["lr"] for entry in entries]
     assert line_of(found["diversity"], "ba").get_xdata().tolist() == list(range(11, 48))
     metric = line_of(found["dev metric"], "ba")
