@@ -110,13 +110,8 @@ def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
 @dataclass(frozen=True)
 class Run:
     name: str
-    entries: list[dict]  # of log.jsonl
+    terms: dict[str, np.ndarray]  # what `read_log` gives
     settings: dict  # of run.json; empty if there is none
-
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and values (n,), without the steps at which the term was not computed."""
-        known = [(entry["step"], entry[key]) for entry in self.entries if entry.get(key) is not None]
-        return tuple(np.array(known, dtype=float).reshape(-1, 2).T)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -126,51 +121,53 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [Run(name, read_log(folder / "log.jsonl"), recorded_settings(folder)) for name, folder in named]
 
 
-def read_log(path: Path) -> list[dict]:
-    """The entries of a log.jsonl, up to its last end of line: what follows is still being written.
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """Steps and values (2, n) of each of PANELS that a log.jsonl has, without the steps at which it was not computed.
 
-    InputError if there is no entry, or for the first line that is not one.
+    The log is read up to its last end of line: what follows is still being written. InputError if there is no entry, or
+    for the first line that is not one.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give the folder of a run, its --out") from None
-    entries, last = [], 0
+    terms, last = {key: [] for key in PANELS}, 0
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            values = [entry[key] for key in ("step", "loss", "lr")]
-            values += [entry[key] for key in PANELS if entry.get(key) is not None]
-            is_good = all(type(value) in (int, float) and abs(value) < 1e300 for value in values) and values[0] > last
+            step, known = entry["step"], {key: entry[key] for key in PANELS if entry.get(key) is not None}
+            is_finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in (step, *known.values()))
+            is_good = is_finite and step > last and {"loss", "lr"} <= known.keys()
         except (ValueError, TypeError, KeyError, RecursionError):
             is_good = False
         if not is_good:
             raise InputError(f"{path}, line {number}: not an entry of a run's log: mend it or leave this run out")
-        entries.append(entry)
-        last = entry["step"]
-    if not entries:
+        last = step
+        for key, value in known.items():
+            terms[key].append((step, value))
+    if not last:
         raise InputError(f"{path}: holds no step yet: wait for the first, or leave this run out")
-    return entries
+    return {key: np.array(pairs, dtype=float).T for key, pairs in terms.items() if pairs}
 
 
 def curves(runs: list[Run]) -> "Figure":
     """One panel for each term that a run has, one line a run: each step faint, and their moving mean over it."""
     from matplotlib.figure import Figure
 
-    titles = {key: title for key, title in PANELS.items() if any(len(run.series(key)[0]) for run in runs)}
-    if "task" in titles and not any(task_differs(run) for run in runs):
+    titles = {key: title for key, title in PANELS.items() if any(key in run.terms for run in runs)}
+    if "task" in titles and not any(task_differs(run.terms) for run in runs):
         del titles["task"]
         titles["loss"] = "loss ≈ task"
     keys, columns = list(titles), 2 if len(titles) in (2, 4) else 3
     rows = [keys[start : start + columns] for start in range(0, len(keys), columns)]
     figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(rows)), **FIGURE)
-    last = max(run.entries[-1]["step"] for run in runs)
+    last = max(run.terms["loss"][0, -1] for run in runs)
     # Of six columns, so that the panels of the last row, which may be fewer, share the whole width.
     for key, axes in figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows]).items():
         draw_term(axes, key, runs)
         axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(len(run.entries) > FEW for run in runs):
+    if any(run.terms["loss"].shape[1] > FEW for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
     add_legend(figure, [run.name for run in runs], LINES)
     return figure
@@ -180,7 +177,7 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     """The term's line of each run that has it. The axis shows their `main_span`; a note above says what lies beyond."""
     from matplotlib.ticker import StrMethodFormatter
 
-    drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
+    drawn = {index: run.terms[key] for index, run in enumerate(runs) if key in run.terms}
     for index, (steps, values) in drawn.items():
         look = LINES[index] | {"marker": None if len(steps) > FEW else ".", "label": runs[index].name}
         # Two runs may have the same line, often of learning rates: the earlier one is wider, so it shows on both sides.
@@ -204,11 +201,11 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several are too long, and of little use
 
 
-def task_differs(run: Run) -> bool:
+def task_differs(terms: dict[str, np.ndarray]) -> bool:
     """Whether a picture can show it: by more than 1 % of the height that the loss takes."""
-    both = [(entry["loss"], entry["task"]) for entry in run.entries if entry.get("task") is not None]
-    low, high = main_span(np.array([loss for loss, _ in both])) if both else (0, 0)
-    return any(abs(loss - task) > 0.01 * (high - low) for loss, task in both)
+    (steps, loss), (known, task) = terms["loss"], terms.get("task", np.empty((2, 0)))
+    low, high = main_span(loss)
+    return (abs(loss[np.isin(steps, known)] - task) > 0.01 * (high - low)).any()
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
