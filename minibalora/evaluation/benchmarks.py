@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -126,15 +127,9 @@ def _list_of_texts(row: dict, name: str, where: str) -> list[str]:
     return value
 
 
-def judge_number(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
-    return _judged(item, completion, same_number)
-
-
-def judge_answer(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
-    return _judged(item, completion, same_answer)
-
-
-def _judged(item: Item, completion: str, same: Callable[[str, str], bool]) -> tuple[str | None, str, str]:
+def judge_answer(
+    item: Item, completion: str, limits: Limits | None = None, same: Callable[[str, str], bool] = same_answer
+) -> tuple[str | None, str, str]:
     answer, gold = final_answer(completion), final_answer(item.response)
     if answer is None or gold is None:
         return answer, "no answer", ""
@@ -158,7 +153,7 @@ def code_of(completion: str) -> str:
 
 MATH_STOP = ("### Instruction",)  # where a base model that does not stop begins the next problem
 BENCHMARKS = {
-    "gsm8k": Benchmark(_gsm8k_item, judge_number, 512, stop=MATH_STOP),
+    "gsm8k": Benchmark(_gsm8k_item, partial(judge_answer, same=same_number), 512, stop=MATH_STOP),
     "math": Benchmark(_math_item, judge_answer, 1024, stop=MATH_STOP),
     "humaneval": Benchmark(_human_eval_item, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
     "mbpp": Benchmark(_mbpp_item, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),

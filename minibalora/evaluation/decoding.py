@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from minibalora.checkpoints.tokenizer import Tokenizer
@@ -30,19 +31,6 @@ class Decoding:
     eos_id: int | None = None  # a text ends before this token; None: the tokenizer's
 
 
-def generate(
-    model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
-) -> list[str]:
-    """The text that follows each prompt, up to EOS or a stop string, without special tokens; all prompts in one batch.
-
-    The other prompts of the batch do not change a text, unless two tokens are so nearly as likely that rounding decides
-    between them. A prompt's random numbers depend on decoding.seed and on its key, by default its index. Raises
-    InputError for a prompt that the model can't take.
-    """
-    keys = range(len(prompts)) if keys is None else keys
-    return _texts(model, tok, encode_prompts(model, tok, prompts), decoding, keys) if prompts else []
-
-
 def generate_each(
     model: LanguageModel,
     tok: Tokenizer,
@@ -52,14 +40,18 @@ def generate_each(
     keys: Sequence[int] | None = None,
     desc: str = "generate",
 ) -> Iterator[tuple[int, str]]:
-    """Yields (index of a prompt, its text), the texts of `generate`, batch by batch, and shows a progress bar.
+    """Yields (index of a prompt, the text that follows it), batch by batch, and shows a progress bar.
+
+    A text goes up to EOS or a stop string and has no special tokens. The other prompts of a batch do not change it,
+    unless two tokens are so nearly as likely that rounding decides between them. A prompt's random numbers depend on
+    decoding.seed and on its key, by default its index. Raises InputError for a prompt that the model can't take.
 
     The prompts of WINDOW batches are sorted by length, so that a batch needs little padding; sorting all of them would
     make the first prompts wait for the last batch.
     """
-    keys = range(len(prompts)) if keys is None else keys
     encoded = encode_prompts(model, tok, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
+    decoding = replace(decoding, eos_id=tok.eos_id if decoding.eos_id is None else decoding.eos_id)
     start, total = time.perf_counter(), 0
     with tqdm(total=len(prompts), desc=desc, unit="prompts", miniters=0, dynamic_ncols=True, leave=False) as bar:
 
@@ -71,8 +63,12 @@ def generate_each(
 
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
-            chosen = [encoded[index] for index in batch], decoding, [keys[index] for index in batch]
-            yield from zip(batch, _texts(model, tok, *chosen, progress), strict=True)
+            chosen = [encoded[index] for index in batch]
+            watches = [StopWatch(tok, decoding.stop, ids) for ids in chosen] if decoding.stop else None
+            batch_keys = batch if keys is None else [keys[index] for index in batch]
+            rows = generate_ids(model, chosen, decoding, batch_keys, watches, progress)
+            for index, prompt, ids in zip(batch, chosen, rows, strict=True):
+                yield index, before_stop(tok.decode_after(prompt, ids), decoding.stop)
 
 
 def encode_prompts(
@@ -86,46 +82,25 @@ def encode_prompts(
     return encoded
 
 
-def _texts(
-    model: LanguageModel,
-    tok: Tokenizer,
-    encoded: list[list[int]],
-    decoding: Decoding,
-    keys: Sequence[int],
-    progress: Callable[[int, int], None] = lambda tokens, ended: None,
-) -> list[str]:
-    width = max(map(len, encoded))
-    input_ids = torch.tensor([ids + [0] * (width - len(ids)) for ids in encoded])
-    attention_mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in encoded])
-    watches = [StopWatch(tok, decoding.stop, prompt) for prompt in encoded]
-    has_stopped = (lambda row, ids: watches[row].has_stopped(ids)) if decoding.stop else (lambda row, ids: False)
-    eos_id = tok.eos_id if decoding.eos_id is None else decoding.eos_id
-    decoding = replace(decoding, eos_id=eos_id)
-    rows = generate_ids(model, input_ids, attention_mask, decoding, keys, has_stopped, progress)
-    return [before_stop(tok.decode_after(*both), decoding.stop) for both in zip(encoded, rows, strict=True)]
-
-
 @torch.inference_mode()
 def generate_ids(
     model: LanguageModel,
-    input_ids: Tensor,
-    attention_mask: Tensor,
+    prompts: list[list[int]],
     decoding: Decoding,
     keys: Sequence[int] | None = None,
-    has_stopped: Callable[[int, list[int]], bool] = lambda row, ids: False,
+    watches: "Sequence[StopWatch] | None" = None,
     progress: Callable[[int, int], None] = lambda tokens, ended: None,
 ) -> list[list[int]]:
-    """The ids that follow each row of input_ids (B, T), without EOS. A row also ends at the model's last position.
+    """The ids that follow each prompt, without EOS, all in one batch. A row also ends at the model's last position.
 
-    attention_mask (B, T) is 1 for a real token and 0 for padding, which may stand on the left or on the right.
-    has_stopped(row, its ids so far) is asked after each token; decoding.stop, which needs a tokenizer, is not looked
-    at. progress(tokens of this step, rows that ended with it) is called after each step. Raises ValueError for a mask
-    with holes, for an empty row and for a row that leaves no position free.
+    watches: what says for each row where it stops; decoding.stop, which needs a tokenizer, is not looked at.
+    progress(tokens of this step, rows that ended with it) is called after each step. Raises ValueError for an empty
+    prompt and for one that leaves no position free.
     """
-    context = model.config.max_position_embeddings or math.inf
-    input_ids, lengths = padded_on_the_right(input_ids, attention_mask)
+    context, lengths = model.config.max_position_embeddings or math.inf, [len(ids) for ids in prompts]
     if not 0 < min(lengths) <= max(lengths) < context:
-        raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens: they must have 1 to {context - 1}")
+        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens: they must have 1 to {context - 1}")
+    input_ids = pad_sequence([torch.tensor(ids) for ids in prompts], batch_first=True)  # (B, T), on the right
     room = [min(decoding.max_new_tokens, context - length) for length in lengths]
     rngs = [np.random.default_rng([decoding.seed, key]) for key in (range(len(lengths)) if keys is None else keys)]
     rows: list[list[int]] = [[] for _ in lengths]
@@ -139,22 +114,13 @@ def generate_ids(
                 if ids[row] == decoding.eos_id:
                     continue
                 rows[row].append(ids[row])
-                if len(rows[row]) < room[row] and not has_stopped(row, rows[row]):
+                if len(rows[row]) < room[row] and not (watches and watches[row].has_stopped(rows[row])):
                     going_on.append(row)
             progress(len(running), len(running) - len(going_on))
             running = going_on
             if not running:
                 return rows
             state = model.decode(tokens, cache)  # rows that have ended are computed too, and not read
-
-
-def padded_on_the_right(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, list[int]]:
-    """Rows (B, T) that are padded on either side -> the same rows padded on the right, and their lengths."""
-    first, lengths = attention_mask.argmax(1, keepdim=True), attention_mask.sum(1)
-    slots = torch.arange(input_ids.shape[1], device=input_ids.device)
-    if not torch.equal(attention_mask.bool(), (slots >= first) & (slots < first + lengths[:, None])):
-        raise ValueError("attention_mask has a 0 between two 1: a row's tokens must be neighbours")
-    return input_ids.gather(1, (first + slots) % input_ids.shape[1]), lengths.tolist()
 
 
 def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generator]) -> Tensor:
@@ -194,33 +160,27 @@ def least_likely(p: Tensor, top_p: float) -> Tensor:
 class StopWatch:
     """Says whether a growing text has a stop string. Decodes only the last few tokens, until it has found one.
 
-    A token may end inside a character (byte-level BPE), and its text may depend on its neighbour (the space before a
-    word; two halves of a character). So new tokens are decoded together with those before them, ids[context:known],
+    A token may end inside a character (byte-level BPE), which decodes as U+FFFD then, and its text may depend on its
+    neighbour (the space before a word). So new tokens are decoded together with those before them, ids[context:known],
     whose text ends with a whole character and is then removed.
     """
 
     def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
         self.tok, self.stop, self.prompt = tok, stop, prompt
         self.context = self.known = 0
-        self.whole = self.grown = 0  # whole characters after ids[:known]; how many tokens there were when they grew
-        self.tail = ""  # the last characters of the text of ids[:known], as many as the longest stop string has
+        self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
 
     def has_stopped(self, ids: list[int]) -> bool:
         """ids: all tokens so far, one more than at the last call."""
-        before = self.prompt if self.known == 0 else ids[self.context : self.known]
-        recent = self.tok.decode_after(before, ids[self.known :])
-        tail = self.tail + recent
-        whole = len(recent.rstrip("\ufffd"))
-        if whole > self.whole:
-            self.whole, self.grown = whole, len(ids)
-        # Half a character decodes as U+FFFD. Four bytes complete it; a U+FFFD that lasts longer belongs to the text.
-        if not recent.endswith("\ufffd") or len(ids) - self.grown > 4:
-            self.context, self.known, self.whole, self.grown = self.known, len(ids), 0, len(ids)
-            self.tail = tail[-max(map(len, self.stop)) :]
-        if not any(stop in tail for stop in self.stop):
-            return False
-        text = self.tok.decode_after(self.prompt, ids)
-        return any(stop in text for stop in self.stop)
+        recent = self.tok.decode_after(ids[self.context : self.known] or self.prompt, ids[self.known :])
+        text = self.tail + recent
+        # Four bytes complete a character, so a U+FFFD that lasts for long belongs to the text.
+        if not recent.endswith("\ufffd") or len(ids) - self.known > 16:
+            self.context, self.known, self.tail = self.known, len(ids), text[-max(map(len, self.stop)) :]
+        if any(stop in text for stop in self.stop):
+            text = self.tok.decode_after(self.prompt, ids)
+            return any(stop in text for stop in self.stop)
+        return False
 
 
 def before_stop(text: str, stop: tuple[str, ...]) -> str:

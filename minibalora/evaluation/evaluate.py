@@ -7,17 +7,13 @@ from pathlib import Path
 from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
-from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.checkpoints.weights import weights_digest
-from minibalora.data.batches import check_ids
 from minibalora.data.files import read_rows
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
-from minibalora.evaluation.generate import DEFAULTS, add_decoding_flags, add_model_flags, check_top_p, load
+from minibalora.evaluation.generate import add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
-from minibalora.models import LanguageModel
-from minibalora.models.t5 import T5
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
 # A stopped evaluation may go on with other values of these. Digests tell whether a file is the same; the others change
@@ -32,12 +28,17 @@ def main() -> int:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
     settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
-    check_folder(args.out, settings)
+    is_new = not (args.out / "run.json").exists()
+    if is_new:
+        check_out(args.out, resume=False)
+    else:
+        check_settings(args.out, settings, MAY_CHANGE)
     file = args.out / "records.jsonl"
     if benchmark is None:
         model, tok = load(args.model, args.adapter, args.dtype, args.device)
-        windows = windows_of(model, tok, args.data, args.max_length, args.max_rows)
-        start(args.out, settings)
+        windows = perplexity.text_windows(args.data, tok, model.config, args.max_length, args.max_rows)
+        if is_new:
+            start_run(args.out, settings)
         found = perplexity.mean_predictions(perplexity.predict_each(model, windows, file))
         said = perplexity.in_words(found)
     else:
@@ -53,7 +54,8 @@ def main() -> int:
             stop = benchmark.raw_stop if args.raw else benchmark.stop
             decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
             complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
-        start(args.out, settings)
+        if is_new:
+            start_run(args.out, settings)
         limits = Limits(seconds=args.timeout)
         judged = records.answer(items, args.samples, benchmark.judge, file, args.task, complete, limits)
         found = records.summarize(judged, args.k)
@@ -94,15 +96,11 @@ def parse_flags() -> argparse.Namespace:
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     refuse_contradictions(args.task, given)
     tokens = BENCHMARKS[args.task].max_new_tokens if args.task in BENCHMARKS else None
-    parser.set_defaults(**DEFAULTS, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
-    args = parser.parse_args()
-    check_top_p(args.temperature, args.top_p)
+    args = parse(parser, samples=1, k=[1], timeout=10.0, max_new_tokens=tokens)
     if args.samples > 1 and args.temperature == 0 and args.completions is None:
         raise InputError(f"--samples {args.samples} would all be the same: add --temperature")
     if max(args.k) > args.samples:
         raise InputError(f"--k {max(args.k)} needs as many samples: raise --samples")
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
     return args
 
 
@@ -126,22 +124,6 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
         raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
 
 
-def windows_of(
-    model: LanguageModel, tok: Tokenizer, data: Path, max_length: int | None, limit: int | None
-) -> list[list[int]]:
-    """The first `limit` windows of a text; InputError if the model can't predict them."""
-    if isinstance(model, T5):
-        raise InputError("--task text: the model is a T5, which predicts answers and not the text: give a decoder")
-    longest = model.config.max_position_embeddings
-    length = max_length or min(1024, longest)
-    if not 2 <= length <= longest:
-        raise InputError(f"--max-length {length}: the model has {longest} positions: give 2 to {longest}")
-    windows = perplexity.text_windows(data, tok, length, limit)
-    for number, ids in enumerate(windows, start=1):
-        check_ids(ids, f"{data}, window {number}", model.config)
-    return windows
-
-
 def read_completions(path: Path, data: Path, items: list[Item], samples: int) -> list[str]:
     """The `completion` of each row, sample by sample of all items: what `records.by_list` takes.
 
@@ -161,19 +143,6 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
             counts = f"{len(texts)} completions of problem {name}, not {samples}"
             raise InputError(f"{path}: has {counts}: give as many as --samples for each problem")
     return [given[item.name][sample] for sample in range(samples) for item in items]
-
-
-def check_folder(out: Path, settings: dict) -> None:
-    """InputError if `out` holds anything but this very evaluation."""
-    if (out / "run.json").exists():
-        check_settings(out, settings, MAY_CHANGE)
-    else:
-        check_out(out, resume=False)
-
-
-def start(out: Path, settings: dict) -> None:
-    if not (out / "run.json").exists():
-        start_run(out, settings)
 
 
 def file_digest(*paths: Path) -> str:

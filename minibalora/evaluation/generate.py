@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -21,7 +21,6 @@ from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_ea
 from minibalora.lowrank import merge
 from minibalora.models import LanguageModel
 
-DEFAULTS = {"batch_size": 8, "temperature": 0.0, "top_p": 1.0, "seed": 42}
 PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 
 
@@ -58,22 +57,14 @@ def parse_flags() -> Namespace:
     add("--raw", action="store_true", help="ask the prompt as it is, without the training template")
     add_decoding_flags(parser)
     add = parser.add_argument_group("end of an answer, beside EOS").add_argument
-    add("--stop", type=_not_empty, nargs="+", action="extend", default=[], metavar="STRING",
+    add("--stop", nargs="+", action="extend", default=[], metavar="STRING",
         help="an answer ends before any of these")  # fmt: skip
-    parser.set_defaults(**DEFAULTS, max_new_tokens=512)
-    args = parser.parse_args()
+    args = parse(parser, max_new_tokens=512)
     if args.prompt is not None and args.file is not None:
         raise InputError("--prompt and --file are both given: leave one out")
-    check_top_p(args.temperature, args.top_p)
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
+    if "" in args.stop:
+        raise InputError("--stop: the string is empty: leave it out")
     return args
-
-
-def _not_empty(text: str) -> str:
-    if not text:
-        raise ArgumentTypeError("the string is empty")
-    return text
 
 
 def add_model_flags(parser: ArgumentParser) -> None:
@@ -98,9 +89,15 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add("--seed", type=cli.natural, help="seed of what --temperature draws (default: 42)")
 
 
-def check_top_p(temperature: float, top_p: float) -> None:
-    if top_p < 1 and temperature == 0:
+def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
+    """The command line of a parser that has the flags of model and decoding; their defaults are in place here."""
+    parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=42, **defaults)
+    args = parser.parse_args()
+    if args.top_p < 1 and args.temperature == 0:
         raise InputError("--top-p has no meaning without --temperature: add it")
+    args.device = cli.device(args.device)
+    args.dtype = cli.dtype(args.dtype, args.device)
+    return args
 
 
 def load(
@@ -112,27 +109,26 @@ def load(
 
 
 def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[tuple[str, str, str]]:
-    """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them."""
+    """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them.
+
+    A file has a prompt a line; blank lines are left out. A line that begins with `{"` is JSON, whose prompts may have
+    newlines.
+    """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", raw) for text in texts]
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError("nothing to answer: give --prompt or --file")
-    if file in (None, Path("-")):
-        return _prompts_of(sys.stdin.buffer, "standard input", raw)
+    is_stdin = file in (None, Path("-"))
+    source = "standard input" if is_stdin else str(file)
     try:
-        with open(file, "rb") as lines:
-            return _prompts_of(lines, str(file), raw)
+        content = sys.stdin.buffer.read() if is_stdin else file.read_bytes()
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}: give a file with a prompt a line") from None
-
-
-def _prompts_of(lines: Iterable[bytes], source: str, raw: bool) -> list[tuple[str, str, str]]:
-    """A prompt a line, blank lines left out. A line that begins with `{"` is JSON, whose prompts may have newlines."""
     found = []
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{source}, line {number}"
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            text = line.decode().rstrip("\r")
             row = json.loads(text) if re.match(r'[{[]\s*[{"]', text) else {"prompt": text}
         except UnicodeDecodeError:
             raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from minibalora.base.errors import InputError
 from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
-from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.data.batches import Row, check_ids, micro_batches, pack
 from minibalora.lowrank import adapted_layers, pretrained
 from minibalora.models import LanguageModel
 from minibalora.models.decoder import Decoder
@@ -35,11 +35,20 @@ def whole_text(rows: list[Row]) -> list[Row]:
     return [replace(row, prompt_length=1) for row in rows]
 
 
-def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = None) -> list[list[int]]:
+def text_windows(
+    path: Path, tok: Tokenizer, config: object, length: int | None = None, limit: int | None = None
+) -> list[list[int]]:
     """The ids of a text file, cut into windows of `length` ids, a BOS among them; the first `limit` windows.
 
-    A window's first tokens are predicted without those of the window before, so longer windows give a lower loss.
+    config: the model's; length: 1024 by default, or what the model has. A window's first tokens are predicted without
+    those of the window before, so longer windows give a lower loss. InputError if the model can't predict them.
     """
+    if tok.is_encoder_decoder:
+        raise InputError("--task text: the model is a T5, which predicts answers and not the text: give a decoder")
+    longest = config.max_position_embeddings
+    length = length or min(1024, longest)
+    if not 2 <= length <= longest:
+        raise InputError(f"--max-length {length}: the model has {longest} positions: give 2 to {longest}")
     try:
         ids = tok.encode_responses([path.read_text(encoding="utf-8")])[0]
     except OSError as error:
@@ -52,6 +61,8 @@ def text_windows(path: Path, tok: Tokenizer, length: int, limit: int | None = No
     windows = [window for window in windows if len(window) > 1][:limit]
     if not windows:
         raise InputError(f"{path}: has no two tokens, so none can be predicted: give a longer text")
+    for number, window in enumerate(windows, start=1):
+        check_ids(window, f"{path}, window {number}", config)
     return windows
 
 
@@ -86,10 +97,9 @@ def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
 def mean_predictions(found: list[dict[str, float]]) -> dict[str, float]:
     """What `predict` gave for the windows as means a token, and perplexities, e to the loss; `tokens`: how many."""
     tokens = sum(window["tokens"] for window in found)
-    means = {
-        name: sum(window[name] for window in found) / tokens for name in ("loss", "base_loss", "kl") if name in found[0]
-    }
-    for name in [name for name in means if name.endswith("loss")]:
+    names = [name for name in ("loss", "base_loss", "kl") if name in found[0]]
+    means = {name: sum(window[name] for window in found) / tokens for name in names}
+    for name in names[:2]:
         means[name.replace("loss", "perplexity")] = math.exp(min(means[name], 700))  # more is beyond float64
     return {"tokens": tokens} | means
 

@@ -5,7 +5,6 @@ so nothing else needs them. Figures are made without pyplot: no window, no backe
 """
 
 import argparse
-import importlib
 import json
 import os
 from dataclasses import dataclass
@@ -40,18 +39,18 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": Tru
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 FIGURE = {"dpi": 200, "layout": "constrained"}
 WIDTH = 9  # inches, which suit the font sizes: 1800 pixels, to be shown at 900
+FEW = 20  # steps up to which a run is drawn as points, without a moving mean
 NEIGHBOURS = 5
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    for module in ("matplotlib", "sklearn") if args.features else ("matplotlib",):
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise InputError(f"can't import {module} ({error}): pip install 'minibalora[plots]'") from None
-    import matplotlib.style
-
+    try:
+        if args.features:
+            import sklearn  # noqa: F401
+        import matplotlib.style
+    except ImportError as error:
+        raise InputError(f"can't draw ({error}): pip install 'minibalora[plots]'") from None
     with matplotlib.style.context(["default", STYLE]):  # whatever the user's matplotlibrc says
         figure = tsne(read_features(args.features, args.max_rows)) if args.features else curves(read_runs(args.runs))
         with replacing(args.out) as temporary:
@@ -85,13 +84,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def short_names(paths: list[Path]) -> list[str]:
     """The shortest end of each path that no other path ends in; InputError if one is named twice."""
-    names, parts = [], [Path(os.path.abspath(path)).parts for path in paths]
-    for path, own in zip(paths, parts, strict=True):
-        ends = (own[-length:] for length in range(1, len(own) + 1))
-        end = next((end for end in ends if [other[-len(end) :] for other in parts].count(end) == 1), None)
-        if end is None:
+    names, wholes = [], [Path(os.path.abspath(path)).parts for path in paths]
+    for path, own in zip(paths, wholes, strict=True):
+        if wholes.count(own) > 1:
             raise InputError(f"{path} is named twice: name it once")
-        names.append(str(Path(*end)))
+        length = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in wholes) == 1)
+        names.append(str(Path(*own[-length:])))
     return names
 
 
@@ -100,9 +98,8 @@ def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
     from matplotlib.lines import Line2D
 
     columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit
-    where = {"loc": "outside upper center", "ncols": columns, "frameon": False, "fontsize": 9}
-    handles = [Line2D([], [], **look) for look in looks[: len(names)]]
-    legend = figure.legend(handles, ["?"] * len(names), **where)
+    handles = [Line2D([], [], label="?", **look) for look in looks[: len(names)]]
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
     for text, name in zip(legend.get_texts(), names, strict=True):
         text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
 
@@ -113,13 +110,8 @@ def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
 @dataclass(frozen=True)
 class Run:
     name: str
-    entries: list[dict]  # of log.jsonl
+    terms: dict[str, np.ndarray]  # what `read_log` gives
     settings: dict  # of run.json; empty if there is none
-
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps (n,) and values (n,), without the steps at which the term was not computed."""
-        known = [(entry["step"], entry[key]) for entry in self.entries if entry.get(key) is not None]
-        return tuple(np.array(known, dtype=float).reshape(-1, 2).T)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -129,55 +121,53 @@ def read_runs(folders: list[Path]) -> list[Run]:
     return [Run(name, read_log(folder / "log.jsonl"), recorded_settings(folder)) for name, folder in named]
 
 
-def read_log(path: Path) -> list[dict]:
-    """The entries of a log.jsonl, up to its last end of line: what follows is still being written.
+def read_log(path: Path) -> dict[str, np.ndarray]:
+    """Steps and values (2, n) of each of PANELS that a log.jsonl has, without the steps at which it was not computed.
 
-    InputError if there is no entry, or for the first line that is not one.
+    The log is read up to its last end of line: what follows is still being written. InputError if there is no entry, or
+    for the first line that is not one.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}: give the folder of a run, its --out") from None
-    entries = []
+    terms, last = {key: [] for key in PANELS}, 0
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-        except (ValueError, RecursionError):
-            entry = None
-        if not is_entry(entry) or entry["step"] <= (entries[-1]["step"] if entries else 0):
+            step, known = entry["step"], {key: entry[key] for key in PANELS if entry.get(key) is not None}
+            is_finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in (step, *known.values()))
+            is_good = is_finite and step > last and {"loss", "lr"} <= known.keys()
+        except (ValueError, TypeError, KeyError, RecursionError):
+            is_good = False
+        if not is_good:
             raise InputError(f"{path}, line {number}: not an entry of a run's log: mend it or leave this run out")
-        entries.append(entry)
-    if not entries:
+        last = step
+        for key, value in known.items():
+            terms[key].append((step, value))
+    if not last:
         raise InputError(f"{path}: holds no step yet: wait for the first, or leave this run out")
-    return entries
-
-
-def is_entry(entry: object) -> bool:
-    """Whether it is an object with a step, a loss and a rate, and a finite number or null for whatever else we draw."""
-    if not isinstance(entry, dict) or any(entry.get(key) is None for key in ("step", "loss", "lr")):
-        return False
-    values = [value for key in ("step", *PANELS) if (value := entry.get(key)) is not None]
-    return all(type(value) in (int, float) and abs(value) < 1e300 for value in values)
+    return {key: np.array(pairs, dtype=float).T for key, pairs in terms.items() if pairs}
 
 
 def curves(runs: list[Run]) -> "Figure":
     """One panel for each term that a run has, one line a run: each step faint, and their moving mean over it."""
     from matplotlib.figure import Figure
 
-    titles = {key: title for key, title in PANELS.items() if any(len(run.series(key)[0]) for run in runs)}
-    if "task" in titles and not any(task_differs(run) for run in runs):
+    titles = {key: title for key, title in PANELS.items() if any(key in run.terms for run in runs)}
+    if "task" in titles and not any(task_differs(run.terms) for run in runs):
         del titles["task"]
         titles["loss"] = "loss ≈ task"
     keys, columns = list(titles), 2 if len(titles) in (2, 4) else 3
     rows = [keys[start : start + columns] for start in range(0, len(keys), columns)]
     figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(rows)), **FIGURE)
-    last = max(run.entries[-1]["step"] for run in runs)
+    last = max(run.terms["loss"][0, -1] for run in runs)
     # Of six columns, so that the panels of the last row, which may be fewer, share the whole width.
     for key, axes in figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows]).items():
         draw_term(axes, key, runs)
         axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
         axes.xaxis.get_major_locator().set_params(integer=True)
-    if any(half_window(len(run.entries)) for run in runs):
+    if any(run.terms["loss"].shape[1] > FEW for run in runs):
         figure.supxlabel("faint: each step; strong: mean of the nearest 5 % of the run's steps", **SMALL)
     add_legend(figure, [run.name for run in runs], LINES)
     return figure
@@ -187,16 +177,17 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     """The term's line of each run that has it. The axis shows their `main_span`; a note above says what lies beyond."""
     from matplotlib.ticker import StrMethodFormatter
 
-    drawn = {index: found for index, run in enumerate(runs) if len((found := run.series(key))[0])}
+    drawn = {index: run.terms[key] for index, run in enumerate(runs) if key in run.terms}
     for index, (steps, values) in drawn.items():
-        half = half_window(len(steps)) if key in NOISY else 0
-        look = LINES[index] | {"marker": "." if len(steps) < 20 else None}
-        if half:
-            axes.plot(steps, values, **look | {"linestyle": "-"}, linewidth=0.6, alpha=0.3)
+        look = LINES[index] | {"marker": None if len(steps) > FEW else ".", "label": runs[index].name}
         # Two runs may have the same line, often of learning rates: the earlier one is wider, so it shows on both sides.
         hiding = sum(np.array_equal(values, later) for other, (_, later) in drawn.items() if other > index)
         width = 1.6 + min(1.2, 4 / len(runs)) * hiding
-        axes.plot(steps, moving_mean(values, half), **look, linewidth=width, label=runs[index].name)
+        if key in NOISY and len(steps) > FEW:
+            axes.plot(steps, values, color=LINES[index]["color"], linewidth=0.6, alpha=0.3)
+            axes.plot(steps, moving_mean(values), **look, linewidth=width)
+        else:
+            axes.plot(steps, values, **look, linewidth=width)
     spans = [main_span(values) if key in NOISY else (values.min(), values.max()) for _, values in drawn.values()]
     low, high = min(span[0] for span in spans), max(span[1] for span in spans)
     room = 0.05 * (high - low or abs(low) or 1)
@@ -210,21 +201,16 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several are too long, and of little use
 
 
-def task_differs(run: Run) -> bool:
+def task_differs(terms: dict[str, np.ndarray]) -> bool:
     """Whether a picture can show it: by more than 1 % of the height that the loss takes."""
-    both = [(entry["loss"], entry["task"]) for entry in run.entries if entry.get("task") is not None]
-    loss, task = np.array(both, dtype=float).reshape(-1, 2).T
-    low, high = main_span(loss) if both else (0, 0)
-    return bool((abs(loss - task) > 0.01 * (high - low)).any())
+    (steps, loss), (known, task) = terms["loss"], terms.get("task", np.empty((2, 0)))
+    low, high = main_span(loss)
+    return (abs(loss[np.isin(steps, known)] - task) > 0.01 * (high - low)).any()
 
 
-def half_window(count: int) -> int:
-    """How far the moving mean over `count` steps reaches to each side: 2.5 % of them."""
-    return round(0.025 * count)
-
-
-def moving_mean(values: np.ndarray, half: int) -> np.ndarray:
-    """(n,) -> (n,): the mean of each value and `half` on either side, or what there is of them."""
+def moving_mean(values: np.ndarray) -> np.ndarray:
+    """(n,) -> (n,): the mean of each value and its neighbours, 2.5 % of n on either side, or what there is of them."""
+    half = round(0.025 * len(values))
     sums, counts = (np.convolve(each, np.ones(2 * half + 1)) for each in (values, np.ones(len(values))))
     return (sums / counts)[half : half + len(values)]
 
@@ -244,11 +230,10 @@ def quantity(key: str, settings: dict) -> str:
     objective = settings.get("objective")
     if not isinstance(objective, dict):
         return ""
-    is_regression = settings.get("labels") == []
-    loss = "squared error" if is_regression else "nats"
-    distance = "nats" if objective.get("consistency") == "kl" else "squared distance"
+    loss = "squared error" if settings.get("labels") == [] else "nats"
+    distance = "squared distance" if loss == "nats" and objective.get("consistency") != "kl" else loss
     divisor = "N" if objective.get("svd_norm") is None else "‖Z‖"
-    units = {"loss": loss, "task": loss, "consistency": loss if is_regression else distance, "non_target_kl": "nats"}
+    units = {"loss": loss, "task": loss, "consistency": distance, "non_target_kl": "nats"}
     units["diversity"] = "squared covariance" if "labels" in settings else "−entropy, nats"
     units["svd"] = f"−Σ of {objective.get('svd_k')} largest σ / {divisor}"
     return units.get(key, "")
@@ -276,11 +261,7 @@ class Features:
 def read_features(paths: list[Path], max_rows: int) -> list[Features]:
     if max_rows < 3:
         raise InputError(f"--max-rows {max_rows}: t-SNE needs 3 rows: give more")
-    found = [read_file(path, name, max_rows) for path, name in zip(paths, short_names(paths), strict=True)]
-    classes = len(all_classes(found))
-    if classes > MOST:
-        raise InputError(f"--features: {classes} classes: at most {MOST} can be told apart in one picture")
-    return found
+    return [read_file(path, name, max_rows) for path, name in zip(paths, short_names(paths), strict=True)]
 
 
 def read_file(path: Path, name: str, max_rows: int) -> Features:
@@ -322,24 +303,22 @@ def class_names(text: str) -> list[str]:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else []
 
 
-def all_classes(found: list[Features]) -> list[int]:
-    return sorted({int(label) for features in found if features.are_classes for label in features.labels})
-
-
 def tsne(found: list[Features]) -> "Figure":
     """Before and after side by side, a row a file, with the same settings and seed; one colour a class or score.
 
     The features are not standardised: so distances are those that the head's weights see, and a few coordinates of
     large variance, which fine-tuning tends to make, keep their weight. A t-SNE picture says little about how far
     clusters are apart, so above each panel stands what the 5 nearest other rows *among the features* say.
+    InputError for more classes than can be told apart.
     """
+    classes = sorted({int(label) for features in found if features.are_classes for label in features.labels})
+    if len(classes) > MOST:
+        raise InputError(f"--features: {len(classes)} classes: at most {MOST} can be told apart in one picture")
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
     figure = Figure(figsize=(WIDTH, 0.7 + 4.2 * len(found)), **FIGURE)
-    grid = figure.subplots(len(found), 2, squeeze=False)
-    classes = all_classes(found)
-    for row, features in zip(grid, found, strict=True):
+    for row, features in zip(figure.subplots(len(found), 2, squeeze=False), found, strict=True):
         perplexity = min(30, (len(features.labels) - 1) / 3)  # about the number of neighbours that count
         for axes, moment in zip(row, ("before", "after"), strict=True):
             values = getattr(features, moment)
@@ -349,8 +328,7 @@ def tsne(found: list[Features]) -> "Figure":
         row[0].set_ylabel(f"{features.name}\n{amounts(features)}", parse_math=False)
         if not features.are_classes:
             figure.colorbar(row[1].collections[0], ax=row.tolist(), label="label", pad=0.01)
-    caption = f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture"
-    figure.supxlabel(caption, **SMALL)
+    figure.supxlabel(f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture", **SMALL)
     if classes:
         names = max((features.names for features in found), key=len)
         known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
@@ -359,13 +337,12 @@ def tsne(found: list[Features]) -> "Figure":
 
 
 def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
-    size = float(np.clip(8000 / len(points), 6, 40))
+    look = {"s": float(np.clip(8000 / len(points), 6, 40)), "linewidths": 0}
     if features.are_classes:
-        for label, look in zip(classes, POINTS, strict=False):
-            of_class = points[features.labels == label]
-            axes.scatter(*of_class.T, size, **look, alpha=0.6, linewidths=0, label=f"class {label}")
+        for label, own in zip(classes, POINTS, strict=False):
+            axes.scatter(*points[features.labels == label].T, **look, **own, alpha=0.6, label=f"class {label}")
     else:
-        axes.scatter(*points.T, size, features.labels, cmap="viridis", alpha=0.8, linewidths=0)
+        axes.scatter(*points.T, c=features.labels, **look, cmap="viridis", alpha=0.8)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(True)

@@ -29,7 +29,6 @@ from minibalora.evaluation.decoding import (
     Decoding,
     StopWatch,
     before_stop,
-    generate,
     generate_each,
     generate_ids,
     least_likely,
@@ -56,13 +55,10 @@ def gpt2():
     return restless(mb.load_model(GOLDEN / "gpt2"))
 
 
-def padded(prompts, side):
-    """ids and mask; what pads is a token of the vocabulary, so that nobody may look at it."""
-    width = max(map(len, prompts))
-    fill = [[7] * (width - len(prompt)) for prompt in prompts]
-    ids = [pad + prompt if side == "left" else prompt + pad for pad, prompt in zip(fill, prompts, strict=True)]
-    masks = [[0] * len(pad) + [1] * len(prompt) for pad, prompt in zip(fill, prompts, strict=True)]
-    return torch.tensor(ids), torch.tensor(masks if side == "left" else [mask[::-1] for mask in masks])
+def generate(model, tok, prompts, decoding, keys=None):
+    """The text of each prompt, all in one batch."""
+    found = dict(generate_each(model, tok, prompts, decoding, max(1, len(prompts)), keys))
+    return [found[index] for index in range(len(prompts))]
 
 
 def tokenizer(*prompts, eos_id=None):
@@ -81,16 +77,13 @@ def test_every_language_model_has_greedy_texts_of_transformers():
     assert {*GREEDY} == {*LANGUAGE_MODELS, *SEQ2SEQ} - NOT_IN_TRANSFORMERS
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", GREEDY)
-def test_greedy_ids_are_those_of_transformers(name, side):
+def test_greedy_ids_are_those_of_transformers(name):
     model, expected = restless(mb.load_model(GOLDEN / name)), GREEDY[name]
     decoding = Decoding(max_new_tokens=24, eos_id=expected["eos_id"])
-    ids, mask = padded(expected["prompts"], side)
-    assert generate_ids(model, ids, mask, decoding) == expected["continuations"]
+    assert generate_ids(model, expected["prompts"], decoding) == expected["continuations"]
     for prompt, continuation in zip(expected["prompts"], expected["continuations"], strict=True):
-        alone = generate_ids(model, *padded([prompt], side), decoding)
-        assert alone == [continuation]
+        assert generate_ids(model, [prompt], decoding) == [continuation]
     assert len({len(row) for row in expected["continuations"]}) > 1  # some stopped early
 
 
@@ -210,7 +203,7 @@ def test_a_short_prompt_goes_on_where_a_long_one_has_reached_the_last_position(g
 
 def test_eos_at_once_is_an_empty_text(gpt2):
     prompt = [3, 4, 5]
-    ((first, *_),) = generate_ids(gpt2, *padded([prompt], "right"), Decoding(3))
+    ((first, *_),) = generate_ids(gpt2, [prompt], Decoding(3))
     assert generate(gpt2, tokenizer(prompt, eos_id=first), [""], Decoding(3)) == [[]]
 
 
@@ -231,14 +224,10 @@ def test_a_prompt_that_the_model_cannot_take_is_refused_before_the_first_token(g
         refuses(refused, *parts)
 
 
-@pytest.mark.parametrize(
-    ("mask", "why"),
-    [([[1, 0, 1]], "neighbours"), ([[0, 0, 0]], "must have 1 to 39"), ([[0, 1, 1, 0, 1]], "neighbours")],
-)
-def test_a_mask_that_is_no_padding_is_refused(gpt2, mask, why):
-    mask = torch.tensor(mask)
-    with pytest.raises(ValueError, match=why):
-        generate_ids(gpt2, torch.full_like(mask, 5), mask, Decoding(2))
+@pytest.mark.parametrize("prompt", [[], [5] * 40])
+def test_a_prompt_without_tokens_or_room_for_one_is_refused(gpt2, prompt):
+    with pytest.raises(ValueError, match="must have 1 to 39"):
+        generate_ids(gpt2, [[5, 6], prompt], Decoding(2))
 
 
 # Stop strings.
@@ -386,16 +375,16 @@ def test_the_cache_is_the_same_memory_from_the_first_token_to_the_last(toy, monk
 
 
 def test_each_module_gets_its_mode_back(gpt2):
-    decoding, batch = Decoding(5), padded([[3, 4, 5]], "right")
-    expected = generate_ids(gpt2, *batch, decoding)
+    decoding, batch = Decoding(5), [[3, 4, 5]]
+    expected = generate_ids(gpt2, batch, decoding)
     try:
         gpt2.train()
         gpt2.transformer.h[0].eval()
         modes = [module.training for module in gpt2.modules()]
-        assert generate_ids(gpt2, *batch, decoding) == expected  # without dropout
+        assert generate_ids(gpt2, batch, decoding) == expected  # without dropout
         assert [module.training for module in gpt2.modules()] == modes
         with pytest.raises(ZeroDivisionError):
-            generate_ids(gpt2, *batch, decoding, has_stopped=lambda row, ids: 1 / 0)
+            generate_ids(gpt2, batch, decoding, watches=[SimpleNamespace(has_stopped=lambda ids: 1 / 0)])
         assert [module.training for module in gpt2.modules()] == modes
     finally:
         gpt2.eval()
@@ -411,8 +400,8 @@ def test_an_adapted_model_generates_without_gradients(toy, monkeypatch):
 
 def test_progress_counts_tokens_and_rows(gpt2):
     told = []
-    ids, mask = padded([[5] * 39, [5, 6], [7]], "left")
-    rows = generate_ids(gpt2, ids, mask, Decoding(6), progress=lambda tokens, ended: told.append((tokens, ended)))
+    prompts = [[5] * 39, [5, 6], [7]]
+    rows = generate_ids(gpt2, prompts, Decoding(6), progress=lambda tokens, ended: told.append((tokens, ended)))
     assert sum(tokens for tokens, _ in told) == sum(map(len, rows)) and told[0] == (3, 1) and told[-1] == (2, 2)
 
 

@@ -1,6 +1,7 @@
 """Loss, perplexity and KL of text, against plain sums over the logits of the built-in model."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,14 +39,15 @@ def test_mean_loss_is_per_token_whatever_the_batch(toy):
 
 
 def test_windows_hold_the_whole_text_once_each_with_a_bos(toy, tmp_path):
-    _, tok = toy
+    model, tok = toy
+    config = replace(model.config, max_position_embeddings=10_000)
     (tmp_path / "text.txt").write_text(TEXT)
     ids = tok.encode_responses([TEXT])[0]
     for length in (2, 7, 100, 10_000):
-        windows = text_windows(tmp_path / "text.txt", tok, length)
+        windows = text_windows(tmp_path / "text.txt", tok, config, length)
         assert all(window[0] == tok.bos_id and len(window) <= length for window in windows)
         assert [token for window in windows for token in window[1:]] == ids
-    assert len(text_windows(tmp_path / "text.txt", tok, 100, limit=3)) == 3
+    assert len(text_windows(tmp_path / "text.txt", tok, config, 100, limit=3)) == 3
 
 
 def test_predictions_are_those_of_base_and_tuned_model(toy):
@@ -82,9 +84,9 @@ def test_means_are_weighted_by_tokens():
 
 
 def test_texts_that_are_none_are_refused(toy, tmp_path, refuses):
-    _, tok = toy
+    model, tok = toy
     for content, words in [(b"", "no two tokens"), (b"\xff\xfe\x00", "not valid UTF-8")]:
         (tmp_path / "text.txt").write_bytes(content)
-        refuses(lambda: text_windows(tmp_path / "text.txt", tok, 100), "text.txt", words)
-    refuses(lambda: text_windows(tmp_path / "nowhere", tok, 100), "nowhere")
-    refuses(lambda: text_windows(tmp_path, tok, 100), str(tmp_path))
+        refuses(lambda: text_windows(tmp_path / "text.txt", tok, model.config, 100), "text.txt", words)
+    refuses(lambda: text_windows(tmp_path / "nowhere", tok, model.config, 100), "nowhere")
+    refuses(lambda: text_windows(tmp_path, tok, model.config, 100), str(tmp_path))
