@@ -16,7 +16,7 @@ from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.weights import empty_model, layers_and_experts
 from minibalora.data.batches import check_fits
-from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
+from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, initial_values
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, Objective
 from minibalora.run.adapting import empty_factors
@@ -87,6 +87,7 @@ def trained_numbers(model: nn.Module) -> int:
 def base_parameters(model: nn.Module) -> int:
     """How many numbers the model had before it was adapted; a quantised weight counts as the one that it was."""
     own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
+    own |= {id(tensor) for tensor in initial_values(model).values()}
     dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
     quantised = [layer.W.shape for _, layer in adapted_layers(model) if not isinstance(layer.W, Tensor)]
     return dense + sum(n * m for n, m in quantised)
