@@ -174,12 +174,14 @@ def adapt(
 def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
     """Put each layer in the place of the linear of that name, in place; nothing else but `own_head` stays trainable,
     and beside each of its tensors stands the initial value, weight0 beside weight. Returns the model."""
+    if _head_with_initial(model):
+        raise ValueError(
+            "a name in own_head and the same with a 0 are both taken: the 0 is for initial values, rename it"
+        )
     model.requires_grad_(False)
     _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
     for module in _own_head(model):
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            if hasattr(module, f"{leaf}0"):
-                raise ValueError(f"{leaf}0 of own_head stands where the initial value of {leaf} would: rename it")
             module.register_parameter(f"{leaf}0", _frozen(parameter.clone()))
             parameter.requires_grad_(True)
         for leaf, buffer in list(module.named_buffers(recurse=False)):
