@@ -1,6 +1,7 @@
 """BA-LoRA in plain PyTorch: bias-alleviating low-rank adaptation, arXiv 2408.04556."""
 
 from minibalora import fused, objective, regularizers
+from minibalora.base import errors
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.adapters import load_adapter, save_adapter
 from minibalora.checkpoints.merged import save_model

@@ -31,6 +31,14 @@ class Decoding:
     eos_id: int | None = None  # a text ends before this token; None: the tokenizer's
 
 
+def generate(
+    model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
+) -> list[str]:
+    """The text that follows each prompt, all in one batch; see `generate_each`."""
+    found = dict(generate_each(model, tok, prompts, decoding, max(1, len(prompts)), keys))
+    return [found[index] for index in range(len(prompts))]
+
+
 def generate_each(
     model: LanguageModel,
     tok: Tokenizer,

@@ -29,6 +29,7 @@ from minibalora.evaluation.decoding import (
     Decoding,
     StopWatch,
     before_stop,
+    generate,
     generate_each,
     generate_ids,
     least_likely,
@@ -53,12 +54,6 @@ def toy():
 def gpt2():
     """40 learned positions."""
     return restless(mb.load_model(GOLDEN / "gpt2"))
-
-
-def generate(model, tok, prompts, decoding, keys=None):
-    """The text of each prompt, all in one batch."""
-    found = dict(generate_each(model, tok, prompts, decoding, max(1, len(prompts)), keys))
-    return [found[index] for index in range(len(prompts))]
 
 
 def tokenizer(*prompts, eos_id=None):
