@@ -88,8 +88,7 @@ class Decoder(nn.Module):
         attention_mask (B, T): 1 = real token, right padding only (ValueError otherwise). It changes nothing: a causal
         model never looks to the right, so real tokens never see the padding. Leave it out to save the check.
         """
-        if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-            raise ValueError("attention_mask has a 0 before a 1: the decoder takes right padding only")
+        check_right_padding(attention_mask)
         windows, length = self.config.windows, input_ids.shape[1]
         _check_positions(length, self.config)
         positions = torch.arange(length, device=input_ids.device)[None] if cache is None else cache.take(length)
@@ -138,6 +137,12 @@ class Decoder(nn.Module):
         """The state (B, d) of each row's last real token: the only one that has seen the whole row."""
         lengths = None if attention_mask is None else attention_mask.sum(1)
         return last_states(self.hidden(input_ids, attention_mask), lengths)
+
+
+def check_right_padding(attention_mask: Tensor | None) -> None:
+    """ValueError if a row of (B, T), 1 = real token, has padding before a token. None: nothing is padded."""
+    if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
 
 
 def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .decoder import check_right_padding
+
 __all__ = "Bert EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
 
@@ -80,11 +82,8 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 def key_mask(attention_mask: Tensor | None) -> Tensor | None:
     """(B, T), 1 = real token -> (B, 1, 1, T) bool: every token sees every real one. ValueError for left padding."""
-    if attention_mask is None:
-        return None
-    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-        raise ValueError("attention_mask has a 0 before a 1: the encoder takes right padding only")
-    return attention_mask[:, None, None, :].bool()
+    check_right_padding(attention_mask)
+    return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
 
 # BERT and RoBERTa
