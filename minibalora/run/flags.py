@@ -321,6 +321,8 @@ def _refuse_contradictions(given: dict) -> None:
             raise InputError(f"{cli.flag(name)} has no meaning with --method {given['method']}: leave one out")
     if given["method"] == "full" and given["non_target_kl"] > 0:
         raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
+    if given["method"] == "full" and given["plain"]:
+        raise InputError("--plain has no meaning with --method full, whose layers and loss are plain: leave one out")
     if given["adaptive_lambda1"] and given["lambda1"] == 0:
         raise InputError("--adaptive-lambda1 has no meaning with --lambda1 0: leave one out")
     if given["init"] is not None and given["method"] in ("lora", "pissa"):

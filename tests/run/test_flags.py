@@ -57,6 +57,12 @@ def test_the_built_in_classifier_takes_what_any_task_takes():
     assert args.output.features == Path("f.safetensors")
 
 
+@pytest.mark.parametrize("parse", [parse_nlg_flags, parse_nlu_flags])
+def test_plain_is_refused_where_nothing_is_lean(parse, refuses):
+    refuses(lambda: parse([*CPU, "--method", "full", "--plain"]), "--plain", "--method full")
+    assert parse([*CPU, "--plain"]).adaptation.is_plain and not parse(CPU).adaptation.is_plain
+
+
 def test_both_scripts_share_the_flags_that_are_common():
     only_nlg = {"prompt_field", "response_field", "raw", "top_k", "eval_task", "quantize", "teacher_cache", "fsdp"}
     only_nlg |= {"router_aux_loss"}
