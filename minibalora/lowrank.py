@@ -301,12 +301,10 @@ def _passes_for_linear(module: nn.Module) -> bool:
 
 def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is_known: bool = False) -> None:
     """Refuse what LowRankLinear can't stand for. is_known: A and B are known, so the numbers of W are not needed."""
-    kind, is_plain = type(linear).__name__, getattr(type(linear), "forward", None) is nn.Linear.forward
-    is_changed = {"forward", "_compiled_call_impl"} & vars(linear).keys() or not {
-        "weight",
-        "bias",
-    } <= linear._parameters.keys()
-    if not is_plain or is_changed or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
+    kind, own = type(linear).__name__, linear._parameters
+    is_plain = getattr(type(linear), "forward", None) is nn.Linear.forward and {"weight", "bias"} <= own.keys()
+    is_replaced = {"forward", "_compiled_call_impl"} & vars(linear).keys()
+    if not is_plain or is_replaced or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
         why = "it computes something of its own, or was pruned, parametrised, offloaded, compiled or sharded"
         raise ValueError(f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of targets")
     if linear.weight.is_meta and not is_known:
