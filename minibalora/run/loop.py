@@ -66,6 +66,8 @@ class Run:
         self.output, self.optimisation, self.hardware = output, optimisation, hardware
         self.model, self.optimizer, self.last_step = model, optimizer, steps
         self.resumed, self.step = resumed, resumed or 0
+        self.parameters = list(trained_parameters(model).values())
+        self.is_mixed = not adapted_layers(model) and hardware.dtype != torch.float32
         self.signal = self._received = 0
         self.entry = {}  # of log.jsonl, from `update` to the next step: a script may add to it
 
@@ -121,8 +123,7 @@ class Run:
 
     def autocast(self) -> torch.autocast:
         """For the forward pass: where the weights are trained, they are float32, and --dtype is the activations'."""
-        is_full, dtype = not adapted_layers(self.model), self.hardware.dtype
-        return torch.autocast(self.hardware.device.type, dtype, is_full and dtype != torch.float32)
+        return torch.autocast(self.hardware.device.type, self.hardware.dtype, self.is_mixed)
 
     def note(self, part: Part, loss: Tensor, terms: dict[str, Tensor]) -> None:
         """Keep a micro-batch's L and terms for the log, without waiting for a GPU; ends the run after a signal."""
@@ -133,9 +134,9 @@ class Run:
 
     def update(self) -> None:
         """A step of the optimizer by the gradients of all ranks, clipped. InputError if a number is not finite."""
-        settings, parameters = self.optimisation, list(trained_parameters(self.model).values())
-        distributed.sum_gradients(parameters)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        settings = self.optimisation
+        distributed.sum_gradients(self.parameters)
+        norm = nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip)
         numbers = distributed.gathered(torch.stack([n.double() for n in (*self._losses, *self._terms.values())]))
         each, sums = numbers[:, : len(self._losses)].T.flatten(), numbers[:, len(self._losses) :].sum(0)
         *numbers, norm = torch.cat([each, sums, norm.double()[None]]).tolist()  # waits for a GPU once

@@ -30,8 +30,8 @@ def teacher_states(
     batches: the rows of `micro`, packed. With a cache, only batches of which it lacks a row are computed, and then it
     gets them.
     """
-    names = [[row_digest(row) for row in rows] for rows in micro]
-    known = [cache.read(each) if cache else None for each in names]
+    names = [[row_digest(row) for row in rows] for rows in micro] if cache else []
+    known = [cache.read(each) for each in names] if cache else [None] * len(micro)
     with pretrained(model):  # inference_mode would make what FSDP gathers of no use to the student
         states = [
             torch.cat(kept).to(batch.input_ids.device)
