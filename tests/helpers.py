@@ -4,11 +4,12 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minibalora.data.batches import micro_batches, pack
+from minibalora.data.batches import Row, micro_batches, pack
 from minibalora.lowrank import adapted_layers
 from minibalora.models.mixture import keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
@@ -127,3 +128,14 @@ def gradients_of_a_step(model, rows, micro_batch_size, objective, step=5, steps=
         sums = {name: sums.get(name, 0.0) + share * term.item() for name, term in terms.items()}
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
     return gradient, total, sums
+
+
+def random_rows(count: int, seed: int) -> list[Row]:
+    """Rows of 2 to 13 tokens below 61, of prompts and responses of random lengths."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 14, count)
+    prompts = [int(rng.integers(1, length)) for length in lengths]
+    return [
+        Row(rng.integers(0, 61, length).astype(np.int32), prompt, line)
+        for line, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
+    ]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, distance, gradients_of_a_step, padded_rows, predicted_rows, stretch
+from helpers import GOLDEN, distance, gradients_of_a_step, padded_rows, predicted_rows, random_rows, stretch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import minibalora as mb
 from minibalora.base import cli
-from minibalora.data.batches import Row, micro_batches
+from minibalora.data.batches import micro_batches
 from minibalora.objective import NLG_RECIPES, lambdas, nlg_loss
 from minibalora.run import checkpoint, init_cache, loop
 from minibalora.run.cache import Cache
@@ -41,16 +41,6 @@ import train_nlg  # noqa: E402
 ADAPTER = "adapter_model.safetensors"
 FILES = {"adapter_config.json", ADAPTER, "log.jsonl", "run.json", "checkpoint"}
 LOG_KEYS = "step loss task consistency diversity svd non_target_kl lr tokens_per_s memory_bytes".split()
-
-
-def random_rows(count: int, seed: int) -> list[Row]:
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 14, count)
-    prompts = [int(rng.integers(1, length)) for length in lengths]
-    return [
-        Row(rng.integers(0, 61, length).astype(np.int32), prompt, line)
-        for line, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
-    ]
 
 
 @settings(deadline=None, max_examples=10)

@@ -2,13 +2,12 @@
 
 import json
 import re
-import sys
+from functools import partial
 
 import pytest
 from helpers import stretch
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.data.prompts import example_from
 from minibalora.evaluation import evaluate, records
 from minibalora.evaluation.sandbox import check_sandbox
@@ -27,16 +26,9 @@ NEGATE = ADD | {"task_id": 2, "code": "def negate(a):\n    return -a\n", "test_l
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(in_command):
     """run(*flags) -> status, standard output, standard error of python -m minibalora evaluate."""
-
-    def call(*flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run_script(evaluate.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+    return partial(in_command, evaluate.main)
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minibalora.base import cli
 from minibalora.data.batches import Packed, pack
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
@@ -30,18 +30,11 @@ LOAD = Load(TINY, CPU, rank=4, rows=3, warmup=1, rounds=2)
 
 
 @pytest.fixture
-def run(monkeypatch, capsys, tmp_path):
+def run(in_command, monkeypatch, tmp_path):
     """run(*flags) -> status, standard output, standard error, of python -m minibalora bench on a tiny shape."""
     monkeypatch.setitem(bench.SHAPES, "small", TINY)
     monkeypatch.chdir(tmp_path)
-
-    def call(*flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["bench", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run_script(bench.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+    return partial(in_command, bench.main)
 
 
 # The shapes and the rows.

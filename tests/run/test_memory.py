@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ import torch
 from bench_memory import LiveBytes, compare
 from torch import nn
 
-from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.families import read_family
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers
@@ -52,16 +52,9 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
+def run(in_command):
     """run(*flags) -> status, standard output, standard error, of python -m minibalora plan."""
-
-    def call(*flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["plan", *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run_script(plan.main)
-        return stopped.value.code, *capsys.readouterr()
-
-    return call
+    return partial(in_command, plan.main)
 
 
 # Predicted and measured.

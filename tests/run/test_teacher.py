@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import GOLDEN, random_rows
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minibalora as mb
 from minibalora.base.errors import InputError
-from minibalora.data.batches import Row, pack
+from minibalora.data.batches import pack
 from minibalora.run import teacher
 from minibalora.run.cache import Cache
 from minibalora.run.teacher import open_cache, row_digest, teacher_states
@@ -25,16 +25,6 @@ def model():
         for _, layer in mb.lowrank.adapted_layers(model):
             layer.B += 0.1
     return model
-
-
-def random_rows(count, seed):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(2, 14, count)
-    prompts = [int(rng.integers(1, length)) for length in lengths]
-    return [
-        Row(rng.integers(0, 61, length).astype(np.int32), prompt, line)
-        for line, (length, prompt) in enumerate(zip(lengths, prompts, strict=True))
-    ]
 
 
 def cache_in(folder, teacher="it"):
