@@ -7,7 +7,18 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
+from minibalora.data.chat import (
+    Conversation,
+    conversation_key,
+    conversation_of,
+    pair_of,
+    read_conversation,
+    render,
+    render_prompt,
+    with_ending,
+)
 from minibalora.data.files import read_rows
+from minibalora.data.template import ALPACA, Template
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -31,12 +42,7 @@ FIELDS = [
     ("prompt", "completion"),
 ]
 
-CONVERSATIONS = (
-    "conversations",
-    "messages",
-)  # first user turn, first reply; ShareGPT's and OpenAI's spelling
-
-USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt", "chatgpt", "bing", "bard")
+NO_REPLY = "conversations without a reply"
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class Example:
     response: str
     kind: str  # the row's "type", or ""
     line: int  # where it stands in its file, from 1 (in a JSON array: which item)
+    # What the model's chat template wrote, and the parts of it (start, end) that are learned; None: no chat template.
+    rendered: str | None = None
+    learned: tuple[tuple[int, int], ...] = ()
+    notes: tuple[str, ...] = ()  # what is left out of the row, a note each
 
 
 def read_examples(
@@ -52,20 +62,39 @@ def read_examples(
     prompt_field: str | None = None,
     response_field: str | None = None,
     limit: int | None = None,
-    raw: bool = False,
-) -> tuple[list[Example], int]:
+    template: Template = ALPACA,
+) -> tuple[list[Example], dict[str, list[int]]]:
     """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one.
 
-    Conversations in which no user is answered are left out, for published collections have many, and counted.
+    Also returns what is left out of them, the lines for each reason: for instance conversations in which no user is
+    answered, of which published collections have many.
     """
-    rows = islice(read_rows(Path(path)), limit)
-    found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field, raw) for line, row in rows]
-    examples = [example for example in found if example is not None]
+    examples, left_out = [], {}
+    for line, row in islice(read_rows(Path(path)), limit):
+        example = example_from(row, line, f"{path}, line {line}", prompt_field, response_field, template)
+        if example is not None:
+            examples.append(example)
+        for note in (NO_REPLY,) if example is None else example.notes:
+            left_out.setdefault(note, []).append(line)
     if not examples:
         raise InputError(
             f"{path}: has no rows with a response: give JSON Lines or a JSON array with prompts and responses"
         )
-    return examples, len(found) - len(examples)
+    return examples, left_out
+
+
+def left_out_in_words(left_out: dict[str, list[int]]) -> str:
+    """How often each thing was left out, and where first."""
+    counts = {NO_REPLY: []} | left_out
+    return ", ".join(
+        f"{len(lines):,} {reason}" + (f" (first in line {lines[0]})" if lines else "")
+        for reason, lines in counts.items()
+    )
+
+
+def has_conversations(path: str | Path) -> bool:
+    """Whether the first row of a file is a conversation."""
+    return any(conversation_key(row) is not None for _, row in islice(read_rows(Path(path)), 1))
 
 
 def example_from(
@@ -74,34 +103,54 @@ def example_from(
     where: str = "built-in data",
     prompt_field: str | None = None,
     response_field: str | None = None,
-    raw: bool = False,
+    template: Template = ALPACA,
 ) -> Example | None:
     """A row as an example, its prompt template filled in; None for a conversation in which no user is answered.
-
-    raw: the prompt is what the row asks, and its input on a line below, without a template.
 
     InputError, beginning with `where`, if it is no such row.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
+    kind, context, conversation = row.get("type") if isinstance(row.get("type"), str) else "", "", None
     if prompt_field or response_field:
         guessed = (None, None) if prompt_field and response_field else _guess(row, where)
         fields = prompt_field or guessed[0], response_field or guessed[1]
-    elif key := next((key for key in CONVERSATIONS if key in row), None):
-        turns = _first_turns(row[key], f"{where}: {key}")
-        if turns is None:
+    elif conversation_key(row):
+        conversation, fields = read_conversation(row, where), None
+        if conversation is None:
             return None
-        row, fields = turns | {"type": row.get("type")}, ("user", "reply")
     else:
         fields = _guess(row, where)
-    question, response = (_string(row, field, where) for field in fields)
-    context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
-    if raw:
-        prompt = f"{question}\n{context}" if context else question
-    else:
-        prompt = (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context)
-    kind = row.get("type")
-    return Example(prompt, response, kind if isinstance(kind, str) else "", line)
+    if fields:
+        question, response = (_string(row, field, where) for field in fields)
+        context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
+    elif template.chat is None:
+        question, response = pair_of(conversation, where, template.name)
+    if template.chat is None:
+        prompt = fill(template, question, context)
+        return Example(prompt, response, kind, line, notes=() if conversation is None else conversation.notes)
+    conversation = conversation or conversation_of(_with_context(question, context), response)
+    result = render(with_ending(conversation, template.ending), template.chat, where)
+    response = conversation.messages[-1].get("content", "")
+    return Example(result.prompt, response, kind, line, result.text, result.learned, result.notes)
+
+
+def fill(template: Template, question: str, context: str = "") -> str:
+    """Alpaca's prompt, or the raw one: what is asked, and its input on a line below."""
+    if template.name == "raw":
+        return _with_context(question, context) + template.ending
+    return (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context) + template.ending
+
+
+def ask(template: Template, question: str, where: str) -> str:
+    """The whole prompt of a question; InputError, beginning with `where`, if the model's chat template refuses it."""
+    if template.chat is None:
+        return fill(template, question)
+    return render_prompt(Conversation([{"role": "user", "content": question}], []), template.chat, where)
+
+
+def _with_context(question: str, context: str) -> str:
+    return f"{question}\n{context}" if context else question
 
 
 def _guess(row: dict, where: str) -> tuple[str, str]:
@@ -129,24 +178,13 @@ def _string(row: dict, field: str, where: str) -> str:
     return row[field]
 
 
-def _first_turns(turns: object, where: str) -> dict | None:
-    """The first user turn and the reply that follows it; None if there is no such pair."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{where} is no list of turns, each an object with role and content: mend the row")
-    found = {}
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role in USER_ROLES and not found:
-            found["user"] = content
-        if role in REPLY_ROLES and found:
-            return found | {"reply": content}
-    return None
-
-
 def examples_digest(examples: list) -> str:
     """SHA-256, in hex, of what is learned from `Example`s and the like: where they stand and their kind don't count."""
+    aside = ("line", "kind", "notes")
     digest = hashlib.sha256()
     for example in examples:
-        learned = {name: value for name, value in vars(example).items() if name not in ("line", "kind")}
+        learned = {
+            name: value for name, value in vars(example).items() if name not in aside and value not in (None, ())
+        }
         digest.update(json.dumps(learned).encode())
     return digest.hexdigest()

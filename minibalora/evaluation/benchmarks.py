@@ -9,7 +9,8 @@ from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.data.files import read_rows
-from minibalora.data.prompts import PROMPT, Example, example_from
+from minibalora.data.prompts import Example, ask, example_from
+from minibalora.data.template import ALPACA, RAW, Template
 from minibalora.evaluation.answers import final_answer, number, same_answer, same_number
 from minibalora.evaluation.sandbox import Limits, run_program
 
@@ -35,6 +36,8 @@ class Item:
     prompt: str  # the whole prompt, template included
     response: str  # the file's own solution
     kind: str = ""  # the row's "type"
+    rendered: str | None = None  # see `Example`
+    learned: tuple[tuple[int, int], ...] = ()
     before: str = ""
     after: str = ""
 
@@ -45,7 +48,9 @@ Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 
 @dataclass(frozen=True)
 class Benchmark:
-    item: Callable[[object, int, str, bool], Item | None]  # (row, line, where it stands, raw); None: leave it out
+    item: Callable[
+        [object, int, str, Template], Item | None
+    ]  # (row, line, where it stands, template); None: leave it out
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...] = ()
@@ -53,14 +58,14 @@ class Benchmark:
     runs_code: bool = False
 
 
-def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
+def read_items(name: str, path: str | Path, template: Template = ALPACA, limit: int | None = None) -> list[Item]:
     """The first `limit` problems of a benchmark's file, JSON Lines or a JSON array.
 
-    raw: the prompt published for base models. InputError names a line that is not of this benchmark, or the second of
-    two problems with one name.
+    template: raw asks for programs in the prompts published for base models. InputError names a line that is not of
+    this benchmark, or the second of two problems with one name.
     """
     rows = islice(read_rows(Path(path)), limit)
-    found = [BENCHMARKS[name].item(row, line, f"{path}, line {line}", raw) for line, row in rows]
+    found = [BENCHMARKS[name].item(row, line, f"{path}, line {line}", template) for line, row in rows]
     items = [item for item in found if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {name}")
@@ -74,33 +79,33 @@ def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None
 
 def as_items(examples: list[Example]) -> list[Item]:
     """Problems whose prompts are those of training."""
-    return [Item(str(e.line), e.line, e.prompt, e.response, e.kind) for e in examples]
+    return [Item(str(e.line), e.line, e.prompt, e.response, e.kind, e.rendered, e.learned) for e in examples]
 
 
-def _math_item(row: object, line: int, where: str, raw: bool) -> Item | None:
-    example = example_from(row, line, where)
+def _math_item(row: object, line: int, where: str, template: Template) -> Item | None:
+    example = example_from(row, line, where, template=replace(template, ending=THINK))
     if example is None:
         return None
     if final_answer(example.response) is None:
         raise InputError(f"{where}: its solution has no final answer: is it for another --task?")
-    return replace(*as_items([example]), prompt=example.prompt + THINK)
+    return as_items([example])[0]
 
 
-def _gsm8k_item(row: object, line: int, where: str, raw: bool) -> Item | None:
-    item = _math_item(row, line, where, raw)
+def _gsm8k_item(row: object, line: int, where: str, template: Template) -> Item | None:
+    item = _math_item(row, line, where, template)
     if item is not None and number(answer := final_answer(item.response)) is None:
         raise InputError(f"{where}: its answer {answer!r} is not a number: is it for --task math?")
     return item
 
 
-def _human_eval_item(row: object, line: int, where: str, raw: bool) -> Item:
+def _human_eval_item(row: object, line: int, where: str, template: Template) -> Item:
     task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
     request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
-    asked = prompt if raw else PROMPT.format(instruction=request)
+    asked = prompt if template == RAW else ask(template, request, where)
     return Item(task_id, line, asked, solution, before=prompt, after=f"\n{test}\ncheck({entry_point})\n")
 
 
-def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
+def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
     """Both published forms: mbpp.jsonl, and the sanitized one, whose text is called prompt and whose setup imports."""
     text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
     tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
@@ -108,7 +113,7 @@ def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
         raise InputError(f"{where}: has no test_list: give the file of --task mbpp")
     listed = "\n".join(tests)
     asked = MBPP_PROMPT.format(text=text) + listed
-    asked = f"{asked}\n[BEGIN]\n" if raw else PROMPT.format(instruction=asked)
+    asked = f"{asked}\n[BEGIN]\n" if template == RAW else ask(template, asked, where)
     before, after = "".join(f"{text}\n" for text in imports), f"\n{row.get('test_setup_code') or ''}\n{listed}\n"
     return Item(str(row.get("task_id", line)), line, asked, code, before=before, after=after)
 

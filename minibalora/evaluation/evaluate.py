@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import sys
 from pathlib import Path
 
 from minibalora.base import cli
@@ -9,10 +10,11 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.files import read_rows
+from minibalora.data.template import ALPACA, RAW, add_template_flags, choose_template
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
-from minibalora.evaluation.generate import add_decoding_flags, add_model_flags, load, parse
+from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
@@ -27,7 +29,10 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
+    has_answers = benchmark is None or args.gold or args.completions  # then nothing is asked
+    template = choose_template(args.template, args.model, args.adapter, "alpaca" if has_answers else None)
     settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
+    settings["template"] = template.name
     is_new = not (args.out / "run.json").exists()
     if is_new:
         check_out(args.out, resume=False)
@@ -42,16 +47,18 @@ def main() -> int:
         found = perplexity.mean_predictions(perplexity.predict_each(model, windows, file))
         said = perplexity.in_words(found)
     else:
-        items = read_items(args.task, args.data, args.raw, args.max_rows)
+        items = read_items(args.task, args.data, template, args.max_rows)
         if args.gold:
             complete = records.by_list([item.response for item in items])
         elif args.completions is not None:
             complete = records.by_list(read_completions(args.completions, args.data, items, args.samples))
         else:
-            model, tok = load(args.model, args.adapter, args.dtype, args.device)
+            if args.template is None and template != ALPACA:
+                print(f"template: {template}", file=sys.stderr)
+            model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
             names = [f"{args.data}, line {item.line}: the prompt" for item in items]
             encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses what the model can't take
-            stop = benchmark.raw_stop if args.raw else benchmark.stop
+            stop = benchmark.raw_stop if template == RAW and benchmark.runs_code else benchmark.stop
             decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
             complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
         if is_new:
@@ -81,10 +88,10 @@ def parse_flags() -> argparse.Namespace:
     add("--max-rows", type=cli.positive_int, metavar="N", help="the first N problems, or windows of text")
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens of a window of text (default: 1024, or what "
         "the model has)")  # fmt: skip
-    add("--raw", action="store_true", help="humaneval, mbpp: the prompt published for base models, without Alpaca's")
     add("--gold", action="store_true", help="judge the file's own solutions and no model: all should be right")
     add("--completions", metavar="FILE", type=cli.path, help="judge these and no model: JSON Lines with completion "
         "and, unless in the data's order, task_id")  # fmt: skip
+    add_template_flags(parser.add_argument_group("template"), f"{DEFAULT}; raw: humaneval's and mbpp's as published")
     add_decoding_flags(parser)
     add = parser.add_argument_group("samples and programs").add_argument
     add("--samples", type=cli.positive_int, metavar="N", help="answers a problem (default: 1)")
@@ -113,11 +120,11 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
     if given >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
-    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", *decoding}
-    unused |= set() if runs_code else {"raw", "allow_code_execution", "timeout"}
+    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", "template", *decoding}
+    unused |= set() if runs_code else {"allow_code_execution", "timeout"}
     where = f"--task {task}"
     if "gold" in given or "completions" in given:
-        unused, where = unused | decoding | {"adapter", "raw"}, "--gold" if "gold" in given else "--completions"
+        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in given else "--completions"
     if "gold" in given:
         unused |= {"samples", "k"}
     for name in sorted(unused & given):

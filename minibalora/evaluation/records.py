@@ -17,6 +17,7 @@ from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
 from minibalora.data.prompts import Example, read_examples
+from minibalora.data.template import Template
 from minibalora.evaluation.benchmarks import (
     BENCHMARKS,
     RIGHT,
@@ -150,14 +151,14 @@ class HeldOut:
 
 
 def read_held_out(
-    path: str | None, benchmark: str | None, fields: tuple[str | None, str | None], raw: bool, batch_size: int
+    path: str | None, benchmark: str | None, fields: tuple[str | None, str | None], template: Template, batch_size: int
 ) -> HeldOut:
     """What is in a file, or nothing without one. benchmark: whose problems they are; fields: of prompt and response."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
-        return HeldOut(read_items(benchmark, path), [], BENCHMARKS[benchmark], batch_size)
-    examples, _ = read_examples(path, *fields, raw=raw)
+        return HeldOut(read_items(benchmark, path, template), [], BENCHMARKS[benchmark], batch_size)
+    examples, _ = read_examples(path, *fields, template=template)
     return HeldOut(as_items(examples), [], None, batch_size)
 
 
@@ -172,7 +173,7 @@ def measure(
     rows, _, _ = encode_examples(items, tok, sys.maxsize)
     if benchmark is None:
         # A text twice as long as the longest reference counts as one without an answer.
-        longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
+        longest = max((row.predicted for row in rows), default=1)
         judge, decoding = judge_answer, Decoding(max_new_tokens=2 * longest)
     else:
         judge, decoding = benchmark.judge, Decoding(max_new_tokens=benchmark.max_new_tokens, stop=benchmark.stop)

@@ -23,6 +23,7 @@ from minibalora.base.cli import (
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
 from minibalora.data.glue import TASKS
+from minibalora.data.template import add_template_flags
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 from minibalora.run.run_folder import plain_settings
@@ -62,16 +63,16 @@ def nlg_parser() -> argparse.ArgumentParser:
         description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
-    add = parser.add_argument_group("model and data").add_argument
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
     add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
     add("--data", metavar="FILE", help="JSON Lines or a JSON array; the fields are recognised (see README)")
     add("--eval", metavar="FILE", help="held-out rows for the before / after table")
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
-    add(
-        "--raw", action="store_true", help="prompts as they are, without Alpaca's template: for instance T5's own tasks"
-    )
+    add_template_flags(group, "chat if the first row of --data is a conversation and the model has a chat template, "
+                       "else alpaca")  # fmt: skip
     add("--max-rows", type=positive_int, help="use the first N rows (published: 100000; built-in model: 3200)")
     add("--max-length", type=positive_int, help="tokens of prompt and response, what is beyond is cut (published: 512)")
 
@@ -233,7 +234,7 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
 def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
     """Every default filled in; InputError for what can't be meant."""
     given = vars(nlg_parser().parse_args(argv))
-    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "response_field"))
+    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "response_field", "template"))
     _refuse_contradictions(given)
     _refuse_text_contradictions(given)
     if given["fsdp"]:
@@ -341,9 +342,6 @@ def _refuse_contradictions(given: dict) -> None:
 def _refuse_text_contradictions(given: dict) -> None:
     if given["eval_task"] and given["eval"] is None:
         raise InputError("--eval-task goes with --eval: give both")
-    if given["raw"] and (given["model"] is None or given["eval_task"]):
-        raise InputError("--raw has no meaning with the built-in data or --eval-task, which have prompts of their own: "
-                         "leave it out")  # fmt: skip
     if given["quantize"] and given["method"] == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
     if given["quantize"] and given["compile"]:

@@ -71,7 +71,7 @@ class TextSource:
     eval_task: str | None
     prompt_field: str | None
     response_field: str | None
-    raw: bool  # prompts as they are, without a template
+    template: str | None  # "alpaca", "chat" or "raw"; None: by model and data
     max_rows: int | None
     max_length: int
 

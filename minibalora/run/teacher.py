@@ -34,14 +34,12 @@ def teacher_states(
     known = [cache.read(each) for each in names] if cache else [None] * len(micro)
     with pretrained(model):  # inference_mode would make what FSDP gathers of no use to the student
         states = [
-            torch.cat(kept).to(batch.input_ids.device)
-            if kept is not None
-            else model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+            torch.cat(kept).to(batch.input_ids.device) if kept is not None else batch.states(model)
             for batch, kept in zip(batches, known, strict=True)
         ]
     if cache:
         new = [index for index, kept in enumerate(known) if kept is None]
-        of_rows = ((names[index], states[index].split(batches[index].wanted)) for index in new)
+        of_rows = ((names[index], states[index].split([row.predicted for row in micro[index]])) for index in new)
         cache.write({name: part for each, parts in of_rows for name, part in zip(each, parts, strict=True)})
     return states
 
@@ -76,5 +74,6 @@ def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int)
 
 
 def row_digest(row: Row) -> str:
-    """SHA-256, in hex, of a row's tokens and of which of them are its response."""
-    return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist()]).encode()).hexdigest()
+    """SHA-256, in hex, of a row's tokens and of which of them are learned."""
+    learned = [] if row.learned is None else [row.learned.tolist()]
+    return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist(), *learned]).encode()).hexdigest()

@@ -23,7 +23,16 @@ from minibalora.data.batches import (
     rows_of_step,
     steps_per_epoch,
 )
-from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, Example, example_from, examples_digest, read_examples
+from minibalora.data.prompts import (
+    NO_REPLY,
+    PROMPT,
+    PROMPT_WITH_INPUT,
+    Example,
+    example_from,
+    examples_digest,
+    read_examples,
+)
+from minibalora.data.template import RAW
 from minibalora.toy import MODEL
 
 ROW = {"query": "What is 2 + 3?", "response": "The answer is: 5"}
@@ -69,9 +78,7 @@ def row_of(length, prompt_length, line=1):
         {"prompt": "q", "completion": "a"},
         {"query": "q", "response": "a", "original_question": "x", "answer": "y", "output": "z"},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"messages": TURNS},
-        {"messages": [*TURNS, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]},
-        {"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "q"}] + TURNS[2:]},
+        {"messages": TURNS[1:]},
     ],
 )
 def test_every_row_format_gives_prompt_and_response(row):
@@ -82,8 +89,8 @@ def test_alpaca_s_input_has_a_template_of_its_own():
     example = example_from({"instruction": "q", "input": "i", "output": "a"}, 1)
     assert example.prompt == PROMPT_WITH_INPUT.format(instruction="q", input="i")
     assert example.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:")
-    assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, raw=True).prompt == "q\ni"
-    assert example_from({"query": "q", "response": "a"}, 1, raw=True).prompt == "q"
+    assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, template=RAW).prompt == "q\ni"
+    assert example_from({"query": "q", "response": "a"}, 1, template=RAW).prompt == "q"
     other = example_from({"query": "q", "input": "i", "response": "a"}, 1)
     assert other.prompt == PROMPT.format(instruction="q")  # MetaMathQA has no such field
 
@@ -130,7 +137,7 @@ def test_the_kind_is_the_row_s_type():
     ],
 )
 def test_json_lines_and_arrays_are_read_with_or_without_bom(write, content):
-    assert read_examples(write(content)) == ([example_from(ROW, 1), example_from(ROW, 2)], 0)
+    assert read_examples(write(content)) == ([example_from(ROW, 1), example_from(ROW, 2)], {})
 
 
 def test_empty_lines_are_skipped_but_counted(write):
@@ -140,7 +147,7 @@ def test_empty_lines_are_skipped_but_counted(write):
 def test_text_beyond_ascii_is_kept(write):
     row = {"query": "¿Cuánto es 2 + 3? 🤖\u2028", "response": "日本語\r\n"}
     raw = json.dumps(row, ensure_ascii=False).encode() + b"\n" + lines(row)
-    assert read_examples(write(raw)) == ([example_from(row, 1), example_from(row, 2)], 0)
+    assert read_examples(write(raw)) == ([example_from(row, 1), example_from(row, 2)], {})
 
 
 def test_a_limit_stops_reading(write):
@@ -329,5 +336,7 @@ def test_packed_rows_come_back_whole_and_predict_exactly_the_response(parts, ali
 def test_conversations_without_an_answered_user_are_counted(write):
     human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
     conversations = [[], [human], [gpt], [gpt, human], [human, gpt], [human, {"from": "bing", "value": "b"}]]
-    examples, unanswered = read_examples(write(lines(*({"conversations": turns} for turns in conversations))))
-    assert [(example.line, example.response) for example in examples] == [(5, "a"), (6, "b")] and unanswered == 4
+    examples, left_out = read_examples(write(lines(*({"conversations": turns} for turns in conversations))))
+    assert [(example.line, example.response) for example in examples] == [(5, "a"), (6, "b")] and left_out == {
+        NO_REPLY: [1, 2, 3, 4]
+    }

@@ -216,7 +216,7 @@ def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problem
     [
         (("--task", "humaneval"), "--allow-code-execution"),
         (("--task", "gsm8k", "--allow-code-execution"), "--allow-code-execution has no meaning"),
-        (("--task", "gsm8k", "--raw"), "--raw has no meaning"),
+        (("--task", "text", "--raw"), "--template has no meaning"),
         (("--task", "gsm8k", "--max-length", "9"), "--max-length has no meaning"),
         (("--task", "text", "--gold"), "--gold has no meaning"),
         (("--task", "gsm8k", "--samples", "2"), "add --temperature"),
