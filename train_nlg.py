@@ -14,9 +14,9 @@ from minibalora.base import cli, distributed
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, recorded_settings
 from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.template import ALPACA, choose_template, save_template
 from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data import batches, prompts
-from minibalora.data.template import ALPACA, choose_template, save_template
 from minibalora.evaluation import records
 from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
@@ -47,8 +47,8 @@ def main() -> int:
         examples = problems.examples_of(problems.clean_problems(source.max_rows, optimisation.seed))
         template, left_out, held_out = ALPACA, {}, problems.held_out_problems(rows_at_once)
     else:
-        default = None if prompts.has_conversations(source.data) else "alpaca"
-        template = choose_template(source.template, Path(source.model), default=default)
+        is_chat = prompts.has_conversations(source.data)  # then the model's own template, if it has one
+        template = choose_template(source.template or (None if is_chat else "alpaca"), Path(source.model))
         if output.resume:
             template.resume(recorded_settings(out))
         fields = source.prompt_field, source.response_field

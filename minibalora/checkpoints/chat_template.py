@@ -4,6 +4,7 @@ It is rendered as transformers' `apply_chat_template` does, and in Jinja's sandb
 """
 
 import json
+import os
 import re
 import signal
 import threading
@@ -99,10 +100,10 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
     """
     file, settings_file = folder / FILE, folder / "tokenizer_config.json"
     source, texts = file, {}
-    if file.exists():
+    if os.path.isfile(file):
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         texts = {path.stem: _read(path) for path in more} | {"default": _read(file)}
-    elif settings_file.exists():
+    elif os.path.isfile(settings_file):
         source, stored = settings_file, read_json_object(settings_file).get("chat_template")
         named = stored if isinstance(stored, list) else [{"name": "default", "template": stored}]
         if stored is not None:

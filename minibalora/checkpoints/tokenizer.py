@@ -145,7 +145,7 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
         if tok.is_encoder_decoder:
             raise InputError(f"{folder}: a T5 takes no conversations: leave --template chat out")
         tok.is_chat = True
-        tok.eos_ids |= {backend.token_to_id(chat.end_of_turn)} - {None}
+        tok.eos_ids |= {backend.token_to_id(chat.end_of_turn or "")} - {None}
     if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
         raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
     return tok

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
+from minibalora.checkpoints.template import ALPACA, Template
 from minibalora.data.chat import (
     Conversation,
     conversation_key,
@@ -18,7 +19,6 @@ from minibalora.data.chat import (
     with_ending,
 )
 from minibalora.data.files import read_rows
-from minibalora.data.template import ALPACA, Template
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (

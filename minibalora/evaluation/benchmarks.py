@@ -8,9 +8,9 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
+from minibalora.checkpoints.template import ALPACA, RAW, Template
 from minibalora.data.files import read_rows
 from minibalora.data.prompts import Example, ask, example_from
-from minibalora.data.template import ALPACA, RAW, Template
 from minibalora.evaluation.answers import final_answer, number, same_answer, same_number
 from minibalora.evaluation.sandbox import Limits, run_program
 

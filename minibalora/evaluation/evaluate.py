@@ -8,9 +8,9 @@ from pathlib import Path
 from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
+from minibalora.checkpoints.template import ALPACA, RAW, add_template_flags, choose_template, trained_template
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.files import read_rows
-from minibalora.data.template import ALPACA, RAW, add_template_flags, choose_template
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
@@ -29,8 +29,9 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    has_answers = benchmark is None or args.gold or args.completions  # then nothing is asked
-    template = choose_template(args.template, args.model, args.adapter, "alpaca" if has_answers else None)
+    asks_nothing = benchmark is None or args.gold or args.completions
+    name = "alpaca" if asks_nothing else args.template or trained_template(args.model, args.adapter)
+    template = choose_template(name, args.model, args.adapter)
     settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
     settings["template"] = template.name
     is_new = not (args.out / "run.json").exists()

@@ -15,11 +15,11 @@ from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import load_adapter
 from minibalora.checkpoints.chat_template import ChatTemplate
+from minibalora.checkpoints.template import ALPACA, Template, add_template_flags, choose_template, trained_template
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
 from minibalora.data.chat import conversation_key, pair_of, read_conversation, render_prompt
 from minibalora.data.prompts import FIELDS, example_from, fill
-from minibalora.data.template import ALPACA, Template, add_template_flags, choose_template
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
 from minibalora.lowrank import merge
 from minibalora.models import LanguageModel
@@ -31,7 +31,7 @@ PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 def main() -> int:
     args = parse_flags()
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, tuple(args.stop), args.seed)
-    template = choose_template(args.template, args.model, args.adapter)
+    template = choose_template(args.template or trained_template(args.model, args.adapter), args.model, args.adapter)
     if args.template is None and template != ALPACA:
         print(f"template: {template}", file=sys.stderr)
     names, asked, prompts = map(list, zip(*read_prompts(args.prompt, args.file, template), strict=True))

@@ -14,10 +14,10 @@ from threading import Lock
 from tqdm import tqdm
 
 from minibalora.base.files import appending, keep_lines
+from minibalora.checkpoints.template import Template
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
 from minibalora.data.prompts import Example, read_examples
-from minibalora.data.template import Template
 from minibalora.evaluation.benchmarks import (
     BENCHMARKS,
     RIGHT,

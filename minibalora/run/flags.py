@@ -22,8 +22,8 @@ from minibalora.base.cli import (
 )
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
+from minibalora.checkpoints.template import add_template_flags
 from minibalora.data.glue import TASKS
-from minibalora.data.template import add_template_flags
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 from minibalora.run.run_folder import plain_settings

@@ -25,7 +25,7 @@ from minibalora.base.files import (
 
 RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "eval-before.jsonl", "eval-after.jsonl")
-RUN_FILES += ("minibalora.json", "chat_template.jinja")
+RUN_FILES += ("chat_template.jinja",)
 # These move the work or cut it otherwise, which a user short of memory must be free to do; with micro_batch_size the
 # spectral term changes a little. Model, teacher and data may have moved, too: their digests are compared instead.
 MAY_CHANGE_ON_RESUME = set(

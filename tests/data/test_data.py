@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import minibalora as mb
 from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.template import RAW
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import (
     Row,
@@ -32,7 +33,6 @@ from minibalora.data.prompts import (
     examples_digest,
     read_examples,
 )
-from minibalora.data.template import RAW
 from minibalora.toy import MODEL
 
 ROW = {"query": "What is 2 + 3?", "response": "The answer is: 5"}

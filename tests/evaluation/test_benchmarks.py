@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from minibalora.data.template import ALPACA, RAW, Template
+from minibalora.checkpoints.template import ALPACA, RAW, Template
 from minibalora.evaluation.benchmarks import BENCHMARKS, MBPP_PROMPT, RIGHT, THINK, code_of, read_items
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 

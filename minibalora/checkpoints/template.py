@@ -8,11 +8,11 @@ from datetime import datetime
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object, replacing, write_json
+from minibalora.base.files import read_json_object, recorded_settings, replacing, write_json
 from minibalora.checkpoints.chat_template import FILE, ChatTemplate, read_chat_template
 
 NAMES = ("alpaca", "chat", "raw")
-RECORD = "minibalora.json"  # beside an adapter: the template that it was trained with
+RECORD = "minibalora.json"  # in an exported folder: the template that was trained with
 
 
 @dataclass(frozen=True)
@@ -48,42 +48,52 @@ def add_template_flags(group: argparse._ArgumentGroup, default: str) -> None:
     add("--raw", dest="template", action="store_const", const="raw", help="as --template raw")
 
 
-def choose_template(name: str | None, model: Path, adapter: Path | None = None, default: str | None = None) -> Template:
-    """The template by its name; without one that which the adapter, or else the model, says it was trained with.
+def choose_template(name: str | None, model: Path, adapter: Path | None = None) -> Template:
+    """The template by its name; None: chat where there is a chat template, else alpaca.
 
-    default: the name where neither says so; None: chat where there is a chat template, else alpaca. An adapter's own
-    chat template comes before the model's. InputError for chat without one.
+    An adapter's own chat template comes before the model's. InputError for chat without one.
     """
-    folders = [folder for folder in (adapter, model) if folder is not None]
-    recorded = next((recorded_name(folder) for folder in folders if os.path.isfile(folder / RECORD)), None)
-    name = name or recorded or default
     if name in ("alpaca", "raw"):
         return Template(name)
-    chat = next((found for folder in folders if (found := read_chat_template(folder, model))), None)
+    folders = [folder for folder in (adapter, model) if folder is not None]
+    chat = next((own for folder in folders if (own := read_chat_template(folder, model))), None)
     if chat is None and name == "chat":
         where = "no chat_template.jinja, and no chat_template in tokenizer_config.json"
         raise InputError(f"{model}: {where}: give --template alpaca, or add the model's template")
     return Template("chat", chat) if chat else ALPACA
 
 
-def recorded_name(folder: Path) -> str:
-    name = read_json_object(folder / RECORD).get("template")
-    if name not in NAMES:
-        raise InputError(f"{folder / RECORD}: template is {name!r}, none of {', '.join(NAMES)}: give --template")
+def trained_template(model: Path, adapter: Path | None) -> str | None:
+    """The name of the template that the adapter, or else the model, was trained with; None if neither says it."""
+    return next((name for folder in (adapter, model) if folder is not None and (name := recorded_name(folder))), None)
+
+
+def recorded_name(folder: Path) -> str | None:
+    if not os.path.isdir(folder):
+        return None
+    settings = recorded_settings(folder)
+    name = settings.get("template", {True: "raw", False: "alpaca"}.get(settings.get("raw")))  # as it was once recorded
+    if (folder / RECORD).exists():
+        name = read_json_object(folder / RECORD).get("template")
+    if name not in (None, *NAMES):
+        raise InputError(f"{folder}: its template is {name!r}, none of {', '.join(NAMES)}: give --template")
     return name
 
 
 def save_template(template: Template, folder: Path) -> None:
-    """Write beside what was trained which template it was trained with, and the model's own."""
+    """Write beside what was trained the model's chat template, and the name where no run.json has it."""
     if template.chat is not None:
         with replacing(folder / FILE) as temporary:
             temporary.write_text(template.chat.text, encoding="utf-8")
-    write_json(folder / RECORD, {"template": template.name})
+    if not (folder / "run.json").exists():
+        write_json(folder / RECORD, {"template": template.name})
 
 
 def copy_template(source: Path, folder: Path) -> None:
-    """Copy what `save_template` wrote, if it did."""
-    for name in (RECORD, FILE):
-        if (source / name).exists():
-            with replacing(folder / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+    """Say in `folder` with which template the adapter in `source` was trained, if that is known."""
+    name = recorded_name(source)
+    if name is not None:
+        write_json(folder / RECORD, {"template": name})
+    if (source / FILE).exists():
+        with replacing(folder / FILE) as temporary:
+            shutil.copyfile(source / FILE, temporary)
