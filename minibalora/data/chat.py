@@ -5,7 +5,9 @@ Every turn is in the prompt, or learned, or named in the notes on what is left o
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
@@ -27,6 +29,10 @@ TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
 
 
+Span = tuple[int, int]
+Write = Callable[..., tuple[str, list[Span]]]  # ChatTemplate.render of messages of one row
+
+
 @dataclass(frozen=True)
 class Conversation:
     messages: list[dict]  # with role and content, as chat templates take them, up to the last reply that is learned
@@ -41,13 +47,17 @@ class Rendered:
 
     prompt: str  # all before the last reply
     text: str
-    learned: tuple[tuple[int, int], ...]  # the parts of the text (start, end) that are learned, in order
+    learned: tuple[Span, ...]  # the parts of the text (start, end) that are learned, in order
     notes: tuple[str, ...] = ()
 
 
 def conversation_key(row: object) -> str | None:
     """The field that holds a row's conversation; None if it has none. A field is null where other rows have it."""
-    return next((key for key in CONVERSATIONS if isinstance(row, dict) and row.get(key) is not None), None)
+    if isinstance(row, dict):
+        for key in CONVERSATIONS:
+            if row.get(key) is not None:
+                return key
+    return None
 
 
 def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation | None:
@@ -146,23 +156,25 @@ def _tools(row: dict, where: str) -> list | None:
     """The tools that a row offers, as a list or as its JSON."""
     tools = row.get("tools")
     try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
     except ValueError:
-        tools = 0
-    if tools and not isinstance(tools, list) or tools == 0:
+        tools = None
+    if not isinstance(tools, list):
         raise InputError(f"{where}: tools is no list of tools: mend the row")
     return tools or None
 
 
-def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str, str]:
-    """The question, system turns first, and the reply of a conversation for a template that has no more room."""
+def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str, str, tuple[str, ...]]:
+    """The question, system turns first, and the reply of a conversation for a template that has no room for more; and
+    the notes on what is left out."""
     *asked, reply = conversation.messages if conversation.learned else [*conversation.messages, {"content": ""}]
     if any(message["role"] not in ("system", "user") for message in asked) or "tool_calls" in reply:
         raise InputError(
             f"{where}: a conversation of {len(conversation.messages)} turns, but --template {template} takes one "
             "question and one reply: give --template chat and a --model with a chat template, or split the conversation"
         )
-    return "\n\n".join(message["content"] for message in asked), reply["content"]
+    lost = (TOOLS,) * bool(conversation.tools) + (CURTAILED,) * ("reasoning_content" in reply)
+    return "\n\n".join(message["content"] for message in asked), reply["content"], conversation.notes + lost
 
 
 def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) -> str:
@@ -183,29 +195,36 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     """A conversation as the template writes it, and what of it is learned. InputError, beginning with `where`, if the
     template refuses it, or if it can't be said which tokens are a reply's."""
     results, refusal = [], None
+    write = partial(chat.render, where=where, tools=conversation.tools)
     for messages, learned in _versions(conversation):
         try:
-            text, tagged = chat.render(messages, where, conversation.tools)
+            text, tagged = write(messages)
             if chat.end_of_turn is None:
                 raise InputError(f"{chat.source}: ends a reply with no token of the tokenizer's, so that a model would "
                                  "not learn to end: give --template alpaca, or another chat template")  # fmt: skip
-            spans = _learned_spans(chat, messages, learned, text, tagged, conversation.tools, where)
+            prompts, spans = _learned_spans(chat, write, messages, learned, text, tagged)
         except InputError as error:
             refusal = error
             continue
-        results.append((messages, learned, text, spans, _unseen(messages, text)))
-        if not results[-1][-1]:
+        if None in spans:
+            reply = learned[spans.index(None)] + 1
+            refusal = InputError(
+                f"{where}: the chat template in {chat.source} writes a reply otherwise once others follow, so it can't "
+                f"be said which tokens are turn {reply}'s: end the row there, or tag its replies by {{% generation %}}"
+            )
+            continue
+        results.append((_unseen(messages, text), messages, learned, text, spans, prompts[-1]))
+        if results[-1][0] == 0:
             break
     if not results:
         raise refusal
-    messages, learned, text, spans, unseen = min(results, key=lambda result: result[-1])
+    unseen, messages, learned, text, spans, prompt = min(results, key=lambda result: result[0])
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
     for index, (start, end) in zip(learned, spans, strict=True):
         said = [messages[index][part] for part in PARTS if isinstance(messages[index].get(part), str)]
         notes += [CURTAILED] * any(not _has(text[start:end], part) for part in said)
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
-    prompt, _ = chat.render(messages[: learned[-1]], where, conversation.tools, asks=True)
     return Rendered(prompt, text, tuple(spans), tuple(notes))
 
 
@@ -229,35 +248,26 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
 
 
 def _learned_spans(
-    chat: ChatTemplate,
-    messages: list[dict],
-    learned: list[int],
-    text: str,
-    tagged: list[tuple[int, int]],
-    tools: list | None,
-    where: str,
-) -> list[tuple[int, int]]:
-    """The part of the text for each message that is learned, its end of turn included: what a `generation` tag
-    encloses, or what the message adds to the text up to where a reply begins."""
+    chat: ChatTemplate, write: Write, messages: list[dict], learned: list[int], text: str, tagged: list[Span]
+) -> tuple[list[str], list[Span | None]]:
+    """What is asked before each reply that is learned, or at least the last; and the part of the text that is each
+    reply, its end of turn included: what a `generation` tag encloses, or else what it adds to what is asked. None for
+    a reply that is not found."""
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(tagged) == len(replies):
-        return [_with_end(chat, text, *span) for index, span in zip(replies, tagged, strict=True) if index in learned]
-    spans, before = [], 0
+        spans = [_with_end(chat, text, *span) for index, span in zip(replies, tagged, strict=True) if index in learned]
+        return [write(messages[: learned[-1]], asks=True)[0]], spans
+    prompts, spans, before = [], [], 0
     for index in learned:
-        start = _start(chat, messages[:index], text, tools, where)
-        end = start and _end(chat, messages, index, text, start, tools, where)
-        if not end or start < before:
-            raise InputError(
-                f"{where}: the chat template in {chat.source} writes earlier turns otherwise once others follow, so it "
-                f"can't be said which tokens are those of turn {index + 1}: end the row there, or mark replies in the "
-                "template by {% generation %}"
-            )
-        spans.append((start, end))
-        before = end
-    return spans
+        prompts.append(write(messages[:index], asks=True)[0])
+        start = _start(write, messages[:index], prompts[-1], text)
+        end = None if start is None or start < before else _end(chat, write, messages, index, text, start)
+        spans.append(None if end is None else (start, end))
+        before = end or before
+    return prompts, spans
 
 
-def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> tuple[int, int]:
+def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> Span:
     """A span, and the end of its turn where it stands just behind: a model that does not learn it does not stop."""
     rest = text[end:].lstrip()
     if chat.end_of_turn not in text[start:end] and rest.startswith(chat.end_of_turn):
@@ -265,34 +275,32 @@ def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> tuple[int,
     return start, end
 
 
-def _start(chat: ChatTemplate, asked: list[dict], text: str, tools: list | None, where: str) -> int | None:
-    """Where the reply to the messages `asked` begins in the text."""
-    prompt, _ = chat.render(asked, where, tools, asks=True)
+def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | None:
+    """Where the reply to the messages `asked`, of which the template makes the prompt, begins in the text."""
     if text.startswith(prompt):
         return len(prompt)
     # A prompt may end with what no reply in the text has, as "<think>": then the reply begins before it.
-    marked, _ = chat.render([*asked, {"role": "assistant", "content": REPLY}], where, tools)
-    known, _ = chat.render(asked, where, tools)
+    marked, known = write([*asked, {"role": "assistant", "content": REPLY}])[0], write(asked)[0]
     common = os.path.commonprefix([prompt, marked.partition(REPLY)[0]])
     return len(common) if text.startswith(common) and common.startswith(known) else None
 
 
-def _end(
-    chat: ChatTemplate, messages: list[dict], index: int, text: str, start: int, tools: list | None, where: str
-) -> int | None:
+def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
     """Where the reply at `index`, which begins at `start`, ends in the text, its end of turn included."""
-    upto = text if index == len(messages) - 1 else chat.render(messages[: index + 1], where, tools)[0]
+    end, said = chat.end_of_turn, messages[index].get("content", "").strip()
+    behind = text[start:].lstrip()
+    if said and behind.startswith(said) and behind[len(said) :].lstrip().startswith(end):
+        return text.index(end, len(text) - len(behind) + len(said)) + len(end)
+    upto = text if index == len(messages) - 1 else write(messages[: index + 1])[0]
     if text.startswith(upto):
         reply = upto[start:]
-        at = reply.rfind(chat.end_of_turn)
-        if at >= 0:
-            return start + at + len(chat.end_of_turn)
+        if end in reply:
+            return start + reply.rindex(end) + len(end)
         others = [match.end() for match in chat.token.finditer(reply)]  # some end a call of a tool otherwise
         return start + others[-1] if others and not reply[others[-1] :].strip() else None
-    marked = [*messages[:index], {"role": "assistant", "content": REPLY}, *messages[index + 1 :]]
-    rest = chat.render(marked, where, tools)[0].partition(REPLY)[2]
-    at = rest.find(chat.end_of_turn)
-    return len(text) - len(rest) + at + len(chat.end_of_turn) if at >= 0 and text.endswith(rest) else None
+    marked, _ = write([*messages[:index], {"role": "assistant", "content": REPLY}, *messages[index + 1 :]])
+    rest = marked.partition(REPLY)[2]
+    return len(text) - len(rest) + rest.index(end) + len(end) if end in rest and text.endswith(rest) else None
 
 
 def _unseen(messages: list[dict], text: str) -> int:

@@ -53,7 +53,7 @@ class Example:
     line: int  # where it stands in its file, from 1 (in a JSON array: which item)
     # What the model's chat template wrote, and the parts of it (start, end) that are learned; None: no chat template.
     rendered: str | None = None
-    learned: tuple[tuple[int, int], ...] = ()
+    learned: tuple[tuple[int, int], ...] | None = None
     notes: tuple[str, ...] = ()  # what is left out of the row, a note each
 
 
@@ -111,7 +111,8 @@ def example_from(
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
-    kind, context, conversation = row.get("type") if isinstance(row.get("type"), str) else "", "", None
+    kind = row.get("type") if isinstance(row.get("type"), str) else ""
+    context, conversation, notes = "", None, ()
     if prompt_field or response_field:
         guessed = (None, None) if prompt_field and response_field else _guess(row, where)
         fields = prompt_field or guessed[0], response_field or guessed[1]
@@ -125,10 +126,9 @@ def example_from(
         question, response = (_string(row, field, where) for field in fields)
         context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
     elif template.chat is None:
-        question, response = pair_of(conversation, where, template.name)
+        question, response, notes = pair_of(conversation, where, template.name)
     if template.chat is None:
-        prompt = fill(template, question, context)
-        return Example(prompt, response, kind, line, notes=() if conversation is None else conversation.notes)
+        return Example(fill(template, question, context), response, kind, line, notes=notes)
     conversation = conversation or conversation_of(_with_context(question, context), response)
     result = render(with_ending(conversation, template.ending), template.chat, where)
     response = conversation.messages[-1].get("content", "")
@@ -180,11 +180,8 @@ def _string(row: dict, field: str, where: str) -> str:
 
 def examples_digest(examples: list) -> str:
     """SHA-256, in hex, of what is learned from `Example`s and the like: where they stand and their kind don't count."""
-    aside = ("line", "kind", "notes")
-    digest = hashlib.sha256()
+    digest, aside = hashlib.sha256(), {"line", "kind", "notes"}
     for example in examples:
-        learned = {
-            name: value for name, value in vars(example).items() if name not in aside and value not in (None, ())
-        }
+        learned = {name: value for name, value in vars(example).items() if value is not None and name not in aside}
         digest.update(json.dumps(learned).encode())
     return digest.hexdigest()

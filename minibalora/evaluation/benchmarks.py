@@ -37,7 +37,7 @@ class Item:
     response: str  # the file's own solution
     kind: str = ""  # the row's "type"
     rendered: str | None = None  # see `Example`
-    learned: tuple[tuple[int, int], ...] = ()
+    learned: tuple[tuple[int, int], ...] | None = None
     before: str = ""
     after: str = ""
 
