@@ -137,7 +137,7 @@ def test_rows_longer_than_the_learned_positions_are_refused():
 def test_swiglu_has_the_value_and_gradient_of_its_formula(dtype):
     gate, up = (torch.randn(5, 7, dtype=dtype, requires_grad=True) for _ in range(2))
     upstream = torch.randn(5, 7, dtype=dtype)
-    ours, plain = swiglu(gate, up), F.silu(gate) * up
-    assert torch.equal(ours, plain)
-    for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (ours, plain)), strict=True):
+    fused, plain = swiglu(gate, up), F.silu(gate) * up
+    assert torch.equal(fused, plain)
+    for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (fused, plain)), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)

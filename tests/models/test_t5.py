@@ -237,7 +237,7 @@ def test_equal_copies_of_the_embedding_are_ignored_and_others_are_refused(tmp_pa
 
 
 def test_the_embedding_is_read_from_the_name_of_a_copy(tmp_path):
-    """Some programs store tensors that are equal only once."""
+    """Some programs store equal tensors only once."""
     *inputs, expected = golden_example("t5")
     tensors = load_file(GOLDEN / "t5" / "model.safetensors")
     tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
