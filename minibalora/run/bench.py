@@ -21,9 +21,8 @@ import torch
 from torch import nn
 from torch.compiler import set_stance
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_file, write_json
 from minibalora.lowrank import factors_of
@@ -46,7 +45,7 @@ def main() -> int:
     rates = [matmul_rate(hardware)]
     try:
         with TemporaryDirectory() as folder:
-            bar = tqdm(contenders, "memory", unit="process", dynamic_ncols=True, leave=False)
+            bar = progress.over(contenders, "memory", "process")
             needs = [in_own_process(needs_of, partial(steps_of, load, [each], folder), load) for each in bar]
             seconds = in_turn(steps_of(load, contenders, folder), load)
     except RuntimeError as error:
@@ -130,7 +129,7 @@ def in_turn(steps: dict[object, Step], load: Load) -> dict[object, list[float]]:
     """Return the seconds of every contender's steps. In each round all take a step on the same rows, beginning with
     another contender, so that a slow phase of the machine slows all of them."""
     names, seconds = list(steps), {name: [] for name in steps}
-    for index in tqdm(range(load.warmup + load.rounds), "steps", unit="round", dynamic_ncols=True, leave=False):
+    for index in progress.over(range(load.warmup + load.rounds), "steps", "round"):
         first = index % len(names)
         for name in names[first:] + names[:first]:
             seconds[name].append(seconds_of(partial(steps[name], index), load.hardware.device))
