@@ -112,9 +112,9 @@ class LowRankLinear(nn.Module):
 def lora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A Kaiming-uniform with a = √5, B zero, as in the LoRA reference code. weight (n, m) -> A (m, r), B (r, n)."""
     n, m = weight.shape
-    A = torch.empty(m, rank, dtype=torch.float32, device=weight.device)
+    A = torch.empty(m, rank, dtype=torch.float32, device="cpu")  # other GPUs would draw other numbers from one seed
     nn.init.kaiming_uniform_(A.T, a=5**0.5)  # LoRA keeps A as (r, m): the fan-in is m
-    return A, torch.zeros(rank, n, dtype=torch.float32, device=weight.device)
+    return A.to(weight.device), torch.zeros(rank, n, dtype=torch.float32, device=weight.device)
 
 
 def pissa(weight: Tensor, rank: int, scaling: float, svd: Callable | None = None) -> tuple[Tensor, Tensor]:
