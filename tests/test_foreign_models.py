@@ -303,7 +303,7 @@ def test_own_head_may_be_one_name_keeps_float64_and_is_refused_if_names_collide(
     assert model.head[1].weight.dtype == torch.float64 and [name for name, _ in adapted_layers(model)] == ["body"]
     model = Classifier()
     model.head[1].weight0 = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="the same with a 0"):
+    with pytest.raises(ValueError, match="the same name with a 0"):
         adapt(model, 2)
     assert not adapted_layers(model)
 

@@ -289,7 +289,7 @@ def test_autocast_accepts_bfloat16_states_and_a_float32_head():
 
 
 def test_a_target_outside_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="outside of 0 to 49"):
+    with pytest.raises(ValueError, match="outside 0 to 49"):
         fused_objective(torch.randn(2, 16), None, torch.tensor([3, -100]), FrozenHead(torch.randn(50, 16)))
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from tqdm import tqdm
 
+from minibalora.base.progress import Progress
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
@@ -80,15 +80,15 @@ def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: flo
     tokens = sum(len(row.ids) for row in rows) / len(rows)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a row")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    bar = tqdm(range(steps))
-    for step in bar:
-        loss = loss_of(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+    with Progress("steps", steps, "step") as bar:
+        for step in range(steps):
+            loss = loss_of(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update(note=f"loss {loss.item():.4f}")
 
 
 def parse_flags(description: str, steps: int) -> argparse.Namespace:
