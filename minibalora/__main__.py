@@ -15,7 +15,7 @@ COMMANDS = {  # a module with a `main`, which reads sys.argv, and what it is for
     "bench": ("run.bench", "what a training step costs on this machine"),
 }
 SMALLER = {"bench": "lower --micro-batch-size, add --grad-checkpoint or give --forms fused"}
-GOES_ON = {"evaluate": "give the same command to go on"}
+GOES_ON = {"evaluate": "give the same command to continue"}
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minibalora.base.errors import InputError
-from minibalora.base.files import is_full_disk, replacing, tensors_digest
+from minibalora.base.errors import InputError, is_failed_write
+from minibalora.base.files import replacing, tensors_digest
 
 
 class Cache:
@@ -55,7 +55,7 @@ class Cache:
             with replacing(path, is_shared=True) as temporary:
                 save_file(new, temporary, metadata={"digests": json.dumps(digests)})
         except (OSError, SafetensorError) as error:
-            if is_full_disk(error):
+            if is_failed_write(error):
                 raise
             raise InputError(f"{path}: can't write it ({error}): give another {self.flag}") from None
         self._note(path, digests)

@@ -14,6 +14,7 @@ from minibalora.base.cli import (
     fraction,
     natural,
     path,
+    path_text,
     positive_int,
     positive_rate,
     rate,
@@ -63,9 +64,14 @@ def nlg_parser() -> argparse.ArgumentParser:
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="FILE", help="JSON Lines or a JSON array; the fields are recognised (see README)")
-    add("--eval", metavar="FILE", help="held-out rows for the before / after table")
+    add("--model", type=path_text, metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add(
+        "--data",
+        type=path_text,
+        metavar="FILE",
+        help="JSON Lines or a JSON array; the fields are recognised (see README)",
+    )
+    add("--eval", type=path_text, metavar="FILE", help="held-out rows for the before / after table")
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
     add("--response-field", metavar="NAME", help="the field that holds the response")
@@ -108,10 +114,15 @@ def nlu_parser() -> argparse.ArgumentParser:
         "a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="PATH", help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON Lines file")
+    add("--model", type=path_text, metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add(
+        "--data",
+        type=path_text,
+        metavar="PATH",
+        help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON Lines file",
+    )
     add("--task", choices=(*TASKS, "custom"), help="what the columns and labels are; needed with --model")
-    add("--eval", metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
+    add("--eval", type=path_text, metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
         "the first selects the best epoch")  # fmt: skip
     add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and take for the classes '
         'the words that it would answer, "positive", by its own head in place of a new one')  # fmt: skip
@@ -126,7 +137,7 @@ def nlu_parser() -> argparse.ArgumentParser:
 
     diversity = "covariance of the classes, taken per micro-batch like the spectral term"
     add = _add_method_flags(parser, NLU_RECIPES, "8", diversity, "rows")
-    add("--teacher", metavar="WHAT", help='what consistency and non-target KL compare with: "pretrained" (default, '
+    add("--teacher", type=path_text, metavar="WHAT", help='what consistency and non-target KL compare with: "pretrained" (default, '
         "published) or a folder with a fine-tuned checkpoint")  # fmt: skip
     _add_optimisation_flags(
         parser,
