@@ -3,13 +3,13 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
+
+# isort: split
 import sys
 from functools import partial
 from pathlib import Path
 
-import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
-
-# isort: split
 import torch
 
 from minibalora.base import cli, distributed

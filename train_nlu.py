@@ -4,14 +4,14 @@ The whole story, top to bottom: load, adapt, the teacher's logits once, then ste
 every epoch; save the best one.
 """
 
+import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
+
+# isort: split
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from textwrap import shorten
 
-import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
-
-# isort: split
 import torch
 
 from minibalora.base import cli, progress
