@@ -15,14 +15,42 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of the file that stands in for a large one
+
+
+def refuse_pointer(start: bytes, path: Path) -> None:
+    """Raise InputError if a file that begins with `start` is a git-lfs pointer."""
+    if start.startswith(LFS_POINTER):
+        raise InputError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def entered(folder: Path) -> Path:
+    """Return the snapshot inside a folder of the Hub's cache (`models--org--name`), any other folder unchanged.
+
+    The snapshot is the one that refs/main names, or the only one. Raises InputError if there are several or none.
+    """
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if not os.path.isdir(snapshots):
+        return folder
+    names = sorted(path.name for path in snapshots.iterdir())
+    chosen = main.read_text().strip() if main.is_file() else None
+    if chosen not in names and len(names) != 1:
+        listed = f"{len(names)} snapshots ({', '.join(names)})" if names else "no snapshot"
+        raise InputError(f"{folder}: a folder of the Hub's cache with {listed}: give {snapshots}/NAME")
+    return snapshots / (chosen if chosen in names else names[0])
+
+
 def read_json_object(path: Path) -> dict:
     """The JSON object in a file; InputError if it is missing, not UTF-8, not JSON or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: give the folder that holds it") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
+    refuse_pointer(raw, path)
+    try:
+        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error}): mend it or download it again") from None
     if not isinstance(value, dict):
