@@ -14,14 +14,14 @@ from torch import Tensor
 
 from minibalora.base.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that stands in for a large one
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of the file that stands in for a large one
 
-
-def refuse_pointer(start: bytes, path: Path) -> None:
-    """Raise InputError if a file that begins with `start` is a git-lfs pointer."""
-    if start.startswith(LFS_POINTER):
-        raise InputError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if a file that exists is a git-lfs pointer."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
 
 
 def entered(folder: Path) -> Path:
@@ -43,15 +43,13 @@ def entered(folder: Path) -> Path:
 def read_json_object(path: Path) -> dict:
     """The JSON object in a file; InputError if it is missing, not UTF-8, not JSON or not an object."""
     try:
-        raw = path.read_bytes()
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file: give the folder that holds it") from None
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    refuse_pointer(raw, path)
-    try:
-        value = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise InputError(f"{path}: not valid JSON ({error}): mend it or download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: mend it or download it again")

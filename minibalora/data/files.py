@@ -6,6 +6,7 @@ An error names the file and the line or row.
 import glob
 import gzip
 import json
+import math
 import os
 import re
 import zlib
@@ -37,7 +38,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     Lines are counted on from file to file; the place names the file and its own line. Raises InputError at the first
     row that cannot be read.
     """
-    return counted_on(map(_rows_of_file, shards(source)))
+    return counted_on(map(rows_of_file, shards(source)))
 
 
 def counted_on(files: Iterable[Iterator[Row]]) -> Iterator[Row]:
@@ -100,9 +101,9 @@ def opened(path: Path) -> Iterator[BinaryIO]:
         with open(path, "rb") as file:
             is_gzip = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if is_gzip else open(path, "rb") as file:
-            start = file.read(64)
+            start = file.read(4)
             file.seek(0)
-            refuse_pointer(start, path)
+            refuse_pointer(path)
             for magic, cure in FOREIGN.items():
                 if start.startswith(magic):
                     raise InputError(f"{path}: {cure}")
@@ -121,7 +122,8 @@ def has_objects(path: Path) -> bool:
     return start.startswith((b"[", b"{", b"PAR1"))
 
 
-def _rows_of_file(path: Path) -> Iterator[Row]:
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Yield each row of one file of JSON Lines, a JSON array or Parquet."""
     with opened(path) as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
         file.seek(0)
@@ -170,3 +172,17 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
         raise InputError(f"{path}, line {line}: JSON nested too deeply: correct the line") from None
     except ValueError:  # Python limits the digits of an integer
         raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: correct the line") from None
+
+
+def text_of(value: object, name: str, where: str) -> str:
+    """Return a text, or a number as text. Raises InputError, which calls the value `name`, for anything else."""
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {type(value).__name__}, not a string: make it a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{where}: {name} has {half}, half of a character: correct the row") from None
+    return value

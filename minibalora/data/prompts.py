@@ -2,14 +2,13 @@
 
 import hashlib
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.data.files import read_rows
+from minibalora.data.files import read_rows, text_of
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -145,19 +144,7 @@ def _text(row: dict, field: str, where: str) -> str:
     """Return a field that is a text, or a number as a text. Raises InputError for anything else."""
     if field not in row:
         raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
-    value = row[field]
-    if type(value) is int or (type(value) is float and math.isfinite(value)):
-        return str(value)
-    if not isinstance(value, str):
-        raise InputError(
-            f"{where}: the field {field!r} is {type(value).__name__}, not a string: make it a text, or name another field"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start].encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{where}: the field {field!r} has {half}, half of a character: correct the row") from None
-    return value
+    return text_of(row[field], f"the field {field!r}", where)
 
 
 def _first_turns(turns: object, where: str) -> dict | None:
