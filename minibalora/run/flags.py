@@ -70,8 +70,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--eval", metavar="FILE", help="held-out rows for the before / after table")
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
-    add("--input-field", metavar="NAME", help="the field of the text that the prompt is about (default: input, context; "
-        "'': none)")  # fmt: skip
+    add("--input-field", metavar="NAME", help="the field that holds the text that the prompt is about (default: input "
+        "and context; '': none)")  # fmt: skip
     add("--response-field", metavar="NAME", help="the field that holds the response")
     add(
         "--raw", action="store_true", help="prompts as they are, without Alpaca's template: for instance T5's own tasks"
