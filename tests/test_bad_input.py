@@ -132,7 +132,7 @@ def test_a_wrong_flag_is_refused(train, place, flags, parts):
         (["--data", "data.jsonl"], ["--model"]),
         (["--resume"], ["--out"]),
         (given(data="absent.jsonl"), ["absent.jsonl"]),
-        (given(data="."), ["directory"]),
+        (given(data="."), ["a folder with 4 sets of files"]),
         (given(data="broken.jsonl"), ["broken.jsonl", "line 2"]),
         (given(data="empty.jsonl"), ["empty.jsonl"]),
         (given(data="fields.jsonl"), ["fields.jsonl", "line 1", "text"]),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object
+from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 
@@ -36,8 +36,9 @@ def load_model(
     """The model in the folder `path`, in eval mode, its parameters in `dtype` on `device`.
 
     head "lm": model(input_ids) -> logits (B, T, V); a T5 is asked model(input_ids, attention_mask, decoder_input_ids).
-    "classifier": (B, num_labels); None means as many as the stored head has, or 2. A head that the file lacks is drawn
-    from torch's generator: `model.checkpoint.new_modules` names it, and `model.own_head` what `adapt` leaves trainable.
+    "classifier": (B, num_labels); None means as many as the stored head has, or 2. A head that the file lacks, or
+    has for another number of classes, is drawn from torch's generator: `model.checkpoint.new_modules` names it, and
+    `model.own_head` what `adapt` leaves trainable.
     Raises InputError, which names file and tensor, for anything missing, superfluous, misshapen, not finite, or not
     implemented.
     """
@@ -71,6 +72,9 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         num_labels = shape[0] if shape else 2
     model = empty_model(family, config, num_labels)
     stored = by_our_names(stored, model)
+    is_other_head = names.classes in stored and stored[names.classes].shape[:1] != (num_labels,)
+    if head == "classifier" and is_other_head:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{names.head}.")}
     embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
     if copies and embedding not in stored:  # as programs write it that leave out what is there twice
         stored[embedding] = stored[copies[0]]
@@ -157,6 +161,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, but the index names it: download the shard") from None
         except (SafetensorError, OSError, ValueError) as error:
+            refuse_pointer(file)
             raise InputError(f"{file}: not a readable safetensors file ({error}): download it again") from None
         if absent := promised - headers.keys():
             raise InputError(f"{file}: lacks {_some(absent)}, which the index promises: download it again")
@@ -223,9 +228,6 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
             known = ", ".join(DTYPES)
             raise InputError(f"{tensor.file}: {name} is stored as {tensor.dtype}: use a checkpoint in {known}")
         if name in expected and tensor.shape != expected[name]:
-            if name.startswith(f"{names.head}.") and tensor.shape[1:] == expected[name][1:]:
-                labels = f"{tensor.shape[0]} classes, but {expected[name][0]} are asked for"
-                raise InputError(f"{tensor.file}: its head {name} has {labels}: use the base checkpoint or that task")
             shapes = f"{list(tensor.shape)}, but config.json asks for {list(expected[name])}"
             raise InputError(f"{tensor.file}: {name} has shape {shapes}: config and weights are of different models")
     if superfluous := {name for name in stored.keys() - expected.keys() if not re.fullmatch(names.ignored, name)}:
@@ -271,6 +273,23 @@ def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.devic
     for name, parameter in list(module.named_parameters()):
         values = torch.zeros(parameter.shape) if name.endswith("bias") else std * torch.randn(parameter.shape)
         set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
+
+
+@torch.no_grad()
+def arrange_head(model: nn.Module, order: list[int] | None) -> None:
+    """Put the stored classes of a classifier in another order: class i becomes what class order[i] was.
+
+    None: they are other classes; draws a new head, and notes it in `model.checkpoint.new_modules`.
+    """
+    names = model.checkpoint.family.names
+    if order is None:
+        weight = model.get_parameter(names.classes)
+        _draw(model.get_submodule(names.head), model.config.initializer_range, weight.dtype, weight.device)
+        model.checkpoint.new_modules.append(names.head)
+        return
+    for name in (names.classes, names.classes.replace("weight", "bias")):
+        if name in dict(model.named_parameters()):
+            set_parameter(model, name, nn.Parameter(model.get_parameter(name)[order]))
 
 
 def embedding_name(model: nn.Module) -> str | None:
