@@ -16,9 +16,10 @@ from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
-    "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
+    "spm.model sentencepiece.bpe.model vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
 ).split()
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @torch.no_grad()
@@ -62,6 +63,8 @@ def save_model(
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES, dirs_exist_ok=True)
 
 
 def _code_files(config: dict) -> list[str]:

@@ -176,8 +176,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         if list(folder.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{folder}: has only pytorch_model.bin, a pickle, never read here: convert it with transformers, "
-                "AutoModelForCausalLM (of an encoder AutoModel, of T5 AutoModelForSeq2SeqLM)"
-                '.from_pretrained(folder).save_pretrained("new folder")'
+                "AutoModelForCausalLM (for an encoder AutoModel, for T5 AutoModelForSeq2SeqLM)"
+                '.from_pretrained(folder).save_pretrained("new folder"), and copy the tokenizer files (tokenizer.json, '
+                "tokenizer_config.json, *.model, vocab.*, merges.txt) into the new folder"
             )
         raise InputError(f"{folder}: has neither {single.name} nor {index.name}: download the weights")
     weight_map = read_json_object(index).get("weight_map")
@@ -222,6 +223,9 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
         if name in expected and tensor.dtype not in DTYPES:
             known = ", ".join(DTYPES)
             raise InputError(f"{tensor.file}: {name} is stored as {tensor.dtype}: use a checkpoint in {known}")
+        if name in expected and 0 in tensor.shape:
+            raise InputError(f"{tensor.file}: {name} is empty, as DeepSpeed ZeRO-3 saves weights that it has not "
+                             "gathered: run its zero_to_fp32.py, or download the weights again")  # fmt: skip
         if name in expected and tensor.shape != expected[name]:
             if name.startswith(f"{names.head}.") and tensor.shape[1:] == expected[name][1:]:
                 labels = f"{tensor.shape[0]} classes, but {expected[name][0]} are asked for"

@@ -85,7 +85,6 @@ def layer_kinds(fields: Fields, kinds: object) -> list[str]:
 def llama_settings(fields: Fields) -> dict:
     """What all of them have, with LLaMA's values where they differ."""
     fields.refuse("use_bidirectional_attention", "bidirectional attention is")
-    fields.refuse("attention_dropout", "dropout in attention is")
     d, layers, heads = map(fields.integer, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     rope, has_bias = _rope_settings(fields), fields.flag("attention_bias", False)
     kv_heads, head_dim = fields.integer("num_key_value_heads", heads), fields.integer("head_dim", d // heads)
@@ -110,6 +109,7 @@ def llama_settings(fields: Fields) -> dict:
         "norm_offset": 0.0,
         "embedding_scale": 1.0,
         "initializer_range": fields.number("initializer_range", INITIALIZER_RANGE),
+        "attention_dropout": fields.dropout("attention_dropout", 0.0),
     }
 
 
@@ -134,15 +134,18 @@ def _rope_number(settings: dict, key: str, path: Path) -> float:
 
 
 def _rope_scaling(settings: dict, path: Path) -> dict | None:
-    """None for plain RoPE, or the four numbers of the llama3 type."""
-    if settings["rope_type"] not in ("default", "llama3") or settings["partial_rotary_factor"] != 1:
-        kind = f"{settings['rope_type']!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
-        raise InputError(f"{path}: rope_type {kind} is not implemented: there are default and llama3, both with 1")
-    if settings["rope_type"] == "default":
+    """Return the numbers of the scaling, see `models.llama.rotary_frequencies`; None for plain RoPE."""
+    kind = settings["rope_type"]
+    if kind not in ("default", "linear", "llama3") or settings["partial_rotary_factor"] != 1:
+        kind = f"{kind!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
+        raise InputError(
+            f"{path}: rope_type {kind} is not implemented: there are default, linear and llama3, each with 1"
+        )
+    if kind == "default":
         return None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {key: _rope_number(settings, key, path) for key in keys}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    scaling = {key: _rope_number(settings, key, path) for key in ("factor", *keys)}
+    if keys and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"{path}: low_freq_factor must be below high_freq_factor: download the file again")
     return scaling
 
