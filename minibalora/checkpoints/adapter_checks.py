@@ -43,8 +43,8 @@ def _refuse_name(model: nn.Module, name: str, adapter: Adapter) -> NoReturn:
     modules, checkpoint = dict(model.named_modules()), checkpoint_of(model)
     if name in modules:
         kind = type(modules[name]).__name__.lower()
-        raise InputError(f"{adapter.file}: adapts {name} ({kind}), but only linear layers are adapted here: merge the "
-                         "adapter in PEFT")  # fmt: skip
+        raise InputError(f"{adapter.file}: adapts {name} ({kind}), but only linear layers are adapted here: merge it "
+                         "in PEFT")  # fmt: skip
     if checkpoint is not None and f"{checkpoint.family.names.backbone}.{name}" in modules:
         raise InputError(f"{adapter.file}: {name}: the adapter was trained on the model without its head (AutoModel), "
                          f"whose names lack {checkpoint.family.names.backbone!r}: merge the adapter in PEFT, into "

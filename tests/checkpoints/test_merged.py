@@ -131,6 +131,17 @@ def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, tmp_path, mon
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "merged"}  # nothing temporary
 
 
+def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
+    base, merged = shutil.copytree(GOLDEN / "t5", tmp_path / "base"), tmp_path / "merged"
+    names = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja"]
+    names += ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (base / "additional_chat_templates").mkdir()
+    for name in names:
+        (base / name).write_text(name)
+    mb.save_model(mb.load_adapter(skeleton(base), GOLDEN / "adapter_t5"), merged)
+    assert all((merged / name).read_text() == name for name in names)
+
+
 def test_a_skeleton_saves_what_the_loaded_model_saves(tmp_path):
     """Read when its turn comes, in its own dtype, GPT-2's transposed: the same bytes."""
     for base, adapter, head in [("gpt2", "peft_gpt2", "lm"), ("bert", "adapter_bert", "classifier")]:

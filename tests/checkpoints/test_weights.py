@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import GOLDEN, golden_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -218,7 +218,7 @@ def test_a_tensor_in_two_shards_is_refused(copy, refuses):
 def test_a_pickle_is_never_read(copy, refuses):
     folder = copy("llama2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refuses(lambda: mb.load_model(folder), folder, "pytorch_model.bin", "save_pretrained")
+    refuses(lambda: mb.load_model(folder), folder, "pytorch_model.bin", "save_pretrained", "tokenizer files")
 
 
 def test_a_folder_without_weights_is_refused(copy, refuses):
@@ -341,6 +341,38 @@ def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value)
     path = copy("llama3") / "config.json"
     edit_json(path, rope_scaling={"rope_type": "llama3"} | ROPE | {key: value})
     refuses(lambda: mb.load_model(path.parent), path, key)
+
+
+LINEAR = [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+]
+
+
+@pytest.mark.parametrize("spelling", LINEAR)
+@torch.no_grad()
+def test_linear_rope_scaling_gives_the_logits_of_transformers(copy, spelling):
+    """The first five logits after 17 tokens, by transformers 5.24; without scaling they begin 0.031, −0.629, −0.260."""
+    folder = copy("llama2")
+    edit_json(folder / "config.json", **spelling)
+    expected = torch.tensor([-0.00581, -0.65713, -0.12666, -0.04281, -0.29948])
+    ids, _, _ = golden_example("llama2")
+    assert (mb.load_model(folder)(ids[:1])[0, -1, :5] - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma2", "mixtral", "deepseek"])
+@torch.no_grad()
+def test_attention_dropout_matters_in_training_only(copy, name):
+    folder = copy(name)
+    edit_json(folder / "config.json", attention_dropout=0.5)
+    ids, mask, _ = golden_example(name)
+    model, plain = mb.load_model(folder), mb.load_model(GOLDEN / name)
+    expected = plain(ids, mask)
+    assert torch.equal(model(ids, mask), expected)
+    assert torch.equal(plain.train()(ids, mask), expected)
+    dropped = model.train()(ids, mask)
+    assert not torch.equal(dropped, model(ids, mask)) and not torch.equal(dropped, expected)
 
 
 @pytest.mark.parametrize(
