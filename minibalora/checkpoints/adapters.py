@@ -1,7 +1,7 @@
-"""Adapters in PEFT's format, always relative to the original checkpoint.
+"""Save and load adapters in PEFT's format, always relative to the original checkpoint.
 
 PEFT's lora_A is (r, m) and lora_B is (n, r): the transposes of the paper's A (m, r) and B (r, n). Only this file
-converts.
+converts between the two.
 """
 
 import math
@@ -26,9 +26,9 @@ from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values, in
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors: ΔW of every adapted layer, for the ORIGINAL base.
 
-    A PiSSA-initialised adapter of rank r becomes a plain LoRA of rank 2r (see LowRankLinear.update), so that PEFT and
-    vLLM need neither the residual nor the initial factors; `truncate` makes it smaller. A trained head is saved whole,
-    as PEFT's modules_to_save. Raises ValueError if nothing is adapted.
+    An adapter of rank r that starts from PiSSA becomes a plain LoRA of rank 2r (see `LowRankLinear.update`), so PEFT
+    and vLLM need neither the residual nor the initial factors; `truncate` makes it smaller. A trained head is saved
+    whole, as PEFT's modules_to_save. Raises ValueError if no layer is adapted.
     """
     layers, head = adapted_layers(model), list(getattr(model, "own_head", []))
     if not layers:
@@ -41,8 +41,8 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         shapes[name] = left.shape[1], layer.scaling * left.shape[1]
     for module in head:
         part = model.get_submodule(module)
-        kept = initial_values(part)
-        for name, parameter in [(name, p) for name, p in part.named_parameters() if name not in kept]:
+        initial = initial_values(part)
+        for name, parameter in [(name, p) for name, p in part.named_parameters() if name not in initial]:
             value = read(model.checkpoint.stored[f"{module}.{name}"], name) if parameter.is_meta else parameter
             tensors[f"{PREFIX}{module}.{name}"] = value.cpu().contiguous()
     folder = Path(folder)
@@ -53,7 +53,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
 
 
 def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: list[str]) -> dict:
-    """adapter_config.json of layers with these ranks and alphas; the ones that most layers have are the default."""
+    """Return adapter_config.json for layers of these (rank, alpha). Its defaults are the most frequent values."""
     shapes = {
         name: (r, round(alpha) if math.isclose(alpha, round(alpha)) else alpha) for name, (r, alpha) in shapes.items()
     }
@@ -82,7 +82,7 @@ def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: lis
 
 
 def _target_modules(model: nn.Module) -> list[str]:
-    """The last parts of the adapted names; whole names where a last part would match a layer that is not adapted."""
+    """Return the last parts of the adapted layers' names, or whole names if a last part would match other layers."""
     names = {name for name, _ in adapted_layers(model)}
     last_parts = {name.rpartition(".")[2] for name in names}
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
