@@ -1,8 +1,7 @@
-"""Makes `tests/golden/peft_*/`: adapters as PEFT trains and saves them, with the logits that PEFT gives.
+"""Make `tests/golden/peft_*/`: adapters that PEFT trained and saved, with PEFT's logits.
 
-Needs transformers and peft: `python tests/make_peft_adapters.py` in an environment that has them and minibalora. Only
-the folders of adapters are made anew, of those named or of all; their bases are `make_golden.py`'s. Prints how near our
-logits are.
+Run `python tests/make_peft_adapters.py [NAME ...]` in an environment with transformers, peft and minibalora. It makes
+the named adapters, or all, on bases from `make_golden.py`, and prints the difference between our logits and PEFT's.
 """
 
 import json

@@ -30,9 +30,11 @@ def check_layer(model: nn.Module, name: str, linear: nn.Linear | None, adapter: 
         raise InputError(f"{where} is {sizes}{linear.out_features}: it is for another base{_base_of(adapter)}: "
                          "give that one")  # fmt: skip
     init = init_of(config)
-    if init in SUBTRACTED_INITS and rank > min(linear.weight.shape):
-        raise InputError(f"{where} has rank {rank}, above what {init} gives a layer of {list(linear.weight.shape)}: "
-                         "save the adapter again")  # fmt: skip
+    alpha = setting(config, "lora_alpha", "alpha_pattern", name)
+    if init in SUBTRACTED_INITS and (rank > min(linear.weight.shape) or alpha <= 0):
+        shape = list(linear.weight.shape)
+        raise InputError(f"{where} has rank {rank} and alpha {alpha}, which {init} can't have for a layer of {shape}: "
+                         "use the two files that were saved together")  # fmt: skip
     if init == "olora" and is_stored_transposed(model, f"{name}.weight"):  # PEFT factors these the other way round
         raise InputError(f"{where}: init_lora_weights is 'olora', which is not implemented for GPT-2's layers: merge "
                          "the adapter in PEFT")  # fmt: skip
@@ -75,7 +77,8 @@ def checked_whole(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
     to_save = [*(adapter.config.get("modules_to_save") or ()), *(checkpoint.new_modules if checkpoint else ())]
     for name in parameters:
         if name not in adapter.whole and any(f".{module}." in f".{name}" for module in to_save):
-            raise InputError(f"{adapter.file}: lacks {name}, which is not in the base: save it with modules_to_save")
+            raise InputError(f"{adapter.file}: lacks {name}, which modules_to_save names or the base lacks, too: save "
+                             "the adapter again, with modules_to_save")  # fmt: skip
     return whole
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from minibalora.base import progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, write_json
 from minibalora.checkpoints.adapter_checks import base_value, check_layer, checked_whole
@@ -113,7 +113,7 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     whole = checked_whole(model, adapter)
     is_slow = init_of(adapter.config) in SUBTRACTED_INITS
     layers = {}
-    for name in tqdm(adapter.factors, "factor the base", unit="layer", dynamic_ncols=True, disable=not is_slow):
+    for name in progress.over(adapter.factors, "initial factors", "layer", delay=2, is_shown=is_slow):
         check_layer(model, name, linears.get(name), adapter)
         layers[name] = _layer(model, name, linears[name], adapter)
     if missing := [name for name in linears if is_target(adapter.config, name) and name not in layers]:

@@ -1,4 +1,4 @@
-"""Adapters as PEFT reads them (committed golden values), and merged checkpoints."""
+"""Adapters in PEFT's format: saved for PEFT and loaded from it (committed golden values), and what is refused."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_saving_gives_the_golden_adapter_again(tmp_path):
     mb.save_adapter(model, tmp_path)
     again, golden = adapter_weights(tmp_path), adapter_weights(GOLDEN / "adapter_pissa")
     assert again.keys() == golden.keys()
-    assert all(distance(again[name], golden[name]) < 1e-4 for name in golden)  # the SVD may differ between machines
+    assert all(distance(again[name], golden[name]) < 1e-4 for name in golden)  # the SVD differs between machines
     configs = [
         json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, GOLDEN / "adapter_pissa")
     ]
@@ -103,7 +103,7 @@ ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the bas
 @pytest.mark.parametrize("name", ADAPTERS_OF_CLASSIFIERS)
 @torch.no_grad()
 def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_path):
-    """PEFT's logits come from these files alone, so weights and head that give them here are all that counts."""
+    """PEFT's logits come from these files alone, so it is enough that they give the same logits here."""
     base, _, is_headless = ADAPTERS_OF_CLASSIFIERS[name]
     *inputs, logits = golden_example(base)
     path = headless(base, tmp_path) if is_headless else GOLDEN / base
@@ -118,7 +118,7 @@ def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_pa
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier", "t5_classifier"])
 @torch.no_grad()
 def test_a_classifiers_adapter_holds_its_changes_and_its_whole_head(name, tmp_path):
-    """With fan_in_fan_out for GPT-2 only, which tells PEFT that the base stores its linears as (in, out)."""
+    """fan_in_fan_out is true for GPT-2 only: it tells PEFT that the base stores its linears as (in, out)."""
     model = mb.adapt(mb.load_model(GOLDEN / name, head="classifier"), rank=2)
     stretch(model)
     for module in model.own_head:
@@ -183,7 +183,7 @@ def test_an_adapter_that_peft_saved_gives_pefts_logits(name):
 @pytest.mark.parametrize("name", PEFTS)
 @torch.no_grad()
 def test_an_adapter_survives_loading_and_saving(name, tmp_path):
-    """Patterns, scalings and whole modules: what is saved again is loaded as the same change."""
+    """Patterns, scalings and whole modules are saved so that they load as the same change."""
     *inputs, _ = golden_example(PEFTS[name])
     model = mb.load_adapter(base_of(name), GOLDEN / name)
     mb.save_adapter(model, tmp_path)
@@ -197,11 +197,11 @@ def test_bfloat16_models_take_adapters_whose_head_is_trained(name):
     model = mb.load_adapter(base_of(name, torch.bfloat16), GOLDEN / name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
     real = real_tokens(PEFTS[name])
-    assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter is beyond
+    assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter costs more
 
 
 def test_two_adapters_are_used_in_turn_on_one_base_that_never_changes():
-    """One trained from PiSSA, one from LoRA: each is relative to the files of the base, which stay as they are."""
+    """One starts from PiSSA, one from LoRA. Both are relative to the base's files, which do not change."""
     before = {path.name: path.read_bytes() for path in (GOLDEN / "llama3").iterdir()}
     logits = {}
     with torch.no_grad():
@@ -242,14 +242,14 @@ def test_an_adapter_is_saved_with_a_smaller_rank(rank, tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """adapter(name, config changes, tensor changes): a changed copy of a golden adapter; None takes a thing away."""
+    """adapter(name, config changes, tensor changes) makes a changed copy of a golden adapter; None removes a key."""
 
     def copy(name: str = "peft_lora", config: dict | None = None, tensors: dict | None = None):
         folder = tmp_path / name
         shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
         changed = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
-        kept = {key: value for key, value in changed.items() if value is not None}
-        (folder / "adapter_config.json").write_text(json.dumps(kept))
+        present = {key: value for key, value in changed.items() if value is not None}
+        (folder / "adapter_config.json").write_text(json.dumps(present))
         stored = load_file(folder / "adapter_model.safetensors") | (tensors or {})
         save_file({k: t for k, t in stored.items() if t is not None}, folder / "adapter_model.safetensors")
         return folder
@@ -259,7 +259,7 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def refused(refuses):
-    """Loading is refused with these words, and leaves the model as it was."""
+    """Check that loading is refused with these words and leaves the model unchanged."""
 
     def check(folder, *parts, base="llama3", head="lm"):
         model = mb.load_model(GOLDEN / base, head)
@@ -320,8 +320,15 @@ def test_a_config_that_is_wrong_or_not_implemented_is_refused_by_its_key(adapter
 
 
 @pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq"])
-def test_an_adapter_of_a_base_that_no_file_tells_is_refused_with_the_cure(adapter, refused, init):
+def test_an_init_that_does_not_follow_from_the_base_is_refused_with_the_cure(adapter, refused, init):
     refused(adapter(config={"init_lora_weights": init}), init, "subtracted", "path_initial_model_for_weight_conversion")
+
+
+def test_a_pissa_adapter_that_pissa_cannot_have_made_is_refused(adapter, refused):
+    """Its factors would be infinite or too narrow."""
+    refused(adapter("peft_pissa", {"lora_alpha": 0}), "alpha 0", "pissa")
+    wide = {name: torch.ones(30, 24) for name in [f"{Q0}.lora_A.weight"]} | {f"{Q0}.lora_B.weight": torch.ones(48, 30)}
+    refused(adapter("peft_pissa", {"rank_pattern": {r"layers\.0.*q_proj": 30}}, wide), "rank 30", "pissa")
 
 
 def test_olora_of_transposed_layers_is_refused(adapter, refused):
@@ -329,7 +336,7 @@ def test_olora_of_transposed_layers_is_refused(adapter, refused):
 
 
 def test_unknown_keys_that_are_off_are_ignored_and_named(adapter, capsys):
-    """Known keys go without a word: what PEFT 0.21 writes, and what other programs add for training."""
+    """Nothing is said about known keys: those that PEFT 0.21 writes, or that matter in training only."""
     known = {"use_dora": False, "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
     known |= {"megatron_core": "megatron.core", "lora_dropout": 0.1, "layer_replication": [], "peft_version": "0.99"}
     mb.load_adapter(mb.load_model(GOLDEN / "llama3"), adapter(config=known))
@@ -369,7 +376,7 @@ def test_an_adapter_for_another_base_is_refused(adapter, refused):
     refused(GOLDEN / "peft_adapted_head", "lm_head", "tie_word_embeddings", base="llama_bias_tied")
 
 
-def test_what_is_saved_whole_must_fit(adapter, refused):
+def test_tensors_that_are_saved_whole_must_fit(adapter, refused):
     head = "base_model.model.lm_head.weight"
     refused(adapter("peft_whole_head", tensors={head: None}), "lacks lm_head.weight", base="llama2")
     refused(adapter("peft_whole_head", tensors={head: torch.zeros(61, 20)}), "[61, 20]", "[61, 24]", base="llama2")
@@ -380,8 +387,8 @@ def test_what_is_saved_whole_must_fit(adapter, refused):
 
 
 @pytest.mark.parametrize("base", ["llama_bias_tied", "gemma"])
-def test_an_embedding_of_its_own_for_a_tied_base_is_refused(adapter, refused, base):
-    """PEFT unties the two: the head keeps the old weight. Here the head would read the new embedding."""
+def test_a_changed_embedding_for_a_tied_base_is_refused(adapter, refused, base):
+    """PEFT unties the two, so the head keeps the old weight. Here the head would use the new embedding."""
     embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(61, 24)}
     refused(adapter("peft_whole_head", tensors=embedding | {"base_model.model.lm_head.weight": None}),
             "embed_tokens", "tie_word_embeddings", base=base)  # fmt: skip
@@ -412,7 +419,7 @@ def test_added_tokens_are_named_and_no_other_base(adapter, base, rows):
 @pytest.mark.parametrize("base", ["llama3", "llama_bias_tied", "t5"])
 @torch.no_grad()
 def test_an_embedding_that_only_repeats_the_bases_is_left_out(base, tmp_path):
-    """As PEFT's save_embedding_layers=True writes it. It would untie a tied head, and be trained on."""
+    """PEFT's save_embedding_layers=True saves it. Loading it would untie a tied head."""
     model = mb.adapt(mb.load_model(GOLDEN / base), rank=2, init="lora")
     stretch(model)
     mb.save_adapter(model, tmp_path)
@@ -428,8 +435,8 @@ def test_an_embedding_that_only_repeats_the_bases_is_left_out(base, tmp_path):
 
 
 @torch.no_grad()
-def test_what_peft_calls_modules_to_save_replaces_the_base(adapter, refused):
-    """save_embedding_layers=True stores each such module three times: trained, trained again, and the base's."""
+def test_of_three_copies_of_a_module_the_trained_one_is_loaded(adapter, refused):
+    """PEFT with modules_to_save and save_embedding_layers=True stores the trained module twice, and the base's."""
     base = "base_model.model.lm_head"
     trained = load_file(GOLDEN / "peft_whole_head" / "adapter_model.safetensors")[f"{base}.weight"]
     original = mb.load_model(GOLDEN / "llama2").lm_head.weight.detach().clone()
@@ -443,7 +450,7 @@ def test_what_peft_calls_modules_to_save_replaces_the_base(adapter, refused):
 @pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module."])
 @torch.no_grad()
 def test_names_of_wrapped_modules_are_understood(adapter, wrapper):
-    """torch.compile and FSDP put their own names between, and a plain state_dict keeps the adapter's, "default"."""
+    """torch.compile and FSDP insert their own names; a plain state_dict keeps the adapter's name, "default"."""
     folder = adapter()
     file = folder / "adapter_model.safetensors"
     stored = {
@@ -456,7 +463,7 @@ def test_names_of_wrapped_modules_are_understood(adapter, wrapper):
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
 @torch.no_grad()
-def test_factors_and_heads_of_any_floating_dtype_are_read(adapter, dtype):
+def test_factors_and_heads_load_from_any_floating_dtype(adapter, dtype):
     stored = load_file(GOLDEN / "peft_whole_head" / "adapter_model.safetensors")
     rounded = {name: tensor.to(dtype) for name, tensor in stored.items()}
     inputs = EXPECTED["input_ids"]
@@ -481,7 +488,7 @@ def test_a_tensor_that_zero3_left_empty_is_refused_with_the_cure(adapter, refuse
     refused(adapter(tensors={name: torch.zeros(0)}), name, "ZeRO-3", "zero_to_fp32.py")
 
 
-def test_an_adapter_of_the_model_without_its_head_is_refused_by_that(adapter, refused):
+def test_an_adapter_of_a_model_without_its_head_is_refused_with_the_reason(adapter, refused):
     folder = adapter()
     file = folder / "adapter_model.safetensors"
     save_file(
@@ -495,7 +502,7 @@ def test_a_classifiers_adapter_is_not_for_a_language_model(adapter, refused):
     refused(adapter(config={"task_type": "SEQ_CLS"}, tensors=head), "score.weight", "head='classifier'")
 
 
-def test_an_adapted_embedding_or_norm_is_no_linear(adapter, refused):
+def test_a_lora_of_a_module_that_is_not_linear_is_refused(adapter, refused):
     factors = {f"base_model.model.model.embed_tokens.lora_{side}.weight": torch.ones(3, 3) for side in "AB"}
     refused(adapter(tensors=factors), "embed_tokens (embedding)", "only linear layers")
 
@@ -503,7 +510,7 @@ def test_an_adapted_embedding_or_norm_is_no_linear(adapter, refused):
 @pytest.mark.parametrize("init", ["pissa", "olora"])
 @torch.no_grad()
 def test_an_unconverted_adapter_in_bfloat16_is_as_near_to_float32_as_its_base(init):
-    """PEFT rounds the residual to bfloat16, the base's dtype: nothing here does."""
+    """PEFT rounds the residual to bfloat16, the base's dtype; here the base stays as it is."""
     name = f"peft_{init}"
     *inputs, base_logits = golden_example(PEFTS[name])
     expected, real = load_file(GOLDEN / name / "expected.safetensors")["logits"], real_tokens(PEFTS[name])
@@ -512,7 +519,7 @@ def test_an_unconverted_adapter_in_bfloat16_is_as_near_to_float32_as_its_base(in
     assert distance(model(*inputs)[real], expected[real]) < 2 * of_base
 
 
-def test_any_model_of_linears_takes_its_adapter_back(tmp_path):
+def test_an_adapter_of_any_model_of_linears_loads_again(tmp_path):
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
@@ -531,11 +538,11 @@ def test_a_base_without_a_head_needs_an_adapter_with_one(adapter, refuses, tmp_p
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_refused(adapter, refused, value):
+def test_factors_that_are_not_finite_are_refused(adapter, refused, value):
     refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.full((3, 24), value)}), "q_proj.lora_A", "finite")
 
 
-def test_files_that_are_no_adapter_are_refused(adapter, refused, tmp_path):
+def test_missing_and_broken_files_are_refused(adapter, refused, tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
     refused(GOLDEN / "llama2", "adapter_config.json", "no such file")
     folder = adapter()

@@ -1,4 +1,4 @@
-"""What every family must do, on its golden checkpoints: a new one is tested here by its name in helpers.py."""
+"""Properties that every family must have, tested on the golden checkpoints that helpers.py names."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ from minibalora.objective import NLG_RECIPES
 
 
 def load(name: str, folder: Path | None = None):
-    """A golden checkpoint, or one in `folder`, its inputs, and which of its outputs count."""
+    """Return the model of a golden checkpoint or of `folder`, its inputs, and a mask of the outputs that count."""
     *inputs, _ = golden_example(name)
     model = mb.load_model(folder or GOLDEN / name, "classifier" if name in CLASSIFIERS else "lm")
     return model, inputs, real_tokens(name)
@@ -41,7 +41,7 @@ def type_of(name: str) -> str:
     return json.loads((GOLDEN / name / "config.json").read_text())["model_type"]
 
 
-# A golden checkpoint, what is changed in its config.json, and what the refusal must say; see test_weights.py for more.
+# A golden checkpoint, changes to its config.json, and words of the refusal; see test_weights.py for more.
 REFUSED = [
     ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
     ("mistral", {"hidden_act": "relu"}, ["relu", "silu"]),
@@ -74,7 +74,7 @@ def test_what_is_not_implemented_is_refused_by_name(name, changes, parts, tmp_pa
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_is_adapted_is_in_the_blocks_and_no_head(name):
+def test_adapted_layers_are_in_the_blocks_and_no_head_is_adapted(name):
     model, *_ = load(name)
     mb.adapt(model, rank=2, init="lora")
     in_blocks = sum(len(adapted_layers(block)) for block in blocks_of(model))
@@ -83,8 +83,8 @@ def test_what_is_adapted_is_in_the_blocks_and_no_head(name):
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
-    """From PiSSA's start: the teacher is the checkpoint, the adapter is for it, the merged checkpoint is the sum."""
+def test_a_change_can_be_undone_saved_and_merged(name, tmp_path):
+    """Starting from PiSSA: the teacher is the checkpoint, the adapter applies to it, the merged one is the sum."""
     model, inputs, real = load(name)
     expected = model(*inputs)[real]
     stretch(mb.adapt(model, rank=3))
@@ -99,8 +99,8 @@ def test_a_change_can_be_taken_back_saved_and_merged(name, tmp_path):
     assert (again(*inputs)[real] - changed).abs().max() < 1e-5 * scale
     mb.save_model(model, tmp_path / "merged")
     merged, *_ = load(name, tmp_path / "merged")
-    lost = (merged(*inputs)[real] - changed).norm()  # by rounding to the golden weights' bfloat16
-    assert lost < 0.25 * (changed - expected).norm()
+    error = (merged(*inputs)[real] - changed).norm()  # from rounding to the golden weights' bfloat16
+    assert error < 0.25 * (changed - expected).norm()
 
 
 @pytest.mark.parametrize("recipe", NLG_RECIPES)
@@ -109,7 +109,7 @@ def test_a_training_step_reaches_every_factor(name, recipe):
     torch.manual_seed(0)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=2)
     stretch(model)
-    lengths = ((8, 19), (9, 14), (3, 11), (6, 7))  # of a prompt, and with the response
+    lengths = ((8, 19), (9, 14), (3, 11), (6, 7))  # tokens of the prompt, and of prompt and response
     rows = [Row(torch.randint(2, 61, (total,)).numpy(), prompt, line) for line, (prompt, total) in enumerate(lengths)]
     objective = NLG_RECIPES[recipe]
     _, _, terms = gradients_of_a_step(model, rows, 2, objective, 50, 100)

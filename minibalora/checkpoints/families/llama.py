@@ -121,7 +121,7 @@ def _rope_settings(fields: Fields) -> dict:
         if not isinstance(raw.get(key, {}), dict):
             raise InputError(f"{fields.path}: {key} is {raw[key]!r}: it must be an object or null")
         settings |= raw.get(key, {})
-    settings["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
+    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     return settings
 
