@@ -51,7 +51,7 @@ REFUSED = [
     ("qwen2_window", {"layer_types": ["full_attention"]}, ["layer_types", "2 layers"]),
     ("qwen2_window", {"layer_types": None, "max_window_layers": -1}, ["max_window_layers", "0 to"]),
     ("qwen2", {"layer_types": ["nonsense"]}, ["layer_types", "nonsense"]),
-    ("qwen3", {"attention_dropout": 0.1}, ["attention_dropout"]),
+    ("qwen3", {"attention_dropout": "much"}, ["attention_dropout"]),
     ("mixtral", {"router_jitter_noise": 0.1}, ["router_jitter_noise"]),
     ("deepseek", {"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
     ("gpt2", {"add_cross_attention": True}, ["add_cross_attention"]),
