@@ -1,10 +1,8 @@
 """Fixtures that several tests need."""
 
-import sys
-
 import pytest
+from helpers import status_of, with_toy_tokenizer
 
-from minibalora.base import cli
 from minibalora.base.errors import InputError
 
 
@@ -24,13 +22,12 @@ def refuses():
 
 
 @pytest.fixture
-def in_command(monkeypatch, capsys):
+def in_command(capsys):
     """in_command(main, *flags) -> status, standard output, standard error of a command, run in this process."""
+    return lambda main, *flags: (status_of(main, *flags), *capsys.readouterr())
 
-    def call(main, *flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [main.__module__.rpartition(".")[2], *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run_script(main)
-        return stopped.value.code, *capsys.readouterr()
 
-    return call
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random LLaMA of two blocks, 24 numbers wide, that reads text: for what does not depend on the weights."""
+    return with_toy_tokenizer("llama3", tmp_path_factory.mktemp("models") / "tiny")

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,6 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN
 
-from minibalora.base import cli
 from minibalora.run.run_folder import start_run
 from minibalora.toy import MODEL
 
@@ -34,20 +32,9 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
-    """train(*flags) runs train_nlg.py in this process and gives its status and what it wrote to stderr."""
-
-    def run(*flags):
-        handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["train_nlg.py", "--device", "cpu", *flags])
-        try:
-            with pytest.raises(SystemExit) as caught:
-                cli.run_script(train_nlg.main)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return caught.value.code, capsys.readouterr().err
-
-    return run
+def train(in_command):
+    """train(*flags) -> status, standard error of train_nlg.py, run in this process."""
+    return lambda *flags: in_command(train_nlg.main, "--device", "cpu", *flags)[::2]
 
 
 def given(*flags, model=str(MODEL), data="data.jsonl"):
