@@ -349,7 +349,8 @@ def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(train, tmp_path, 
 
 @pytest.mark.parametrize("flags", [["--quantize", "nf4"], ["--quantize", "nf4", "--method", "lora"]])
 def test_a_quantised_run_learns_and_resumes_exactly(flags, train, tiny, tmp_path, monkeypatch):
-    flags = [*flags, "--epochs", "2", "--save-every", "2", "--dtype", "bfloat16", "--lr", "1e-2"]
+    more = "--epochs 2 --save-every 2 --dtype bfloat16 --lr 1e-2 --micro-batch-size 8"
+    flags = [*flags, *more.split()]
     assert train(tmp_path / "whole", *flags)[0] == 0
     tasks = [entry["task"] for entry in logged(tmp_path / "whole")]
     assert sum(tasks[-4:]) < sum(tasks[:4])
@@ -378,7 +379,8 @@ def test_a_bfloat16_run_learns_what_a_float32_run_learns(train, tmp_path):
 
 
 def test_eval_adds_a_before_and_after_table(train, small_data, tmp_path):
-    status, printed, _ = train(tmp_path / "out", "--max-steps", "1", "--eval", small_data)
+    at_once = ("--batch-size", "48", "--micro-batch-size", "48")
+    status, printed, _ = train(tmp_path / "out", "--max-steps", "1", "--eval", small_data, *at_once)
     assert status == 0
     assert "before     after" in printed and "exact match, addition (12)" in printed
     assert "95 % Wilson interval of the exact match of all: " in printed
@@ -394,7 +396,7 @@ def test_an_eval_task_asks_and_judges_as_the_paper_and_a_resumed_evaluation_goes
         for n in range(5)
     ]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--max-steps", "1", "--eval", str(held_out), "--eval-task", "gsm8k")
+    flags = ("--model", MODEL, "--max-steps", "1", "--eval", held_out, "--eval-task", "gsm8k")
     assert train(tmp_path / "out", *flags)[0] == 0
     path = tmp_path / "out" / "eval-after.jsonl"
     lines = path.read_text().splitlines(keepends=True)
@@ -475,7 +477,9 @@ def test_a_pad_token_beyond_the_vocabulary_is_harmless(train, tiny, small_data, 
     ]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert mb.load_tokenizer(model).pad_id == 512
-    assert train(tmp_path / "out", "--model", model, "--max-steps", "2", "--eval", small_data)[0] == 0
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(Path(small_data).read_text().splitlines(keepends=True)[:4]))
+    assert train(tmp_path / "out", "--model", model, "--max-steps", "2", "--eval", held_out)[0] == 0
 
 
 def test_a_resumed_run_may_take_smaller_micro_batches_and_needs_no_second_svd(train, tmp_path, monkeypatch):
