@@ -1,9 +1,17 @@
 """Fixtures that several tests need."""
 
+import os
+
 import pytest
+import torch
 from helpers import status_of, with_toy_tokenizer
 
 from minibalora.base.errors import InputError
+
+# Tests multiply small matrices: threads would cost more than they save, and much more on a machine that is busy.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
