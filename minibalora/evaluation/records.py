@@ -156,7 +156,7 @@ def read_held_out(
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
-        return HeldOut(read_items(benchmark, path), [], BENCHMARKS[benchmark], batch_size)
+        return HeldOut(read_items(BENCHMARKS[benchmark], path), [], BENCHMARKS[benchmark], batch_size)
     examples, _ = read_examples(path, *fields, raw=raw)
     return HeldOut(as_items(examples), [], None, batch_size)
 

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 if __name__ != "__main__":  # as a script this file runs alone and should start fast: the package would import torch
     import subprocess
@@ -103,7 +103,7 @@ class Limits:
     seconds: float = 10  # on the clock; CPU time of all threads too, rounded up
     memory_bytes: int = 1 << 30  # address space
     output_bytes: int = 1 << 16  # stdout and stderr together
-    file_bytes: int = 1 << 20  # all files of the temporary folder together, the program itself among them
+    file_bytes: int = 1 << 20  # all files of the temporary folder together, beside the program itself
     files: int = 64
     threads: int = 64
 
@@ -164,10 +164,11 @@ def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
         # The empty line ends a line that ends in a backslash.
         ended = source + f'\n\n__import__("os").write({end[1]}, b"{nonce}")\n'
         with open(os.path.join(folder, "program.py"), "wb") as file:
-            file.write(ended.encode("utf-8", "surrogatepass"))  # lone surrogates are for Python to refuse
+            size = file.write(ended.encode("utf-8", "surrogatepass"))  # Python itself refuses lone surrogates
         process = start(folder, output[1], steps[1], end[1], limits)
         try:
-            excess, said = watch(process.pid, output[0], folder, limits)
+            with_program = replace(limits, file_bytes=limits.file_bytes + size)
+            excess, said = watch(process.pid, output[0], folder, with_program)
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # before wait(), after which another process may get its number
             status = process.wait()
@@ -237,7 +238,7 @@ def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, byte
             if len(said) > limits.output_bytes:
                 return "too much output", said[: limits.output_bytes]
             sizes = file_sizes(folder)
-            if len(sizes) > limits.files or sum(sizes) > limits.file_bytes:
+            if len(sizes) > limits.files or sum(sizes) >= limits.file_bytes:
                 return "too many files", said
             if os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits.threads:
                 return "too many threads", said
