@@ -57,7 +57,7 @@ WRAPPED = {
     "usage in a variable": f"{PY}result = twice([1])\n{F}\n{PY}{WHOLE}{F}",
     "doctest first": f"{F}\n>>> twice([1])\n[2]\n{F}\n{PY}{WHOLE}{F}",
     "two blocks": f"{PY}from typing import List\n{F}\nand\n{PY}{TYPED}{F}",
-    "a helper after it": f"{PY}def twice(xs):\n    return [d(x) for x in xs]\n{F}\n{PY}def d(x):\n    return 2 * x\n{F}",
+    "a helper after it": f"{PY}def twice(xs):\n    return list(map(d, xs))\n{F}\n{PY}def d(x):\n    return 2 * x\n{F}",
     "a correction": f"{PY}def twice(xs):\n    return xs\n{F}\nNo:\n{PY}{WHOLE}{F}",
     "a second one cut off": f"{PY}{WHOLE}{F}\nOr:\n{PY}def twice(xs):\n    return [2 *",
     "wrong tests of its own": f"{PY}{WHOLE}{F}\n{PY}assert twice([1]) == [3]\n{F}",
