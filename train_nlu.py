@@ -10,10 +10,9 @@ from pathlib import Path
 from textwrap import shorten
 
 import torch
-from tqdm import tqdm
 
 import minibalora as mb
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable
 from minibalora.checkpoints.families import read_config
@@ -138,7 +137,7 @@ def main() -> int:
             if run.step % batches.steps_per_epoch(len(rows), optimisation.batch_size) == 0 or run.step == steps:
                 score = classify.dev_metric(judge([dev])[dev.name], task)
                 checkpoint.keep_best(out, base, run.step, score)
-                tqdm.write(f"step {run.step}: {' + '.join(task.metrics)} of {dev.name} {score:.4f}")
+                progress.say(f"step {run.step}: {' + '.join(task.metrics)} of {dev.name} {score:.4f}")
                 run.entry["dev"] = classify.finite(score)
     if run.signal:
         return run.say_end()

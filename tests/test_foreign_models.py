@@ -303,7 +303,7 @@ def test_an_own_head_keeps_float64_may_be_one_name_and_collides_with_nothing():
     assert model.head[1].weight.dtype == torch.float64 and [name for name, _ in adapted_layers(model)] == ["body"]
     model = Classifier()
     model.head[1].weight0 = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="the same with a 0"):
+    with pytest.raises(ValueError, match="the same name with a 0"):
         adapt(model, 2)
     assert not adapted_layers(model)
 

@@ -287,7 +287,7 @@ def test_under_autocast_states_of_bfloat16_meet_a_head_of_float32():
 
 
 def test_a_target_that_is_no_token_is_refused():
-    with pytest.raises(ValueError, match="outside of 0 to 49"):
+    with pytest.raises(ValueError, match="outside 0 to 49"):
         fused_objective(torch.randn(2, 16), None, torch.tensor([3, -100]), FrozenHead(torch.randn(50, 16)))
 
 

@@ -13,6 +13,7 @@ from minibalora.lowrank import (
     LowRankLinear,
     adapt,
     adapted_layers,
+    lora,
     merge,
     pretrained,
 )
@@ -112,6 +113,17 @@ def test_lora_starts_as_the_reference_does():
     bound = 1 / 100**0.5
     assert layer.scaling == 2 and torch.equal(layer.B, torch.zeros(8, 50)) and torch.equal(layer.W, linear.weight)
     assert layer.A.abs().max() <= bound and layer.A.std().item() == pytest.approx(lora_A.std().item(), rel=0.1)
+
+
+def test_lora_draws_on_the_cpu_whatever_the_device():
+    """A GPU's generator gives other numbers on another model of GPU, so ranks would start from different adapters."""
+    states = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        A, B = lora(torch.empty(5, 7, device=device), 2, 1.0)
+        assert A.device.type == B.device.type == device
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
 
 
 @pytest.mark.parametrize("init", INITS)

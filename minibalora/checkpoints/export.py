@@ -8,9 +8,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoints.families import read_family
@@ -34,7 +32,7 @@ def main() -> int:
             print(f"{of}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)
         else:
-            bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)
+            bar = partial(progress.over, name="merge", unit="shard")
             save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
     print(f"saved to {args.out}")
     return 0

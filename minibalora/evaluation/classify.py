@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from minibalora.base import progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, write_json
 from minibalora.checkpoints.tokenizer import load_tokenizer
@@ -37,7 +37,7 @@ def answers(
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
     found = []
     with evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), desc="answers", dynamic_ncols=True, leave=False, delay=2):
+        for start in progress.over(range(0, len(rows), batch_size), "answers", "batch", delay=2):
             inputs, _ = padded([rows[index] for index in order[start : start + batch_size]], model, device)
             found.append((part or model)(*inputs).float().cpu())
     found = torch.cat(found)[torch.tensor(order).argsort()]

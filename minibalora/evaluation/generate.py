@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import load_adapter
@@ -37,8 +36,7 @@ def main() -> int:
     for question, text in zip(asked, in_order(found), strict=True):
         is_alone = args.prompt and len(prompts) == 1
         line = text if is_alone else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
-        with tqdm.external_write_mode():
-            print(line, flush=True)
+        progress.say(line)
     return 0
 
 

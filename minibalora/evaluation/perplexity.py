@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
+from minibalora.base import progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
@@ -70,7 +70,7 @@ def predict_each(model: Decoder, windows: list[list[int]], path: Path) -> list[d
     """`predict` of each window, which has its number from 1: those that `path` holds, and new ones, appended to it."""
     done = {record["window"]: record for record in keep_lines(path, lambda record: type(record.get("window")) is int)}
     with appending(path) as append:
-        for number, ids in enumerate(tqdm(windows, "text", unit="window", dynamic_ncols=True, leave=False), start=1):
+        for number, ids in enumerate(progress.over(windows, "text", "window"), start=1):
             if number not in done:
                 done[number] = {"window": number} | predict(model, ids)
                 append(done[number])

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
-from tqdm import tqdm
-
+from minibalora.base import progress
 from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
@@ -89,7 +88,7 @@ def answer(
                 waiting.append(pool.submit(finish, missing[index][1], completion))
                 while waiting and waiting[0].done():
                     waiting.pop(0).result()
-            for future in tqdm(waiting, "judge", unit="answer", dynamic_ncols=True, leave=False, delay=2):
+            for future in progress.over(waiting, "judge", "answer", delay=2):
                 future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand programs

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minibalora import nf4
-from minibalora.base import distributed
+from minibalora.base import distributed, progress
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.weights import read
 from minibalora.lean_product import use_lean_product
@@ -28,9 +27,7 @@ def adapt_model(
     resumed: the folder of the run to go on with. Its checkpoint has the factors, so nothing waits for an SVD. Several
     ranks compute the factors of each layer once, on one of them. InputError if rank or targets do not fit.
     """
-    bar = partial(
-        tqdm, desc=adaptation.init, unit="layer", dynamic_ncols=True, leave=False, disable=not distributed.is_main()
-    )
+    bar = partial(progress.over, name=adaptation.init, unit="layer", is_shown=distributed.is_main())
     comes_later = adaptation.init != "lora" and (resumed is not None or distributed.is_torchrun())
 
     def factors(_, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from minibalora.base import distributed
 from minibalora.base.errors import InputError
+from minibalora.base.progress import Progress
 from minibalora.data.batches import micro_batches, rows_of_step, steps_per_epoch
 from minibalora.lowrank import adapted_layers
 from minibalora.run.checkpoint import load_checkpoint, save_checkpoint, trained_parameters
@@ -80,8 +80,7 @@ class Run:
         self.model.train()
         torch.backends.cuda.matmul.allow_tf32 = self.hardware.tf32  # PiSSA's factors, which want every bit, are found
         with ExitStack() as opened:
-            bar = tqdm(total=self.last_step, initial=self.step, unit="step", dynamic_ncols=True,
-                       disable=not distributed.is_main())  # fmt: skip
+            bar = Progress("steps", self.last_step, "step", self.step, is_shown=distributed.is_main(), stays=True)
             self._bar = opened.enter_context(bar)
             self._log = opened.enter_context(open_log(self.output.folder, self.step))
             opened.enter_context(self._noting_signals())
@@ -170,10 +169,10 @@ class Run:
 
     def _show(self) -> None:
         entry = self.entry
-        terms = {name: f"{entry[name]:.3g}" for name in TERMS[1:] if entry[name] is not None}
-        speed = {"tokens/s": entry["tokens_per_s"], "GB": f"{entry['memory_bytes'] / 1e9:.1f}"}
-        self._bar.set_postfix({"loss": f"{entry['loss']:.4f}"} | terms | speed, refresh=False)
-        self._bar.update()
+        numbers = {"loss": f"{entry['loss']:.4f}"}
+        numbers |= {name: f"{entry[name]:.3g}" for name in TERMS[1:] if entry[name] is not None}
+        numbers |= {"tokens/s": entry["tokens_per_s"], "GB": f"{entry['memory_bytes'] / 1e9:.1f}"}
+        self._bar.update(note=", ".join(f"{name} {number}" for name, number in numbers.items()))
 
     @contextmanager
     def _noting_signals(self) -> Iterator[None]:
