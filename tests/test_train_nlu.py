@@ -729,7 +729,7 @@ def place(tmp_path, data, bert, monkeypatch) -> Path:
     (["--data", "one_class.tsv"], ["one_class.tsv", "class '0'"]),
     (["--data", "headless.tsv"], ["headless.tsv", "no rows"]),
     (["--data", "no_train"], ["no_train/train.tsv", "no such file", "dev.tsv"]),
-    (["--data", "absent"], ["absent", "No such file"]),
+    (["--data", "absent"], ["absent", "no such file"]),
     (["--data", "mnli.jsonl"], ["mnli.jsonl, line 1", "premise", "not sst2's"]),
     (["--task", "cola", "--data", "mnli.jsonl"], ["mnli.jsonl, line 1", "premise", "not cola's"]),
     (["--task", "mnli", "--data", "train.tsv"], ["train.tsv, line 1", "not mnli's"]),

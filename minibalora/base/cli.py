@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from minibalora.base import distributed
 from minibalora.base.errors import InputError
-from minibalora.base.files import is_full_disk
+from minibalora.base.files import entered, is_full_disk
 
 
 def run_script(
@@ -101,6 +101,14 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("the name is empty")
     return Path(text)
+
+
+def folder(text: str) -> Path:
+    """A folder; one of the Hub's cache is entered at its snapshot."""
+    try:
+        return entered(path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def flag(name: str) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import replacing, write_json
+from minibalora.base.files import refuse_pointer, replacing, write_json
 from minibalora.checkpoints.adapter_config import is_target, read_adapter_config, setting
 from minibalora.checkpoints.weights import checkpoint_of, is_stored_transposed, read, set_parameter
 from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values, install
@@ -227,4 +227,5 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         hint = "PEFT writes it with safe_serialization=True; a .bin is a pickle, never read here"
         raise InputError(f"{file}: no such file: {hint if is_pickled else 'save the adapter again'}") from None
     except (SafetensorError, OSError) as error:
+        refuse_pointer(file)
         raise InputError(f"{file}: not a readable safetensors file ({error}): save the adapter again") from None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object
+from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 
@@ -157,6 +157,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, but the index names it: download the shard") from None
         except (SafetensorError, OSError, ValueError) as error:
+            refuse_pointer(file)
             raise InputError(f"{file}: not a readable safetensors file ({error}): download it again") from None
         if absent := promised - headers.keys():
             raise InputError(f"{file}: lacks {_some(absent)}, which the index promises: download it again")

@@ -130,8 +130,7 @@ def _rows(path: Path, task: Task) -> Iterator[tuple[int, list | None]]:
 
 
 def _json_rows(path: Path, task: Task) -> Iterator[tuple[int, list]]:
-    for line, row in read_rows(path):
-        where = f"{path}, line {line}"
+    for line, where, row in read_rows(path):
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with texts and a label")
         yield line, [row[name] for name in _columns(task, row, where)]

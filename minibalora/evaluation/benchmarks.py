@@ -61,8 +61,8 @@ def read_items(benchmark: Benchmark, path: str | Path, raw: bool = False, limit:
     raw: ask in the prompt published for base models. Raises InputError for a line that is not of this benchmark, and
     for the second of two problems with one name.
     """
-    rows = islice(read_rows(Path(path)), limit)
-    items = [benchmark.item(row, line, f"{path}, line {line}", raw) for line, row in rows]
+    rows = islice(read_rows(path), limit)
+    items = [benchmark.item(row, line, where, raw) for line, where, row in rows]
     items = [item for item in items if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {benchmark.name}")

@@ -8,7 +8,7 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
 from minibalora.checkpoints.weights import weights_digest
-from minibalora.data.files import read_rows
+from minibalora.data.files import read_rows, shards
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, PROTOCOLS, Benchmark, Item, as_generated, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
@@ -27,7 +27,7 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
+    settings = plain_settings(vars(args)) | {"data_digest": file_digest(*shards(args.data)), **digests}
     is_new = not (args.out / "run.json").exists()
     if is_new:
         check_out(args.out, resume=False)
@@ -83,8 +83,8 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument_group("what to measure").add_argument
     add("--task", choices=(*BENCHMARKS, "text"), required=True, help="gsm8k, math: the final answer; humaneval, mbpp: "
         "tests; text: loss and perplexity, with --adapter also of the base, and KL(base ‖ tuned)")  # fmt: skip
-    add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file; any text file for --task "
-        "text")  # fmt: skip
+    add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file: JSON Lines, an array or "
+        "Parquet, .gz too; any text file for --task text")  # fmt: skip
     add("--out", metavar="DIR", type=cli.path, required=True, help="folder for records.jsonl (every prompt, "
         "completion, answer and verdict) and summary.json; the same command continues a stopped run")  # fmt: skip
     add("--max-rows", type=cli.positive_int, metavar="N", help="the first N problems, or windows of text")
@@ -142,10 +142,9 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
     A row belongs to the item that its `item` or `task_id` names or, without these, to the next item of `data`.
     """
     completions = {item.name: [] for item in items}
-    for index, (line, row) in enumerate(read_rows(path)):
-        where = f"{path}, line {line}"
+    for index, (_, where, row) in enumerate(read_rows(path)):
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
-            raise InputError(f"{where}: has no text in the field completion: mend the row")
+            raise InputError(f"{where}: has no text in the field completion: correct the row")
         name = str(row.get("item", row.get("task_id", items[index % len(items)].name)))
         if name not in completions:
             raise InputError(f"{where}: is for problem {name}, which {data} does not have: remove the row")

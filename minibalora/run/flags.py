@@ -11,6 +11,7 @@ import torch
 from minibalora.base import cli, distributed
 from minibalora.base.cli import (
     OneLineParser,
+    folder,
     fraction,
     natural,
     path,
@@ -37,11 +38,11 @@ DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` 
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
 TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256, "init": "pissa"}
-TOY["model"] = str(BUILT_IN / "llama")
+TOY["model"] = BUILT_IN / "llama"
 # Published are ranges by task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
 NLU_DEFAULTS = {"rank": 8, "lr": 1e-4, "epochs": 10, "batch_size": 32, "max_length": 128, "label_noise": 0.0}
 NLU_DEFAULTS["init"] = DEFAULTS["init"]
-NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(BUILT_IN / "bert"), "init": "pissa"}
+NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": BUILT_IN / "bert", "init": "pissa"}
 NLU_TOY |= {"max_rows": 6000, "label_noise": 0.2, "imbalance": 4.0}  # the paper's conditions, at known rates
 # Without a meaning where labels are scores.
 CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1", "non_target_kl")
@@ -63,11 +64,14 @@ def nlg_parser() -> argparse.ArgumentParser:
         "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="FILE", help="JSON Lines or a JSON array; the fields are recognised (see README)")
+    add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="PATH", help="JSON Lines, a JSON array or Parquet, .gz too: a file, a pattern of shards in "
+        "quotes, or a folder; the fields are recognised (see README)")  # fmt: skip
     add("--eval", metavar="FILE", help="held-out rows for the before / after table")
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
     add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
+    add("--input-field", metavar="NAME", help="the field of the text that the prompt is about (default: input, context; "
+        "'': none)")  # fmt: skip
     add("--response-field", metavar="NAME", help="the field that holds the response")
     add(
         "--raw", action="store_true", help="prompts as they are, without Alpaca's template: for instance T5's own tasks"
@@ -108,8 +112,9 @@ def nlu_parser() -> argparse.ArgumentParser:
         "a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="PATH", help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON Lines file")
+    add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="PATH", help="folder of a GLUE task (train.tsv, dev.tsv; train-*.parquet, "
+        "validation-*.parquet), or one TSV, JSON Lines or Parquet file, or a pattern of shards in quotes")  # fmt: skip
     add("--task", choices=(*TASKS, "custom"), help="what the columns and labels are; needed with --model")
     add("--eval", metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
         "the first selects the best epoch")  # fmt: skip
@@ -233,7 +238,7 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
 def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
     """Every default filled in; InputError for what can't be meant."""
     given = vars(nlg_parser().parse_args(argv))
-    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "response_field"))
+    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "input_field", "response_field"))
     _refuse_contradictions(given)
     _refuse_text_contradictions(given)
     if given["fsdp"]:

@@ -130,7 +130,7 @@ def parser() -> cli.OneLineParser:
         "every method. A decoder is taken as train_nlg.py trains it, an encoder as train_nlu.py does.",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="folder with config.json")
+    add("--model", metavar="DIR", type=cli.folder, required=True, help="folder with config.json")
     add("--rank", type=cli.positive_int, help="rank r of the adapters "
         f"(default: {DEFAULTS['rank']}; encoders: {NLU_DEFAULTS['rank']})")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")

@@ -65,12 +65,13 @@ class Output:
 class TextSource:
     """What train_nlg.py reads."""
 
-    model: str
+    model: Path
     data: str | None  # None: the built-in problems
     eval: str | None
     eval_task: str | None
     prompt_field: str | None
     response_field: str | None
+    input_field: str | None
     raw: bool  # prompts as they are, without a template
     max_rows: int | None
     max_length: int
@@ -80,7 +81,7 @@ class TextSource:
 class ClassSource:
     """What train_nlu.py reads."""
 
-    model: str
+    model: Path
     data: str | None  # None: the built-in reviews
     task: str | None  # a name of GLUE's, or "custom"
     eval: list[str] | None
