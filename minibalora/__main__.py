@@ -9,6 +9,7 @@ from minibalora.base.errors import InputError
 COMMANDS = {  # a module with a `main`, which reads sys.argv, and what it is for
     "generate": ("evaluation.generate", "let a model answer prompts"),
     "evaluate": ("evaluation.evaluate", "GSM8K, MATH, HumanEval, MBPP, perplexity"),
+    "classify": ("evaluation.predictions", "label new texts with a classifier; files for GLUE's server"),
     "export": ("checkpoints.export", "merge an adapter into its base, or make it smaller"),
     "plan": ("run.plan", "what training a model takes, from its config.json alone"),
     "plot": ("evaluation.plot", "pictures of runs and of features"),
