@@ -289,7 +289,7 @@ def write_submissions(args: Namespace, classifier: Classifier, columns: list[tup
             ]  # the range of the gold scores
         else:
             predictions = [names[index] for index in logits.argmax(1).tolist()]
-        rows = [f"{index}\t{said}\n" for (_, index), said in zip(texts, predictions, strict=True)]
+        rows = [f"{index}\t{label}\n" for (_, index), label in zip(texts, predictions, strict=True)]
         with replacing(args.glue_submission / f"{name}.tsv") as temporary:
             temporary.write_text("".join(["index\tprediction\n", *rows]), encoding="utf-8")
         print(f"{args.glue_submission / name}.tsv: {len(rows):,} predictions")

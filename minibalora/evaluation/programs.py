@@ -145,7 +145,7 @@ def _unindented(block: str, names: tuple[str, ...]) -> str:
 
 
 def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
-    """Remove sentences around code that lacks a fence. A text that is code, or in which no code is found, stays."""
+    """Remove sentences around code that lacks a fence. A text that is code, or has no code, stays as it is."""
     if _is_code(text, names, before):
         return text
     statement = STATEMENT.search(text)
