@@ -347,9 +347,9 @@ def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value)
     "changes, parts",
     [
         ({"model_type": "gpt_neox"}, ["model_type", "gpt_neox"]),
-        ({"model_type": None}, ["model_type"]),
+        ({"model_type": None, "architectures": None}, ["has no model_type"]),
         ({"model_type": ["llama"]}, ["model_type"]),
-        ({"model_type": ABSENT}, ["model_type"]),
+        ({"model_type": ABSENT, "architectures": ["GPTNeoXForCausalLM"]}, ["has no model_type"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic"]),

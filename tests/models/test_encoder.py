@@ -14,7 +14,7 @@ import minibalora as mb
 from minibalora.lowrank import initial_values
 from minibalora.models.encoder import bucket
 
-ENCODERS = ["bert", "bert_relu", "roberta", "deberta", "deberta_tanh"]
+ENCODERS = ["bert", "bert_relu", "roberta", "xlm_roberta", "deberta", "deberta_tanh"]
 BACKBONES = {"bert": "bert", "roberta": "roberta", "deberta": "deberta", "gpt2_classifier": "transformer"}
 BACKBONES |= {"t5_classifier": "transformer"}
 OTHER_HEADS = {
