@@ -115,8 +115,8 @@ def fine_tuned_logits(
         raise InputError(f"--teacher {folder}: {counts}: give a model fine-tuned on {task.name}")
     order = class_order(folder, task)
     if order is None:
-        raise InputError(f"--teacher {folder}: config.json names other classes (id2label) than {task.name}: give a model "
-                         f"fine-tuned on {task.name}, or correct the names")  # fmt: skip
+        names = f"config.json names other classes (id2label) than {task.name}"
+        raise InputError(f"--teacher {folder}: {names}: give a model fine-tuned on {task.name}, or correct the names")
     tok = load_tokenizer(folder)
     rows, _ = encode(examples, tok, source.max_length)
     check_fits(rows, source.data, teacher.config, source.max_length, folder)
