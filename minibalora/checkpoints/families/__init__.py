@@ -1,6 +1,6 @@
-"""Every family of models that is implemented: a file here reads its config.json, one in `models/` has its blocks.
+"""The implemented families of models. A file here reads a family's config.json; a file in `models/` has its blocks.
 
-Whatever would change the numbers and is not implemented is refused by name; nothing is silently approximated.
+A setting that would change the results and is not implemented is refused by name; nothing is approximated silently.
 """
 
 import os
@@ -17,7 +17,10 @@ FAMILIES = {model_type: family for module in MODULES for model_type, family in m
 
 
 def read_family(folder: Path) -> tuple[Family, object]:
-    """The family that config.json names and its configuration; InputError says what is wrong or not implemented."""
+    """Return the family that config.json names, and its configuration.
+
+    Raises InputError for anything wrong or not implemented.
+    """
     path = folder / "config.json"
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
