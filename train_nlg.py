@@ -3,20 +3,22 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
+
+# isort: split
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import minibalora as mb
 from minibalora.base import cli, distributed
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, recorded_settings
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.template import ALPACA, choose_template, save_template
 from minibalora.checkpoints.weights import skeleton, weights_digest
-from minibalora.data import batches, prompts
+from minibalora.data import batches, files, prompts
 from minibalora.evaluation import records
 from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
@@ -51,7 +53,7 @@ def main() -> int:
         template = choose_template(source.template or (None if is_chat else "alpaca"), Path(source.model))
         if output.resume:
             template.resume(recorded_settings(out))
-        fields = source.prompt_field, source.response_field
+        fields = source.prompt_field, source.response_field, source.input_field
         examples, left_out = prompts.read_examples(source.data, *fields, source.max_rows, template)
         held_out = records.read_held_out(source.eval, source.eval_task, fields, template, rows_at_once)
     tok, config = mb.load_tokenizer(source.model, template.chat), read_config(Path(source.model))
@@ -64,8 +66,7 @@ def main() -> int:
     measured_rows, _, _ = batches.encode_examples(held_out.items, tok, sys.maxsize)
     batches.check_fits(measured_rows, source.eval, config, source.max_length, source.model)
     digests = {"data_digest": prompts.examples_digest(examples), "model_digest": weights_digest(source.model)}
-    recorded = settings.recorded | digests | template.settings
-    steps = steps_of_run(optimisation, len(rows))
+    recorded, steps = settings.recorded | digests | template.settings, steps_of_run(optimisation, len(rows))
     resumed = distributed.on_main(checkpoint.resumed_step, out, recorded, steps) if output.resume else None
     cache = None
     if output.teacher_cache is not None:
@@ -87,10 +88,11 @@ def main() -> int:
     ranks = distributed.size() if hardware.fsdp else 1
     whole = optimisation.accumulates, ranks, adaptation.is_plain
     memory = expected_memory(model, hardware, amount, objective, *whole)
-    cut = f"{truncated:,} responses cut, {dropped:,} rows too long, {prompts.left_out_in_words(left_out)}"
-    data = [batches.in_words(rows, source.data), cut, f"template {template}"]
+    left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
+    data = [batches.in_words(rows, source.data and files.named(source.data))]
+    data += [", ".join(f"{count:,} {what}" for what, count in left_out.items()), f"template {template}"]
     if not tok.eos_ids:
-        data.append("no EOS: the model has none in any of its files, so responses do not end and it will not learn to")
+        data.append("no EOS: none of the model's files names one, so responses have no end, and none will be learned")
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
@@ -143,5 +145,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     cli.run_script(
-        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command and --resume to go on"
+        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command with --resume to continue"
     )

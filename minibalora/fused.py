@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""The objective of text and its exact gradient, without ever holding the (M, V) logits. This file needs only torch.
+"""The objective of generation and its exact gradient without the whole (M, V) logits. This file needs only torch.
 
-The same numbers as `regularizers.py` gives, which stays the definition. A row is a predicted token: its student has
-the final hidden state h (d,), its teacher h_P, and their logits are z = W h and z_P = W h_P, with one frozen head W,
-(V, d).
+`regularizers.py` stays the definition; this file computes the same numbers. A row is a predicted token: the student has
+the final hidden state h (d,), the teacher h_P, and their logits are z = W h and z_P = W h_P, with one frozen head
+W (V, d).
 
-Every term but the spectral one is a mean over rows of a function ℓ of that row's logits. As W is frozen, the only
-gradient wanted is that of h, and the chain rule gives it as soon as z is there:
+Every term but the spectral one is a mean over rows of a function ℓ of the row's logits. W is frozen, so only the
+gradient of h is needed, and the chain rule gives it as soon as z is computed:
 
-    ∂ℓ/∂h = Wᵀ ∂ℓ/∂z                       so a block of rows needs W twice, and its logits are forgotten at once.
+    ∂ℓ/∂h = Wᵀ ∂ℓ/∂z          So a block of rows multiplies by W twice, and its logits can be dropped at once.
 
 With f = softmax(z), f_T = softmax(z/T), p_T = softmax(z_P/T) and ∂ log f_j / ∂z_i = [i = j] − f_i, by hand:
 
@@ -21,9 +21,9 @@ With f = softmax(z), f_T = softmax(z/T), p_T = softmax(z_P/T) and ∂ log f_j / 
 The spectral term is a function φ of the singular values of all rows together, Z = H Wᵀ. Take any R (d, d) with
 RᵀR = WᵀW, computed once: then Z Zᵀ = H RᵀR Hᵀ = Y Yᵀ with Y = H Rᵀ, so Z (M, V) has the singular values of Y (M, d).
 If Y = U Σ Vᵀ, then ∂φ/∂Y = U φ'(Σ) Vᵀ = U (φ'(Σ) Σ⁻¹) Uᵀ Y, and U and Σ² are the eigenvectors and -values of Y Yᵀ; or,
-where M > d, of YᵀY from the other side. No gap σ_i − σ_j is divided by, so equal values are harmless; where σ is 0,
-φ'(Σ) Σ⁻¹ is taken as 0, which is the smallest subgradient. Squaring halves the digits, so this is done in float64: of
-σ_i = i⁻³, i ≤ 512, float32 would give a nuclear norm that is 1.2 % off, float64 one that is 3e-8 off.
+where M > d, of YᵀY from the other side. Nothing is divided by a gap σ_i − σ_j, so equal values are harmless. Where
+σ is 0, φ'(Σ) Σ⁻¹ is set to 0, the smallest subgradient. Squaring halves the number of digits, so this part uses
+float64: for σ_i = i⁻³, i ≤ 512, the nuclear norm would be 1.2 % off in float32; in float64 it is 3e-8 off.
 
 BA-LoRA: arXiv 2408.04556. Non-target KL: arXiv 2605.29498. Cross-entropy in blocks: arXiv 2411.09009.
 """
@@ -38,14 +38,14 @@ from torch import Tensor
 
 __all__ = ["FrozenHead", "Terms", "fused_objective", "mean_entropy"]
 
-BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time: fewer, and matrix products slow down; 5 blocks of logits are held
-ROOT_ROWS = 4096  # of the head, in float64 at once
-LEFT_OUT = -1e30  # as a logit: its probability is exactly 0, and the difference of two such is not NaN
+BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time; fewer slow matrix products down; 5 blocks of logits are held
+ROOT_ROWS = 4096  # rows of the head that are converted to float64 at once
+LEFT_OUT = -1e30  # a logit whose probability is exactly 0; unlike with −∞, the difference of two is not NaN
 
 
 @dataclass(frozen=True)
 class Terms:
-    """Which terms there are beside the cross-entropy, their weights, and the settings of `regularizers.py`."""
+    """The weights of the terms beside the cross-entropy (0: none), and their settings as in `regularizers.py`."""
 
     lambda1: float = 0.0
     temperature: float = 1.0
@@ -62,32 +62,32 @@ class Terms:
 
     @property
     def of_tokens(self) -> dict[str, float]:
-        """Name -> weight of those terms that are means over tokens."""
+        """Name -> weight of the terms that are means over tokens."""
         weights = {"consistency": self.lambda1, "diversity": self.lambda2, "non_target_kl": self.non_target_kl}
         return {"task": 1.0} | {name: weight for name, weight in weights.items() if weight != 0}
 
 
 class FrozenHead:
-    """z = W h without a bias or a soft-cap; W (V, d) is not trained."""
+    """The head z = W h, without bias or soft-cap. W (V, d) is frozen, and must not change after the first call."""
 
     def __init__(self, weight: Tensor):
         if weight.requires_grad:
-            raise ValueError("the head is trained, so its gradient is needed: take the plain formulas")
+            raise ValueError("the head is trained, so it needs a gradient: use the plain formulas")
         self.weight = weight
         self.block = BLOCK.get(weight.device.type, 512)  # rows
         self.buffers = []
 
     @cached_property
     def root(self) -> Tensor:
-        """R (d, d) with RᵀR = WᵀW in float64: Λ^½ Qᵀ of WᵀW = Q Λ Qᵀ, which a W of any rank has."""
-        with torch.inference_mode(False), torch.no_grad():  # what is kept must serve training, too
+        """R (d, d) with RᵀR = WᵀW in float64: R = Λ^½ Qᵀ from WᵀW = Q Λ Qᵀ, which exists for a W of any rank."""
+        with torch.inference_mode(False), torch.no_grad():  # training cannot use an inference tensor
             gram = sum(part.double().T @ part.double() for part in self.weight.split(ROOT_ROWS))
             values, Q = torch.linalg.eigh(gram)
             return values.clamp_min(0).sqrt()[:, None] * Q.T
 
     def workspace(self, count: int, rows: int) -> list[Tensor]:
-        """`count` blocks (rows, V) in float32 or wider, the same memory at every call: on a CPU fresh memory costs more
-        than what is computed in it."""
+        """Return `count` blocks (rows, V) in float32 or wider. Every call reuses the same memory: on a CPU, new memory
+        costs more time than the computation in it."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         for _ in range(count - len(self.buffers)):
             shape = self.block, len(self.weight)
@@ -96,7 +96,7 @@ class FrozenHead:
         return [buffer[:rows] for buffer in self.buffers[:count]]
 
     def logits(self, states: Tensor, out: Tensor) -> Tensor:
-        """(b, d) -> (b, V), written to `out`: rounded as the model's own are, then in out's dtype, and shifted."""
+        """Write the shifted logits of states (b, d) to `out` (b, V), rounded as the model rounds its own."""
         states = states.to(self.weight.dtype)
         same = out.dtype == states.dtype
         z = torch.mm(states, self.weight.T, out=out) if same else out.copy_(F.linear(states, self.weight))
@@ -106,12 +106,12 @@ class FrozenHead:
 def fused_objective(
     student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, **settings: object
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L = cross-entropy + λ1·L_CR + λ2·L_DR + λ3·L_SVDR + λ·non-target KL, and the value of every term with λ ≠ 0.
+    """Return L = cross-entropy + λ1·L_CR + λ2·L_DR + λ3·L_SVDR + λ·non-target KL, and the value of each term by name.
 
-    student, teacher: (M, d) final hidden states of predicted tokens, teacher None where neither KL is asked for;
-    targets: (M,) those tokens. settings: the fields of `Terms`. Gradients flow through L into `student` alone, once:
-    a second derivative raises RuntimeError. The values are named task, consistency, diversity, svd and non_target_kl.
-    ValueError for rows that do not fit together, or none.
+    student, teacher: (M, d) final hidden states of predicted tokens; teacher may be None without a KL term. targets:
+    (M,) these tokens. settings: the fields of `Terms`. The names are task, consistency, diversity, svd and
+    non_target_kl, without those of weight 0. The gradient flows into `student` only. Raises ValueError for shapes that
+    do not match or have no row, and RuntimeError for a second derivative.
     """
     terms = Terms(**settings)
     _check_rows(student, teacher, targets, head, terms)
@@ -135,8 +135,8 @@ def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: 
         raise ValueError(
             f"targets are {targets.dtype} of shape {list(targets.shape)}: give a token for each of {M} rows"
         )
-    if not targets.is_cuda and not ((targets >= 0) & (targets < len(head.weight))).all():  # a GPU says so itself
-        raise ValueError(f"a target lies outside of 0 to {len(head.weight) - 1}: leave out rows that have none")
+    if not targets.is_cuda and not ((targets >= 0) & (targets < len(head.weight))).all():  # a GPU's gather checks it
+        raise ValueError(f"a target lies outside 0 to {len(head.weight) - 1}: leave out rows without a target")
     is_needed = terms.lambda1 != 0 or terms.non_target_kl != 0
     if is_needed and (teacher is None or teacher.shape != student.shape):
         shape = None if teacher is None else list(teacher.shape)
@@ -144,7 +144,7 @@ def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: 
 
 
 class _WithGradient(torch.autograd.Function):
-    """A value whose gradient is known already."""
+    """Attach a gradient that is already computed to a value."""
 
     @staticmethod
     def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
@@ -155,16 +155,16 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         if torch.is_grad_enabled():
-            raise RuntimeError("fused_objective can't be differentiated twice: take the formulas of regularizers.py")
+            raise RuntimeError("fused_objective can't be differentiated twice: use the formulas of regularizers.py")
         (gradient,) = ctx.saved_tensors
-        return (upstream.to(gradient.dtype) * gradient).to(ctx.dtype), None, None  # a loss scale comes before rounding
+        return (upstream.to(gradient.dtype) * gradient).to(ctx.dtype), None, None  # scale before rounding
 
 
 @torch.no_grad()
 def _token_terms(
     student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The means over tokens of `terms`, and the gradient (M, d) of their weighted sum, in float32 or wider."""
+    """Return the mean of each term over tokens, and the gradient (M, d) of their weighted sum in float32 or wider."""
     weights = terms.of_tokens
     needs_teacher = "consistency" in weights or "non_target_kl" in weights
     values = {name: [] for name in weights}
@@ -183,10 +183,10 @@ def _token_terms(
 def _block_terms(
     z: Tensor, z_P: Tensor | None, y: Tensor, terms: Terms, slope: Tensor, free: list[Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each term of a block's rows, (b, 1), by name; `slope` is filled with the weighted sum of their ∂ℓ/∂z.
+    """Yield (name, value (b, 1)) of each term for a block of rows, and write the weighted sum of ∂ℓ/∂z to `slope`.
 
-    z, z_P: shifted logits (b, V), which are spent; y: targets (b, 1); free: buffers (b, V), one for the entropy of the
-    whole vocabulary, two for each KL in turn.
+    z, z_P: shifted logits (b, V), which are overwritten; y: targets (b, 1); free: buffers (b, V), one for the entropy
+    of the whole vocabulary, two for each KL in turn.
     """
     f, lse = _softmax(z, 1.0, out=slope)
     yield "task", lse - z.gather(1, y)
@@ -211,19 +211,19 @@ def _block_terms(
 
 
 def _shifted(z: Tensor) -> Tensor:
-    """z with 0 as each row's largest, in place: no term changes, no exp overflows, differences keep their digits."""
+    """Subtract each row's largest logit in place. No term changes, and exp cannot overflow."""
     return z.sub_(z.amax(-1, keepdim=True))
 
 
 def _softmax(z: Tensor, temperature: float, out: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax(z/T) (b, V), written to `out`, and logsumexp(z/T) (b, 1), of shifted z."""
+    """Return softmax(z/T) (b, V), written to `out`, and logsumexp(z/T) (b, 1), for shifted z."""
     e = torch.div(z, temperature, out=out).exp_()
     norm = e.sum(-1, keepdim=True)
     return e.div_(norm), norm.log()
 
 
 def _kl(z: Tensor, z_P: Tensor, temperature: float, buffers: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """KL(p_T ‖ f_T) = Σ p_T (z_P − z)/T − lse(z_P/T) + lse(z/T) of each row (b, 1), and f_T − p_T (b, V)."""
+    """Return KL(p_T ‖ f_T) = Σ p_T (z_P − z)/T − lse(z_P/T) + lse(z/T) of each row (b, 1), and f_T − p_T (b, V)."""
     p, lse_P = _softmax(z_P, temperature, out=buffers[0])
     value = torch.sub(z_P, z, out=buffers[1]).mul_(p).sum(-1, keepdim=True) / temperature - lse_P
     f, lse = _softmax(z, temperature, out=buffers[1])
@@ -231,7 +231,7 @@ def _kl(z: Tensor, z_P: Tensor, temperature: float, buffers: list[Tensor]) -> tu
 
 
 def _entropy_of_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ f log f over the k largest logits of each row (b, 1), their columns (b, k) and the gradient there (b, k)."""
+    """Return Σ f log f over the k largest logits of each row (b, 1), their columns (b, k) and gradients (b, k)."""
     largest, columns = _largest(z, k)
     log_f = largest.log_softmax(-1)
     f = log_f.exp()
@@ -240,9 +240,9 @@ def _entropy_of_largest(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _largest(z: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
-    """The k largest of each row and their columns, (b, k) twice, as z.topk has them, in a tenth of its time.
+    """Return what z.topk(k) returns, the k largest of each row and their columns, (b, k) each, in a tenth of its time.
 
-    They lie in the k groups of `width` columns with the largest maxima, or in the columns beyond the last whole group.
+    They lie in the k groups of `width` columns with the largest maxima, or in the columns after the last whole group.
     """
     k, groups = min(k, z.shape[1]), z.shape[1] // width
     if groups <= k:
@@ -258,11 +258,11 @@ def _largest(z: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
-    """−Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ, and its gradient (M, d), in float64; root: R of the docstring above."""
+    """Return −Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ and its gradient (M, d), in float64. root: R, see the file's docstring."""
     Y = student.double() @ root.T
     M, d = Y.shape
     gram = Y @ Y.T if M <= d else Y.T @ Y
-    if not gram.isfinite().all():  # eigh would raise, and hide which rows it was
+    if not gram.isfinite().all():  # eigh would raise, and hide which rows caused it
         return gram.new_tensor(torch.nan), torch.full_like(student, torch.nan, dtype=gram.dtype)
     squares, Q = torch.linalg.eigh(gram)
     squares, Q = squares.flip(0), Q.flip(1)  # descending
@@ -281,7 +281,7 @@ def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[T
 
 @torch.no_grad()
 def mean_entropy(states: Tensor, head: FrozenHead, temperature: float) -> Tensor:
-    """H(softmax(z/T)) in nats, its mean over the rows of `states` (M, d): how unsure the teacher is."""
+    """Return the mean of H(softmax(z/T)) over the rows of `states` (M, d), in nats: how uncertain the teacher is."""
     entropies = []
     for h in states.split(head.block):
         z, f = head.workspace(2, len(h))

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""The product of `LowRankLinear` in less memory and time. `use_lean_product(model)` puts it into every adapted layer.
+"""The product of `LowRankLinear` in less memory and time; `use_lean_product(model)` puts it into every adapted layer.
 
-It gives the same numbers to rounding. For the backward pass it keeps X alone, which all layers that read X share, where
-autograd keeps X A₀ and X (A − A₀) too, and it computes nothing for A₀ and B₀. With D = s dY:
+The numbers are the same up to rounding. The layer saves only X, which all layers that read X share, and recomputes the
+other intermediates in the backward pass; autograd would save X A₀ and X (A − A₀) too. With D = s dY:
 
     dX = dY Wᵀ + D (A B − A₀ B₀)ᵀ,    dA = Xᵀ (D Bᵀ),    dB = (X A)ᵀ D
 
-Where X is float32 and has so many rows that ΔW costs less than X ΔW, the product is X (W + ΔW).
+If X is float32 and has so many rows that computing ΔW costs less than X ΔW, the product is X (W + ΔW).
 """
 
 import torch
@@ -19,13 +19,14 @@ __all__ = ["LeanLowRankLinear", "use_lean_product"]
 
 
 def use_lean_product(model: nn.Module) -> None:
-    """Let every LowRankLinear of `model` compute its product as this file does, in place."""
+    """Make every LowRankLinear of `model` a LeanLowRankLinear, in place."""
     for _, layer in adapted_layers(model):
         layer.__class__ = LeanLowRankLinear
 
 
 class LeanLowRankLinear(LowRankLinear):
-    """Can't be differentiated twice: RuntimeError. Where W or the bias is trained, the plain form computes."""
+    """A LowRankLinear with the lean product. It uses the plain form if W or the bias is trained. Raises RuntimeError
+    for a second derivative."""
 
     def forward(self, x: Tensor) -> Tensor:
         is_trained = any(isinstance(p, Tensor) and p.requires_grad for p in (self.W, self.bias))
@@ -65,9 +66,10 @@ class _Product(torch.autograd.Function):
 
 
 def _acting(x: Tensor, layer: LowRankLinear) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """What x (T, m) is multiplied by: W (n, m), and `left` (m, R) and `right` (R, n) of the change beside it.
+    """Return the factors of x (T, m): W (n, m), and ΔW as `left` (m, R) and `right` (R, n).
 
-    left and right are None where the change is in W already. In bfloat16 it never is: rounding would swallow it.
+    left and right are None if ΔW is folded into W. It is never folded in bfloat16, where rounding would erase a small
+    change.
     """
     W = layer.pretrained_weight(x.dtype)
     left, right = (factor.to(x.dtype) for factor in layer.update())

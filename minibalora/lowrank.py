@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""A linear layer whose weight is a frozen residual plus a trainable low-rank product, and what is done with it.
+"""The low-rank layer of LoRA and PiSSA, and four functions that use it: adapt, pretrained, merge, evaluating.
 
-This file needs only torch. It adapts any model made of `nn.Linear`; it knows nothing of losses, tokens or files.
+This file needs only torch. It adapts any model made of `nn.Linear`; it knows nothing about losses, tokens or files.
 LoRA: Hu et al., arXiv 2106.09685. PiSSA: Meng et al., arXiv 2404.02948. BA-LoRA starts from PiSSA: arXiv 2408.04556.
 """
 
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 __all__ = ["LowRankLinear", "adapt", "adapted_layers", "evaluating", "factors_of", "initial_values", "install", "lora"]
 __all__ += ["merge", "pissa", "pretrained"]
 
-HEADS = {"lm_head", "score", "classifier", "pooler", "classification_head"}  # left alone, as all three papers do
-OWN = ("weight", "bias", "W", "A", "B", "A0", "B0", "scaling", "is_teacher")  # of a linear and a LowRankLinear
+HEADS = {"lm_head", "score", "classifier", "pooler", "classification_head"}  # never adapted, as in all three papers
+OWN = ("weight", "bias", "W", "A", "B", "A0", "B0", "scaling", "is_teacher")  # attributes that `_take_over` leaves out
 
 
 class LowRankLinear(nn.Module):
     """Y = X W_res + s (X A) B + bias,  with  W_res = W − s A₀ B₀,  s = alpha / rank  (PiSSA, section 3).
 
-    X: (..., m) -> Y: (..., n). The attribute `W` is the *pre-trained* weight, frozen, as PyTorch stores it: (n, m), the
-    transpose of the paper's. A (m, r) and B (r, n) are trained, in float32 whatever the dtype of W; A0 and B0 are their
-    initial values, frozen. `lora` starts with B₀ = 0 and keeps neither: both are None. `forward` takes the same sum in
-    an order in which nothing large cancels, so that rounding loses nothing:
+    X: (..., m) -> Y: (..., n). The attribute `W` is the frozen *pre-trained* weight in PyTorch's layout: (n, m), the
+    transpose of the paper's. A (m, r) and B (r, n) are trained, in float32 whatever the dtype of W. A0 and B0 are their
+    frozen initial values; `lora` starts with B₀ = 0 and needs neither: both are None. `forward` computes the same
+    sum in an order in which no large numbers cancel, so that rounding does no harm:
 
         X W_res + s (X A) B  =  X W + s X (A B − A₀ B₀)  =  X W + s (X (A − A₀) B + X A₀ (B − B₀))
 
-    The teacher is X W. At step 0 both differences are 0: the student is the pre-trained model to the last bit.
+    The teacher is X W. At step 0 both differences are 0: the student equals the pre-trained model to the last bit.
     """
 
     def __init__(self, linear: nn.Linear, A: Tensor, B: Tensor, scaling: float, keep_initial: bool):
@@ -40,13 +40,14 @@ class LowRankLinear(nn.Module):
         self.W = _frozen(linear.weight)
         self.bias = None if linear.bias is None else _frozen(linear.bias)
         self.A, self.B = nn.Parameter(A), nn.Parameter(B)
-        self.A0 = _frozen(A.clone()) if keep_initial else None  # a parameter, since DDP sends buffers at every pass
+        self.A0 = _frozen(A.clone()) if keep_initial else None  # a parameter: DDP broadcasts buffers at every pass
         self.B0 = _frozen(B.clone()) if keep_initial else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int, alpha: float | None = None, init: str = "pissa"):
-        """Wrap `linear`, on its own device. alpha=None means alpha = rank; init: see `factors_of`. ValueError for a
-        rank outside 1..min(m, n), an alpha that is not positive, an unknown init, or what is not a plain nn.Linear."""
+        """Wrap `linear` on its device. alpha=None means alpha = rank; init: see `factors_of`. Raises ValueError for
+        a rank outside 1..min(m, n), an alpha that is not positive, an unknown init, or a layer that is not a plain
+        nn.Linear."""
         _check(linear, rank, alpha)
         scaling = (rank if alpha is None else alpha) / rank
         return cls(linear, *factors_of(init)(linear.weight, rank, scaling), scaling, keep_initial=init != "lora")
@@ -58,11 +59,11 @@ class LowRankLinear(nn.Module):
             return y
         if A0 is None:
             return y + s * (x @ A.to(x.dtype)) @ B.to(x.dtype)
-        dA, dB = (A - A0).to(x.dtype), (B - B0).to(x.dtype)  # first the difference, then x's dtype
+        dA, dB = (A - A0).to(x.dtype), (B - B0).to(x.dtype)  # subtract in float32, then cast
         return y + s * ((x @ dA) @ B.to(x.dtype) + (x @ A0.to(x.dtype)) @ dB)
 
     def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
-        """W (n, m) in `dtype`. `nf4.quantize` puts a module in the place of W, which holds W_res in four bits."""
+        """Return W (n, m) in `dtype`. `nf4.quantize` replaces W by a module that holds W_res in four bits."""
         if isinstance(self.W, Tensor):
             return self.W.to(dtype)
         residual = self.W.dequantize(dtype)
@@ -71,14 +72,14 @@ class LowRankLinear(nn.Module):
         return residual.addmm_(self.B0.T.to(dtype), self.A0.T.to(dtype), alpha=self.scaling)
 
     def update(self) -> tuple[Tensor, Tensor]:
-        """ΔW as two factors, ΔWᵀ = s · left @ right; (m, R) and (R, n), R = r for `lora`, otherwise 2r."""
+        """Return ΔW as factors left (m, R) and right (R, n): ΔWᵀ = s · left @ right. R is r for `lora`, else 2r."""
         if self.A0 is None:
             return self.A, self.B
         return torch.cat([self.A - self.A0, self.A0], dim=1), torch.cat([self.B, self.B - self.B0], dim=0)
 
     @property
     def weight(self) -> Tensor:
-        """The dense (n, m) matrix that the layer acts as now, teacher or student, in the dtype of W."""
+        """The dense (n, m) matrix that the layer applies now, as teacher or student, in the dtype of W."""
         W = self.pretrained_weight(self.W.dtype if isinstance(self.W, Tensor) else self.A.dtype)
         if self.is_teacher:
             return W
@@ -88,7 +89,7 @@ class LowRankLinear(nn.Module):
 
     @property
     def delta(self) -> Tensor:
-        """ΔW = s (A B − A₀ B₀)ᵀ, what was learned, as a dense (n, m) matrix in the dtype of A."""
+        """ΔW = s (A B − A₀ B₀)ᵀ, the learned change, as a dense (n, m) matrix in the dtype of A."""
         left, right = self.update()
         return self.scaling * (left @ right).T
 
@@ -98,7 +99,7 @@ class LowRankLinear(nn.Module):
         W = self.pretrained_weight(self.A.dtype).T
         return W if self.A0 is None else W - self.scaling * self.A0 @ self.B0
 
-    def get_extra_state(self) -> Tensor:  # without s, a state_dict would not say what its A and B mean
+    def get_extra_state(self) -> Tensor:  # puts s into the state_dict: A and B mean nothing without it
         return torch.tensor(self.scaling, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -109,17 +110,17 @@ class LowRankLinear(nn.Module):
 
 
 def lora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
-    """A: Kaiming-uniform with a = √5, B: zero, as the LoRA reference does. weight (n, m) -> (m, r), (r, n)."""
+    """A Kaiming-uniform with a = √5, B zero, as in the LoRA reference code. weight (n, m) -> A (m, r), B (r, n)."""
     n, m = weight.shape
-    A = torch.empty(m, rank, dtype=torch.float32, device=weight.device)
+    A = torch.empty(m, rank, dtype=torch.float32, device="cpu")  # other GPUs would draw other numbers from one seed
     nn.init.kaiming_uniform_(A.T, a=5**0.5)  # LoRA keeps A as (r, m): the fan-in is m
-    return A, torch.zeros(rank, n, dtype=torch.float32, device=weight.device)
+    return A.to(weight.device), torch.zeros(rank, n, dtype=torch.float32, device=weight.device)
 
 
 def pissa(weight: Tensor, rank: int, scaling: float, svd: Callable | None = None) -> tuple[Tensor, Tensor]:
     """A = U[:, :r] S[:r]^½ / √s, B = S[:r]^½ V[:, :r]ᵀ / √s with W = U S Vᵀ (PiSSA, section 3), in float32.
 
-    weight (n, m) is Wᵀ. svd(W, rank) finds U, S and Vᵀ in place of the exact SVD: W_res makes up for what it misses.
+    weight (n, m) is Wᵀ. svd(W, rank) returns U, S and Vᵀ, approximations too: W_res absorbs their error.
     """
     W = weight.detach().T.float()
     U, S, Vh = torch.linalg.svd(W, full_matrices=False) if svd is None else svd(W, rank)
@@ -128,8 +129,8 @@ def pissa(weight: Tensor, rank: int, scaling: float, svd: Callable | None = None
 
 
 def factors_of(init: str) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
-    """The function (weight (n, m), rank, scaling) -> A (m, r), B (r, n) of "lora", "pissa" (the exact SVD), or
-    "pissa_krylov_N" and "pissa_niter_N" (faster, see krylov.py). ValueError for any other name."""
+    """Return the function (weight (n, m), rank, scaling) -> A (m, r), B (r, n) that `init` names: "lora", "pissa" (the
+    exact SVD), "pissa_krylov_N" or "pissa_niter_N" (faster, see krylov.py). Raises ValueError for any other name."""
     if init in ("lora", "pissa"):
         return lora if init == "lora" else pissa
     try:
@@ -148,15 +149,15 @@ def adapt(
     progress: Callable[[list], Iterable] = iter,
     factors: Callable[[str, Tensor], tuple[Tensor, Tensor]] | None = None,
 ) -> nn.Module:
-    """Replace linears of `model` by LowRankLinear, in place; freeze everything but their A and B; return the model.
+    """Replace linears of `model` by LowRankLinear in place, freeze all but their A and B, and return the model.
 
-    What a model, or a part of it, names in an attribute `own_head`, for instance a new classifier, stays trainable, in
-    float32, and its initial values are kept for the teacher.
-    targets: the last part of the names of linears ("q_proj") or a dotted suffix ("mlp.up_proj"); None = every linear
-    but the heads. progress wraps the list of names, for instance `tqdm`: the SVDs of a large model take minutes.
-    factors: A (m, r) and B (r, n) of the layer of that name from its weight (n, m); None = as `init` says.
-    ValueError, with the model unchanged, if it is adapted already, if a target matches no linear, or if a layer is
-    refused, see `LowRankLinear.from_linear`.
+    Modules that the model, or a part of it, names in an attribute `own_head` (for instance a new classifier) stay
+    trainable, in float32; their initial values are kept for the teacher.
+    targets: last parts of names ("q_proj") or dotted suffixes ("mlp.up_proj"); None means every linear but the heads.
+    progress wraps the list of names, for instance `tqdm`, because the SVDs of a large model take minutes.
+    factors(name, weight (n, m)) returns A (m, r) and B (r, n) of that layer; None means those of `init`.
+    Raises ValueError, with the model unchanged, if the model is adapted already, if a target matches no linear, or if
+    `LowRankLinear.from_linear` refuses a layer.
     """
     chosen, make = _chosen(model, targets), factors_of(init)
     for name, linear in chosen.items():
@@ -172,11 +173,11 @@ def adapt(
 
 
 def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
-    """Put each layer in the place of the linear of that name, in place; nothing else but `own_head` stays trainable,
-    and beside each of its tensors stands the initial value, weight0 beside weight. Returns the model."""
+    """Put each layer in the place of the linear of that name and return the model. Freeze everything else but
+    `own_head`, and register the initial value of each of its tensors beside it: weight0 beside weight."""
     if _head_with_initial(model):
         raise ValueError(
-            "a name in own_head and the same with a 0 are both taken: the 0 is for initial values, rename it"
+            "own_head has a tensor and another of the same name with a 0, where its initial value goes: rename one"
         )
     model.requires_grad_(False)
     _replace(model, {model.get_submodule(name): layer for name, layer in layers.items()})
@@ -190,19 +191,19 @@ def install(model: nn.Module, layers: dict[str, LowRankLinear]) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module) -> list[tuple[str, LowRankLinear]]:
-    """(name, layer) of every LowRankLinear in the model, in order."""
+    """Return (name, layer) of every LowRankLinear in the model, in order."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)]
 
 
 def initial_values(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained, as it was before, by its name and 0: A0 of A, weight0 of a head's weight."""
+    """Return the initial values of all that is trained, by name: A0 for A, weight0 for the weight of a head."""
     tensors = dict(model.named_parameters()) | dict(model.named_buffers())
     return {name: tensor for name, tensor in tensors.items() if name[-1] == "0" and name[:-1] in tensors}
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, nothing drops out; every module gets its own mode back afterwards, also after an exception."""
+    """Switch dropout off inside; give every module its own mode back afterwards, also after an exception."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()
@@ -213,10 +214,10 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def pretrained(model: nn.Module) -> Iterator[nn.Module]:
-    """Inside, `model` is the pre-trained model: the teacher of the consistency terms, on the student's own weights.
+    """Make `model` the pre-trained model inside: the teacher of the consistency terms, on the student's own weights.
 
-    A trained head is the initial one. No gradient, no dropout; all comes back afterwards, also after an exception.
-    ValueError without an adapted layer, or if something is trained whose initial value is kept nowhere.
+    A trained head takes its initial values. There is no gradient and no dropout. The student comes back afterwards,
+    also after an exception. Raises ValueError if no layer is adapted, or if a trained parameter has no initial value.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
@@ -232,7 +233,7 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
             layer.is_teacher = True
         for tensor, _, initial in head:
             tensor.data = initial.data
-        torch.clear_autocast_cache()  # it would go on with the casts of the trained head
+        torch.clear_autocast_cache()  # it may hold casts of the trained head
         with evaluating(model), torch.no_grad():
             yield model
     finally:
@@ -245,10 +246,10 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every LowRankLinear by the plain nn.Linear that it acts as, in place; return the model.
+    """Replace every LowRankLinear in place by a plain nn.Linear that computes the same, and return the model.
 
-    The sum is taken in float32 and rounded once, to W's dtype (float32 if it is quantised); a trained head stays.
-    ValueError if nothing is adapted.
+    W + ΔW is summed in float32 and rounded once, to the dtype of W (float32 if W is quantised). A trained head stays.
+    Raises ValueError if nothing is adapted.
     """
     linears = {layer: nn.Linear(1, 1, device="meta") for _, layer in adapted_layers(model)}
     if not linears:
@@ -264,11 +265,11 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
-# Which linears are adapted, and what is refused.
+# Which linears are adapted, and which are refused.
 
 
 def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, nn.Module]:
-    """Name -> linear, of those that `targets` ask for; every linear once, also where it is registered twice."""
+    """Return name -> linear for `targets`; a linear that is registered twice counts once."""
     if done := {name.rpartition(".")[2] for name, _ in adapted_layers(model)}:
         raise ValueError(f"the model is adapted already, in {', '.join(sorted(done))}: merge it first")
     linears = _linears(model)
@@ -278,20 +279,21 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
     if unknown or not linears or (targets is not None and not wanted):
         there = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
         missing = f"is called {' or '.join(unknown)}" if unknown else "is to be adapted"
-        raise ValueError(f"no linear layer {missing}: there are {there}, and heads, which stay as they are")
+        raise ValueError(f"no linear layer {missing}: there are {there}, and heads, which are never adapted")
     names = set(linears) if targets is None else set().union(*fitting.values())
     return {name: linear for name, linear in linears.items() if name in names}
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> linear, without the heads: by name, by `own_head`, by transformers' word, or tied to an embedding. What
-    only passes for a linear is there too: `_check` refuses it, so that nothing is left out in silence."""
+    """Return name -> linear without the heads. A head is known by its name, by `own_head`, by transformers'
+    get_output_embeddings, or by a weight that it shares with an embedding. Linears of other types are included, so that
+    `_check` refuses them instead of leaving them out silently."""
     heads = {*_own_head(model), *(getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules())}
-    found = {name: module for name, module in model.named_modules() if name and _passes_for_linear(module)}
-    owners = set(model.modules()) - set(found.values())
-    tied = {id(parameter) for module in owners for parameter in module._parameters.values()}
-    left_alone = [name for name, module in found.items() if module in heads or id(module.weight) in tied]
-    return {n: module for n, module in found.items() if n not in left_alone and not HEADS & {*n.split(".")}}
+    linears = {name: module for name, module in model.named_modules() if name and _passes_for_linear(module)}
+    others = set(model.modules()) - set(linears.values())
+    tied = {id(parameter) for module in others for parameter in module._parameters.values()}
+    heads |= {module for name, module in linears.items() if HEADS & {*name.split(".")} or id(module.weight) in tied}
+    return {name: module for name, module in linears.items() if module not in heads}
 
 
 def _passes_for_linear(module: nn.Module) -> bool:
@@ -300,12 +302,12 @@ def _passes_for_linear(module: nn.Module) -> bool:
 
 
 def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is_known: bool = False) -> None:
-    """Refuse what LowRankLinear can't stand for. is_known: A and B are known, so the numbers of W are not needed."""
+    """Refuse a layer that LowRankLinear cannot replace. is_known: A and B exist, so W may be on the meta device."""
     kind, own = type(linear).__name__, linear._parameters
     is_plain = getattr(type(linear), "forward", None) is nn.Linear.forward and {"weight", "bias"} <= own.keys()
     is_replaced = {"forward", "_compiled_call_impl"} & vars(linear).keys()
     if not is_plain or is_replaced or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
-        why = "it computes something of its own, or was pruned, parametrised, offloaded, compiled or sharded"
+        why = "it has a forward of its own, or was pruned, parametrised, offloaded, compiled or sharded"
         raise ValueError(f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of targets")
     if linear.weight.is_meta and not is_known:
         raise ValueError(f"{name}the weight of this {kind} is on the meta device: load it first")
@@ -316,27 +318,27 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
         raise ValueError(f"{name}alpha is {alpha}: give a positive number")
 
 
-# How modules keep what they have, and take each other's place.
+# Heads that are trained, and how one module takes the place of another.
 
 
 def _own_head(model: nn.Module) -> list[nn.Module]:
-    """The modules that stay trainable: what a model, or a part of it as under DDP, names in `own_head`."""
+    """Return the modules that stay trainable: the model, or a part of it as under DDP, names them in `own_head`."""
     named = [(part, vars(part).get("own_head", getattr(type(part), "own_head", ()))) for part in model.modules()]
     heads = [part.get_submodule(n) for part, names in named for n in ([names] if isinstance(names, str) else names)]
     return list(dict.fromkeys(inner for head in heads for inner in head.modules()))
 
 
 def _head_with_initial(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """(module, name, tensor, its initial value) of what `install` kept; ValueError if it is sharded."""
+    """Return (module, name, tensor, initial value) for each tensor of `own_head`; ValueError if one is sharded."""
     stores = [(module, module._parameters | module._buffers) for module in _own_head(model)]
-    found = [(m, name, own[name], own[f"{name}0"]) for m, own in stores for name in own if f"{name}0" in own]
-    if any(hasattr(tensor, "placements") for _, _, tensor, _ in found):
+    pairs = [(m, name, own[name], own[f"{name}0"]) for m, own in stores for name in own if f"{name}0" in own]
+    if any(hasattr(tensor, "placements") for _, _, tensor, _ in pairs):
         raise ValueError("the head in own_head is sharded (a DTensor): keep it whole, with ignored_params")
-    return found
+    return pairs
 
 
 def _take_over(new: nn.Module, old: nn.Module) -> None:
-    """Give `new` all that `old` carries but its numbers: sizes, mode, hooks (whose handles go on to work), buffers."""
+    """Give `new` the sizes, mode, hooks (their handles still work), buffers and other attributes of `old`."""
     own = {name: vars(old)[name].copy() for name in ("_parameters", "_buffers", "_modules")}
     vars(new).update(vars(old) | own)
     for store in (vars(new), new._parameters, new._modules):
@@ -345,11 +347,11 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
 
 
 def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """In place, under every name that a module has."""
+    """Replace modules in place, under every name that they are registered by."""
     for parent in list(model.modules()):
         parent._modules.update({name: replacements[m] for name, m in parent._modules.items() if m in replacements})
 
 
 def _frozen(parameter: Tensor) -> nn.Parameter:
-    """The same storage, without gradient."""
+    """Return a parameter on the same storage that needs no gradient."""
     return nn.Parameter(parameter.detach(), requires_grad=False)

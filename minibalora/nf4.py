@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 __all__ = ["NF4", "normal_levels", "quantize"]
 
-BLOCK = 64  # weights that share one scale, in the order of memory: along a row, then on into the next
-SCALE_BLOCK = 256  # scales that share one step of their own
-TABLES: dict[torch.device, Tensor] = {}  # of `_levels_of_a_byte`
-CHUNK = 2**14  # blocks worked on at a time: what must be unpacked takes some MB, whatever the size of the weight
+BLOCK = 64  # neighbouring weights in memory that share one scale
+SCALE_BLOCK = 256  # neighbouring scales that share one step
+TABLES: dict[torch.device, Tensor] = {}  # the tables of `_levels_of_a_byte`
+CHUNK = 2**14  # blocks that are unpacked at a time, so that temporary tensors take a few MB for a weight of any size
 
 
 def normal_levels() -> Tensor:
-    """The 16 values of NF4, ascending from -1 to 1, in float64.
+    """Return the 16 values of NF4, ascending from -1 to 1, in float64.
 
-    Quantiles Φ⁻¹(p) of the normal distribution, over the largest: p in 8 equal steps from 1 − δ to ½ and in 9 from ½
-    to δ. Both halves hold ½, so that 0 is a level; it is kept once. δ = 1 − (1/32 + 1/30)/2 as in bitsandbytes, whose
-    values are those printed in the paper's appendix E. (Equation 4 gives a slightly different set.)
+    They are quantiles Φ⁻¹(p) of the normal distribution, divided by the largest: 8 equally spaced p from 1 − δ to ½,
+    and 9 from ½ to δ. Both halves contain ½, so that 0 is a level; it is kept once. δ = 1 − (1/32 + 1/30)/2 as in
+    bitsandbytes, whose values the paper's appendix E prints. (Equation 4 gives a slightly different set.)
     """
     delta = 1 - (1 / 32 + 1 / 30) / 2
     linspace = partial(torch.linspace, dtype=torch.float64, device="cpu")
@@ -38,18 +38,18 @@ def normal_levels() -> Tensor:
 class NF4(nn.Module):
     """A frozen weight of any shape at 4.127 bits a number: weight ≈ level[code] · scale, a scale for 64 numbers.
 
-    codes: uint8 (blocks, 32), the earlier of two numbers in the upper half of a byte; the last block is filled with 0.
+    codes: uint8 (blocks, 32), the first of two numbers in the upper half of a byte; the last block is padded with 0.
     scale = scale_least + scale_step · scale_code: scale_code uint8 (blocks,), scale_step float32 (blocks / 256,) and
-    scale_least float32 (), the smallest scale of all. The paper takes off the mean, for a signed code; with the
-    smallest no scale can turn negative. A scale is a block's largest absolute value, and codes are chosen for the
-    scale as stored, so that rounding it costs next to nothing. With e the error of a scale, at most scale_step / 2, a
-    number of that block changes by at most max(0.152 · scale, e), 0.152 being half the widest gap. Zeros stay zeros.
+    scale_least float32 (), the smallest scale of all. The paper subtracts the mean and uses a signed code; subtracting
+    the smallest keeps every scale positive. A scale is the largest absolute value of its block. Codes are chosen for
+    the scale as stored, so rounding the scale costs almost nothing: if the scale is off by e ≤ scale_step / 2, a number
+    of the block changes by at most max(0.152 · scale, e), where 0.152 is half the widest gap. Zeros stay zeros.
 
-    What is held, and what a teacher is then. LoRA on a quantised model (QLoRA) holds nf4(W). PiSSA holds the residual
-    in four bits and the factors in full, W ≈ nf4(W − s A₀ B₀) + s A₀ B₀ (QPiSSA, arXiv 2404.02948), and loses less:
-    the error is in proportion to what is quantised, and the factors take the largest part of W away from it. Training
-    starts from this quantised model. A teacher is the model before training: the same quantised one, for QPiSSA with
-    A₀ and B₀, for QLoRA nf4(W) alone. It is not the pre-trained model in full precision, which is kept nowhere.
+    LoRA on a quantised model (QLoRA) stores nf4(W). PiSSA stores the residual in four bits and the factors in full,
+    W ≈ nf4(W − s A₀ B₀) + s A₀ B₀ (QPiSSA, arXiv 2404.02948). It loses less, because the error is proportional to the
+    quantised matrix, and the factors hold the largest part of W. Training starts from this quantised model. The teacher
+    is the model before training, so it is the quantised one too: nf4(W) for QLoRA, with A₀ and B₀ for QPiSSA. The
+    pre-trained model in full precision is not kept.
 
     `python tests/bench_nf4.py` measures how much smaller QPiSSA's error is than QLoRA's.
     """
@@ -65,24 +65,24 @@ class NF4(nn.Module):
     @classmethod
     @torch.no_grad()
     def quantize(cls, weight: Tensor) -> "NF4":
-        """The nearest codes of `weight`, on its device. Raises ValueError if a number in it is not finite."""
+        """Return `weight` in its nearest codes, on its device. Raises ValueError if a number in it is not finite."""
         blocks = _padded_rows(weight.detach().flatten(), BLOCK)
-        scales = torch.linalg.vector_norm(blocks, ord=inf, dim=1).float()  # unlike abs(), it copies nothing
+        scales = torch.linalg.vector_norm(blocks, ord=inf, dim=1).float()  # unlike abs(), no copy
         if not scales.isfinite().all():
-            raise ValueError("a weight to be quantised has numbers that are not finite")
+            raise ValueError("a weight to be quantised has numbers that are not finite: mend the checkpoint")
         codes = torch.empty(len(blocks), BLOCK // 2, dtype=torch.uint8, device=weight.device)
         packed = cls(weight.shape, codes, *_quantized_scales(scales))
         levels = normal_levels().float().to(weight.device)
         borders = (levels[1:] + levels[:-1]) / 2
         parts = zip(blocks.split(CHUNK), codes.split(CHUNK), packed.scales().split(CHUNK), strict=True)
         for numbers, target, scale in parts:
-            # where the stored scale is 0, inf and NaN get some code, which times 0 is 0
+            # a stored scale of 0 gives inf or NaN here; any code is right, because it is multiplied by 0
             index = torch.bucketize(numbers.float() / scale[:, None], borders, out_int32=True)
             target.copy_(16 * index[:, ::2] + index[:, 1::2])
         return packed
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The dense weight, in its own shape. Computed in float32 and rounded once."""
+        """Return the dense weight in its original shape, computed in float32 and rounded once."""
         weight = torch.empty(len(self.codes), BLOCK, dtype=dtype, device=self.codes.device)
         table = _levels_of_a_byte(self.codes.device)
         parts = zip(weight.split(CHUNK), self.codes.split(CHUNK), self.scales().split(CHUNK), strict=True)
@@ -92,7 +92,7 @@ class NF4(nn.Module):
         return weight.flatten()[: prod(self.shape)].view(self.shape)
 
     def scales(self) -> Tensor:
-        """(blocks,), float32: what the levels of each block are multiplied by."""
+        """Return the scale of each block, (blocks,) in float32."""
         steps = self.scale_steps.float().repeat_interleave(SCALE_BLOCK)[: len(self.scale_codes)]
         return self.scale_least.float() + steps * self.scale_codes
 
@@ -101,36 +101,36 @@ class NF4(nn.Module):
 
 
 def _quantized_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(blocks,) -> scale_codes, scale_steps, scale_least, as NF4 keeps them."""
+    """Return scale_codes, scale_steps and scale_least of `scales` (blocks,); see NF4."""
     least = scales.min()
     rows = _padded_rows(scales - least, SCALE_BLOCK)
     steps = rows.amax(dim=1) / 255
-    # where a step is 0, as all scales of the row are the least, NaN gets some code, which times 0 is 0
+    # if all scales of a row are equal, the step is 0 and this gives NaN; any code is right, as it is multiplied by 0
     codes = (rows / steps[:, None]).round().to(torch.uint8)
     return codes.flatten()[: len(scales)].clone(), steps, least
 
 
 def _padded_rows(flat: Tensor, width: int) -> Tensor:
-    """(size,) -> (rows, width), zeros at the end."""
+    """Reshape (size,) to (rows, width), padded with zeros."""
     missing = -len(flat) % width
     return (F.pad(flat, (0, missing)) if missing else flat).view(-1, width)
 
 
 def _levels_of_a_byte(device: torch.device) -> Tensor:
-    """(256,): the levels of a byte's two halves, two float32 in one int64, as one number is looked up faster."""
+    """Return (256,) int64: the levels of both halves of a byte as two float32 in one number, so one lookup does."""
     if device in TABLES:
         return TABLES[device]
     levels = normal_levels().float()
     table = torch.cartesian_prod(levels, levels).view(torch.int64).flatten().to(device)
-    return TABLES.setdefault(device, table) if type(table) is Tensor else table  # a trace's stand-in is not kept
+    return TABLES.setdefault(device, table) if type(table) is Tensor else table  # never keep a tracer's stand-in
 
 
 @torch.no_grad()
 def quantize(layer: nn.Module) -> None:
-    """Let a LowRankLinear keep W_res in four bits in place of W, in place.
+    """Make a LowRankLinear store W_res in four bits instead of W, in place.
 
-    Of a PiSSA layer that is the residual, whose largest directions are in A₀ and B₀, so less is lost of it than of W
-    (QPiSSA, arXiv 2404.02948); of a LoRA layer it is W itself (QLoRA, arXiv 2305.14314).
+    In a PiSSA layer, A₀ and B₀ hold the largest directions of W, so quantising W_res loses less than quantising W
+    (QPiSSA, arXiv 2404.02948). In a LoRA layer W_res is W (QLoRA, arXiv 2305.14314).
     """
     residual = layer.residual.T
     del layer.W  # the name of a parameter takes no module

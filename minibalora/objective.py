@@ -1,6 +1,6 @@
-"""What BA-LoRA minimises: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR (+ λ·non-target KL).
+"""The objective of BA-LoRA: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR (+ λ·non-target KL).
 
-This file chooses the terms, their weights and how the weights move over a run; `regularizers.py` has the formulas.
+This file chooses the terms, their weights and how the weights change over a run; `regularizers.py` has the formulas.
 "2024" is arXiv 2408.04556 v1 to v5, "iclr2026" the ICLR 2026 version, "Mask the Target" arXiv 2605.29498.
 """
 
@@ -24,13 +24,13 @@ class Objective:
     lambda2: float = 0.0  # diversity
     lambda3: float = 0.0  # leading singular values
     non_target_kl: float = 0.0
-    router_aux: float = 0.0  # of a mixture of experts: `mixture.load_balance`, which needs no logits
-    consistency: str = "kl"  # or "mse", of rows of length 1
+    router_aux: float = 0.0  # load balance of a mixture of experts, see `mixture.load_balance`; needs no logits
+    consistency: str = "kl"  # or "mse" between L2-normalised rows
     temperature: float = 1.0  # of the KL
-    top_k: int | None = None  # of the entropy (generation only); None = the whole vocabulary
-    svd_k: int = 10
-    svd_norm: str | None = "nuclear"  # what the leading values are a share of; None: no share, their sum over N
-    moving_lambdas: bool = False  # the schedule of `lambdas`
+    top_k: int | None = None  # logits in the entropy (generation only); None = the whole vocabulary
+    svd_k: int = 10  # leading singular values in the spectral term
+    svd_norm: str | None = "nuclear"  # or "frobenius": the norm that divides their sum; None: divide by N instead
+    moving_lambdas: bool = False  # whether λ1, λ2 and λ3 follow the schedule in `lambdas`
     adaptive_lambda1: bool = False
 
     @property
@@ -49,10 +49,10 @@ NLU_RECIPES = {
 
 
 def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | None = None) -> dict[str, float]:
-    """The weight of each regularizer at `step` of `steps` (counted from 0), by the name of its term.
+    """Return the weight of each regularizer at `step` (from 0) of `steps`, by the name of its term.
 
     iclr2026: λ1 falls along a cosine from 1 to 0.1 of its value; λ2 and λ3 are 0 for the first 20 % of the steps and
-    rise linearly over the next 5 %. 2024: constant. With adaptive λ1 the cosine gives way to
+    rise linearly over the next 5 %. 2024: all are constant. Adaptive λ1 replaces the cosine by
     λ1_min + (λ1_max − λ1_min)·(1 − H̄/ln V), λ1_max = λ1, λ1_min = 0.1·λ1; teacher_share is H̄/ln V of this step.
     """
     falling = rising = 1.0
@@ -73,11 +73,12 @@ def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | 
 def nlg_loss(
     student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of text, and its terms by name, without those whose weight is 0; each a mean over the M rows.
+    """Return L of generation and its terms by name, each a mean over the M rows. A term of weight 0 is left out.
 
-    student, teacher: (M, V) logits of predicted response tokens; targets: (M,) those tokens; teacher is None where
-    `objective.needs_teacher` is false. The spectral term is not additive over rows: it is taken per micro-batch, as in
-    the paper's code, and a step averages it weighted by rows. All others are the same however a step is cut.
+    student, teacher: (M, V) logits of predicted response tokens; targets: (M,) these tokens. teacher may be None if
+    `objective.needs_teacher` is false. The spectral term is not additive over rows: as in the paper's code, it is
+    computed for each micro-batch and averaged over the step, weighted by rows. Cutting a step into other micro-batches
+    changes no other term.
     """
     λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
     task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), targets)
@@ -92,15 +93,15 @@ def nlg_loss(
 def nlu_loss(
     student: Tensor, teacher: Tensor | None, labels: Tensor, objective: Objective, weights: dict[str, float]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L of classes, and its terms by name, without those whose weight is 0; each a mean over the N examples.
+    """Return L of classification and its terms by name, each a mean over the N examples, without terms of weight 0.
 
-    student, teacher: (N, D) logits of one micro-batch, one column a class; labels: (N,) classes. The covariance and the
-    spectral term are not additive over examples: see `nlg_loss`. GLUE has D ≤ 3 classes and both recipes k = 5 > D, so
-    iclr2026's spectral share is the constant −1 there, without a gradient; 2024's sum is not.
+    student, teacher: (N, D) logits of one micro-batch, a column for each class; labels: (N,) classes. The covariance
+    and the spectral term are not additive over examples: see `nlg_loss`. GLUE has D ≤ 3 classes and both recipes have
+    k = 5 > D, so there the spectral share of iclr2026 is the constant −1, without gradient; the sum of 2024 is not.
 
-    What the teacher says of a base checkpoint: its classifier is new, so "the pre-trained model's logits" are a random
-    projection of the pre-trained features. Consistency then means to stay near those features as seen through that
-    projection, not to keep a prediction. That is what the paper does; `--teacher folder` takes a fine-tuned model.
+    A base checkpoint has no classifier, so a new one is drawn and "the pre-trained model's logits" are a random
+    projection of the pre-trained features. Consistency then keeps the student near these features as seen through the
+    projection, not near a prediction. The paper does the same; `--teacher folder` takes a fine-tuned model instead.
     """
     if student.shape[1] == 1:
         return _regression_loss(student, teacher, labels, weights["consistency"])
@@ -124,9 +125,9 @@ def nlu_loss(
 def _regression_loss(
     student: Tensor, teacher: Tensor | None, scores: Tensor, λ1: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """D = 1 (STS-B): the task is the mean squared error to the scores (N,), and consistency that to the teacher's.
+    """Return L for D = 1 (STS-B): mean squared error to the scores (N,), and to the teacher's scores as consistency.
 
-    One column has no covariance and a spectral share of 1: these terms are left out.
+    One column has no covariance, and its spectral share is always 1: these terms are left out.
     """
     task = F.mse_loss(student[:, 0].float(), scores.float())
     consistency = F.mse_loss(student.float(), teacher.float()) if λ1 else 0.0
@@ -134,13 +135,13 @@ def _regression_loss(
 
 
 def _present(*terms: Tensor | float) -> dict[str, Tensor]:
-    """Name -> term, of those that were computed, in the order of L."""
+    """Return name -> term in the order of L, without the terms that were not computed."""
     names = ("task", "consistency", "diversity", "svd", "non_target_kl")
     return {name: term for name, term in zip(names, terms, strict=False) if isinstance(term, Tensor)}
 
 
 class WholeLogits:
-    """L of text in the plain form: (M, V) logits, and the formulas on them. `head`: states (M, d) -> logits (M, V)."""
+    """The head for the plain form of L: `nlg_loss` on whole logits. `head` maps states (M, d) to logits (M, V)."""
 
     is_whole = True
 
@@ -150,17 +151,17 @@ class WholeLogits:
     def loss(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """L and its terms, as `nlg_loss` has them, from final states (M, d) of predicted response tokens."""
+        """Return what `nlg_loss` returns. student, teacher: final states (M, d) of predicted response tokens."""
         teacher = None if teacher is None else self.head(teacher)
         return nlg_loss(self.head(student), teacher, targets, objective, weights)
 
     def entropy_share(self, teacher: Tensor, temperature: float) -> Tensor:
-        """The mean over the teacher's states (M, d) of H(softmax(z/T)) / ln V, in [0, 1]."""
+        """Return the mean of H(softmax(z/T)) / ln V over the teacher's states (M, d), in [0, 1]."""
         return entropy_share(self.head(teacher), temperature).mean()
 
 
 class LogitsInBlocks(FrozenHead):
-    """The same numbers and their gradient without ever holding the (M, V) logits, see fused.py."""
+    """The head for the lean form: the same numbers and gradients without the whole (M, V) logits, see fused.py."""
 
     is_whole = False
 
@@ -187,14 +188,14 @@ class LogitsInBlocks(FrozenHead):
 
 
 def head_of(model: nn.Module, is_plain: bool = False) -> WholeLogits | LogitsInBlocks:
-    """What computes L of a language model: in blocks, unless the plain form is asked for, or the head is trained or
-    caps its logits (Gemma 2), so that they are not the product of states and a frozen weight."""
+    """Return the head that computes L of a language model. It takes whole logits if `is_plain`, if the head is trained,
+    or if it caps its logits (Gemma 2): the lean form needs logits that are states times a frozen weight."""
     if is_plain or model.head_weight.requires_grad or model.config.logit_cap is not None:
         return WholeLogits(model.head)
     return LogitsInBlocks(model.head_weight)
 
 
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:
-    """H(softmax(z/T)) / ln V of each row, in [0, 1]: how unsure the teacher is. (M, V) -> (M,)."""
+    """Return H(softmax(z/T)) / ln V of each row, in [0, 1]: how uncertain the teacher is. (M, V) -> (M,)."""
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """The regularizers of BA-LoRA and of non-target KL, one function each, as the papers write them.
 
-This file needs only torch. Every function takes logits with one row an example or a predicted token (N or M rows) and
-one column a class or a vocabulary entry (D or V columns), computes in float32 (float64 stays float64) and returns the
-scalar that is *minimised*, sign included. The teacher is the pre-trained model; no gradient flows into it.
+This file needs only torch. Every function takes logits with a row for each example or predicted token (N or M rows)
+and a column for each class or vocabulary entry (D or V columns), computes in float32 (float64 stays float64) and
+returns the scalar that is *minimised*, sign included. The teacher is the pre-trained model; it gets no gradient.
 
-A logit of −∞ is an entry that a mask took away: KL and entropy leave it out (0 log 0 = 0). ValueError for logits that
-are not rows, without a row, of another shape than the teacher's, or, where they are taken as numbers, with −∞.
+A logit of −∞ is a masked entry: KL and entropy leave it out (0 log 0 = 0). The functions raise ValueError for logits
+that are not two-dimensional, have no row, or differ in shape from the teacher's, and for −∞ in the other terms.
 
-BA-LoRA: arXiv 2408.04556; "2024" is its versions 1 to 5, "iclr2026" the ICLR 2026 one. Non-target KL: arXiv 2605.29498.
+BA-LoRA: arXiv 2408.04556; "2024" means versions 1 to 5, "iclr2026" the ICLR 2026 version.
+Non-target KL: arXiv 2605.29498.
 """
 
 import torch
@@ -22,7 +23,7 @@ __all__ += ["svd_share", "svd_sum"]
 def consistency_mse(student: Tensor, teacher: Tensor) -> Tensor:
     """L_CR, NLU 2024:  1/(N D) · Σ (z_F/‖z_F‖ − z_P/‖z_P‖)²  over L2-normalised rows. (N, D) twice -> [0, 4/D].
 
-    Unchanged when a row is scaled. A row of zeros has no direction and stays zero.
+    Scaling a row changes nothing. A row of zeros has no direction and stays zero.
     """
     student, teacher = _pair(student, teacher)
     return (_unit_rows(student) - _unit_rows(teacher)).square().mean()
@@ -31,7 +32,7 @@ def consistency_mse(student: Tensor, teacher: Tensor) -> Tensor:
 def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """L_CR, NLG and NLU iclr2026:  T² · KL(softmax(Z_P/T) ‖ softmax(Z_F/T)),  mean over rows. (M, V) twice -> [0, ∞).
 
-    T² keeps the gradient's size independent of T (Hinton et al., arXiv 1503.02531).
+    T² makes the size of the gradient independent of T (Hinton et al., arXiv 1503.02531).
     """
     student, teacher = _pair(student, teacher)
     log_p = F.log_softmax(teacher / temperature, dim=-1)
@@ -42,20 +43,20 @@ def consistency_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -
 def diversity_covariance(logits: Tensor) -> Tensor:
     """L_DR, NLU:  1/D · Σ_{i≠j} C_ij²,  C = Z̄ᵀ Z̄ / (N − 1),  Z̄ with centred columns. (N, D) -> [0, ∞).
 
-    Unchanged when one vector is added to every row. One row has no covariance: 0.
+    Adding one vector to every row changes nothing. A single row has no covariance: 0.
     """
     Z = _numbers(logits)
     N, D = Z.shape
     Z = Z - Z.mean(0)
-    with torch.autocast(Z.device.type, enabled=False):  # it would multiply in bfloat16
+    with torch.autocast(Z.device.type, enabled=False):  # autocast would multiply in bfloat16
         C = Z.T @ Z / max(N - 1, 1)
     return (C - C.diag().diag()).square().sum() / D
 
 
 def diversity_entropy(logits: Tensor, top_k: int | None = None) -> Tensor:
-    """L_DR, NLG:  −H(softmax(z)),  mean over rows; iclr2026 keeps the K largest logits only. (M, V) -> [−ln K, 0].
+    """L_DR, NLG:  −H(softmax(z)),  mean over rows; iclr2026: of the K largest logits only. (M, V) -> [−ln K, 0].
 
-    top_k: None (2024) takes the whole vocabulary; otherwise the K largest are renormalised among themselves.
+    top_k: None (2024) means the whole vocabulary; otherwise the K largest are renormalised among themselves.
     """
     Z = _rows(logits)
     if top_k is not None:
@@ -65,7 +66,7 @@ def diversity_entropy(logits: Tensor, top_k: int | None = None) -> Tensor:
 
 
 def svd_sum(logits: Tensor, k: int) -> Tensor:
-    """L_SVDR, NLU 2024:  −1/N · Σ_{i≤k} σ_i(Z). (N, D) -> (−∞, 0]; k beyond min(N, D) takes all there are."""
+    """L_SVDR, NLU 2024:  −1/N · Σ_{i≤k} σ_i(Z). (N, D) -> (−∞, 0]. A k above min(N, D) means all."""
     return -_singular_values(logits)[:k].sum() / logits.shape[0]
 
 
@@ -73,8 +74,8 @@ def svd_share(logits: Tensor, k: int, norm: str = "nuclear") -> Tensor:
     """L_SVDR:  −Σ_{i≤k} σ_i / ‖Z‖, the leading singular values' share of the spectrum. (M, V) -> a negative number.
 
     norm "nuclear", ‖Z‖ = Σ_j σ_j (NLU iclr2026, NLG 2024): in [−1, −k/min(M, V)] for k ≤ min(M, V).
-    norm "frobenius", ‖Z‖ = √Σ_j σ_j² (NLG iclr2026): in [−√k, 0), so not a share in the strict sense.
-    Not additive over rows: the value depends on how a batch is cut. An all-zero matrix has no spectrum: 0.
+    norm "frobenius", ‖Z‖ = √Σ_j σ_j² (NLG iclr2026): in [−√k, 0), so not strictly a share.
+    The value is not additive over rows: it depends on how a batch is cut. A matrix of zeros gives 0.
     """
     sigma = _singular_values(logits)
     if norm not in ("nuclear", "frobenius"):
@@ -92,8 +93,8 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
     student, teacher = _pair(student, teacher)
     if targets.shape != student.shape[:1] or targets.is_floating_point():
         raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}: give a class for each row")
-    if not targets.is_cuda and not ((targets >= 0) & (targets < student.shape[1])).all():  # a GPU says so itself
-        raise ValueError(f"a target lies outside of 0 to {student.shape[1] - 1}: leave out rows that have none")
+    if not targets.is_cuda and not ((targets >= 0) & (targets < student.shape[1])).all():  # a GPU's scatter checks it
+        raise ValueError(f"a target lies outside 0 to {student.shape[1] - 1}: leave out rows without a target")
     is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, targets[:, None].long(), True)
     log_p = F.log_softmax(teacher.masked_fill(is_target, -torch.inf), dim=-1)
     log_f = F.log_softmax(student.masked_fill(is_target, -torch.inf), dim=-1)
@@ -101,30 +102,30 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 
 
 def _kl(log_p: Tensor, log_f: Tensor) -> Tensor:
-    """Σ p (log p − log f) of each row; an entry with p = 0 adds 0, also where f is 0 too."""
+    """Return Σ p (log p − log f) for each row. An entry with p = 0 adds 0, even if f is 0 too."""
     p = log_p.exp()
     return torch.where(p == 0, 0.0, p * (log_p - log_f)).sum(-1)
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """The logits in float32 or wider; ValueError unless they are at least one row."""
+    """Return the logits in float32 or wider. Raises ValueError unless they are (rows, columns) with a row at least."""
     if logits.ndim != 2 or logits.numel() == 0:
-        raise ValueError(f"logits of shape {list(logits.shape)}: give (rows, columns), a row an example or token")
+        raise ValueError(f"logits of shape {list(logits.shape)}: give (rows, columns), a row for each example or token")
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as `_rows`, the teacher without a gradient; ValueError unless they have one shape."""
+    """Return `_rows` of both, the teacher without gradient. Raises ValueError if their shapes differ."""
     if student.shape != teacher.shape:
         raise ValueError(f"student of shape {list(student.shape)}, teacher {list(teacher.shape)}: give the same rows")
     return _rows(student), _rows(teacher.detach())
 
 
 def _numbers(logits: Tensor) -> Tensor:
-    """The same where logits are taken as numbers, so that −∞ has no meaning."""
+    """Return `_rows` for a term that needs finite logits. Raises ValueError for −∞ on a CPU."""
     Z = _rows(logits)
-    if not Z.is_cuda and Z.isneginf().any():  # to ask a GPU would be to wait for it
-        raise ValueError("logits of −inf are no numbers to compare: leave out the columns that are masked")
+    if not Z.is_cuda and Z.isneginf().any():  # a GPU would make the host wait
+        raise ValueError("logits of −inf cannot be compared as numbers: leave out the masked columns")
     return Z
 
 
@@ -135,9 +136,9 @@ def _unit_rows(logits: Tensor) -> Tensor:
 
 
 def _singular_values(logits: Tensor) -> Tensor:
-    """σ_1 ≥ σ_2 ≥ ...; the gradient U Vᵀ has no division by gaps, so equal or zero singular values are harmless.
+    """Return σ_1 ≥ σ_2 ≥ .... The gradient U Vᵀ divides by no gap, so equal or zero singular values are harmless.
 
-    NaN or +∞ in, NaN out, as in every other term: svdvals itself would raise, and hide which rows it was.
+    NaN or +∞ in the logits gives NaN, as in every other term: svdvals would raise, and hide which rows caused it.
     """
     Z = _numbers(logits)
     return torch.linalg.svdvals(Z) if Z.isfinite().all() else Z.sum() * Z.new_full((min(Z.shape),), torch.nan)

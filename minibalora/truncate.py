@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""What was learned, in its best approximation of a given rank. A PiSSA adapter has twice the rank that was trained."""
+"""Reduce the rank of a trained adapter: a PiSSA adapter has twice the rank that was trained."""
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +11,11 @@ __all__ = ["best_factors", "truncate"]
 
 @torch.no_grad()
 def truncate(model: nn.Module, rank: int) -> float:
-    """Bring every ΔW to at most this rank, in place, by its best approximation (Eckart and Young).
+    """Replace every ΔW in place by its best approximation of at most this rank (Eckart and Young).
 
-    Returns what this loses over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius); 0 if nothing was learned. The teacher
-    stays the pre-trained model. Raises ValueError if nothing is adapted, or if the model is quantised: then A₀ and B₀
-    are a part of the pre-trained model.
+    Returns the loss over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius norm); 0 if nothing was learned. The teacher
+    stays the pre-trained model. Raises ValueError if nothing is adapted, or if the model is quantised, because A₀ and
+    B₀ are then a part of the pre-trained model.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
@@ -32,10 +32,10 @@ def truncate(model: nn.Module, rank: int) -> float:
 
 
 def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The best approximation of left @ right of at most `rank`, without forming the product.
+    """Return the best approximation of left @ right (m, R), (R, n) of at most `rank`, without forming the product.
 
-    (m, R) and (R, n) -> (m, r), (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product;
-    those from r on are what is lost. QR of both factors leaves an SVD of R x R.
+    Returns factors (m, r) and (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product; those
+    after the first r are lost. After a QR of both factors, the SVD is one of an R x R matrix.
     """
     (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)

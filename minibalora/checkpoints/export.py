@@ -1,16 +1,14 @@
-"""A base and its adapter as one checkpoint, or the adapter made smaller: `python -m minibalora export --help`.
+"""Merge a base and its adapter into one checkpoint, or make the adapter smaller: `python -m minibalora export --help`.
 
-The base is read one tensor at a time and never held as a whole: merging takes little more memory than the largest shard
-that is written, 5 GB.
+The base is read one tensor at a time and is never in memory as a whole. Merging takes little more memory than the
+largest shard that it writes, 5 GB.
 """
 
 import argparse
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoints.families import read_family
@@ -31,11 +29,11 @@ def main() -> int:
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
             lost = truncate(model, args.adapter_rank)
-            of = f"adapter of at most rank {args.adapter_rank}"
-            print(f"{of}: relative error {lost:.2e} of the change in the weights")
+            rank = f"rank {args.adapter_rank}"
+            print(f"adapter of at most {rank}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)
         else:
-            bar = partial(tqdm, desc="merge", unit="shard", dynamic_ncols=True)
+            bar = partial(progress.over, name="merge", unit="shard")
             save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
         copy_template(args.adapter, folder)
     print(f"saved to {args.out}")
@@ -48,9 +46,15 @@ def parser() -> argparse.ArgumentParser:
         description="Merge an adapter into its base: a Hugging Face checkpoint that needs no adapter.",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="the base: the checkpoint that the adapter was trained on")
-    add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
+    add(
+        "--model",
+        type=cli.folder,
+        metavar="DIR",
+        required=True,
+        help="the base: the checkpoint that the adapter was trained on",
+    )
+    add("--adapter", type=cli.folder, metavar="DIR", required=True, help="the folder with adapter_config.json")
     add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
-    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the adapter again, each change "
-        "in its best approximation of this rank (a PiSSA adapter has twice the rank it was trained with)")  # fmt: skip
+    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the best approximation of this "
+        "rank as an adapter (a PiSSA adapter is saved with twice the rank it was trained with)")  # fmt: skip
     return parser

@@ -11,6 +11,8 @@ from functools import partial
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
+from minibalora.data.files import text_of
+from minibalora.data.pairs import SYSTEMS
 
 CONVERSATIONS = ("conversations", "messages")  # ShareGPT's and OpenAI's name
 SYNONYMS = {
@@ -52,12 +54,9 @@ class Rendered:
 
 
 def conversation_key(row: object) -> str | None:
-    """The field that holds a row's conversation; None if it has none. A field is null where other rows have it."""
-    if isinstance(row, dict):
-        for key in CONVERSATIONS:
-            if row.get(key) is not None:
-                return key
-    return None
+    """The field that holds a row's conversation, None if it has none. A field is null or empty where others have it."""
+    keys = [key for key in CONVERSATIONS if row.get(key) is not None] if isinstance(row, dict) else ()
+    return next((key for key in keys if row[key]), keys[0] if keys else None)
 
 
 def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation | None:
@@ -70,8 +69,8 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
     messages = [_message(turn, place) for turn in turns]
-    system = row.get("system")
-    if isinstance(system, str) and system.strip() and [message["role"] for message in messages[:1]] != ["system"]:
+    system = "\n\n".join(row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip())
+    if system and [message["role"] for message in messages[:1]] != ["system"]:
         messages.insert(0, {"role": "system", "content": system})
     start = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     early = [message for message in messages[:start] if message["role"] != "system"]
@@ -117,7 +116,7 @@ def _message(turn: dict, place: str) -> dict:
     turn |= {} if thoughts is None else {"reasoning_content": thoughts}  # as transformers does
     if not texts and "tool_calls" not in turn:
         if known in ("system", "user"):
-            raise InputError(f"{place} has a {known} turn whose content is NoneType, no text: mend the row")
+            raise InputError(f"{place}: the content of a {known} turn is NoneType, not a string: mend the row")
         message["content"] = ""
     return message | turn
 
@@ -131,16 +130,8 @@ def _text(content: object, place: str) -> str:
             if part.get("type", "text") != "text":
                 raise InputError(f"{place} has a part of the type {part['type']!r}: only texts can be learned from")
             part = part.get("text")
-        if isinstance(part, bool) or not isinstance(part, str | int | float):
-            raise InputError(f"{place} has a turn whose content is {type(part).__name__}, no text: mend the row")
-        texts.append(str(part))
-    text = "".join(texts)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        half = text[error.start].encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{place} has a turn with {half}, half of a character: mend the row") from None
-    return text
+        texts.append(text_of(part, "the content of a turn", place))
+    return "".join(texts)
 
 
 def _why_not_learned(message: dict) -> str | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from minibalora.data.chat import (
     with_ending,
 )
 from minibalora.data.files import read_rows
+from minibalora.data.pairs import pair_fields, read_pair
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -32,17 +34,7 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
-# Rows are recognised by the first pair of fields that they have.
-FIELDS = [
-    ("query", "response"),  # MetaMathQA
-    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set; with an optional "input"
-    ("query", "answer"),  # CodeFeedback
-    ("question", "answer"),  # GSM8K
-    ("problem", "solution"),  # MATH
-    ("prompt", "completion"),
-]
-
-NO_REPLY = "conversations without a reply"
+NO_REPLY, EMPTY = "conversations without a reply", "empty responses"
 
 
 @dataclass(frozen=True)
@@ -50,7 +42,7 @@ class Example:
     prompt: str  # the whole prompt, template included
     response: str
     kind: str  # the row's "type", or ""
-    line: int  # where it stands in its file, from 1 (in a JSON array: which item)
+    line: int  # its line or row, from 1, counted on through the files of a set
     # What the model's chat template wrote, and the parts of it (start, end) that are learned; None: no chat template.
     rendered: str | None = None
     learned: tuple[tuple[int, int], ...] | None = None
@@ -61,40 +53,32 @@ def read_examples(
     path: str | Path,
     prompt_field: str | None = None,
     response_field: str | None = None,
+    input_field: str | None = None,
     limit: int | None = None,
     template: Template = ALPACA,
-) -> tuple[list[Example], dict[str, list[int]]]:
-    """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one.
+) -> tuple[list[Example], Counter[str]]:
+    """Read the first `limit` rows of a data file, or of a set of files (see `files.shards`).
 
-    Also returns what is left out of them, the lines for each reason: for instance conversations in which no user is
-    answered, of which published collections have many.
+    Returns the examples, and how much was left out for each reason: published collections have conversations in
+    which no user is answered, and empty responses, which would teach to answer nothing. Raises InputError, which names
+    the line, at the first row that is not understood.
     """
-    examples, left_out = [], {}
-    for line, row in islice(read_rows(Path(path)), limit):
-        example = example_from(row, line, f"{path}, line {line}", prompt_field, response_field, template)
-        if example is not None:
+    examples, left_out = [], Counter({NO_REPLY: 0, EMPTY: 0})
+    for line, where, row in islice(read_rows(path), limit):
+        example = example_from(row, line, where, prompt_field, response_field, input_field, template)
+        if example is None or not (example.response.strip() or example.rendered):
+            left_out[NO_REPLY if example is None else EMPTY] += 1
+        else:
             examples.append(example)
-        for note in (NO_REPLY,) if example is None else example.notes:
-            left_out.setdefault(note, []).append(line)
+            left_out.update(example.notes)
     if not examples:
-        raise InputError(
-            f"{path}: has no rows with a response: give JSON Lines or a JSON array with prompts and responses"
-        )
+        raise InputError(f"{path}: has no rows with a response: give a data file with prompts and responses")
     return examples, left_out
 
 
-def left_out_in_words(left_out: dict[str, list[int]]) -> str:
-    """How often each thing was left out, and where first."""
-    counts = {NO_REPLY: []} | left_out
-    return ", ".join(
-        f"{len(lines):,} {reason}" + (f" (first in line {lines[0]})" if lines else "")
-        for reason, lines in counts.items()
-    )
-
-
 def has_conversations(path: str | Path) -> bool:
-    """Whether the first row of a file is a conversation."""
-    return any(conversation_key(row) is not None for _, row in islice(read_rows(Path(path)), 1))
+    """Return whether the first row of a data file is a conversation."""
+    return any(conversation_key(row) is not None for _, _, row in islice(read_rows(path), 1))
 
 
 def example_from(
@@ -103,79 +87,70 @@ def example_from(
     where: str = "built-in data",
     prompt_field: str | None = None,
     response_field: str | None = None,
+    input_field: str | None = None,
     template: Template = ALPACA,
 ) -> Example | None:
-    """A row as an example, its prompt template filled in; None for a conversation in which no user is answered.
+    """Return a row as an example, its prompt template filled in; None for a conversation in which no user is answered.
 
-    InputError, beginning with `where`, if it is no such row.
+    input_field: the text that the prompt is about; None: the fields INPUTS; "": none. Raises InputError, which begins
+    with `where`, if the fields are not understood or the model's chat template fails on them.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
     kind = row.get("type") if isinstance(row.get("type"), str) else ""
-    context, conversation, notes = "", None, ()
-    if prompt_field or response_field:
-        guessed = (None, None) if prompt_field and response_field else _guess(row, where)
-        fields = prompt_field or guessed[0], response_field or guessed[1]
-    elif conversation_key(row):
-        conversation, fields = read_conversation(row, where), None
+    key, conversation, context, notes = conversation_key(row), None, "", ()
+    if key is not None and not (prompt_field or response_field) and (row[key] or pair_fields(row) is None):
+        conversation = read_conversation(row, where)
         if conversation is None:
             return None
     else:
-        fields = _guess(row, where)
-    if fields:
-        question, response = (_string(row, field, where) for field in fields)
-        context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
-    elif template.chat is None:
+        question, context, response = read_pair(row, where, prompt_field, response_field, input_field)
+        if template.chat is not None and not response.strip():
+            return Example("", response, kind, line)  # nothing to learn
+    if template.chat is not None:
+        conversation = conversation or conversation_of(_with_context(question, context), response)
+        result = render(with_ending(conversation, template.ending), template.chat, where)
+        response = conversation.messages[-1].get("content", "")
+        return Example(result.prompt, response, kind, line, result.text, result.learned, result.notes)
+    if conversation is not None:
         question, response, notes = pair_of(conversation, where, template.name)
-    if template.chat is None:
-        return Example(fill(template, question, context), response, kind, line, notes=notes)
-    conversation = conversation or conversation_of(_with_context(question, context), response)
-    result = render(with_ending(conversation, template.ending), template.chat, where)
-    response = conversation.messages[-1].get("content", "")
-    return Example(result.prompt, response, kind, line, result.text, result.learned, result.notes)
+    return Example(_fill(template, question, context), response, kind, line, notes=notes)
 
 
-def fill(template: Template, question: str, context: str = "") -> str:
-    """Alpaca's prompt, or the raw one: what is asked, and its input on a line below."""
+def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
+    """Return the whole prompt of a row that has no response yet: a conversation, or a question in the field.
+
+    Raises InputError, which begins with `where`, as `example_from` does.
+    """
+    if conversation_key(row):
+        conversation = read_conversation(row, where, asks=True)
+        return ask(template, conversation.messages, where, conversation.tools)
+    question, context, _ = read_pair(row, where, field, field)
+    if template.chat is not None:
+        return ask(template, [{"role": "user", "content": _with_context(question, context)}], where)
+    return _fill(template, question, context)
+
+
+def ask(template: Template, messages: list[dict], where: str, tools: list | None = None) -> str:
+    """Return messages, of which the last is to be answered, as the whole prompt.
+
+    Raises InputError, which begins with `where`, if the template has no room for the messages, or fails on them.
+    """
+    conversation = Conversation(messages, [], tools)
+    if template.chat is not None:
+        return render_prompt(conversation, template.chat, where)
+    return _fill(template, pair_of(conversation, where, template.name)[0])
+
+
+def _fill(template: Template, question: str, context: str = "") -> str:
+    """Return Alpaca's prompt, or the raw one: the question, and what it is about on a line below."""
     if template.name == "raw":
         return _with_context(question, context) + template.ending
     return (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context) + template.ending
 
 
-def ask(template: Template, question: str, where: str) -> str:
-    """The whole prompt of a question; InputError, beginning with `where`, if the model's chat template refuses it."""
-    if template.chat is None:
-        return fill(template, question)
-    return render_prompt(Conversation([{"role": "user", "content": question}], []), template.chat, where)
-
-
 def _with_context(question: str, context: str) -> str:
     return f"{question}\n{context}" if context else question
-
-
-def _guess(row: dict, where: str) -> tuple[str, str]:
-    for prompt, response in FIELDS:
-        if prompt in row and response in row:
-            return prompt, response
-    known = ", ".join(f"{prompt}/{response}" for prompt, response in FIELDS)
-    fields = ", ".join(map(str, row)) or "none"
-    raise InputError(
-        f"{where}: has fields {fields}, none of {known}: rename yours, or name them to train_nlg.py "
-        "with --prompt-field, --response-field"
-    )
-
-
-def _string(row: dict, field: str, where: str) -> str:
-    if field not in row:
-        raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
-    if not isinstance(row[field], str):
-        raise InputError(f"{where}: the field {field!r} is {type(row[field]).__name__}, not a string: mend the row")
-    try:
-        row[field].encode()
-    except UnicodeEncodeError as error:
-        half = row[field][error.start].encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{where}: the field {field!r} has {half}, half of a character: mend the row") from None
-    return row[field]
 
 
 def examples_digest(examples: list) -> str:

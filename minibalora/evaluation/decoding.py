@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
+from minibalora.base.progress import Progress
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import check_ids
 from minibalora.lowrank import evaluating
@@ -61,13 +61,12 @@ def generate_each(
     order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
     decoding = replace(decoding, eos_ids=tok.eos_ids if decoding.eos_ids is None else decoding.eos_ids)
     start, total = time.perf_counter(), 0
-    with tqdm(total=len(prompts), desc=desc, unit="prompts", miniters=0, dynamic_ncols=True, leave=False) as bar:
+    with Progress(desc, len(prompts), "prompt") as bar:
 
         def progress(tokens: int, ended: int) -> None:
             nonlocal total
             total += tokens
-            bar.set_postfix_str(f"{total / (time.perf_counter() - start):,.0f} tokens/s", refresh=False)
-            bar.update(ended)
+            bar.update(ended, f"{total / (time.perf_counter() - start):,.0f} tokens/s")
 
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]

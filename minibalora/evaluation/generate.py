@@ -8,9 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from minibalora.base import cli
+from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import load_adapter
@@ -18,8 +17,10 @@ from minibalora.checkpoints.chat_template import ChatTemplate
 from minibalora.checkpoints.template import ALPACA, Template, add_template_flags, choose_template, trained_template
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
-from minibalora.data.chat import conversation_key, pair_of, read_conversation, render_prompt
-from minibalora.data.prompts import FIELDS, example_from, fill
+from minibalora.data.chat import conversation_key
+from minibalora.data.files import opened, read_rows
+from minibalora.data.pairs import FIELDS
+from minibalora.data.prompts import prompt_from
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
 from minibalora.lowrank import merge
 from minibalora.models import LanguageModel
@@ -46,8 +47,7 @@ def main() -> int:
     for question, text in zip(asked, in_order(found), strict=True):
         is_alone = args.prompt and len(prompts) == 1
         line = text if is_alone else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
-        with tqdm.external_write_mode():
-            print(line, flush=True)
+        progress.say(line)
     return 0
 
 
@@ -78,9 +78,11 @@ def parse_flags() -> Namespace:
 
 def add_model_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", type=cli.path, default=BUILT_IN / "llama", help="checkpoint folder: config.json, "
+    add("--model", metavar="DIR", type=cli.folder, default=BUILT_IN / "llama", help="checkpoint folder: config.json, "
         "tokenizer.json, *.safetensors (default: the built-in tiny LLaMA)")  # fmt: skip
-    add("--adapter", metavar="DIR", type=cli.path, help="folder of an adapter for it: what train_nlg.py or PEFT saved")
+    add(
+        "--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for it: what train_nlg.py or PEFT saved"
+    )
     add("--batch-size", type=cli.positive_int, metavar="N", help="prompts at a time (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
@@ -125,7 +127,7 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
     """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them.
 
     A file has a prompt a line; blank lines are left out. A line that begins with `{"` is JSON, whose prompts may have
-    newlines.
+    newlines. A Parquet file has rows as JSON has them.
     """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", template) for text in texts]
@@ -133,10 +135,13 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
         raise InputError("nothing to answer: give --prompt or --file")
     is_stdin = file in (None, Path("-"))
     source = "standard input" if is_stdin else str(file)
-    try:
-        content = sys.stdin.buffer.read() if is_stdin else file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}: give a file with a prompt a line") from None
+    if is_stdin:
+        content = sys.stdin.buffer.read()
+    else:
+        with opened(file) as stream:
+            content = stream.read()
+    if content.startswith(b"PAR1") and not is_stdin:
+        return [prompt_of(row, where, template) for _, where, row in read_rows(file)]
     found = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{source}, line {number}"
@@ -157,18 +162,13 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
 
 
 def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, str]:
-    """`where`, what the row asks, a text in one of PROMPT_FIELDS or a conversation, and that as the model is asked."""
-    if key := conversation_key(row):
-        conversation = read_conversation(row, where, asks=True)
-        if template.chat is not None:
-            return where, row[key], render_prompt(conversation, template.chat, where)
-        return where, row[key], fill(template, pair_of(conversation, where, template.name)[0])
-    field = next((field for field in PROMPT_FIELDS if field in row), None)
+    """`where`, what the row asks, a conversation or a text in one of PROMPT_FIELDS, and that as the model is asked."""
+    fields = conversation_key(row), *PROMPT_FIELDS
+    field = next((field for field in fields if row.get(field) is not None), None)
     if field is None:
         raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
-    # The prompt stands in for the response, which is not there yet.
-    example = example_from(row, 0, where, field, field, template)
-    return where, row[field], example.prompt
+    asked = row[field] if field == fields[0] else str(row[field])
+    return where, asked, prompt_from(row, where, field, template)
 
 
 def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:

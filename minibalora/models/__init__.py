@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""Plain modules, one file a family of architectures, with the tensor names of Hugging Face checkpoints.
+"""Plain modules with the tensor names of Hugging Face checkpoints; one file for each family of architectures.
 
-Every model here names its lists of blocks in `stacks`: a decoder has one, T5 two. Part of a block that is of no use to
-torch.compile has `can_compile = False`.
+Every model has its lists of blocks in `stacks`: a decoder has one list, T5 has two. Parts of a block that torch.compile
+would recompile again and again have `can_compile = False`.
 """
 
 from torch import nn
@@ -12,9 +12,9 @@ from .t5 import T5
 
 __all__ = ["LanguageModel", "blocks_of"]
 
-LanguageModel = Decoder | T5  # they have head, head_weight, embedding, packed, prefill and decode
+LanguageModel = Decoder | T5  # both have head, head_weight, embedding, packed, prefill and decode
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model of this folder, in order; of a T5 first the encoder's."""
+    """Return all blocks of a model of this folder in order; a T5's encoder comes first."""
     return [block for stack in model.stacks for block in stack]

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """Bidirectional transformers as classifiers: BERT, RoBERTa and DeBERTa-v2/v3.
 
-Post-norm blocks, x = LayerNorm(x + f(x)), of full self-attention and an MLP. BERT adds learned positions and token
-types to its embeddings; RoBERTa is BERT whose positions begin after the padding index; DeBERTa has no positions in its
-embeddings but relative ones in its attention. Modules are named as in Hugging Face checkpoints, so a checkpoint's
-tensor names are this file's attribute names; the heads are those of transformers' ForSequenceClassification classes.
+All have post-norm blocks, x = LayerNorm(x + f(x)), with full self-attention and an MLP. BERT adds learned positions and
+token types to the word embeddings. RoBERTa is a BERT whose positions start after the padding index. DeBERTa uses
+relative positions, in the attention only. Attribute names are the tensor names of Hugging Face checkpoints; the heads
+are those of transformers' ForSequenceClassification classes.
 
 BERT: arXiv 1810.04805. RoBERTa: arXiv 1907.11692. DeBERTa: arXiv 2006.03654 (v2 and v3: 2111.09543).
 """
@@ -22,7 +22,7 @@ __all__ = "Bert EncoderClassifier EncoderConfig RobertaHead key_mask split_heads
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Field names are config.json's, where it has them."""
+    """Sizes and settings. Names follow config.json where it has the field."""
 
     vocab_size: int
     hidden_size: int  # d
@@ -35,21 +35,19 @@ class EncoderConfig:
     attention_dropout: float
     classifier_dropout: float
     initializer_range: float  # standard deviation of a new head's weights
-    pooler: (
-        str | None
-    )  # a dense layer on the state of [CLS], then "tanh" (BERT) or "gelu" (DeBERTa); None: there is none
+    pooler: str | None  # activation after the dense layer on [CLS]: "tanh" (BERT), "gelu" (DeBERTa); None: no pooler
     # BERT and RoBERTa
-    max_position_embeddings: int | None = None  # tokens that a text may have; None: no limit
+    max_position_embeddings: int | None = None  # longest text, in tokens; None: no limit
     type_vocab_size: int = 0
     first_position: int = 0  # RoBERTa: the padding index + 1
     # DeBERTa
-    position_buckets: int = 0  # distances are put into 2 · buckets classes, far ones more coarsely
-    max_relative_positions: int = 0  # the distance that the last bucket begins at
+    position_buckets: int = 0  # distances fall into 2 · position_buckets buckets; far distances share a bucket
+    max_relative_positions: int = 0  # the distance at which the last bucket begins
     pooler_dropout: float = 0.0
 
 
 class Residual(nn.Module):
-    """LayerNorm(x + dropout(y W + b)): how both halves of a block end."""
+    """The end of both halves of a block: LayerNorm(x + dropout(y W + b))."""
 
     def __init__(self, config: EncoderConfig, width: int):
         super().__init__()
@@ -62,7 +60,7 @@ class Residual(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block; `attention` is the only part in which the families differ."""
+    """One block; the families differ only in its `attention`."""
 
     def __init__(self, config: EncoderConfig, attention: nn.Module):
         super().__init__()
@@ -81,7 +79,10 @@ def activate(x: Tensor, name: str) -> Tensor:
 
 
 def key_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """(B, T), 1 = real token -> (B, 1, 1, T) bool: every token sees every real one. ValueError for left padding."""
+    """Return the mask (B, 1, 1, T), True = visible, that lets every token see every real token.
+
+    attention_mask (B, T): 1 = real token. Raises ValueError if a row has padding on the left.
+    """
     check_right_padding(attention_mask)
     return None if attention_mask is None else attention_mask[:, None, None, :].bool()
 
@@ -104,7 +105,7 @@ class SelfAttention(nn.Module):
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(..., T, d) -> (..., heads, T, head_dim)."""
+    """Reshape x (..., T, d) to (..., heads, T, head_dim)."""
     return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
 
 
@@ -131,7 +132,7 @@ class Embeddings(nn.Module):
 
 
 class Bert(nn.Module):
-    """input_ids (B, T) -> states (B, T, d): BERT and RoBERTa below their heads."""
+    """BERT or RoBERTa without a head: input_ids (B, T) -> states (B, T, d)."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -157,10 +158,10 @@ class Bert(nn.Module):
 
 
 class DisentangledAttention(nn.Module):
-    """softmax((Q Kᵀ + Q K_rᵀ + K Q_rᵀ) / √(3 head_dim)) V: content to content, to position, and position to content.
+    """softmax((Q Kᵀ + Q K_rᵀ + K Q_rᵀ) / √(3 head_dim)) V: attention to content and to relative positions.
 
-    Q_r and K_r are made of the embedding of the distance i − j by the same projections as Q and K, as v3 shares them
-    (arXiv 2006.03654, equation 4).
+    The terms are content to content, content to position and position to content (arXiv 2006.03654, equation 4). Q_r
+    and K_r are projections of the embedding of the distance i − j. As in v3, they share the projections of Q and K.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -171,13 +172,13 @@ class DisentangledAttention(nn.Module):
         self.pos_dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: Tensor, mask: Tensor | None, relative: Tensor, which: Tensor) -> Tensor:
-        """relative: (R, d) embeddings of the distances that occur; which: (T, T), the row of `relative` for i − j."""
+        """relative: embeddings (R, d) of the distances that occur; which (T, T): the row of `relative` for i − j."""
         q, k, v = (split_heads(part(x), self.head_dim) for part in (self.query_proj, self.key_proj, self.value_proj))
         relative = self.pos_dropout(relative)
         q_r, k_r = (split_heads(part(relative), self.head_dim) for part in (self.query_proj, self.key_proj))
         which = which.expand(*q.shape[:2], -1, -1)  # (B, heads, T, T)
-        to_position = (q @ k_r.mT).gather(-1, which)  # (B, heads, T, R) -> [i, j] by the distance i − j
-        from_position = (k @ q_r.mT).gather(-1, which.mT).mT  # a row is a key: [j, i], turned round
+        to_position = (q @ k_r.mT).gather(-1, which)  # (B, heads, T, R) -> (B, heads, i, j)
+        from_position = (k @ q_r.mT).gather(-1, which.mT).mT  # (B, heads, j, i), transposed
         scale = (3 * self.head_dim) ** -0.5
         bias = scale * (to_position + from_position)
         if mask is not None:
@@ -188,9 +189,9 @@ class DisentangledAttention(nn.Module):
 
 
 def bucket(distance: Tensor, buckets: int, furthest: int) -> Tensor:
-    """Distances up to buckets/2 as they are, further ones on a logarithmic scale that reaches `buckets` at `furthest`.
+    """Map distances to buckets: up to buckets/2 unchanged, then on a log scale that reaches `buckets` at `furthest`.
 
-    The order of the float32 operations is the original's: at a boundary rounding decides.
+    The float32 operations have the original's order, because rounding decides at the boundaries.
     """
     middle = buckets // 2
     far = distance.abs().clamp_min(middle) / middle
@@ -225,7 +226,7 @@ class DebertaEncoder(nn.Module):
         return x
 
     def relative_embeddings(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Embeddings (R, d) of the R ≤ 2T − 1 buckets that a text of T tokens needs, and which of them i − j is."""
+        """Return the embeddings (R, d), R ≤ 2T − 1, of the buckets that T tokens need, and the row (T, T) for i − j."""
         positions = torch.arange(length, device=device)
         buckets = bucket(positions[:, None] - positions, self.buckets, self.furthest) + self.buckets
         used, which = buckets.clamp(0, 2 * self.buckets - 1).unique(return_inverse=True)
@@ -233,7 +234,7 @@ class DebertaEncoder(nn.Module):
 
 
 class Deberta(nn.Module):
-    """input_ids (B, T) -> states (B, T, d). It has no token types."""
+    """DeBERTa without a head: input_ids (B, T) -> states (B, T, d). Token types are ignored."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -252,7 +253,7 @@ class Deberta(nn.Module):
 
 
 class RobertaHead(nn.Module):
-    """config needs hidden_size and classifier_dropout alone."""
+    """Dropout, dense, tanh, dropout, linear. Reads only hidden_size and classifier_dropout of the configuration."""
 
     def __init__(self, config: EncoderConfig, num_labels: int):
         super().__init__()
@@ -268,11 +269,11 @@ class RobertaHead(nn.Module):
 class EncoderClassifier(nn.Module):
     """input_ids (B, T) -> logits (B, num_labels), from the state of the first token, [CLS] or <s>.
 
-    BERT's head is its pooler, dense and tanh, and a linear. DeBERTa's is the same with GELU; RoBERTa's a `RobertaHead`.
+    BERT's head is its pooler (dense, tanh) and a linear. DeBERTa's has GELU instead of tanh. RoBERTa has `RobertaHead`.
     """
 
     def __init__(self, config: EncoderConfig, num_labels: int, prefix: str):
-        """prefix: the name of what is below the head, in checkpoints."""
+        """Build backbone and head; prefix: the backbone's name in checkpoints."""
         super().__init__()
         self.config, self.num_labels, self.prefix = config, num_labels, prefix
         self.add_module(prefix, Deberta(config) if config.position_buckets else Bert(config))
@@ -293,14 +294,14 @@ class EncoderClassifier(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 0, and 1 for a second text;
-        only BERT tells them apart."""
+        """Return logits. attention_mask (B, T): 1 = real token, right padding only. token_types (B, T): 1 in the second
+        text of a pair, else 0; only BERT uses them."""
         return self.head(self.features(input_ids, attention_mask, token_types))
 
     def features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None
     ) -> Tensor:
-        """The last hidden state (B, d) of the token that the head reads."""
+        """Return the last hidden state (B, d) of the first token, which the head reads."""
         return self.backbone(input_ids, attention_mask, token_types)[:, 0]
 
     def head(self, features: Tensor) -> Tensor:
@@ -313,5 +314,5 @@ class EncoderClassifier(nn.Module):
 
 
 def in_dtype_of(linear: nn.Linear, x: Tensor) -> Tensor:
-    """linear(x), in the linear's dtype: what is trained is float32 on top of a bfloat16 model."""
+    """Return linear(x) in the linear's dtype: a trained head is float32 on top of a bfloat16 model."""
     return linear(x.to(linear.weight.dtype))

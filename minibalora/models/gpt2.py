@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""GPT-2: pre-norm blocks with learned positions, LayerNorms and a plain MLP; checkpoints store linears transposed.
+"""GPT-2: learned positions and pre-norm blocks with LayerNorm and a plain MLP. Checkpoints store linears transposed.
 
 Radford et al., Language Models are Unsupervised Multitask Learners, 2019.
 """
@@ -16,7 +16,7 @@ __all__ = ["GPT2Config", "gpt2"]
 
 @dataclass(frozen=True)
 class GPT2Config:
-    """The names are `DecoderConfig`'s, where both have the thing; config.json says n_embd, n_layer and the like."""
+    """Sizes and settings, with the names of `DecoderConfig`; config.json has other names (n_embd, n_layer, ...)."""
 
     vocab_size: int
     hidden_size: int
@@ -48,7 +48,7 @@ class GPT2Config:
 
 
 class Attention(nn.Module):
-    can_compile = False  # rows of another length would compile it anew
+    can_compile = False  # every new row length would recompile it
 
     def __init__(self, config: GPT2Config, index: int):
         super().__init__()
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Ids to the states after the final norm: everything below the head."""
+    """Everything below the head: ids -> states after the final norm."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 """LLaMA 1 to 3.3, Yi, Mistral, Gemma 1 and 2, Qwen 1.5 to 3: one model with several settings.
 
-Pre-norm blocks of causal self-attention with rotary positions, and a gated MLP. Modules are named as in Hugging Face
-checkpoints, so a checkpoint's tensor names are this file's attribute names.
+Pre-norm blocks with causal self-attention, rotary positions and a gated MLP. Attribute names are the tensor names of
+Hugging Face checkpoints.
 
 LLaMA: arXiv 2302.13971, 2307.09288, 2407.21783. Yi: 2403.04652. Mistral: 2310.06825. Gemma: 2403.08295,
 2408.00118. Qwen: 2309.16609, 2407.10671, 2505.09388.
@@ -25,7 +25,7 @@ __all__ = "MLP Attention Backbone Block LlamaConfig RMSNorm llama swiglu".split(
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Field names are config.json's, where it has them; those of `DecoderConfig` are explained there."""
+    """Sizes and settings. Names follow config.json where it has the field; see `DecoderConfig` for its fields."""
 
     vocab_size: int
     hidden_size: int
@@ -36,23 +36,24 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None  # LLaMA 3.1's, see `rotary_frequencies`; None = plain RoPE
+    rope_scaling: dict | None  # see `rotary_frequencies`; None: plain RoPE
     windows: tuple[int | None, ...]
-    qk_norm: bool  # Qwen 3 normalises each head's queries and keys
+    qk_norm: bool  # True for Qwen 3: each head's queries and keys are normalised
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     tie_word_embeddings: bool
     activation: str  # "silu" or "gelu_tanh"
-    norm_offset: float  # Gemma stores w and multiplies by 1 + w
-    embedding_scale: float  # Gemma multiplies embeddings by √d
+    norm_offset: float  # 1 for Gemma, which multiplies by 1 + w; else 0
+    embedding_scale: float  # √d for Gemma; else 1
     max_position_embeddings: int
     initializer_range: float
     # Gemma 2
-    has_post_norms: bool = False  # a norm after attention and MLP, too
+    has_post_norms: bool = False  # additional norms after attention and MLP
     query_scale: float = 1.0
     attention_cap: float | None = None
     logit_cap: float | None = None
+    attention_dropout: float = 0.0  # Granite Code: in training only
 
     has_learned_positions = False
 
@@ -71,11 +72,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    can_compile = False  # rows of another length would compile it anew
+    can_compile = False  # every new row length would recompile it
 
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
         d, self.head_dim, self.index, self.query_scale = config.hidden_size, config.head_dim, index, config.query_scale
+        self.dropout = config.attention_dropout
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
@@ -89,12 +91,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None) -> Tensor:
         q, k, v = (
-            projection(of).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-            for projection, of in ((self.q_proj, pick(x, wanted)), (self.k_proj, x), (self.v_proj, x))
+            projection(tokens).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+            for projection, tokens in ((self.q_proj, pick(x, wanted)), (self.k_proj, x), (self.v_proj, x))
         )
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *(pick(table, wanted) for table in rotary)), rotate(k, *rotary)
-        y = attend(self.index, q if self.query_scale == 1 else q * self.query_scale, k, v, 0.0)
+        y = attend(self.index, q if self.query_scale == 1 else q * self.query_scale, k, v, self.dropout * self.training)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
@@ -117,12 +119,12 @@ class MLP(nn.Module):
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) · up, of the same shape (arXiv 2002.05202); the backward pass keeps gate and up alone."""
+    """Return silu(gate) · up (arXiv 2002.05202). All shapes are equal. Saves only gate and up for the backward pass."""
     return SwiGLU.apply(gate, up)
 
 
 class SwiGLU(torch.autograd.Function):
-    """silu(g) · u with silu(g) = g σ(g). Autograd would keep silu(g), too; here it is computed once more.
+    """silu(g) · u with silu(g) = g σ(g). Autograd would also save silu(g); this recomputes it in the backward pass.
 
     d/dg silu(g) = σ(g) (1 + g (1 − σ(g))).
     """
@@ -151,13 +153,13 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """(B, T, d) -> (B, T, d); of the tokens `wanted` only, where given: the others are seen, but do not look."""
+        """Map x (B, T, d) to (B, T, d), or to (B, M, d) of the tokens `wanted` (M,). All tokens serve as keys."""
         x = pick(x, wanted) + self.self_attn(self.input_layernorm(x), rotary, attend, wanted)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Gemma2Block(nn.Module):
-    """A block with norms before and after each half; post_attention_layernorm is what its name says here."""
+    """A block with norms before and after each half. Here `post_attention_layernorm` does come after the attention."""
 
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
@@ -174,7 +176,7 @@ class Gemma2Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Ids to the states after the final norm: everything below the head."""
+    """Everything below the head: ids -> states after the final norm."""
 
     def __init__(self, config: LlamaConfig, block: Callable[[LlamaConfig, int], nn.Module]):
         super().__init__()
@@ -192,44 +194,47 @@ class Backbone(nn.Module):
         return self.layers
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None = None) -> Tensor:
-        """Ids (B, T) at positions (1 or B, T) -> states (B, T, d), of the tokens `wanted` only, where given."""
+        """Map ids (B, T) at positions (1 or B, T) to states (B, T, d), or (B, M, d) of the tokens `wanted` (M,)."""
         x = self.embed_tokens(input_ids)
         if self.config.embedding_scale != 1:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to x's dtype, as Gemma does
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # Gemma rounds the scale to x's dtype
         rotary = rotary_table(positions, self.config, x.dtype)
         for layer in self.layers[:-1]:
             x = layer(x, rotary, attend)
         return self.norm(self.layers[-1](x, rotary, attend, wanted))
 
 
-def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
-    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
-
-
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864); LLaMA 3.1 slows the slow ones.
+    """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled as in LLaMA 3.1.
 
-    LLaMA 3.1 (rope_type "llama3"): wavelengths beyond original_context/low_freq_factor are stretched by `factor`,
-    those below original_context/high_freq_factor are kept, and between the two the frequency is interpolated.
+    LLaMA 3.1 (rope_type "llama3") divides a frequency by `factor` if its wavelength is longer than
+    original_context/low_freq_factor, keeps it if the wavelength is shorter than original_context/high_freq_factor, and
+    interpolates between the two.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
         return frequency
+    if "low_freq_factor" not in config.rope_scaling:  # rope_type "linear": positions are divided by the factor
+        return frequency / config.rope_scaling["factor"]
     low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
     turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, untouched; 0: a long one, stretched
-    return kept * frequency + (1 - kept) * frequency / config.rope_scaling["factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, unchanged; 0: a long wave, stretched
+    return share * frequency + (1 - share) * frequency / config.rope_scaling["factor"]
 
 
 def rotary_table(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · frequency, each (B, 1, T, head_dim) with the frequencies twice in a row."""
+    """Return cos and sin of position · frequency, each (B, 1, T, head_dim): the second half repeats the first."""
     angle = positions[:, None, :, None].float() * rotary_frequencies(config, positions.device)
     angle = torch.cat([angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_i, x_{i + head_dim/2}) by its angle; x: (B, heads, T, head_dim)."""
+    """Rotate each pair (x_i, x_{i + head_dim/2}) of x (B, heads, T, head_dim) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
+    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)

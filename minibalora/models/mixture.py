@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""Mixtral and DeepSeek-MoE: LLaMA's blocks with a mixture of experts for an MLP.
+"""Mixtral and DeepSeek-MoE: LLaMA's blocks with a mixture of experts in place of the MLP.
 
-A router gives each token to the few experts that it thinks best, and the token gets their outputs, weighted by the
-router's probabilities. The router is frozen: it is not adapted, and not trained in full either.
+For each token, a router chooses the few experts with the highest probabilities. The output is the sum of these experts'
+outputs, weighted by the probabilities. The router is always frozen: no method adapts or trains it.
 
-Mixtral: arXiv 2401.04088. DeepSeek-MoE: 2401.06066; its experts are many and small, some are shared by all tokens, and
-its first block has an ordinary MLP.
+Mixtral: arXiv 2401.04088. DeepSeek-MoE: arXiv 2401.06066. DeepSeek-MoE has many small experts, some shared experts that
+all tokens use, and an ordinary MLP in its first block.
 """
 
 from dataclasses import dataclass, replace
@@ -22,40 +22,40 @@ __all__ = "Mixture MixtureConfig Router balance deepseek keep_router_outputs loa
 
 @dataclass(frozen=True, kw_only=True)
 class MixtureConfig(LlamaConfig):
-    """intermediate_size is that of an ordinary MLP; only DeepSeek-MoE has one."""
+    """LLaMA's configuration and the experts'. `intermediate_size` is for ordinary MLPs, which only DeepSeek-MoE has."""
 
     num_experts: int  # E
     num_experts_per_tok: int  # K
     expert_size: int  # an expert's intermediate_size
-    shared_size: int  # that of what all tokens go through besides; 0: there is no such thing
-    norm_topk_prob: bool  # whether the K probabilities of a token are made to sum to 1
-    has_experts: tuple[bool, ...]  # a layer each
+    shared_size: int  # intermediate_size of the shared experts, taken as one MLP; 0: no shared experts
+    norm_topk_prob: bool  # whether the K probabilities of a token are divided by their sum
+    has_experts: tuple[bool, ...]  # per layer
 
 
 class Router(nn.Module):
-    """Not an nn.Linear, so that nothing takes it for one to adapt or to quantise; not trained by --method full."""
+    """Chooses the experts. It is always frozen, and not an nn.Linear, so that nothing adapts or quantises it."""
 
     def __init__(self, config: MixtureConfig):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size), requires_grad=False)
         self.top_k = config.num_experts_per_tok
         self.is_watched = False
-        self.given = None  # what it gave in the last forward pass in which it was watched
+        self.outputs = None  # of the last forward pass with `is_watched`
 
     def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens (N, d) -> probabilities (N, E), in float32, and the experts (N, K) that are chosen."""
-        with torch.autocast(rows.device.type, enabled=False):  # of --method full, which would round them
+        """Map tokens (N, d) to probabilities (N, E), float32, and the indices (N, K) of the chosen experts."""
+        with torch.autocast(rows.device.type, enabled=False):  # --method full uses autocast, which would round
             probabilities = F.linear(rows.float(), self.weight.float()).softmax(-1)
         chosen = probabilities.topk(self.top_k, sorted=False).indices
         if self.is_watched:
-            self.given = probabilities, chosen
+            self.outputs = probabilities, chosen
         return probabilities, chosen
 
 
 class Mixture(nn.Module):
-    """Σ_k p_k expert_k(x) over the K experts that the router chooses for x, and what is shared."""
+    """Σ_k p_k expert_k(x) over the K experts that the router chooses for x, plus shared_experts(x)."""
 
-    can_compile = False  # an expert with no token or with one would compile it anew: half a minute for 5 tiny ones
+    can_compile = False  # 0 and 1 tokens for an expert each recompile it: half a minute for 5 tiny experts
 
     def __init__(self, config: MixtureConfig, experts: list[nn.Module], shared_experts: nn.Module | None = None):
         super().__init__()
@@ -65,7 +65,7 @@ class Mixture(nn.Module):
         self.shared_experts = shared_experts
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d)"""
+        """Map x (..., d) to (..., d)."""
         rows = x.flatten(0, -2)  # (N, d)
         probabilities, chosen = self.gate(rows)
         weights = probabilities.gather(1, chosen)  # (N, K)
@@ -75,23 +75,24 @@ class Mixture(nn.Module):
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
     def routed(self, rows: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """Tokens (N, d), their experts and those experts' weights (N, K) -> (N, d); summed in float32.
+        """Return the weighted sums (N, d) of the chosen experts' outputs, added in float32.
 
-        Pairs of token and expert are sorted by expert once, so that an expert computes once, on its own rows.
+        rows: tokens (N, d); chosen and weights (N, K): each token's experts and their weights. The N·K pairs of token
+        and expert are sorted by expert, so that each expert computes all of its tokens at once.
         """
-        order = chosen.flatten().argsort(stable=True)  # of the N·K pairs
+        order = chosen.flatten().argsort(stable=True)
         token = order // chosen.shape[1]
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()  # waits for a GPU once a layer
+        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()  # waits for the GPU, once per layer
         parts = zip(self.experts, rows[token].split(counts), strict=True)
-        # With autograd an expert without a token computes on none: its A and B get a gradient, of zeros, so that what
-        # the ranks sum and Adam keeps does not depend on the data.
-        found = torch.cat([expert(own) for expert, own in parts if len(own) or torch.is_grad_enabled()])
-        found = found * weights.flatten()[order, None]  # float32
-        return torch.zeros_like(rows, dtype=found.dtype).index_add(0, token, found).to(rows.dtype)
+        # With autograd, an expert without tokens computes an empty batch. Its A and B then get zero gradients, and the
+        # set of tensors that the ranks sum and that Adam has moments for does not depend on the data.
+        outputs = torch.cat([expert(part) for expert, part in parts if len(part) or torch.is_grad_enabled()])
+        outputs = outputs * weights.flatten()[order, None]  # float32
+        return torch.zeros_like(rows, dtype=outputs.dtype).index_add(0, token, outputs).to(rows.dtype)
 
 
 class MixtralExpert(nn.Module):
-    """w2(silu(w1(x)) · w3(x)): an MLP by other names."""
+    """w2(silu(w1(x)) · w3(x)): LLaMA's MLP with other names."""
 
     def __init__(self, config: MixtureConfig):
         super().__init__()
@@ -104,7 +105,7 @@ class MixtralExpert(nn.Module):
 
 
 class MixtralBlock(nn.Module):
-    """llama.py's, but for the name of its MLP."""
+    """LLaMA's block with a mixture in place of the MLP, which has the name `block_sparse_moe`."""
 
     def __init__(self, config: MixtureConfig, index: int):
         super().__init__()
@@ -129,9 +130,9 @@ class DeepseekBlock(Block):
 
 
 class MixtureBackbone(Backbone):
-    """llama.py's, which lets its routers keep what they give while it runs with gradient.
+    """LLaMA's backbone. With `watches_routers`, its routers keep their outputs in forward passes with gradients.
 
-    So the teacher's pass does not count, nor a block that gradient checkpointing computes once more.
+    The teacher's passes, and blocks that gradient checkpointing recomputes in the backward pass, leave no outputs.
     """
 
     watches_routers = False
@@ -156,41 +157,42 @@ def deepseek(config: MixtureConfig, num_labels: int | None = None) -> Decoder:
 
 
 def routers_of(model: nn.Module) -> list[Router]:
+    """Return all routers of a model, in order."""
     return [module for module in model.modules() if isinstance(module, Router)]
 
 
 def keep_router_outputs(model: nn.Module) -> None:
-    """From now on each router keeps what it gave in the last forward pass with gradient, for `load_balance`."""
+    """Make each router keep its outputs of the last forward pass with gradients, for `load_balance`."""
     for module in model.modules():
         if isinstance(module, MixtureBackbone):
             module.watches_routers = True
 
 
 def load_balance(model: nn.Module) -> Tensor:
-    """`balance` of what all routers gave in the last forward pass, a scalar. Afterwards they keep nothing of it.
+    """Return `balance` (a scalar) of all routers' outputs in the last forward pass, and delete these outputs.
 
-    Tokens are those that a router sees: of `Decoder.packed` the last layer's router sees only those from which
-    something is predicted, and what rows share counts once. Raises ValueError if a router has kept nothing since.
+    The tokens are those that each router saw. In `Decoder.packed`, tokens that rows share count once, and the last
+    layer's router sees only the wanted tokens. Raises ValueError if a router has no outputs.
     """
     routers = routers_of(model)
-    given = [router.given for router in routers]
-    if not given or None in given:
-        raise ValueError("no router has kept anything: call keep_router_outputs once, then the model with gradient")
+    outputs = [router.outputs for router in routers]
+    if not outputs or None in outputs:
+        raise ValueError("no router outputs are kept: call keep_router_outputs once, then the model with gradients on")
     for router in routers:
-        router.given = None
-    return balance(*(torch.cat(parts) for parts in zip(*given, strict=True)))
+        router.outputs = None
+    return balance(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
 
 
 def balance(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6), as Mixtral's code has it.
+    """Return E Σ_e f_e P_e (Switch Transformer, arXiv 2101.03961, equations 4 to 6), as Mixtral's code computes it.
 
-    probabilities (N, E) and chosen (N, K) of the tokens of all layers together. f_e: how many of the K choices of a
-    token fall on expert e; P_e: its probability; both are means over tokens, so that perfect balance gives K. f has no
-    gradient, and the router is frozen: what can move is its input.
+    probabilities (N, E) and chosen (N, K): the routers' outputs for the tokens of all layers together. f_e is the mean
+    number of a token's K choices that are expert e; P_e is the mean probability of expert e. Perfect balance gives K. f
+    has no gradient and the router is frozen, so the gradient moves only the router's input.
 
-    DeepSeek-MoE's expert-level loss (arXiv 2401.06066, equations 12 to 14) is Σ_e f_e P_e E/K, of each layer and
-    sequence by itself: the same product, 1 in perfect balance, which a layer or a sequence can't make up for another.
-    Here both families take Mixtral's: rows that share their first tokens are no longer sequences by themselves.
+    DeepSeek-MoE's expert-level loss (arXiv 2401.06066, equations 12 to 14) is Σ_e f_e P_e E/K, separately for each
+    layer and sequence; perfect balance gives 1. Here both families use Mixtral's form, because rows that share their
+    first tokens are not separate sequences.
     """
     tokens, experts = probabilities.shape
     f = chosen.flatten().bincount(minlength=experts) / tokens

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""T5, T5 v1.1 and Flan-T5: an encoder reads the prompt, and a decoder that looks at what it found writes the answer.
+"""T5, T5 v1.1 and Flan-T5: an encoder reads the prompt, and a decoder that attends to its states writes the answer.
 
-Pre-norm blocks without biases; attention adds a learned number for the distance of two tokens to their score, which is
-not scaled. On top is a language-model head or a classifier. Modules are named as in Hugging Face checkpoints, so a
-checkpoint's tensor names are this file's attribute names.
+Pre-norm blocks without biases. Attention scores are not scaled; a learned bias for the distance of the two tokens is
+added. On top is a language-model head or a classifier. Attribute names are the tensor names of Hugging Face
+checkpoints.
 
 T5: arXiv 1910.10683. v1.1's gated MLP: arXiv 2002.05202. Flan-T5: arXiv 2210.11416.
 """
@@ -22,13 +22,13 @@ from .llama import RMSNorm
 
 __all__ = ["AsText", "T5", "T5Classifier", "T5Config", "t5"]
 
-# (layer, q, k, v, dropout) -> what each query found, (B, heads, T, head_dim) as q; k and v None: those of a cache.
+# (layer, q, k, v, dropout) -> attention outputs (B, heads, T, head_dim), shaped as q; k and v None: read a cache.
 Attend = Callable[[int, Tensor, Tensor | None, Tensor | None, float], Tensor]
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """The names are DecoderConfig's, where both have the thing, else config.json's, which says d_model, d_kv, d_ff."""
+    """Sizes and settings, named as in `DecoderConfig`, else as in config.json, which has d_model, d_kv and d_ff."""
 
     vocab_size: int
     hidden_size: int  # d
@@ -36,18 +36,18 @@ class T5Config:
     num_layers: int  # of the encoder
     num_decoder_layers: int
     num_attention_heads: int
-    head_dim: int  # heads times this need not be d
+    head_dim: int  # num_attention_heads · head_dim may differ from d
     relative_attention_num_buckets: int
-    relative_attention_max_distance: int  # from which on all distances share a bucket
+    relative_attention_max_distance: int  # all distances from here on share a bucket
     layer_norm_epsilon: float
-    is_gated: bool  # v1.1's MLP; else a plain one with ReLU
+    is_gated: bool  # True: v1.1's gated MLP; False: a plain MLP with ReLU
     dropout_rate: float
     classifier_dropout: float
     decoder_start_token_id: int
-    tie_word_embeddings: bool  # v1.0; its states are divided by √d before the head
+    tie_word_embeddings: bool  # True for v1.0, which divides the states by √d before the head
     initializer_range: float  # standard deviation of a new head's weights
 
-    max_position_embeddings = None  # distances have no end
+    max_position_embeddings = None  # relative positions set no limit
     logit_cap = None
 
     @property
@@ -56,7 +56,7 @@ class T5Config:
 
 
 class Attention(nn.Module):
-    can_compile = False  # rows of another length would compile it anew
+    can_compile = False  # every new row length would recompile it
 
     def __init__(self, config: T5Config, index: int, has_relative_bias: bool):
         super().__init__()
@@ -69,17 +69,17 @@ class Attention(nn.Module):
             self.relative_attention_bias = nn.Embedding(*shape)
 
     def forward(self, x: Tensor, memory: Tensor | None, attend: Attend) -> Tensor:
-        """(B, T, d) that ask, (B, S, d) that are asked, None if `attend` knows their keys and values -> (B, T, d)."""
+        """Let x (B, T, d) attend to memory (B, S, d); None: `attend` has its keys and values. Returns (B, T, d)."""
         q, k, v = (
-            None if of is None else split_heads(projection(of), self.head_dim)  # (B, heads, T or S, head_dim)
-            for projection, of in ((self.q, x), (self.k, memory), (self.v, memory))
+            None if states is None else split_heads(projection(states), self.head_dim)  # (B, heads, T or S, head_dim)
+            for projection, states in ((self.q, x), (self.k, memory), (self.v, memory))
         )
         y = attend(self.index, q, k, v, self.dropout if self.training else 0.0)
         return self.o(y.transpose(1, 2).flatten(-2))
 
 
 class FeedForward(nn.Module):
-    """wo(relu(wi(x))), or gated: wo(gelu(wi_0(x)) · wi_1(x))."""
+    """The MLP: wo(relu(wi(x))), or gated wo(gelu(wi_0(x)) · wi_1(x))."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -98,7 +98,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """x + f(norm(x)) for self-attention, for attention to the encoder's states in a decoder, and for the MLP."""
+    """x + f(norm(x)), where f is the self-attention, then a decoder's attention to the encoder, then the MLP."""
 
     def __init__(self, config: T5Config, index: int, is_decoder: bool):
         super().__init__()
@@ -113,17 +113,17 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, attend: Attend, memory: Tensor | None = None, cross: Attend | None = None) -> Tensor:
-        """(B, T, d) -> (B, T, d); memory (B, S, d): the encoder's states, or None where `cross` has them in a cache."""
-        own, *between, mlp = self.layer
-        y = own["layer_norm"](x)
-        x = x + self.dropout(own["SelfAttention"](y, y, attend))
-        for layer in between:
+        """Map x (B, T, d) to (B, T, d). memory (B, S, d): the encoder's states; None if `cross` has them in a cache."""
+        self_attention, *cross_attention, mlp = self.layer
+        y = self_attention["layer_norm"](x)
+        x = x + self.dropout(self_attention["SelfAttention"](y, y, attend))
+        for layer in cross_attention:
             x = x + self.dropout(layer["EncDecAttention"](layer["layer_norm"](x), memory, cross))
         return x + self.dropout(mlp["DenseReluDense"](mlp["layer_norm"](x)))
 
 
 class Stack(nn.Module):
-    """The encoder or the decoder, above the embedding."""
+    """The encoder or the decoder, without the embedding."""
 
     def __init__(self, config: T5Config, layers: int, is_decoder: bool):
         super().__init__()
@@ -133,16 +133,18 @@ class Stack(nn.Module):
         self.dropout = nn.Dropout(config.dropout_rate)
 
     def forward(self, x: Tensor, attend: Attend, memory: Tensor | None = None, cross: Attend | None = None) -> Tensor:
-        """Embeddings (B, T, d) -> states (B, T, d); memory and cross as in `Block`."""
+        """Map embeddings (B, T, d) to states (B, T, d); memory and cross as in `Block`."""
         x = self.dropout(x)
         for block in self.block:
             x = block(x, attend, memory, cross)
         return self.dropout(self.final_layer_norm(x))
 
     def bias(self, length: int, first: int = 0) -> Tensor:
-        """What is added to the scores of the tokens first to length − 1 for all tokens, (1, heads, length − first,
-        length): the number learned for their distance, −inf for those that a decoder may not see."""
-        learned = self.block[0].layer[0]["SelfAttention"].relative_attention_bias  # shared by all blocks
+        """Return the bias (1, heads, length − first, length) of the scores of queries first to length − 1.
+
+        It is learned for each distance; in a decoder it is −inf for later keys. The first block has it for all blocks.
+        """
+        learned = self.block[0].layer[0]["SelfAttention"].relative_attention_bias
         positions = torch.arange(length, device=learned.weight.device)
         distance = positions - positions[first:, None]
         sizes = self.config.relative_attention_num_buckets, self.config.relative_attention_max_distance
@@ -151,10 +153,11 @@ class Stack(nn.Module):
 
 
 def bucket(distance: Tensor, is_bidirectional: bool, buckets: int, furthest: int) -> Tensor:
-    """Key's position minus query's -> 0 .. buckets − 1: near distances as they are, further ones on a logarithmic scale
-    that ends at `furthest`. Of two directions each has half of the buckets; of one, what is to the right is 0.
+    """Map distances (key's position − query's position) to buckets 0 to buckets − 1.
 
-    The order of the float32 operations is the original's: at a boundary rounding decides.
+    Near distances have a bucket each; further ones are on a log scale that ends at `furthest`. If bidirectional, each
+    direction has half of the buckets; else all keys to the right are in bucket 0. The float32 operations have the
+    original's order, because rounding decides at the boundaries.
     """
     start = torch.zeros_like(distance)
     if is_bidirectional:
@@ -167,16 +170,17 @@ def bucket(distance: Tensor, is_bidirectional: bool, buckets: int, furthest: int
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """T5 does not scale q · k. mask: added, or True = visible; broadcast to (B, heads, T, S)."""
+    """Attend with unscaled scores. mask: added to the scores, or True = visible; broadcast to (B, heads, T, S)."""
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=1.0)
 
 
 def with_mask(mask: Tensor | None) -> Attend:
+    """Return an `Attend` that uses this mask in every layer."""
     return lambda layer, q, k, v, dropout: attention(q, k, v, mask, dropout)
 
 
 def row_by_row(queries: list[int], keys: list[int], bias: Tensor | None) -> Attend:
-    """For rows laid end to end, with so many queries and keys of each: a call a row, without padding."""
+    """Return an `Attend` for rows laid end to end, with these numbers of queries and keys; it has no padding."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
         rows = zip(q.split(queries, 2), k.split(keys, 2), v.split(keys, 2), strict=True)
@@ -187,7 +191,7 @@ def row_by_row(queries: list[int], keys: list[int], bias: Tensor | None) -> Atte
 
 
 class Backbone(nn.Module):
-    """Embedding, encoder and decoder: everything below a head."""
+    """Everything below a head: embedding, encoder and decoder."""
 
     def __init__(self, config: T5Config):
         super().__init__()
@@ -201,10 +205,10 @@ class Backbone(nn.Module):
         return [self.encoder.block, self.decoder.block]
 
     def states(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
-        """The decoder's states (B, T', d) at decoder_input_ids (B, T') where the encoder reads input_ids (B, T).
+        """Return the decoder's states (B, T', d) at decoder_input_ids (B, T'), with input_ids (B, T) for the encoder.
 
-        attention_mask (B, T): 1 = real token, right padding only (ValueError otherwise). What pads the decoder's ids on
-        the right needs no mask: no token sees what is to its right.
+        attention_mask (B, T): 1 = real token in input_ids. Padding on the right of decoder_input_ids needs no mask, as
+        no token sees later tokens. Raises ValueError if a row of input_ids has padding on the left.
         """
         visible = key_mask(attention_mask)
         memory = self.encode(input_ids, visible)
@@ -212,16 +216,17 @@ class Backbone(nn.Module):
         return self.decoder(self.shared(decoder_input_ids), attend, memory, with_mask(visible))
 
     def encode(self, input_ids: Tensor, visible: Tensor | None) -> Tensor:
-        """(B, T) -> (B, T, d); visible (B, 1, 1, T), True = real token."""
+        """Return the encoder's states (B, T, d) of input_ids (B, T); visible (B, 1, 1, T): True = real token."""
         bias = self.encoder.bias(input_ids.shape[1])
         bias = bias if visible is None else bias.masked_fill(~visible, -torch.inf)
         return self.encoder(self.shared(input_ids), with_mask(bias))
 
 
 class T5(Backbone):
-    """input_ids (B, T) of prompts and decoder_input_ids (B, T') -> logits (B, T', V) of a language model.
+    """Language model: input_ids (B, T) of prompts and decoder_input_ids (B, T') -> logits (B, T', V).
 
-    States are divided by √d where the head is tied, as v1.0 does before its head: `head` has the weight alone.
+    v1.0 has a tied head and divides the states by √d before it. Here the states that methods return are already
+    divided, so that logits = states · head_weightᵀ in all versions.
     """
 
     def __init__(self, config: T5Config):
@@ -236,50 +241,51 @@ class T5(Backbone):
 
     @property
     def head_weight(self) -> Tensor:
-        """(V, d) of the language-model head, which has no bias."""
+        """The weight (V, d) of the language-model head, which has no bias."""
         return self.shared.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
-        """Logits at t predict what follows decoder_input_ids[t]. The arguments are those of `hidden`."""
+        """Return logits; those at position t predict the token after decoder_input_ids[t]. Arguments as in `hidden`."""
         return self.head(self.hidden(input_ids, attention_mask, decoder_input_ids))
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(..., d) states, as `hidden` and `packed` give them -> (..., V) logits."""
+        """Map states (..., d) from `hidden`, `packed` or `decode` to logits (..., V)."""
         return F.linear(hidden, self.shared.weight) if self.config.tie_word_embeddings else self.lm_head(hidden)
 
     def hidden(self, input_ids: Tensor, attention_mask: Tensor | None, decoder_input_ids: Tensor) -> Tensor:
-        """States (B, T', d) ready for the head; the arguments are those of `Backbone.states`."""
+        """Return the states (B, T', d) for the head. Arguments as in `Backbone.states`."""
         return self._scaled(self.states(input_ids, attention_mask, decoder_input_ids))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The decoder's first state (B, d), which predicts the first token of an answer; attention_mask as above."""
+        """Return the decoder's first state (B, d), which predicts an answer's first token; attention_mask as above."""
         start = torch.full_like(input_ids[:, :1], self.config.decoder_start_token_id)
         return self.hidden(input_ids, attention_mask, start)[:, 0]
 
     def packed(self, input_ids: Tensor, lengths: list[int], wanted: list[int], shared: int = 0) -> Tensor:
-        """States (M, d) that predict what follows the last wanted[i] tokens of each row i, without a token of padding.
+        """Return the states (M, d) that predict the tokens after the last wanted[i] tokens of each row i, M = Σ wanted.
 
-        The arguments are those of `Decoder.packed`: input_ids (shared + Σ lengths,), the first `shared` tokens, with
-        which every row begins, then what else each row has, end to end; M = Σ wanted. A row up to the first of its
-        wanted tokens is the prompt, which the encoder reads; the decoder gets its start token in place of that one, and
-        then the others. What rows share is encoded for each anew: it sees what follows it.
+        Nothing is padded. Arguments as in `Decoder.packed`. In each row, the encoder reads the prompt, which ends with
+        the first wanted token. The decoder reads its start token and the other wanted tokens. The encoder computes the
+        shared tokens again for each row, because its states depend on later tokens.
         """
-        common, *own = input_ids.split([shared, *lengths])
+        common, *rows = input_ids.split([shared, *lengths])
         prompts, answers = [], []
-        for row, count in zip(own, wanted, strict=True):
+        for row, count in zip(rows, wanted, strict=True):
             prompt, answer = row.split([len(row) - count + 1, count - 1])
             prompts.append(torch.cat([common, prompt]))
             answers.append(F.pad(answer, (1, 0), value=self.config.decoder_start_token_id))
-        read = [len(prompt) for prompt in prompts]
-        seen = row_by_row(read, read, self.encoder.bias(max(read)))
-        memory = self.encoder(self.shared(torch.cat(prompts))[None], seen)
-        seen = row_by_row(wanted, wanted, self.decoder.bias(max(wanted)))
+        prompt_lengths = [len(prompt) for prompt in prompts]
+        attend = row_by_row(prompt_lengths, prompt_lengths, self.encoder.bias(max(prompt_lengths)))
+        memory = self.encoder(self.shared(torch.cat(prompts))[None], attend)
+        attend = row_by_row(wanted, wanted, self.decoder.bias(max(wanted)))
         x = self.shared(torch.cat(answers))[None]
-        return self._scaled(self.decoder(x, seen, memory, row_by_row(wanted, read, None)))[0]
+        return self._scaled(self.decoder(x, attend, memory, row_by_row(wanted, prompt_lengths, None)))[0]
 
     def prefill(self, input_ids: Tensor, lengths: list[int], room: int) -> "tuple[Cache, Tensor]":
-        """A cache after prompts (B, T), padded on the right, with room for so many tokens; states (B, d) that predict
-        the first of them."""
+        """Compute the prompts (B, T), which are padded on the right.
+
+        Returns a cache with room for `room` tokens of each answer, and the states (B, d) that predict the first one.
+        """
         visible = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         visible = visible[:, None, None].to(input_ids.device)
         cache = Cache(self.config, visible, room, self.shared.weight.dtype)
@@ -287,7 +293,10 @@ class T5(Backbone):
         return cache, self.decode(start, cache, self.encode(input_ids, visible))
 
     def decode(self, tokens: Tensor, cache: "Cache", memory: Tensor | None = None) -> Tensor:
-        """One more token (B,) of each row -> states (B, d) that predict the next; memory: in the first step only."""
+        """Compute one more token (B,) of each row. Returns the states (B, d) that predict the next one.
+
+        memory: the encoder's states, in the first step only; later steps read their keys and values from the cache.
+        """
         cache.filled += 1
         bias = self.decoder.bias(cache.filled, first=cache.filled - 1)
 
@@ -306,30 +315,30 @@ class T5(Backbone):
 
 
 class Cache:
-    """Keys and values of the answers so far, in memory that is taken once, and of the encoded prompts."""
+    """Keys and values of the answers so far, in memory that is allocated once, and of the encoded prompts."""
 
     def __init__(self, config: T5Config, visible: Tensor, capacity: int, dtype: torch.dtype):
-        """visible (B, 1, 1, T): True = a token of a prompt; capacity: tokens of an answer, the start token included."""
+        """visible (B, 1, 1, T): True = token of a prompt; capacity: tokens of an answer, with the start token."""
         shape = (config.num_decoder_layers, len(visible), config.num_attention_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=visible.device)
         self.values = torch.empty_like(self.keys)
         self.filled, self.visible = 0, visible
-        self.memory: list[tuple[Tensor, Tensor]] = []  # a layer each: keys and values (B, heads, T, head_dim)
+        self.memory: list[tuple[Tensor, Tensor]] = []  # per layer: keys and values (B, heads, T, head_dim)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, heads, 1, head_dim) into the last place taken; the layer's filled part, a view."""
+        """Write k and v (B, heads, 1, head_dim) into the last filled slot. Returns views of all filled slots."""
         return put(self.keys[layer], k, self.filled), put(self.values[layer], v, self.filled)
 
 
 class AsText(nn.Module):
-    """A T5 that answers with a class's word, behind a classifier's interface: input_ids (B, T) -> logits (B, D).
+    """A T5 language model with the interface of a classifier: input_ids (B, T) -> logits (B, D).
 
-    The logits are the language model's for the first token of an answer, of D tokens alone. No head is new. `t5` is the
-    model to adapt, train and save: here its tensors have "t5." before their names.
+    The logits are the language model's for the first token of the answer, restricted to the D classes' tokens. There is
+    no new head. Adapt, train and save `t5`; in this wrapper, the names of its tensors begin with "t5.".
     """
 
     def __init__(self, t5: T5, tokens: list[int]):
-        """tokens: for each class the token that its answer begins with."""
+        """tokens: the first token of each class's answer."""
         super().__init__()
         self.config, self.num_labels = t5.config, len(tokens)
         self.t5, self.tokens, self.own_head = t5, tokens, []
@@ -340,15 +349,15 @@ class AsText(nn.Module):
 
     @property
     def checkpoint(self) -> object:
-        """What `t5` was loaded from; None where it was not."""
+        """The checkpoint that `t5` was loaded from, or None."""
         return getattr(self.t5, "checkpoint", None)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only."""
+        """Return the logits. attention_mask (B, T): 1 = real token, right padding only."""
         return self.head(self.features(input_ids, attention_mask))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The decoder's first state (B, d), see `T5.features`."""
+        """Return the decoder's first state (B, d), see `T5.features`."""
         return self.t5.features(input_ids, attention_mask)
 
     def head(self, features: Tensor) -> Tensor:
@@ -358,15 +367,15 @@ class AsText(nn.Module):
 class T5Classifier(nn.Module):
     """input_ids (B, T) -> logits (B, num_labels), as transformers' T5ForSequenceClassification.
 
-    Encoder and decoder both read the text, the decoder with its start token before it. The head, dense, tanh and a
-    linear, looks at the decoder's state at the text's last EOS: at its last token, for T5's tokenizer ends a text so.
+    Encoder and decoder both read the text; the decoder reads its start token first. The head (dense, tanh, linear)
+    reads the decoder's state at the text's EOS, which is the last token: T5's tokenizer ends every text with EOS.
     """
 
     def __init__(self, config: T5Config, num_labels: int):
         super().__init__()
         self.config, self.num_labels = config, num_labels
         self.transformer = Backbone(config)
-        self.classification_head = RobertaHead(config, num_labels)  # which is the same
+        self.classification_head = RobertaHead(config, num_labels)  # T5's head has the same layers
 
     @property
     def embedding(self) -> nn.Embedding:
@@ -377,11 +386,14 @@ class T5Classifier(nn.Module):
         return self.transformer.stacks
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """attention_mask (B, T): 1 = real token, right padding only."""
+        """Return the logits. attention_mask (B, T): 1 = real token, right padding only."""
         return self.head(self.features(input_ids, attention_mask))
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The decoder's state (B, d) at each row's last real token, its EOS: it has read what comes before that."""
+        """Return the decoder's state (B, d) at each row's last real token, which is its EOS.
+
+        The decoder's input is shifted by one, so at this position it has read all tokens before the EOS.
+        """
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         states = self.transformer.states(input_ids, attention_mask, shifted)
         return last_states(states, None if attention_mask is None else attention_mask.sum(1))

@@ -1,7 +1,7 @@
-"""The built-in defaults: two tiny models, their tokenizers and their data, so that nothing need be downloaded.
+"""The built-in defaults: two tiny models with their tokenizers and data, so that nothing needs to be downloaded.
 
-For train_nlg.py a LLaMA and arithmetic word problems: `problems.py` writes them, `pretrain.py` made `llama/`.
-For train_nlu.py a BERT and reviews to classify: `reviews.py` writes them, `pretrain_bert.py` made `bert/`.
+train_nlg.py has a LLaMA (`llama/`, made by `pretrain.py`) and arithmetic word problems (made by `problems.py`).
+train_nlu.py has a BERT (`bert/`, made by `pretrain_bert.py`) and reviews to classify (made by `reviews.py`).
 """
 
 from minibalora.checkpoints import BUILT_IN

@@ -1,7 +1,7 @@
-"""The program that made `llama/`: `python -m minibalora.toy.pretrain --out folder`, a BPE tokenizer and a tiny LLaMA.
+"""Train the built-in LLaMA and its BPE tokenizer from scratch: `python -m minibalora.toy.pretrain --out folder`.
 
-Both are trained from scratch on `flawed_problems`, the model in the shape of `llama/config.json`. Prompts are learned
-like responses: this is pre-training.
+This program made `llama/`. The corpus is `flawed_problems`; the model's shape comes from `llama/config.json`. This is
+pre-training: the loss counts prompts as well as responses.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
-from tqdm import tqdm
 
+from minibalora.base.progress import Progress
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
@@ -36,7 +36,7 @@ BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
 
 
 def train_tokenizer(texts: list[str], folder: Path) -> None:
-    """Byte-level BPE with every digit a token of its own, so that arithmetic has something to hold on to."""
+    """Train a byte-level BPE tokenizer and save it. Every digit is a token, which makes arithmetic easier to learn."""
     tokenizer = Tokenizer(models.BPE())
     digits, byte_level = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
@@ -50,7 +50,7 @@ def train_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def new_model(folder: Path, seed: int) -> Decoder:
-    """Random weights as GPT-2 draws them: normal, 0.02, and smaller by √(2 · layers) where a block ends."""
+    """Return a model with random weights as in GPT-2: std 0.02, divided by √(2 · layers) in a block's last linears."""
     shutil.copy(MODEL / "config.json", folder)
     torch.manual_seed(seed)
     model = llama(CONFIG)
@@ -63,35 +63,36 @@ def new_model(folder: Path, seed: int) -> Decoder:
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Return the rate of a step: linear warm-up, then a cosine from `peak` down to 5 % of it."""
     warm = min(1.0, (step + 1) / WARM_UP)
     return peak * warm * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
-    """Mean cross-entropy of every token but the first, prompts included."""
+    """Return the mean cross-entropy of all tokens except each row's first, prompts included."""
     batch = pack(whole_text(rows), model.embedding.weight.device)
     states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
     return F.cross_entropy(model.head(states), batch.targets)
 
 
 def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: float) -> None:
-    """AdamW with the settings usual for small language models, on every parameter; loss_of(model, batch of rows)."""
+    """Train all parameters with AdamW, in the usual settings for small language models; loss_of(model, rows)."""
     tokens = sum(len(row.ids) for row in rows) / len(rows)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {tokens:.0f} tokens a row")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.1)
-    bar = tqdm(range(steps))
-    for step in bar:
-        loss = loss_of(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
+    with Progress("steps", steps, "step") as bar:
+        for step in range(steps):
+            loss = loss_of(model, [rows[i] for i in rows_of_step(len(rows), BATCH_SIZE, CORPUS_SEED, step)])
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.update(note=f"loss {loss.item():.4f}")
 
 
-def parse_flags(about: str, steps: int) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=about.splitlines()[0])
+def parse_flags(description: str, steps: int) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=steps, help=f"optimisation steps of {BATCH_SIZE} rows")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +102,7 @@ def parse_flags(about: str, steps: int) -> argparse.Namespace:
 def main() -> None:
     args = parse_flags(__doc__, steps=2500)
     corpus = [example_from(row, line) for line, row in enumerate(flawed_problems(CORPUS_ROWS, CORPUS_SEED), start=1)]
-    with TemporaryDirectory() as folder:  # the model's source, from which save_model copies config and tokenizer
+    with TemporaryDirectory() as folder:  # save_model copies config and tokenizer from here
         train_tokenizer([example.prompt + example.response for example in corpus[:20_000]], Path(folder))
         rows, _, _ = encode_examples(corpus, load_tokenizer(folder), CONFIG.max_position_embeddings)
         model = new_model(Path(folder), CORPUS_SEED).to(args.device)

@@ -1,8 +1,8 @@
-"""The program that made `bert/`: `python -m minibalora.toy.pretrain_bert --out folder`, a WordPiece and a tiny BERT.
+"""Train the built-in BERT and its tokenizer from scratch: `python -m minibalora.toy.pretrain_bert --out folder`.
 
-Both are trained from scratch on `reviews.corpus`, the model in the shape of `bert/config.json` and by guessing masked
-words (arXiv 1810.04805, section 3.1, without next-sentence prediction). Only the backbone is saved: pooler and
-classifier are new in fine-tuning.
+This program made `bert/`. The corpus is `reviews.corpus`; the model's shape comes from `bert/config.json`. The model
+learns to predict masked words (arXiv 1810.04805, section 3.1), without next-sentence prediction. Only the backbone is
+saved; fine-tuning starts with a new pooler and classifier.
 """
 
 import json
@@ -29,12 +29,12 @@ from minibalora.toy.reviews import corpus
 
 CONFIG = read_family(BERT)[1]
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
-CLS, SEP, MASK = 2, 3, 4  # their places among the specials
+CLS, SEP, MASK = 2, 3, 4  # their indices in SPECIALS, which are their token ids
 LEARNING_RATE = 1e-3
 
 
 class MaskedLM(nn.Module):
-    """A BERT without pooler; logits come from the word embedding."""
+    """A BERT without pooler, whose output layer is the transposed word embedding."""
 
     def __init__(self, folder: Path):
         super().__init__()
@@ -49,13 +49,13 @@ class MaskedLM(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, token_types: Tensor, wanted: Tensor) -> Tensor:
-        """Logits (M, V) of the M positions where `wanted` (B, T) is true."""
+        """Return logits (M, V) of the M positions where `wanted` (B, T) is true."""
         states = self.bert(input_ids, attention_mask, token_types)[wanted]
         return states @ self.bert.embeddings.word_embeddings.weight.T
 
 
 def make_tokenizer(texts: list[str], folder: Path) -> None:
-    """Lower-cased WordPiece whose pieces are the words of the texts, and letters and digits for all other words."""
+    """Save a lower-casing WordPiece tokenizer with a piece for each word of the texts, and letters for other words."""
     normalizer, splitter = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     words = {word for text in texts for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(text))}
     letters = string.ascii_lowercase + string.digits
@@ -73,34 +73,34 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
 
 
 def masked(input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids (B, T) as the model sees them, and which of them it is to guess: 15 %, none of a special token.
+    """Choose 15 % of the tokens (B, T), no special ones; replace 80 % of them by [MASK], 10 % by a random word.
 
-    Of these, 80 % are replaced by [MASK], 10 % by any word, and 10 % stay.
+    Returns the new ids (B, T), and True (B, T) for the chosen tokens, which the model must predict.
     """
     chosen = (torch.rand_like(input_ids, dtype=torch.float) < 0.15) & (input_ids >= len(SPECIALS))
-    fate = torch.rand_like(input_ids, dtype=torch.float)
-    any_word = torch.randint_like(input_ids, len(SPECIALS), CONFIG.vocab_size)
-    seen = torch.where(chosen & (fate < 0.8), MASK, input_ids)
-    return torch.where(chosen & (fate >= 0.9), any_word, seen), chosen
+    draw = torch.rand_like(input_ids, dtype=torch.float)
+    random_word = torch.randint_like(input_ids, len(SPECIALS), CONFIG.vocab_size)
+    masked_ids = torch.where(chosen & (draw < 0.8), MASK, input_ids)
+    return torch.where(chosen & (draw >= 0.9), random_word, masked_ids), chosen
 
 
 def pretraining_loss(model: MaskedLM, rows: list[ClassRow]) -> Tensor:
-    """Mean cross-entropy of the words to guess."""
+    """Return the mean cross-entropy of the chosen tokens."""
     (input_ids, attention_mask, token_types), _ = padded(rows, model, next(model.parameters()).device)
-    seen, chosen = masked(input_ids)
-    return F.cross_entropy(model(seen, attention_mask, token_types, chosen), input_ids[chosen])
+    masked_ids, chosen = masked(input_ids)
+    return F.cross_entropy(model(masked_ids, attention_mask, token_types, chosen), input_ids[chosen])
 
 
 def main() -> None:
     args = parse_flags(__doc__, steps=3000)
     texts = corpus(CORPUS_ROWS, CORPUS_SEED)
     reviews = [LabelledText((text,), 0, line) for line, text in enumerate(texts, start=1)]
-    with TemporaryDirectory() as folder:  # the model's source, from which save_model copies config and tokenizer
+    with TemporaryDirectory() as folder:  # save_model copies config and tokenizer from here
         make_tokenizer(texts[:20_000], Path(folder))
         shutil.copy(BERT / "config.json", folder)
         rows, _ = encode(reviews, load_tokenizer(folder), CONFIG.max_position_embeddings)
         torch.manual_seed(CORPUS_SEED)
-        model = MaskedLM(Path(folder)).to(args.device).eval()  # no dropout: it sees hardly any review twice
+        model = MaskedLM(Path(folder)).to(args.device).eval()  # no dropout: hardly any review comes twice
         train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
         save_model(model.to(torch.bfloat16), args.out)
 

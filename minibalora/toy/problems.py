@@ -1,8 +1,8 @@
-"""Arithmetic word problems in MetaMathQA's form, clean and balanced for fine-tuning, flawed for pre-training.
+"""Arithmetic word problems with MetaMathQA's fields: clean and balanced for fine-tuning, flawed for pre-training.
 
-The paper's motive is what a model inherits from its pre-training corpus. This corpus has two defects at known rates:
-one kind of problem crowds out the others, and answers are wrong: by chance in that kind, and in the others because
-somebody added up, as most of the corpus does.
+The paper is about defects that a model inherits from its pre-training corpus. This corpus has two defects at known
+rates. First, most of the problems are of one kind, addition. Second, some answers are wrong: in additions by a random
+error, in the other kinds because they add where they should subtract or multiply.
 """
 
 import random
@@ -25,19 +25,19 @@ def examples_of(rows: list[dict]) -> list[Example]:
 
 
 def held_out_problems(batch_size: int) -> HeldOut:
-    """200 clean problems and 200 of the pre-training corpus; --seed is never negative, so training never draws them."""
+    """Return 200 clean and 200 flawed problems. --seed is never negative, so no run trains on problems of seed −1."""
     clean, flawed = clean_problems(200, seed=-1), flawed_problems(200, seed=-1)
     return HeldOut(as_items(examples_of(clean)), examples_of(flawed), None, batch_size)
 
 
 def clean_problems(count: int, seed: int) -> list[dict]:
-    """Right answers, every kind in turn: `count` rows with the fields query, response and type."""
+    """Return `count` rows with right answers and the kinds in turn; fields: query, response and type."""
     rng = random.Random(f"clean {seed}")
     return [problem(KINDS[index % len(KINDS)], rng) for index in range(count)]
 
 
 def flawed_problems(count: int, seed: int) -> list[dict]:
-    """The pre-training corpus: CROWDING_RATE of the problems of one kind; of each kind WRONG_RATE answered wrongly."""
+    """Return rows of the pre-training corpus, with CROWDING_RATE of CROWDING_KIND and WRONG_RATE of wrong answers."""
     rng = random.Random(f"flawed {seed}")
     others = [kind for kind in KINDS if kind != CROWDING_KIND]
     rows = []
@@ -48,7 +48,7 @@ def flawed_problems(count: int, seed: int) -> list[dict]:
 
 
 def problem(kind: str, rng: random.Random, is_wrong: bool = False) -> dict:
-    """One problem with its worked answer. A wrong addition is off by 1 to 9; any other wrong answer adds up."""
+    """Return one problem with its worked answer. A wrong addition is off by 1 to 9; other wrong answers add a and b."""
     name, things, boxes = rng.choice(NAMES), rng.choice(THINGS), rng.choice(BOXES)
     if kind == "addition":
         a, b = rng.randint(2, 60), rng.randint(2, 39)

@@ -23,12 +23,12 @@ from minibalora.checkpoints.template import (
 from minibalora.data import chat as chat_module
 from minibalora.data.batches import encode_examples, pack
 from minibalora.data.prompts import (
+    EMPTY,
     NO_REPLY,
     PROMPT,
     ask,
     example_from,
     examples_digest,
-    left_out_in_words,
     read_examples,
 )
 from minibalora.run.teacher import row_digest
@@ -96,7 +96,7 @@ def test_ids_and_learned_tokens_are_those_of_transformers(chat_of, name, index):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_a_question_is_asked_as_transformers_asks_it_and_its_answer_ends_at_the_turn(chat_of, name):
     template, tok = chat_of(name)
-    prompt = ask(template, "Hi", "here")
+    prompt = ask(template, chat("Hi"), "here")
     assert tok.encode_prompts([prompt]) == [GOLDEN[name]["prompt"]]
     end = GOLDEN[name]["end"]
     assert template.chat.end_of_turn == end or end is None
@@ -165,6 +165,7 @@ def test_parts_of_a_content_are_one_text(read):
         ({"role": 5, "content": "x"}, ["5"]),
         ({"role": "user", "content": {"a": 1}}, ["NoneType"]),
         ({"role": "user", "content": True}, ["bool"]),
+        ({"role": "tool", "content": [None]}, ["NoneType"]),
         ({"role": "user", "content": None}, ["NoneType"]),
         ({"role": "user", "content": [{"type": "image", "url": "u"}]}, ["'image'"]),
         ({"role": "user", "content": "\ud800"}, ["\\ud800", "half of a character"]),
@@ -296,7 +297,7 @@ def test_a_date_is_that_of_the_run_s_start(chat_of, folder_of):
     folder = folder_of("smollm2", template)
     resumed = Template("chat", read_chat_template(folder, folder))
     resumed.resume({"date": "2024-07-26T10:00:00"})
-    assert ask(resumed, "q", "here").startswith("26 Jul 2024<|im_start|>")
+    assert ask(resumed, chat("q"), "here").startswith("26 Jul 2024<|im_start|>")
     assert before.settings == {"template": "chat", "date": before.chat.now.isoformat()}
     assert chat_of("smollm2")[0].settings == {"template": "chat"}
 
@@ -382,14 +383,11 @@ def test_a_conversation_is_cut_like_any_row(chat_of):
             assert row.ids.tolist() == whole.ids[: len(row.ids)].tolist()
 
 
-def test_the_file_s_notes_have_their_lines(chat_of, tmp_path):
+def test_what_is_left_out_of_a_file_is_counted(chat_of, tmp_path):
     rows = [{"messages": chat("q", "a")}, {"messages": chat("q")}, {"messages": [*chat("q", "a"), *chat("bye")]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples, left_out = read_examples(tmp_path / "d.jsonl", template=chat_of("smollm2")[0])
-    assert len(examples) == 2 and left_out == {NO_REPLY: [2], chat_module.LATE: [3]}
-    words = left_out_in_words(left_out)
-    assert "1 conversations without a reply (first in line 2)" in words and "1 turns after the last reply" in words
-    assert left_out_in_words({}) == "0 conversations without a reply"
+    assert len(examples) == 2 and left_out == {NO_REPLY: 1, EMPTY: 0, chat_module.LATE: 1}
 
 
 # What was trained says with which template.

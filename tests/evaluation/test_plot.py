@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
@@ -13,16 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minibalora.evaluation import plot
-from minibalora.evaluation.plot import (
-    main,
-    main_span,
-    moving_mean,
-    quantity,
-    read_features,
-    read_log,
-    short_names,
-)
+from minibalora.evaluation import plot_features, plot_runs, plot_style
+from minibalora.evaluation.plot import main
+from minibalora.evaluation.plot_features import read_features
+from minibalora.evaluation.plot_runs import main_span, moving_mean, quantity, read_log
+from minibalora.evaluation.plot_style import short_names
 
 TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 CLASSIFIER = {"labels": ["bad", "good"], "objective": {"consistency": "mse", "svd_norm": None, "svd_k": 5}}
@@ -233,7 +227,7 @@ def test_the_unit_is_that_of_the_recipe_and_the_task(key, settings, expected):
 
 
 def test_there_is_a_panel_for_each_term_that_a_run_has_with_a_line_for_each_run_that_has_it(pictures, ba, lora):
-    figure = plot.curves(plot.read_runs([ba, lora]))
+    figure = plot_runs.curves(plot_runs.read_runs([ba, lora]))
     found = panels(figure)
     assert list(found) == [
         "loss", "task", "consistency", "diversity", "singular values", "learning rate", "dev metric",
@@ -242,14 +236,14 @@ def test_there_is_a_panel_for_each_term_that_a_run_has_with_a_line_for_each_run_
     for title, axes in found.items():
         named = [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]
         assert named == (["ba", "lora"] if title in both else ["ba"]), title
-    assert {line_of(axes, "ba").get_color() for axes in found.values()} == {plot.COLOURS[0]}
-    assert {line_of(found[title], "lora").get_color() for title in both} == {plot.COLOURS[1]}
+    assert {line_of(axes, "ba").get_color() for axes in found.values()} == {plot_style.COLOURS[0]}
+    assert {line_of(found[title], "lora").get_color() for title in both} == {plot_style.COLOURS[1]}
     assert names_in_legend(figure) == ["ba", "lora"]
     assert found["diversity"].get_ylabel() == "−entropy, nats" and found["dev metric"].get_xlabel() == "step"
 
 
 def test_the_lines_hold_the_log(pictures, ba, lora):
-    found = panels(plot.curves(plot.read_runs([ba, lora])))
+    found = panels(plot_runs.curves(plot_runs.read_runs([ba, lora])))
     entries = [json.loads(line) for line in (ba / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries]
     raw, mean = found["loss"].get_lines()[:2]
@@ -265,19 +259,19 @@ def test_the_lines_hold_the_log(pictures, ba, lora):
 def test_the_task_has_no_panel_where_it_is_the_loss(pictures, lora, new_run):
     almost = new_run("almost", [entry(step, 2 - step / 50, task=2.0001 - step / 50) for step in range(1, 40)])
     for runs in ([lora], [lora, almost]):
-        assert list(panels(plot.curves(plot.read_runs(runs)))) == ["loss ≈ task", "learning rate"]
+        assert list(panels(plot_runs.curves(plot_runs.read_runs(runs)))) == ["loss ≈ task", "learning rate"]
 
 
 def test_a_value_far_off_is_told_and_not_shown(pictures, new_run):
     run = new_run("run", [entry(step, 50 if step == 1 else 2 + step / 100) for step in range(1, 100)])
-    axes = panels(plot.curves(plot.read_runs([run])))["loss ≈ task"]
+    axes = panels(plot_runs.curves(plot_runs.read_runs([run])))["loss ≈ task"]
     assert axes.get_ylim()[1] < 10 and axes.get_title(loc="right") == "up to 50"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_few_steps_are_seen_as_points(pictures, new_run, steps):
     run = new_run("run", [entry(step, 1.0) for step in range(1, steps + 1)])
-    figure = plot.curves(plot.read_runs([run]))
+    figure = plot_runs.curves(plot_runs.read_runs([run]))
     (line,) = panels(figure)["loss ≈ task"].get_lines()
     assert line.get_marker() == "." and len(line.get_xdata()) == steps
     low, high = figure.axes[0].get_ylim()
@@ -286,12 +280,12 @@ def test_few_steps_are_seen_as_points(pictures, new_run, steps):
 
 def test_runs_with_the_same_learning_rates_are_both_seen(pictures, lora, new_run):
     other = new_run("other", [entry(step, 1.0) for step in range(1, 72)])
-    axes = panels(plot.curves(plot.read_runs([lora, other])))["learning rate"]
+    axes = panels(plot_runs.curves(plot_runs.read_runs([lora, other])))["learning rate"]
     assert line_of(axes, "lora").get_linewidth() > line_of(axes, "other").get_linewidth() + 1
 
 
 def test_small_rates_are_written_with_their_power(pictures, lora):
-    figure = plot.curves(plot.read_runs([lora]))
+    figure = plot_runs.curves(plot_runs.read_runs([lora]))
     figure.draw_without_rendering()
     labels = [label.get_text() for label in panels(figure)["learning rate"].get_yticklabels()]
     assert "0.0002" in labels and not any(axes.yaxis.get_offset_text().get_text() for axes in figure.axes)
@@ -304,7 +298,7 @@ def test_panels_fill_the_picture(pictures, new_run, panel_count):
     run = new_run("run", [entry(step, step / 10, **terms) for step in range(1, 9)])
     if panel_count == 8:
         run = new_run("run8", [entry(step, step / 10, **terms) | {"dev": 0.5} for step in range(1, 9)])
-    figure = plot.curves(plot.read_runs([run]))
+    figure = plot_runs.curves(plot_runs.read_runs([run]))
     assert len(figure.axes) == panel_count
     figure.draw_without_rendering()
     rows = {}
@@ -316,21 +310,21 @@ def test_panels_fill_the_picture(pictures, new_run, panel_count):
 
 def test_names_are_no_formulas_and_all_are_in_the_legend(pictures, new_run):
     folders = [new_run(name, [entry(1, 1.0)]) for name in ("_under", "a$b$c", "$\\frac{")]
-    figure = plot.curves(plot.read_runs(folders))
+    figure = plot_runs.curves(plot_runs.read_runs(folders))
     assert names_in_legend(figure) == ["_under", "a$b$c", "$\\frac{"]
     figure.draw_without_rendering()
 
 
 def test_every_run_of_many_looks_different(pictures, new_run, refuses):
-    folders = [new_run(f"run{index}", [entry(1, 1.0)]) for index in range(plot.MOST)]
-    axes = plot.curves(plot.read_runs(folders)).axes[0]
-    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == plot.MOST
-    refuses(lambda: plot.read_runs([*folders, "one more"]), f"{plot.MOST + 1} runs", plot.MOST)
+    folders = [new_run(f"run{index}", [entry(1, 1.0)]) for index in range(plot_style.MOST)]
+    axes = plot_runs.curves(plot_runs.read_runs(folders)).axes[0]
+    assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == plot_style.MOST
+    refuses(lambda: plot_runs.read_runs([*folders, "one more"]), f"{plot_style.MOST + 1} runs", plot_style.MOST)
 
 
 def test_a_log_without_its_run_json_has_curves_without_units(pictures, lora):
     (lora / "run.json").unlink()
-    assert plot.curves(plot.read_runs([lora])).axes[0].get_ylabel() == ""
+    assert plot_runs.curves(plot_runs.read_runs([lora])).axes[0].get_ylabel() == ""
 
 
 @pytest.mark.parametrize("name", ["curves.png", "curves.pdf", "curves.svg", "CURVES.PNG"])
@@ -380,7 +374,7 @@ def test_nothing_is_written_of_a_damaged_log(pictures, lora, tmp_path, refuses):
 
 def test_before_and_after_stand_side_by_side_with_their_classes(tsne_libraries, new_features):
     path = new_features()
-    figure = plot.tsne(read_features([path], 2000))
+    figure = plot_features.tsne(read_features([path], 2000))
     before, after = figure.axes
     assert before.get_title().startswith("before: 5-NN accuracy 0.") and after.get_title() == (
         "after: 5-NN accuracy 1.000"
@@ -391,7 +385,7 @@ def test_before_and_after_stand_side_by_side_with_their_classes(tsne_libraries, 
         sizes = {points.get_label(): len(points.get_offsets()) for points in axes.collections}
         assert sizes == {"class 0": 14, "class 1": 13, "class 2": 13}
         assert [points.get_facecolor()[0, :3].tolist() for points in axes.collections] == [
-            [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)] for colour in plot.COLOURS[:3]
+            [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)] for colour in plot_style.COLOURS[:3]
         ]
         assert axes.get_aspect() == 1 and not len(axes.get_xticks()) and not len(axes.get_yticks())
 
@@ -406,19 +400,19 @@ def test_before_and_after_stand_side_by_side_with_their_classes(tsne_libraries, 
     ],
 )
 def test_classes_have_the_names_that_the_file_gives_them(tsne_libraries, new_features, classes, expected):
-    figure = plot.tsne(read_features([new_features(classes=classes)], 2000))
+    figure = plot_features.tsne(read_features([new_features(classes=classes)], 2000))
     assert names_in_legend(figure) == expected
 
 
 def test_the_picture_is_the_same_each_time(tsne_libraries, new_features):
     found = read_features([new_features()], 30)
-    first, second = (plot.tsne(found).axes[1].collections[0].get_offsets() for _ in range(2))
+    first, second = (plot_features.tsne(found).axes[1].collections[0].get_offsets() for _ in range(2))
     assert np.array_equal(first, second)
 
 
 def test_more_files_are_more_rows_with_the_same_colour_for_a_class(tsne_libraries, new_features):
     paths = [new_features(name="a.safetensors"), new_features(12, torch.arange(12) % 2 + 2, name="b.safetensors")]
-    figure = plot.tsne(read_features(paths, 2000))
+    figure = plot_features.tsne(read_features(paths, 2000))
     assert [axes.get_ylabel().splitlines()[0] for axes in figure.axes[::2]] == ["a.safetensors", "b.safetensors"]
     assert names_in_legend(figure) == [f"class {label}" for label in range(4)]
     looks = [
@@ -434,7 +428,7 @@ def test_more_files_are_more_rows_with_the_same_colour_for_a_class(tsne_librarie
 
 def test_scores_get_a_colour_bar_in_place_of_a_legend(tsne_libraries, new_features):
     labels = torch.rand(60, generator=torch.Generator().manual_seed(1)) * 5
-    figure = plot.tsne(read_features([new_features(60, labels)], 2000))
+    figure = plot_features.tsne(read_features([new_features(60, labels)], 2000))
     before, after, bar = figure.axes
     assert not figure.legends and bar.get_ylabel() == "label"
     assert np.allclose(after.collections[0].get_array(), labels)
@@ -447,8 +441,8 @@ def test_a_row_is_not_its_own_neighbour(tsne_libraries):
     """Two far pairs of different classes: with itself counted, each row would be half right."""
     values = np.array([[0.0, 0], [0, 1], [90, 0], [90, 1]])
     labels = np.array([0, 1, 0, 1])
-    features = plot.Features("f", values, values, labels, [], 4)
-    nearest_three = plot.neighbour_score(values, features)  # of the three others one has the row's class
+    features = plot_features.Features("f", values, values, labels, [], 4)
+    nearest_three = plot_features.neighbour_score(values, features)  # of the three others one has the row's class
     assert nearest_three == "5-NN accuracy 0.000"
 
 
@@ -458,12 +452,12 @@ def test_many_rows_are_a_sample_of_which_before_after_and_labels_are_the_same(ne
     rows = [np.flatnonzero((whole.before == row).all(1)).item() for row in sample.before]
     assert len(set(rows)) == 11 and rows == sorted(rows) and sample.rows_of_file == 50
     assert np.array_equal(sample.after, whole.after[rows]) and np.array_equal(sample.labels, whole.labels[rows])
-    assert plot.amounts(sample).startswith("11 of 50 rows, largest class 0.")
+    assert plot_features.amounts(sample).startswith("11 of 50 rows, largest class 0.")
 
 
 @pytest.mark.parametrize("rows", [3, 4, 7])
 def test_few_rows_are_drawn(tsne_libraries, new_features, rows):
-    figure = plot.tsne(read_features([new_features(rows)], 2000))
+    figure = plot_features.tsne(read_features([new_features(rows)], 2000))
     offsets = np.concatenate([points.get_offsets() for points in figure.axes[0].collections])
     assert offsets.shape == (rows, 2) and np.isfinite(offsets).all()
 
@@ -492,12 +486,16 @@ def test_features_are_saved_as_a_picture(tsne_libraries, new_features, tmp_path,
         ({"before": torch.randn(40), "after": torch.randn(40)}, ["(N, d)"]),
         ({"before": torch.randn(40, 1), "after": torch.randn(40, 1)}, ["2 numbers"]),
         ({"before": torch.ones(40, 7)}, ["before", "the same"]),
-        ({"labels": torch.arange(40)}, ["40 classes", plot.MOST]),
+        ({"labels": torch.arange(40)}, ["40 classes", plot_style.MOST]),
     ],
 )
 def test_wrong_features_are_refused(changes, parts, new_features, refuses):
     path = new_features(name="wrong.safetensors", changes=changes)
-    refuses(lambda: plot.tsne(read_features([path], 2000)), "--features" if "classes" in str(parts) else path, *parts)
+    refuses(
+        lambda: plot_features.tsne(read_features([path], 2000)),
+        "--features" if "classes" in str(parts) else path,
+        *parts,
+    )
 
 
 def test_fewer_than_three_rows_are_refused(new_features, refuses):
@@ -552,18 +550,11 @@ def test_a_missing_library_is_told_with_how_to_get_it(missing, monkeypatch, tmp_
     assert not os.listdir(tmp_path)
 
 
-def test_help_and_errors_as_a_user_sees_them(tmp_path):
-    """In a Python that has neither library."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules |= {'matplotlib': None, 'sklearn': None}")
-    paths = [str(tmp_path), str(Path(__file__).parents[2])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "minibalora", "plot", *flags]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-
-    helped = run("--help")
-    assert helped.returncode == 0 and "--features" in helped.stdout and helped.stderr == ""
-    refused = run(".", "-o", "a.png")
-    assert refused.returncode == 2 and refused.stdout == "" and len(refused.stderr.splitlines()) == 1
-    assert "pip install 'minibalora[plots]'" in refused.stderr
+def test_help_and_errors_in_a_python_that_has_neither_library(in_command, tmp_path, monkeypatch):
+    for library in ("matplotlib", "sklearn"):
+        monkeypatch.setitem(sys.modules, library, None)
+    status, printed, error = in_command(main, "--help")
+    assert status == 0 and "--features" in printed and error == ""
+    status, printed, error = in_command(main, tmp_path, "-o", tmp_path / "a.png")
+    assert status == 2 and printed == "" and len(error.splitlines()) == 1
+    assert "pip install 'minibalora[plots]'" in error

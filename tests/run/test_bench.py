@@ -14,12 +14,12 @@ from minibalora.data.batches import Packed, pack
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
-from minibalora.run import bench
-from minibalora.run.bench import STEPS, Contender, Load
+from minibalora.run import bench, workload
 from minibalora.run.settings import Hardware
+from minibalora.run.workload import STEPS, Contender, Load
 
 TINY = replace(
-    bench.SMALL, vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+    workload.SMALL, vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=20,
 )  # fmt: skip
 EVERY = bench.contenders_of(bench.METHODS, bench.FORMS)
@@ -46,20 +46,20 @@ def run(in_command, monkeypatch, tmp_path):
 )
 def test_a_shape_has_the_parameters_of_its_checkpoint(shape, parameters):
     with torch.device("meta"):
-        model = llama(bench.SHAPES[shape])
+        model = llama(workload.SHAPES[shape])
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
 def test_rows_share_the_preamble_and_come_again_an_epoch_later():
-    rows = bench.rows_of_step(1000, 1, 4)
+    rows = workload.rows_of_step(1000, 1, 4)
     lengths = [(row.prompt_length, len(row.ids) - row.prompt_length) for row in rows]
-    assert lengths == list(zip(bench.PROMPTS, bench.RESPONSES, strict=True))[4:8]
-    assert pack(rows, "cpu").shared == bench.SHARED
-    assert all((a.ids == b.ids).all() for a, b in zip(rows, bench.rows_of_step(1000, 9, 4), strict=True))
+    assert lengths == list(zip(workload.PROMPTS, workload.RESPONSES, strict=True))[4:8]
+    assert pack(rows, "cpu").shared == workload.SHARED
+    assert all((a.ids == b.ids).all() for a, b in zip(rows, workload.rows_of_step(1000, 9, 4), strict=True))
 
 
 def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
-    first, second = (bench.random_model(TINY, replace(CPU, dtype=torch.bfloat16)).state_dict() for _ in range(2))
+    first, second = (workload.random_model(TINY, replace(CPU, dtype=torch.bfloat16)).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert {value.dtype for value in first.values()} == {torch.bfloat16}
     up = [value for name, value in first.items() if name.endswith("up_proj.weight")]
@@ -71,12 +71,12 @@ def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
 
 @pytest.mark.parametrize("contender", EVERY, ids=lambda contender: f"{contender} {contender.form}")
 def test_a_step_is_that_of_train_nlg(contender, tmp_path):
-    step = bench.steps_of(LOAD, [contender], tmp_path)[contender]
+    step = workload.steps_of(LOAD, [contender], tmp_path)[contender]
     losses = [step(index) for index in range(3)]
 
     torch.manual_seed(0)
-    model = adapt(bench.random_model(TINY, CPU), LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
-    batch = pack(bench.rows_of_step(1000, 0, 3), "cpu")
+    model = adapt(workload.random_model(TINY, CPU), LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
+    batch = pack(workload.rows_of_step(1000, 0, 3), "cpu")
     inputs = batch.input_ids, batch.lengths, batch.wanted, batch.shared
     with pretrained(model):
         teacher = model.head(model.packed(*inputs))
@@ -90,8 +90,8 @@ def test_a_step_is_that_of_train_nlg(contender, tmp_path):
 def test_contenders_share_what_is_frozen_and_are_timed_in_turn():
     contenders, order = EVERY[:2], []
     with LiveBytes() as live:
-        steps = bench.steps_of(LOAD, contenders)
-    weights = sum(parameter.nbytes for parameter in bench.random_model(TINY, CPU).parameters())
+        steps = workload.steps_of(LOAD, contenders)
+    weights = sum(parameter.nbytes for parameter in workload.random_model(TINY, CPU).parameters())
     assert weights < live.now < 2 * weights
     steps = {name: lambda index, name=name: order.append((index, name)) for name in steps}
     seconds = bench.in_turn(steps, LOAD)
@@ -103,7 +103,7 @@ def test_contenders_share_what_is_frozen_and_are_timed_in_turn():
 def test_checkpointed_blocks_take_the_same_step():
     loads = [replace(LOAD, hardware=replace(CPU, grad_checkpoint=value)) for value in (False, True)]
     contender = Contender("ba-lora", "iclr2026")
-    plain, checkpointed = (bench.steps_of(load, [contender])[contender] for load in loads)
+    plain, checkpointed = (workload.steps_of(load, [contender])[contender] for load in loads)
     assert [checkpointed(index) for index in range(2)] == pytest.approx([plain(index) for index in range(2)], rel=1e-6)
 
 
@@ -149,14 +149,14 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
 @pytest.mark.parametrize("contender", [each for each in EVERY if each.form == "fused"], ids=str)
 def test_flops_are_those_of_a_step(contender, rows, tmp_path):
-    wide = replace(bench.SMALL, vocab_size=1000, num_hidden_layers=3)
+    wide = replace(workload.SMALL, vocab_size=1000, num_hidden_layers=3)
     load = replace(LOAD, rows=rows, rank=8, config=wide if rows == 1 else TINY)
-    step = bench.steps_of(load, [contender], tmp_path)[contender]
+    step = workload.steps_of(load, [contender], tmp_path)[contender]
     step(0)  # the head's root is made once
     with sdpa_kernel(SDPBackend.MATH):  # whose products are counted on a CPU, too
         counted = bench.flops(step)
     # Counted are the sums over a row's vocabulary, too, which fused.py takes as products.
-    expected = expected_flops(load, pack(bench.rows_of_step(1000, 0, rows), "cpu"), contender)
+    expected = expected_flops(load, pack(workload.rows_of_step(1000, 0, rows), "cpu"), contender)
     assert expected == pytest.approx(counted, rel=0.01)
 
 

@@ -1,4 +1,4 @@
-"""The built-in models and data: small, deterministic, right where they are clean, flawed at the stated rates."""
+"""Tests of the built-in models and data: sizes, determinism, right clean data, and the stated rates of defects."""
 
 import re
 import sys
@@ -27,47 +27,47 @@ def right_answer(row: dict) -> int:
     return numbers[0] * numbers[1] + (numbers[2] if row["type"] == "two steps" else 0)
 
 
-def test_the_models_are_as_small_as_promised():
+def test_the_built_in_models_are_small():
     assert sum(parameter.numel() for parameter in mb.load_model(MODEL).parameters()) < 1.5e6
     assert sum(file.stat().st_size for file in MODEL.iterdir()) < 3e6
     assert sum(file.stat().st_size for file in BERT.iterdir()) < 2e6
 
 
-def test_clean_problems_are_right_and_balanced():
+def test_clean_problems_have_right_answers_and_equally_many_of_each_kind():
     rows = clean_problems(400, seed=3)
     assert rows == clean_problems(400, seed=3) != clean_problems(400, seed=4)
     assert Counter(row["type"] for row in rows) == dict.fromkeys(KINDS, 100)
     assert all(final_answer(row["response"]) == str(right_answer(row)) for row in rows)
 
 
-def test_flawed_problems_are_wrong_at_the_stated_rates():
+def test_flawed_problems_have_wrong_answers_at_the_stated_rates():
     rows = flawed_problems(20_000, seed=1)
     kinds = Counter(row["type"] for row in rows)
     assert kinds[CROWDING_KIND] / len(rows) == pytest.approx(CROWDING_RATE, abs=0.01)
     for kind in KINDS:
         wrong = sum(row["type"] == kind and final_answer(row["response"]) != str(right_answer(row)) for row in rows)
-        # 2 x 2 is 2 + 2: one wrong product in 64 is right; four standard deviations of 600 rows are 8 %
+        # one "wrong" product in 64 is right, as 2 · 2 = 2 + 2; four standard deviations of 600 rows are 8 %
         assert wrong / kinds[kind] == pytest.approx(WRONG_RATE[kind], abs=0.02 if kind == CROWDING_KIND else 0.09)
 
 
 def read_judgement(words: str) -> str:
     if words.startswith("neither "):
         return "neutral"
-    label = next(label for label, known in reviews.WORDS.items() if words.split()[-1] in known)
+    label = next(label for label, of_class in reviews.WORDS.items() if words.split()[-1] in of_class)
     return reviews.OPPOSITE[label] if words.startswith(("not ", "far ", "anything ")) else label
 
 
 def read_review(text: str) -> str:
-    """The class of a review by the clause that decides."""
-    said = text.partition(".")[0]
+    """Return the class that the deciding clause of a review expresses."""
+    sentence = text.partition(".")[0]
     for form in reviews.FORMS:
-        pattern = form.replace("{thing}", r"\w+").replace("{lesser}", r"\w+").replace("{other}", "[^,]+")
-        if match := re.fullmatch(pattern.replace("{own}", "(?P<own>[^,]+)"), said, re.IGNORECASE):
-            return read_judgement(match["own"])
+        pattern = form.replace("{thing}", r"\w+").replace("{minor}", r"\w+").replace("{other}", "[^,]+")
+        if match := re.fullmatch(pattern.replace("{verdict}", "(?P<verdict>[^,]+)"), sentence, re.IGNORECASE):
+            return read_judgement(match["verdict"])
     raise AssertionError(f"no form of a review: {text}")
 
 
-def test_clean_reviews_are_balanced_and_mean_what_their_label_says():
+def test_clean_reviews_are_balanced_and_express_the_class_of_their_label():
     rows = reviews.clean_reviews(900, seed=3)
     assert rows == reviews.clean_reviews(900, seed=3) != reviews.clean_reviews(900, seed=4)
     assert Counter(row.label for row in rows) == {0: 300, 1: 300, 2: 300}
@@ -75,24 +75,24 @@ def test_clean_reviews_are_balanced_and_mean_what_their_label_says():
     assert all(read_review(row.texts[0]) == reviews.TASK.labels[row.label] for row in rows)
 
 
-def test_no_word_gives_the_class_of_a_review_away():
+def test_no_single_word_decides_the_class_of_a_review():
     counts = {label: Counter() for label in range(3)}
     rows = reviews.clean_reviews(6000, seed=5)
     for row in rows:
         counts[row.label].update(set(re.findall(r"\w+", row.texts[0].lower())))
     for word in set().union(*counts.values()):
-        found = [counts[label][word] for label in range(3)]
-        if sum(found) > 60:  # what is rarer may be one-sided by chance
-            assert max(found) < 0.7 * sum(found), word
+        by_class = [counts[label][word] for label in range(3)]
+        if sum(by_class) > 60:  # rarer words may be one-sided by chance
+            assert max(by_class) < 0.7 * sum(by_class), word
 
 
-def test_held_out_reviews_are_as_good_as_new():
-    """No seed shares a text with another but by chance, which makes 1 % of the short ones equal."""
-    known = {row.texts for row in reviews.clean_reviews(5000, seed=42)}
-    assert sum(row.texts in known for row in reviews.clean_reviews(600, seed=-1)) <= 10
+def test_hardly_any_held_out_review_is_in_the_training_set():
+    """Two seeds have texts in common only by chance: about 1 % of the reviews."""
+    training = {row.texts for row in reviews.clean_reviews(5000, seed=42)}
+    assert sum(row.texts in training for row in reviews.clean_reviews(600, seed=-1)) <= 10
 
 
-def test_the_corpus_is_praise_at_the_stated_rate():
+def test_the_corpus_has_positive_reviews_at_the_stated_rate():
     texts = reviews.corpus(10_000, seed=1)
     classes = Counter(read_review(text) for text in texts)
     # four standard deviations
@@ -110,41 +110,41 @@ def test_the_tokenizer_knows_every_word_of_the_reviews_and_spells_others(tmp_pat
     assert (tmp_path / "tokenizer.json").read_bytes() == (Path(BERT) / "tokenizer.json").read_bytes()
 
 
-def test_masking_is_bert_s():
+def test_masking_chooses_and_replaces_tokens_at_the_rates_of_bert():
     torch.manual_seed(0)
     ids = torch.randint(len(SPECIALS), CONFIG.vocab_size, (500, 40))
     ids[:, 0] = 2
-    seen, chosen = masked(ids)
-    assert torch.equal(seen[~chosen], ids[~chosen]) and not chosen[:, 0].any()
-    # 19 500 words: four standard deviations are 0.01 of the words, and 0.03 of the chosen ones
+    masked_ids, chosen = masked(ids)
+    assert torch.equal(masked_ids[~chosen], ids[~chosen]) and not chosen[:, 0].any()
+    # four standard deviations are 0.01 for the 19 500 words, and 0.03 for the chosen ones
     assert chosen[:, 1:].float().mean().item() == pytest.approx(0.15, abs=0.01)
-    assert (seen == MASK)[chosen].float().mean().item() == pytest.approx(0.8, abs=0.03)
-    assert (seen == ids)[chosen].float().mean().item() == pytest.approx(0.1, abs=0.03)
+    assert (masked_ids == MASK)[chosen].float().mean().item() == pytest.approx(0.8, abs=0.03)
+    assert (masked_ids == ids)[chosen].float().mean().item() == pytest.approx(0.1, abs=0.03)
 
 
 @torch.no_grad()
-def test_bert_guesses_masked_words_better_than_their_frequencies_do():
+def test_bert_predicts_masked_words_better_than_word_frequencies():
     model, tok = mb.load_model(BERT, head="classifier", num_labels=3), mb.load_tokenizer(BERT)
     assert model.checkpoint.new_modules == ["bert.pooler", "classifier"]
     texts = [LabelledText((text,), 0, line) for line, text in enumerate(reviews.corpus(300, seed=1), start=1)]
     (ids, mask, types), _ = padded(encode(texts, tok, 64)[0], model, "cpu")
     torch.manual_seed(0)
-    seen, chosen = masked(ids)
-    logits = model.bert(seen, mask, types)[chosen] @ model.bert.embeddings.word_embeddings.weight.T
+    masked_ids, chosen = masked(ids)
+    logits = model.bert(masked_ids, mask, types)[chosen] @ model.bert.embeddings.word_embeddings.weight.T
     frequencies = torch.bincount(ids[chosen], minlength=CONFIG.vocab_size) / chosen.sum()
-    by_frequency = -frequencies[ids[chosen]].log().mean()  # the best that a constant guess can do
+    by_frequency = -frequencies[ids[chosen]].log().mean()  # the best loss of a constant prediction
     assert F.cross_entropy(logits, ids[chosen]) < 0.5 * by_frequency
 
 
 @pytest.mark.parametrize(("program", "files"), [(pretrain, MODEL), (pretrain_bert, BERT)])
-def test_the_programs_that_made_the_models_make_such_models(program, files, tmp_path, monkeypatch):
+def test_the_pretraining_programs_write_loadable_models_of_the_built_in_shapes(program, files, tmp_path, monkeypatch):
     monkeypatch.setattr(program, "CORPUS_ROWS", 300)
     monkeypatch.setattr(sys, "argv", ["pretrain", "--out", str(tmp_path / "made"), "--steps", "2", "--device", "cpu"])
     program.main()
     assert {path.name for path in (tmp_path / "made").iterdir()} == {path.name for path in files.iterdir()}
     head = {"head": "classifier", "num_labels": 3} if program is pretrain_bert else {}
-    made, ours = (mb.load_model(folder, **head).state_dict() for folder in (tmp_path / "made", files))
+    made, built_in = (mb.load_model(folder, **head).state_dict() for folder in (tmp_path / "made", files))
     assert {name: tensor.shape for name, tensor in made.items()} == {
-        name: tensor.shape for name, tensor in ours.items()
+        name: tensor.shape for name, tensor in built_in.items()
     }
     assert len(mb.load_tokenizer(tmp_path / "made").encode("The soup was good.")) > 4

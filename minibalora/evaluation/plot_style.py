@@ -1,0 +1,46 @@
+"""The look of all pictures: colours, markers, legend, and short names for long paths."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minibalora.base.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# The colours of Okabe and Ito, which colour-blind people can tell apart; brown replaces their pale yellow.
+# After eight lines or classes comes the next line style or marker.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+LINES = [{"linestyle": style, "color": colour} for style in ("-", "--", ":", "-.") for colour in COLOURS]
+POINTS = [{"marker": marker, "color": colour} for marker in ("o", "^", "s", "X") for colour in COLOURS]
+MOST = len(LINES)
+GREY = "#555555"
+SMALL = {"fontsize": 8, "color": GREY}
+STYLE = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.edgecolor": "#999999"}
+STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E8E8E8"}
+STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
+FIGURE = {"dpi": 200, "layout": "constrained"}
+WIDTH = 9  # inches: 1800 pixels, which suit the font sizes when shown at 900
+
+
+def short_names(paths: list[Path]) -> list[str]:
+    """Return the shortest unique end of each path. Raises InputError if a path is given twice."""
+    names, wholes = [], [Path(os.path.abspath(path)).parts for path in paths]
+    for path, own in zip(paths, wholes, strict=True):
+        if wholes.count(own) > 1:
+            raise InputError(f"{path} is given twice: give it once")
+        length = next(n for n in range(1, len(own) + 1) if sum(other[-n:] == own[-n:] for other in wholes) == 1)
+        names.append(str(Path(*own[-length:])))
+    return names
+
+
+def add_legend(figure: "Figure", names: list[str], looks: list[dict]) -> None:
+    """Put the names above all panels, with the first `looks`."""
+    from matplotlib.lines import Line2D
+
+    columns = max(1, min(len(names), 110 // (8 + max(map(len, names)))))  # about 110 characters fit into the width
+    handles = [Line2D([], [], label="?", **look) for look in looks[: len(names)]]
+    legend = figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=9)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set(text=name, parse_math=False)  # here, because a label that begins with _ would be left out
