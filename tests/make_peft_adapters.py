@@ -1,7 +1,7 @@
-"""Make `tests/golden/peft_*/`: adapters that PEFT trained and saved, with PEFT's logits.
+"""Make `tests/golden/peft_*/`: adapters that PEFT saves, with PEFT's logits.
 
-Run `python tests/make_peft_adapters.py [NAME ...]` in an environment with transformers, peft and minibalora. It makes
-the named adapters, or all, on bases from `make_golden.py`, and prints the difference between our logits and PEFT's.
+Run `python tests/make_peft_adapters.py [name ...]` after make_golden.py, which makes the bases, in an environment with
+minibalora, transformers and peft. Without names, all adapters are made. Prints how close our logits are.
 """
 
 import json
@@ -48,7 +48,7 @@ ADAPTERS = {  # name: base, LoraConfig
             "r": 2,
             "target_modules": ["k", "o", "wi"],
             "task_type": TaskType.SEQ_CLS,
-            "modules_to_save": ["classification_head"],  # PEFT adds classifier and score, but not this
+            "modules_to_save": ["classification_head"],  # PEFT adds only classifier and score by itself
         },
     ),
     "peft_pissa": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
@@ -79,13 +79,13 @@ def make_adapter(name: str, base: str, settings: dict) -> None:
     model = get_peft_model(model, LoraConfig(**settings))
     folder = GOLDEN / name
     if name == "peft_pissa_converted":
-        model.peft_config["default"].init_lora_weights = True  # PEFT's own recipe, so that saving the start works
+        model.peft_config["default"].init_lora_weights = True  # PEFT's documented way to save the initial adapter
         model.save_pretrained(folder / "start")
         model.peft_config["default"].init_lora_weights = "pissa"
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:  # as if trained
-                parameter += 0.1 * torch.randn_like(parameter)
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)  # as if trained
     start = {"path_initial_model_for_weight_conversion": folder / "start"} if (folder / "start").exists() else {}
     model.eval()
     inputs = named_example(base)

@@ -204,10 +204,6 @@ class Backbone(nn.Module):
         return self.norm(self.layers[-1](x, rotary, attend, wanted))
 
 
-def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
-    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
-
-
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled as in LLaMA 3.1.
 
@@ -238,3 +234,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + head_dim/2}) of x (B, heads, T, head_dim) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
+    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
