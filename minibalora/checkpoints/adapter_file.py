@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from minibalora.base.errors import InputError
+from minibalora.base.files import refuse_pointer
 from minibalora.checkpoints.adapter_config import read_adapter_config
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
@@ -66,6 +67,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
         hint = "PEFT writes it with safe_serialization=True; a .bin is a pickle, never read here"
         raise InputError(f"{file}: no such file: {hint if is_pickled else 'save the adapter again'}") from None
     except (SafetensorError, OSError) as error:
+        refuse_pointer(file)
         raise InputError(f"{file}: not a readable safetensors file ({error}): save the adapter again") from None
 
 

@@ -46,12 +46,12 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        type=cli.path,
+        type=cli.folder,
         metavar="DIR",
         required=True,
         help="the base: the checkpoint that the adapter was trained on",
     )
-    add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
+    add("--adapter", type=cli.folder, metavar="DIR", required=True, help="the folder with adapter_config.json")
     add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
     add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the best approximation of this "
         "rank as an adapter (a PiSSA adapter is saved with twice the rank it was trained with)")  # fmt: skip

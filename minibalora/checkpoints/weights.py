@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object
+from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 
@@ -37,8 +37,8 @@ def load_model(
 
     head "lm": model(input_ids) -> logits (B, T, V); for T5, model(input_ids, attention_mask, decoder_input_ids).
     head "classifier": model(input_ids) -> logits (B, num_labels); None means the stored head's number of labels, or 2.
-    If the files have no head, it is drawn from torch's generator. `model.checkpoint.new_modules` names drawn modules,
-    and `model.own_head` the modules that `adapt` leaves trainable.
+    A head that the files lack, or have for another number of classes, is drawn from torch's generator.
+    `model.checkpoint.new_modules` names drawn modules, and `model.own_head` the modules that `adapt` leaves trainable.
     Raises InputError, which names file and tensor, if a tensor is missing, unexpected, misshapen or not finite, or if
     something is not implemented.
     """
@@ -72,6 +72,9 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         num_labels = shape[0] if shape else 2
     model = empty_model(family, config, num_labels)
     stored = by_our_names(stored, model)
+    is_other_head = names.classes in stored and stored[names.classes].shape[:1] != (num_labels,)
+    if head == "classifier" and is_other_head:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{names.head}.")}
     embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
     if copies and embedding not in stored:  # some programs store only one of several copies
         stored[embedding] = stored[copies[0]]
@@ -160,6 +163,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, but the index names it: download the shard") from None
         except (SafetensorError, OSError, ValueError) as error:
+            refuse_pointer(file)
             raise InputError(f"{file}: not a readable safetensors file ({error}): download it again") from None
         if missing := names - headers.keys():
             raise InputError(f"{file}: lacks {_some(missing)}, which the index says are there: download it again")
@@ -231,9 +235,6 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
             raise InputError(f"{tensor.file}: {name} is empty, as DeepSpeed ZeRO-3 saves weights that it has not "
                              "gathered: run its zero_to_fp32.py, or download the weights again")  # fmt: skip
         if name in expected and tensor.shape != expected[name]:
-            if name.startswith(f"{names.head}.") and tensor.shape[1:] == expected[name][1:]:
-                labels = f"{tensor.shape[0]} classes, but {expected[name][0]} are asked for"
-                raise InputError(f"{tensor.file}: its head {name} has {labels}: use the base checkpoint or that task")
             shapes = f"{list(tensor.shape)}, but config.json asks for {list(expected[name])}"
             raise InputError(f"{tensor.file}: {name} has shape {shapes}: config and weights are of different models")
     if unexpected := {name for name in stored.keys() - expected.keys() if not re.fullmatch(names.ignored, name)}:
@@ -280,6 +281,23 @@ def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.devic
     for name, parameter in list(module.named_parameters()):
         values = torch.zeros(parameter.shape) if name.endswith("bias") else std * torch.randn(parameter.shape)
         set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
+
+
+@torch.no_grad()
+def arrange_head(model: nn.Module, order: list[int] | None) -> None:
+    """Put the stored classes of a classifier in another order: class i becomes what class order[i] was.
+
+    None: they are other classes; draws a new head, and notes it in `model.checkpoint.new_modules`.
+    """
+    names = model.checkpoint.family.names
+    if order is None:
+        weight = model.get_parameter(names.classes)
+        _draw(model.get_submodule(names.head), model.config.initializer_range, weight.dtype, weight.device)
+        model.checkpoint.new_modules.append(names.head)
+        return
+    for name in (names.classes, names.classes.replace("weight", "bias")):
+        if name in dict(model.named_parameters()):
+            set_parameter(model, name, nn.Parameter(model.get_parameter(name)[order]))
 
 
 def embedding_name(model: nn.Module) -> str | None:

@@ -59,8 +59,8 @@ def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None
     raw: the prompt published for base models. InputError names a line that is not of this benchmark, or the second of
     two problems with one name.
     """
-    rows = islice(read_rows(Path(path)), limit)
-    found = [BENCHMARKS[name].item(row, line, f"{path}, line {line}", raw) for line, row in rows]
+    rows = islice(read_rows(path), limit)
+    found = [BENCHMARKS[name].item(row, line, where, raw) for line, where, row in rows]
     items = [item for item in found if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {name}")

@@ -9,7 +9,7 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
 from minibalora.checkpoints.weights import weights_digest
-from minibalora.data.files import read_rows
+from minibalora.data.files import read_rows, shards
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, Item, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
@@ -28,7 +28,7 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
+    settings = plain_settings(vars(args)) | {"data_digest": file_digest(*shards(args.data)), **digests}
     is_new = not os.path.exists(args.out / "run.json")
     if is_new:
         check_out(args.out, resume=False)
@@ -75,8 +75,8 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument_group("what is measured").add_argument
     add("--task", choices=(*BENCHMARKS, "text"), required=True, help="gsm8k, math: the final answer; humaneval, mbpp: "
         "tests; text: loss and perplexity, with --adapter also of the base, and KL(base ‖ tuned)")  # fmt: skip
-    add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file, JSON Lines or an array, "
-        ".gz too; with --task text any text")  # fmt: skip
+    add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file, JSON Lines, an array or "
+        "Parquet, .gz too; with --task text any text")  # fmt: skip
     add("--out", metavar="DIR", type=cli.path, required=True, help="folder for records.jsonl (every prompt, "
         "completion, answer and verdict) and summary.json; the same command goes on where it was stopped")  # fmt: skip
     add("--max-rows", type=cli.positive_int, metavar="N", help="the first N problems, or windows of text")
@@ -131,8 +131,7 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
     A row is for the item that its `item` or `task_id` names, or else for the next one in the order of `data`.
     """
     given = {item.name: [] for item in items}
-    for index, (line, row) in enumerate(read_rows(path)):
-        where = f"{path}, line {line}"
+    for index, (_, where, row) in enumerate(read_rows(path)):
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
             raise InputError(f"{where}: has no text in the field completion: mend the row")
         name = str(row.get("item", row.get("task_id", items[index % len(items)].name)))

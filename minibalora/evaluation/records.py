@@ -149,9 +149,9 @@ class HeldOut:
 
 
 def read_held_out(
-    path: str | None, benchmark: str | None, fields: tuple[str | None, str | None], raw: bool, batch_size: int
+    path: str | None, benchmark: str | None, fields: tuple[str | None, ...], raw: bool, batch_size: int
 ) -> HeldOut:
-    """What is in a file, or nothing without one. benchmark: whose problems they are; fields: of prompt and response."""
+    """What is in a file, or nothing without one. benchmark: whose problems they are; fields: of `read_examples`."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:

@@ -134,7 +134,7 @@ def parser() -> cli.OneLineParser:
     add = parser.add_argument
     add(
         "--model",
-        type=cli.path_text,
+        type=cli.folder,
         metavar="DIR",
         required=True,
         help="folder with config.json; nothing else is needed",

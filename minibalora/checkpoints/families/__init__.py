@@ -4,6 +4,7 @@ A setting that would change the results and is not implemented is refused by nam
 """
 
 import os
+import re
 from pathlib import Path
 
 from minibalora.base.errors import InputError
@@ -24,12 +25,24 @@ def read_family(folder: Path) -> tuple[Family, object]:
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
     raw = read_json_object(path)
-    name = raw.get("model_type")
+    name = raw.get("model_type") or _type_of_old_file(raw)
+    if name is None:
+        raise InputError(f"{path}: has no model_type: add it, one of {', '.join(FAMILIES)}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not implemented: there are {', '.join(FAMILIES)}")
     fields = Fields(FAMILIES[name].defaults | raw, path)
     fields.refuse("quantization_config", "quantised weights are")
     return FAMILIES[name], FAMILIES[name].read(fields)
+
+
+def _type_of_old_file(raw: dict) -> str | None:
+    """Return the model_type of a config.json from before there was one: by its architectures, or BERT by its keys."""
+    architectures = raw.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        for name, family in FAMILIES.items():
+            if isinstance(architecture, str) and re.fullmatch(rf"{family.transformers}(For\w+|Model)", architecture):
+                return name
+    return "bert" if not architectures and raw.keys() >= encoders.BERT_KEYS else None
 
 
 def read_config(folder: Path) -> object:
