@@ -28,7 +28,7 @@ LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_wi
 LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window", "deepseek", "deepseek_norm")
 SEQ2SEQ = ("t5", "t5_gated")
 CLASSIFIERS = ("bert", "bert_relu", "roberta", "deberta", "deberta_tanh", "gpt2_classifier", "llama_classifier")
-CLASSIFIERS += ("t5_classifier",)
+CLASSIFIERS += ("t5_classifier", "xlm_roberta")
 
 
 def golden_example(name: str) -> list[torch.Tensor]:

@@ -563,16 +563,6 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
 
 
-@pytest.mark.parametrize("names", [{"0": "POSITIVE", "1": "NEGATIVE"}, {"1": "negative", "0": "odd"}])
-def test_a_head_whose_classes_stand_in_another_order_is_refused(names, bert, data, tmp_path, train):
-    """As teacher and as the model itself; names that the task does not know say nothing."""
-    tuned = configure(write_tokenizer(Path(shutil.copytree(GOLDEN / "roberta", tmp_path / "tuned"))), id2label=names)
-    for flags in (flags_of(bert, data, tmp_path / "a", "--teacher", tuned), flags_of(tuned, data, tmp_path / "b")):
-        refused(train(flags), "config.json", "of sst2", "order")
-    configure(tuned, id2label={"0": "LABEL_0", "1": "positive"})
-    assert train(flags_of(tuned, data, tmp_path / "c", "--max-steps", "1"))[0] == 0
-
-
 def test_a_base_checkpoints_label_names_say_nothing(bert, data, tmp_path, train):
     base = configure(Path(shutil.copytree(bert, tmp_path / "base")), id2label={"0": "positive", "1": "negative"})
     assert train(flags_of(base, data, tmp_path / "out", "--max-steps", "1"))[0] == 0
@@ -688,7 +678,6 @@ def place(tmp_path, data, bert, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "parts"), [
-    (["--model", "three_classes"], ["three_classes/model.safetensors", "3 classes", "2 are asked for"]),
     (["--data", "label.tsv"], ["label.tsv, line 3", "'7'", "sst2"]),
     (["--data", "short.tsv"], ["short.tsv, line 3", "1 columns, not 2"]),
     (["--non-target-kl", "0.1"], ["--non-target-kl", "three classes"]),

@@ -380,9 +380,9 @@ def test_attention_dropout_matters_in_training_only(copy, name):
     "changes, parts",
     [
         ({"model_type": "gpt_neox"}, ["model_type", "gpt_neox"]),
-        ({"model_type": None}, ["model_type"]),
+        ({"model_type": None, "architectures": None}, ["has no model_type"]),
         ({"model_type": ["llama"]}, ["model_type"]),
-        ({"model_type": ABSENT}, ["model_type"]),
+        ({"model_type": ABSENT, "architectures": ["GPTNeoXForCausalLM"]}, ["has no model_type"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
         ({"rope_scaling": {"type": "linear"}}, ["factor"]),
         ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, ["factor"]),
