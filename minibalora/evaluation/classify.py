@@ -17,8 +17,8 @@ from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.checkpoints.weights import load_model, weights_digest
 from minibalora.data.batches import check_fits
 from minibalora.data.glue import LabelledText, Task, fold
-from minibalora.data.labelled import ClassRow, encode, padded
-from minibalora.data.sets import EvalSet, check_class_order
+from minibalora.data.labelled import ClassRow, encode, padded, unknown_share
+from minibalora.data.sets import EvalSet, class_order
 from minibalora.evaluation import metrics
 from minibalora.lowrank import evaluating
 from minibalora.run.settings import ClassSource, Hardware
@@ -102,18 +102,35 @@ def teacher_digest(folder: str | None) -> str | None:
 def fine_tuned_logits(
     source: ClassSource, task: Task, examples: list[LabelledText], hardware: Hardware, batch_size: int
 ) -> Tensor:
-    """Return the logits (N, D) of the model in the folder `source.teacher`, with its own tokenizer.
+    """Return the logits (N, D), in the task's order of classes, of the model in `source.teacher` for every example.
 
-    Raises InputError if it has no trained head, or a head with other classes.
+    Uses the model's own tokenizer. Raises InputError if it has no trained head, or a head of other classes.
     """
     folder, classes = source.teacher, 1 if task.labels is None else len(task.labels)
-    teacher = load_model(folder, "classifier", classes, hardware.dtype, hardware.device)
+    teacher = load_model(folder, "classifier", None, hardware.dtype, hardware.device)
     if new := teacher.checkpoint.new_modules:
         raise InputError(f"--teacher {folder}: has no trained {new[0]}: give a fine-tuned model")
-    check_class_order(folder, task)
-    rows, _ = encode(examples, load_tokenizer(folder), source.max_length)
+    order = class_order(folder, task)
+    if teacher.num_labels != classes or order is None:
+        which = f"{teacher.num_labels} classes" + (" with other names (id2label)" if order is None else "")
+        raise InputError(
+            f"--teacher {folder}: has {which}, but {task.name} has {classes}: give a model fine-tuned on it"
+        )
+    tok = load_tokenizer(folder)
+    rows, _ = encode(examples, tok, source.max_length)
     check_fits(rows, source.data, teacher.config, source.max_length, folder)
-    return answers(teacher, rows, batch_size, hardware.device)
+    unknown_share(rows, tok, source.data, folder)
+    return answers(teacher, rows, batch_size, hardware.device)[:, order]
+
+
+def teacher_in_words(folder: str, logits: Tensor, rows: list[ClassRow], task: Task) -> str:
+    """Describe how good a teacher's logits (N, D) are on the training rows: a wrong order of classes shows here."""
+    gold = np.array([row.label for row in rows])
+    if task.labels is None:
+        return f"teacher {folder}: Pearson correlation {metrics.pearson(logits[:, 0], gold):.3f} on the training rows"
+    share = metrics.accuracy(logits.argmax(1), gold)
+    doubt = ", no more than by chance: are its classes in another order?" if share * len(task.labels) <= 1 else ""
+    return f"teacher {folder}: right on {share:.1%} of the training rows{doubt}"
 
 
 # Files of a run's measurements.

@@ -280,7 +280,7 @@ def write_submissions(args: Namespace, classifier: Classifier, columns: list[tup
         )
     names = None if task.labels is None else class_names(classifier.labels, task)
     args.glue_submission.mkdir(parents=True, exist_ok=True)
-    for path, name in test_files(args.data, task):
+    for path, name in files_to_submit(args.data, task):
         texts = read_texts(table(path), columns, str(path))
         logits = torch.cat([*classifier.logits([text for text, _ in texts], str(path), max_length, args.batch_size)])
         if names is None:
@@ -300,14 +300,18 @@ def class_names(labels: list[str] | None, task: Task) -> list[str]:
     if len(labels or [""]) != len(task.labels):
         has = f"the model has {len(labels or [''])} classes, but {task.name} has {len(task.labels)}"
         raise InputError(f"--glue-submission: {has}: give a model of that task")
-    spellings = {str(name).lower().replace("-", "_"): index for name, index in task.spellings.items()}
-    indices = [spellings.get(name.lower().replace("-", "_"), index) for index, name in enumerate(labels)]
+    spellings = {_plain(str(name)): index for name, index in task.spellings.items()}
+    indices = [spellings.get(_plain(name), index) for index, name in enumerate(labels)]
     if len(set(indices)) < len(indices):
         raise InputError(f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}")
     return [task.labels[index] for index in indices]
 
 
-def test_files(data: Path, task: Task) -> list[tuple[Path, str]]:
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "_", name.lower())
+
+
+def files_to_submit(data: Path, task: Task) -> list[tuple[Path, str]]:
     """Return the task's test files in a folder, or the one file given, each with its name at GLUE's server."""
     names = SUBMISSIONS[task.name]
     if data.is_dir():

@@ -99,6 +99,9 @@ EXPORTS = {  # adapter: base, whether the base is without a head
     "peft_whole_head": ("llama2", False),
     "peft_adapted_head": ("llama3", False),
     "peft_gpt2": ("gpt2", False),
+    "peft_pissa_rslora": ("llama2", False),
+    "peft_pissa_gpt2": ("gpt2", False),
+    "peft_olora": ("qwen2", False),
     "adapter_gpt2": ("gpt2_classifier", False),
     "adapter_bert": ("bert", False),
     "adapter_roberta": ("roberta", True),
@@ -126,6 +129,17 @@ def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, tmp_path, mon
     stored_in_bfloat16 = 0.02  # as the base is: W + ΔW is rounded to 3 digits
     assert distance(merged(*inputs)[real], expected[real]) < stored_in_bfloat16 < distance(base_logits, expected)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "merged"}  # nothing temporary
+
+
+def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
+    base, merged = shutil.copytree(GOLDEN / "t5", tmp_path / "base"), tmp_path / "merged"
+    names = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja"]
+    names += ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (base / "additional_chat_templates").mkdir()
+    for name in names:
+        (base / name).write_text(name)
+    mb.save_model(mb.load_adapter(skeleton(base), GOLDEN / "adapter_t5"), merged)
+    assert all((merged / name).read_text() == name for name in names)
 
 
 def test_a_skeleton_saves_what_the_loaded_model_saves(tmp_path):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import GOLDEN
+from helpers import GOLDEN, golden_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save_file
@@ -218,7 +218,7 @@ def test_a_tensor_in_two_shards_is_refused(copy, refuses):
 def test_a_pickle_is_never_read(copy, refuses):
     folder = copy("llama2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refuses(lambda: mb.load_model(folder), folder, "pytorch_model.bin", "save_pretrained")
+    refuses(lambda: mb.load_model(folder), folder, "pytorch_model.bin", "save_pretrained", "tokenizer files")
 
 
 def test_a_folder_without_weights_is_refused(copy, refuses):
@@ -243,7 +243,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path, refuses):
         (torch.zeros(25), "[25]"),
         (torch.zeros(24, 1), "[24, 1]"),
         (torch.zeros(()), "[]"),
-        (torch.zeros(0), "[0]"),
+        (torch.zeros(0), "empty, as DeepSpeed ZeRO-3"),
         (torch.full((24,), float("nan")), "NaN"),
         (torch.arange(24) / torch.tensor([0.0] + [1.0] * 23), "NaN"),
         (torch.tensor([float("-inf")] + [0.0] * 23), "infinite"),
@@ -343,6 +343,38 @@ def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value)
     refuses(lambda: mb.load_model(path.parent), path, key)
 
 
+LINEAR = [
+    {"rope_scaling": {"type": "linear", "factor": 4.0}},
+    {"rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4}},
+    {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}},
+]
+
+
+@pytest.mark.parametrize("spelling", LINEAR)
+@torch.no_grad()
+def test_linear_rope_scaling_gives_the_logits_of_transformers(copy, spelling):
+    """The first five logits after 17 tokens, by transformers 5.24; without scaling they begin 0.031, −0.629, −0.260."""
+    folder = copy("llama2")
+    edit_json(folder / "config.json", **spelling)
+    expected = torch.tensor([-0.00581, -0.65713, -0.12666, -0.04281, -0.29948])
+    ids, _, _ = golden_example("llama2")
+    assert (mb.load_model(folder)(ids[:1])[0, -1, :5] - expected).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma2", "mixtral", "deepseek"])
+@torch.no_grad()
+def test_attention_dropout_matters_in_training_only(copy, name):
+    folder = copy(name)
+    edit_json(folder / "config.json", attention_dropout=0.5)
+    ids, mask, _ = golden_example(name)
+    model, plain = mb.load_model(folder), mb.load_model(GOLDEN / name)
+    expected = plain(ids, mask)
+    assert torch.equal(model(ids, mask), expected)
+    assert torch.equal(plain.train()(ids, mask), expected)
+    dropped = model.train()(ids, mask)
+    assert not torch.equal(dropped, model(ids, mask)) and not torch.equal(dropped, expected)
+
+
 @pytest.mark.parametrize(
     "changes, parts",
     [
@@ -351,7 +383,10 @@ def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value)
         ({"model_type": ["llama"]}, ["model_type"]),
         ({"model_type": ABSENT}, ["model_type"]),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type", "yarn"]),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_type", "linear"]),
+        ({"rope_scaling": {"type": "linear"}}, ["factor"]),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "4"}}, ["factor"]),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["rope_type", "dynamic"]),
+        ({"rope_scaling": {"type": "longrope", "factor": 2.0}}, ["rope_type", "longrope"]),
         ({"rope_parameters": {"rope_type": "dynamic"}}, ["rope_type", "dynamic"]),
         ({"rope_parameters": {"rope_type": ["default"]}}, ["rope_type"]),
         ({"rope_scaling": "linear"}, ["rope_scaling"]),
@@ -363,7 +398,7 @@ def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value)
         ({"hidden_act": "gelu"}, ["activation", "gelu"]),
         ({"hidden_act": 5}, ["activation"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config"]),
-        ({"attention_dropout": 0.1}, ["attention_dropout"]),
+        ({"attention_dropout": 1.0}, ["attention_dropout"]),
         ({"num_key_value_heads": 3}, ["key-value heads"]),
         ({"head_dim": 7}, ["7"]),
         ({"head_dim": ABSENT, "num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size"]),

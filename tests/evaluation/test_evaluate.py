@@ -1,4 +1,4 @@
-"""Evaluations as a user runs them: what is written, what is said, and that a stopped one goes on where it was."""
+"""Evaluations as a user runs them: files, output, and continuing a stopped evaluation."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def records_of(out) -> list[dict]:
 # The command.
 
 
-def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, problems, tmp_path):
+def test_an_evaluation_writes_every_answer_and_prints_its_result_in_a_line(run, problems, tmp_path):
     flags = ("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out", "--max-new-tokens", 60)
     status, out, error = run(*flags)
     assert status == 0, error
@@ -76,13 +76,13 @@ def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, pr
     assert settings["task"] == "gsm8k" and len(settings["model_digest"]) == len(settings["data_digest"]) == 64
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_is_continued(run, problems, tmp_path, monkeypatch):
     flags = ("--task", "gsm8k", "--data", problems, "--max-new-tokens", 60, "--temperature", 1, "--batch-size", 3)
     assert run(*flags, "--out", tmp_path / "whole")[0] == 0
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
     path = tmp_path / "out" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while it wrote
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while writing
     asked = []
     generate_each = records.generate_each
     monkeypatch.setattr(
@@ -96,11 +96,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monk
     def by_item(name):
         return sorted(records_of(tmp_path / name), key=lambda record: int(record["item"]))
 
-    assert by_item("out") == by_item("whole")  # what each draws is its own
-    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete: nothing is asked
+    assert by_item("out") == by_item("whole")  # random numbers belong to the item
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete, so nothing is asked
 
 
-def test_a_folder_of_anything_else_is_refused_and_left_alone(run, problems, tmp_path):
+def test_a_folder_of_another_run_is_refused_and_left_alone(run, problems, tmp_path):
     flags = ("--task", "gsm8k", "--data", problems, "--gold")
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -182,7 +182,7 @@ def test_another_adapter_with_the_same_factors_is_another_evaluation(run, proble
         tmp_path / "adapter",
     )
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
-    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # what it was anyway
+    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # the default here
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
     status, _, error = run(*flags, "--out", tmp_path / "out")
