@@ -283,16 +283,20 @@ def write_submissions(args: Namespace, classifier: Classifier, columns: list[tup
     for path, name in files_to_submit(args.data, task):
         texts = read_texts(table(path), columns, str(path))
         logits = torch.cat([*classifier.logits([text for text, _ in texts], str(path), max_length, args.batch_size)])
+        clipped = 0
         if names is None:
-            predictions = [
-                f"{score:.3f}" for score in logits[:, 0].clamp(0, 5).tolist()
-            ]  # the range of the gold scores
+            scores = logits[:, 0].clamp(0, 5)  # the range of the gold scores
+            clipped = int((scores != logits[:, 0]).sum())
+            predictions = [f"{score:.3f}" for score in scores.tolist()]
         else:
             predictions = [names[index] for index in logits.argmax(1).tolist()]
         rows = [f"{index}\t{label}\n" for (_, index), label in zip(texts, predictions, strict=True)]
         with replacing(args.glue_submission / f"{name}.tsv") as temporary:
             temporary.write_text("".join(["index\tprediction\n", *rows]), encoding="utf-8")
-        print(f"{args.glue_submission / name}.tsv: {len(rows):,} predictions")
+        print(
+            f"{args.glue_submission / name}.tsv: {len(rows):,} predictions"
+            + f", {clipped:,} clipped to 0 to 5" * bool(clipped)
+        )
 
 
 def class_names(labels: list[str] | None, task: Task) -> list[str]:
