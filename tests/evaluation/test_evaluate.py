@@ -165,6 +165,65 @@ def test_given_completions_are_cut_and_judged_by_the_protocol(run, problems, tmp
     assert status == 2 and "--protocol is plain-rounded" in error
 
 
+@pytest.fixture
+def mt_bench_files(tmp_path):
+    """(questions, judge prompts) in FastChat's formats."""
+    turns = ["What is 7 times 8?", "And 7 times 9?"]
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": turns},
+        {"question_id": 4, "category": "x", "turns": turns},
+    ]
+    forms = {
+        "single-v1": "{question} {answer}",
+        "single-v1-multi-turn": "{question_1} {answer_1} {question_2} {answer_2}",
+    }
+    prompts = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": form, "output_format": "[[rating]]"}
+        for name, form in forms.items()
+    ]
+    for name, values in (("question.jsonl", rows), ("judge_prompts.jsonl", prompts)):
+        (tmp_path / name).write_text("".join(json.dumps(value) + "\n" for value in values))
+    return tmp_path / "question.jsonl", tmp_path / "judge_prompts.jsonl"
+
+
+def test_mt_bench_is_answered_and_then_judged(run, mt_bench_files, tmp_path):
+    questions, prompts = mt_bench_files
+    out = tmp_path / "out"
+    flags = ("--task", "mt-bench", "--data", questions, "--out", out, "--max-new-tokens", 9)
+    status, said, error = run(*flags)
+    assert status == 0 and said.startswith("mt-bench: 2 questions answered in"), error
+    answers = (out / "model_answer" / "llama.jsonl").read_text()
+    assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers.splitlines()] == [2, 2]
+    status, said, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
+    assert status == 0 and "4 judgments without one" in said, error
+    assert (out / "model_answer" / "llama.jsonl").read_text() == answers
+    judgments = [json.loads(line) for line in (out / "model_judgment" / "llama_single.jsonl").read_text().splitlines()]
+    first = json.loads(answers.splitlines()[0])["choices"][0]["turns"]
+    assert [(row["question_id"], row["turn"], row["score"]) for row in judgments] == [
+        (81, 1, -1), (81, 2, -1), (4, 1, -1), (4, 2, -1)
+    ]  # fmt: skip
+    assert judgments[1]["user_prompt"] == f"What is 7 times 8? {first[0]} And 7 times 9? {first[1]}"
+    assert json.loads((out / "summary.json").read_text())["without rating"] == 4
+    status, _, error = run(*flags[:-1], 8)
+    assert status == 2 and "--max-new-tokens is 8" in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--judge", "x"), "--judge and --judge-prompts belong together"),
+    (("--references", "x"), "--judge and --judge-prompts belong together"),
+    (("--judge", MODEL, "--judge-prompts", "nowhere"), "nowhere"),
+    (("--temperature", "1"), "--temperature has no meaning with --task mt-bench"),
+    (("--samples", "2"), "--samples has no meaning"), (("--gold",), "--gold has no meaning"),
+    (("--data", "judge_prompts.jsonl"), "judge_prompts.jsonl, line 1: has no question_id"),
+    (("--task", "gsm8k", "--judge", "x"), "--judge has no meaning with --task gsm8k"),
+])  # fmt: skip
+def test_bad_input_of_mt_bench_is_one_line(run, mt_bench_files, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = run("--task", "mt-bench", "--data", mt_bench_files[0], "--out", "out", *flags)
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_adapter_with_the_same_factors_is_another_evaluation(run, problems, tmp_path):
     model = mb.adapt(mb.load_model(MODEL), rank=2)
     stretch(model)
