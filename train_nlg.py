@@ -3,13 +3,15 @@
 The whole story, top to bottom: load, adapt, then per step the teacher, the student, their terms and the update; save.
 """
 
+import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
+
+# isort: split
 import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 
-import minibalora as mb
 from minibalora.base import cli, distributed
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable
@@ -134,5 +136,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     cli.run_script(
-        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command and --resume to go on"
+        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command with --resume to continue"
     )

@@ -4,6 +4,9 @@ The whole story, top to bottom: load, adapt, the teacher's logits once, then ste
 every epoch; save the best one.
 """
 
+import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
+
+# isort: split
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +14,6 @@ from textwrap import shorten
 
 import torch
 
-import minibalora as mb
 from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable
@@ -165,5 +167,5 @@ def main() -> int:
 
 if __name__ == "__main__":
     cli.run_script(
-        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command and --resume to go on"
+        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command with --resume to continue"
     )

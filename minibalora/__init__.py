@@ -1,5 +1,8 @@
 """BA-LoRA in plain PyTorch: bias-alleviating low-rank adaptation, arXiv 2408.04556."""
 
+from minibalora.base import interrupts  # before the imports that take seconds
+
+# isort: split
 from minibalora import fused, objective, regularizers
 from minibalora.base import errors
 from minibalora.base.errors import InputError

@@ -1,4 +1,4 @@
-"""`python -m minibalora COMMAND`, or `minibalora COMMAND` where it is installed. Without a command: a list of them."""
+"""`python -m minibalora COMMAND`, or `minibalora COMMAND` if it is installed. Without a command, lists all of them."""
 
 import sys
 from importlib import import_module
@@ -6,16 +6,16 @@ from importlib import import_module
 from minibalora.base.cli import run_script
 from minibalora.base.errors import InputError
 
-COMMANDS = {  # a module with a `main`, which reads sys.argv, and what it is for
-    "generate": ("evaluation.generate", "let a model answer prompts"),
-    "evaluate": ("evaluation.evaluate", "GSM8K, MATH, HumanEval, MBPP, perplexity"),
-    "export": ("checkpoints.export", "merge an adapter into its base, or make it smaller"),
-    "plan": ("run.plan", "what training a model takes, from its config.json alone"),
-    "plot": ("evaluation.plot", "pictures of runs and of features"),
-    "bench": ("run.bench", "what a training step costs on this machine"),
+COMMANDS = {  # the module whose `main` reads sys.argv, and the purpose
+    "generate": ("evaluation.generate", "answer prompts with a model"),
+    "evaluate": ("evaluation.evaluate", "score a model on GSM8K, MATH, HumanEval, MBPP or a text"),
+    "export": ("checkpoints.export", "merge an adapter into its base, or reduce its rank"),
+    "plan": ("run.plan", "estimate the memory that training needs, from config.json"),
+    "plot": ("evaluation.plot", "draw the logs of runs, or t-SNE of features"),
+    "bench": ("run.bench", "measure training steps on this machine"),
 }
 SMALLER = {"bench": "lower --micro-batch-size, add --grad-checkpoint or give --forms fused"}
-GOES_ON = {"evaluate": "give the same command to go on"}
+GOES_ON = {"evaluate": "give the same command to continue"}
 
 
 def main() -> int:

@@ -501,7 +501,7 @@ def test_resuming_without_the_rest_of_the_command_says_so(small_data, tmp_path, 
     out = tmp_path / "out"
     assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1"))[0] == 0
     status, error = in_process(monkeypatch, capsys, ["python", SCRIPT, "--out", str(out), "--resume"])
-    assert status == 2 and "was given --model and --data" in error and len(error.splitlines()) == 1
+    assert status == 2 and "had --model and --data" in error and len(error.splitlines()) == 1
 
 
 def test_a_checkpoint_beyond_the_run_is_refused(small_data, tmp_path, monkeypatch, capsys):

@@ -806,7 +806,7 @@ def test_an_ended_run_without_its_best_epoch_is_not_written_once_more(whole_runs
     (out / "checkpoint" / "best.safetensors").unlink()
     before = contents(out)
     status, _, error = train(flags_of(bert, data, out, "--epochs", "3", "--save-every", "5", "--resume"))
-    assert status == 2 and "best.safetensors: not a readable checkpoint" in error.splitlines()[-1]
+    assert status == 2 and "best.safetensors missing" in error.splitlines()[-1]
     assert contents(out) == before
 
 

@@ -1,1 +1,1 @@
-"""What everything uses: errors, files, ranks, commands."""
+"""The files that everything uses: errors, files, ranks, progress, commands."""

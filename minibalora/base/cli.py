@@ -1,4 +1,4 @@
-"""What all commands share: exit status, one line for an error, and what a flag's value may be."""
+"""What all commands share: the exit status, errors in one line, and the types of flags."""
 
 import argparse
 import math
@@ -10,41 +10,52 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from minibalora.base import distributed
-from minibalora.base.errors import InputError
-from minibalora.base.files import is_full_disk
+from minibalora.base import distributed, interrupts
+from minibalora.base.errors import InputError, is_failed_write, is_out_of_memory
 
 
 def run_script(
-    main: Callable[[], int], smaller: str = "lower --batch-size", goes_on: str | None = "give the same command to go on"
+    main: Callable[[], int],
+    smaller: str = "lower --batch-size",
+    goes_on: str | None = "give the same command to continue",
 ) -> None:
-    """Exit with main's status; 2 and one line for what the user can mend, 1 and one line for a full disk or memory.
+    """Exit with the status of main(), or with one line on standard error and 2 for the user's input, 1 for memory, disk
+    and other processes, or 130 after Ctrl-C. A defect of ours keeps its traceback.
 
-    smaller: what takes less memory; goes_on: what to do to go on with what is saved, None if nothing is.
+    smaller: how to need less memory; goes_on: how to continue from what is saved, None if nothing is saved.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    then = f"; {goes_on} with what is saved" if goes_on else ""
+    then = f"; {goes_on}" if goes_on else ""
     try:
-        sys.exit(main())
+        with interrupts.raising():
+            sys.exit(main())
     except InputError as error:
         _exit_with_line(2, error)
-    except BrokenPipeError:  # the reader, `head` for one, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python flushes once more at its end
+    except BrokenPipeError:  # the reader, for instance `head`, has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         sys.exit(141)
     except KeyboardInterrupt:
         _exit_with_line(130, f"interrupted{then}")
-    except torch.OutOfMemoryError:
-        _exit_with_line(1, f"out of GPU memory: {smaller}{then}")
-    except (OSError, SafetensorError) as error:
-        if not is_full_disk(error):
+    except Exception as error:
+        reason = _reason(error, smaller)
+        if reason is None:
             raise
-        _exit_with_line(1, f"the disk is full ({error}): make room{then}")
-    except RuntimeError as error:
-        if not distributed.is_lost_rank(error):
-            raise
-        _exit_with_line(1, f"another process of this run has ended: see what it says{then}")
+        _exit_with_line(1, f"{reason}{then}")
+
+
+def _reason(error: Exception, smaller: str) -> str | None:
+    """Say in a line what is wrong with the machine; None if the error is a defect of ours."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of GPU memory: {smaller}"
+    if is_out_of_memory(error):
+        return f"out of memory, this machine has no more of it: {smaller}, or use a smaller model"
+    if is_failed_write(error):
+        is_full = "No space left" in str(error)
+        return f"{'the disk is full' if is_full else 'writing failed'} ({error}): make room or use another disk"
+    if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
+        return "another process of this run has ended: see its message"
+    return None
 
 
 def _exit_with_line(status: int, message: object) -> None:
@@ -55,16 +66,18 @@ def _exit_with_line(status: int, message: object) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """Refuses in one line, and takes no flag for another that it begins."""
+    """A parser that refuses in one line, and that takes no abbreviated flags."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
 
     def error(self, message: str):
-        raise InputError(f"{message}: see --help")
+        message = message.removeprefix("argument ").replace(": is empty", " is empty")
+        raise InputError(f"{message} (see --help)")
 
 
 def positive_int(text: str) -> int:
+    """Return an integer of at least 1."""
     value = natural(text)
     if value == 0:
         raise argparse.ArgumentTypeError("0 is not a positive integer")
@@ -72,12 +85,15 @@ def positive_int(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text):  # what fits 64 bits
+    """Return an integer of at least 0, which fits into 64 bits."""
+    if not re.fullmatch(r"[0-9]{1,18}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to 999999999999999999")
     return int(text)
 
 
 def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """Return a flag's type: a float that `accepts` accepts. what: names such numbers in the error."""
+
     def parse(text: str) -> float:
         try:
             value = float(text)
@@ -97,22 +113,27 @@ fraction = number("a share, 0 to 1", lambda value: 0 <= value <= 1)
 share_below_one = number("a share, 0 to below 1", lambda value: 0 <= value < 1)
 
 
-def path(text: str) -> Path:
+def path_text(text: str) -> str:
+    """Return a path that is not empty, as it was given."""
     if not text:
-        raise argparse.ArgumentTypeError("the name is empty")
-    return Path(text)
+        raise argparse.ArgumentTypeError("is empty: give a path")
+    return text
+
+
+def path(text: str) -> Path:
+    return Path(path_text(text))
 
 
 def flag(name: str) -> str:
-    """The flag of an attribute of the parsed arguments."""
+    """Return the flag that argparse stores under this name."""
     return f"--{name.replace('_', '-')}"
 
 
 def device(name: str | None) -> torch.device:
-    """The named one, or a GPU if there is one; InputError if it can't be used."""
+    """Return the named device; by default a GPU if there is one. Raises InputError if the device can't be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.zeros(1, device=torch.device(name)).item()  # "meta" has tensors, but nothing in them
+        torch.zeros(1, device=torch.device(name)).item()  # .item(): tensors on "meta" have no values
     except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {name} can't be used here ({reason}): give cpu, cuda or cuda:N") from None
@@ -120,5 +141,5 @@ def device(name: str | None) -> torch.device:
 
 
 def dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The named one, or bfloat16 on a GPU and float32 on a CPU."""
+    """Return the named dtype; by default bfloat16 on a GPU and float32 on a CPU."""
     return getattr(torch, name or ("bfloat16" if device.type == "cuda" else "float32"))

@@ -1,11 +1,12 @@
-"""One run in several processes, its ranks, as torchrun starts them; in a process of its own all of this does nothing.
+"""One run in several processes (ranks), as torchrun starts them. In a single process, these functions do nothing.
 
-Every rank holds what is trained. A step's micro-batches are cut as one process cuts them and dealt out, each rank adds
-up the gradients of its own, already divided by the count of the whole step, and these are summed over the ranks once a
-step. So a step is what it is in one process, the spectral term included, but for the order of a sum.
+Every rank holds all trained parameters. The micro-batches of a step are the same as in one process; they are dealt to
+the ranks. Each rank adds up the gradients of its micro-batches, which are already divided by the counts of the whole
+step. Once a step, the gradients are summed over the ranks. So a step gives the same result as in one process, the
+spectral term included, apart from the order of that sum.
 
-Why not DistributedDataParallel: it averages over ranks, in hooks of every backward pass, where a sum once a step over
-the little that is trained does. Only rank 0 speaks and writes.
+DistributedDataParallel is not used: it averages over ranks in every backward pass, but one sum a step is enough for the
+few parameters that are trained. Only rank 0 prints and writes.
 """
 
 import hashlib
@@ -22,7 +23,9 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # ranks wait for each other, for instance while rank 0 evaluates; torchrun sees dead ones
+PATIENCE = timedelta(
+    days=7
+)  # ranks wait for each other, for instance while rank 0 evaluates; torchrun notices dead ranks
 
 
 def is_torchrun() -> bool:
@@ -30,7 +33,7 @@ def is_torchrun() -> bool:
 
 
 def join() -> None:
-    """Under torchrun: meet the other ranks. Each has its own GPU where there are enough; only rank 0 prints."""
+    """Under torchrun, connect to the other ranks and choose this rank's GPU. Only rank 0 prints."""
     if not is_torchrun():
         return
     local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -42,9 +45,9 @@ def join() -> None:
 
 
 def leave() -> None:
-    """Wait for the other ranks, for torchrun ends them all as soon as one has failed or was stopped."""
+    """Wait for the other ranks: torchrun ends all of them as soon as one fails or is stopped."""
     if dist.is_initialized():
-        total(0.0)  # where torch's own barrier may ask for a GPU that a run on the CPU has not
+        total(0.0)  # torch's own barrier may ask for a GPU, which a run on CPUs does not have
         dist.destroy_process_group()
 
 
@@ -61,18 +64,18 @@ def is_main() -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """InputError if `device` is not what torchrun gives each process on this machine."""
+    """Raise InputError if torchrun can't give each process on this machine such a device."""
     if not is_torchrun() or device.type == "cpu":
         return
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     if device.index is not None:
-        raise InputError(f"--device {device}: torchrun gives each process a GPU of its own: give --device cuda")
+        raise InputError(f"--device {device}: torchrun gives each process its own GPU: give --device cuda")
     if processes > gpus:
         raise InputError(f"--nproc-per-node {processes}: there are {gpus} GPUs here: give at most that many")
 
 
 def on_main(function: Callable[..., T], *args) -> T:
-    """What rank 0 gets from function(*args), on every rank; the others wait. Its InputError is raised on every rank."""
+    """Call function(*args) on rank 0; the others wait. Returns its result, or raises its InputError, on all ranks."""
     if size() == 1:
         return function(*args)
     outcome = [None, None]
@@ -88,37 +91,37 @@ def on_main(function: Callable[..., T], *args) -> T:
 
 
 def deal(parts: list[T], idle: T) -> list[T]:
-    """This rank's share of `parts`, dealt in rounds: rank r of R takes the r-th of every R, neighbours in length.
+    """Return this rank's share of `parts`: rank r of R takes every R-th part, from the r-th on.
 
-    All ranks get equally many, for where weights are sharded every forward pass needs every rank: one for which the
-    last round has nothing left gets `idle`.
+    Gives every rank the same number of parts: with sharded weights, each forward pass needs all ranks. A rank for which
+    the last round has no part left gets `idle`.
     """
-    own = parts[rank() :: size()]
-    return own if len(own) == -(-len(parts) // size()) else [*own, idle]
+    share = parts[rank() :: size()]
+    return share if len(share) == -(-len(parts) // size()) else [*share, idle]
 
 
 def broadcast(tensors: Iterable[Tensor], source: int) -> None:
-    """Give every rank what rank `source` has in these tensors, in place."""
+    """Copy these tensors from rank `source` to every rank, in place."""
     for tensor in tensors:
         dist.broadcast(tensor, source)
 
 
 def gathered(numbers: Tensor) -> Tensor:
-    """(n,) of each rank -> (ranks, n)."""
+    """Collect the numbers (n,) of all ranks. Returns (ranks, n)."""
     if size() == 1:
         return numbers[None]
-    found = [torch.empty_like(numbers) for _ in range(size())]
-    dist.all_gather(found, numbers)
-    return torch.stack(found)
+    rows = [torch.empty_like(numbers) for _ in range(size())]
+    dist.all_gather(rows, numbers)
+    return torch.stack(rows)
 
 
 def total(number: float) -> float:
-    """The sum over the ranks."""
+    """Return the sum of the ranks' numbers."""
     return gathered(torch.tensor([number], dtype=torch.float64)).sum().item()
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Add up each parameter's gradient over the ranks, in place, so that all ranks have the same to the last bit."""
+    """Sum each parameter's gradient over the ranks, in place. All ranks get the same bits."""
     if size() > 1:
         works = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
         for work in works:
@@ -126,23 +129,22 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def largest(number: int) -> int:
-    """The largest of the ranks' numbers, for instance of the stop signals that they have received, 0 being none.
+    """Return the largest of the ranks' numbers, for instance of the signals that they have received (0: none).
 
-    What a rank has received alone must not change its course: the others would wait for it for ever. So all ranks ask
-    this at the same points, and get the same answer.
+    A rank that stopped on its own would leave the others waiting for ever. So all ranks ask at the same points.
     """
     return number if size() == 1 else int(gathered(torch.tensor([number])).max())
 
 
 def is_first_to_say(line: str) -> bool:
-    """Whether no other rank has ended with this very line: what all of them find wrong is said once."""
+    """Return whether no other rank has ended with this line, so that an error of all ranks is printed once."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
-    said = f"{os.environ['TORCHELASTIC_RESTART_COUNT']}/{hashlib.sha256(line.encode()).hexdigest()}"
-    return store.add(said, 1) == 1
+    key = f"{os.environ['TORCHELASTIC_RESTART_COUNT']}/{hashlib.sha256(line.encode()).hexdigest()}"
+    return store.add(key, 1) == 1
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Whether the error is that another rank, which was waited for, has ended."""
+    """Return whether the error says that another rank has ended while this one waited for it."""
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

@@ -1,5 +1,27 @@
-"""The one exception for what a user can mend; the scripts turn it into one line on stderr and exit status 2."""
+"""Errors that a user can do something about."""
+
+import errno
+import re
+
+# A full disk, a quota, a limit on the size of files, a disk that is read-only or broken.
+WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 class InputError(ValueError):
-    """Something given to us is wrong. The message says what, where, and how to mend it, in one line."""
+    """The user gave something wrong. The message says in one line what, where, and how to mend it.
+
+    The scripts print the line and end with status 2.
+    """
+
+
+def is_failed_write(error: BaseException) -> bool:
+    """Return whether a disk did not take what was written to it."""
+    rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors puts the number into its text
+    number = int(rust[1]) if rust else getattr(error, "errno", None)
+    return number in WRITE_ERRORS
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether the machine's memory, not a GPU's, was exhausted. torch raises a RuntimeError then."""
+    texts = ("allocate memory", "not enough memory", "bad_alloc")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)

@@ -1,5 +1,6 @@
-"""Reading JSON with errors that a user can act on; writing files that are never half there."""
+"""Reading JSON files with clear errors; writing files whole or not at all."""
 
+import errno
 import hashlib
 import json
 import os
@@ -16,7 +17,7 @@ from minibalora.base.errors import InputError
 
 
 def read_json_object(path: Path) -> dict:
-    """The JSON object in a file; InputError if it is missing, not UTF-8, not JSON or not an object."""
+    """Return the JSON object in a file. Raises InputError if the file is missing, not UTF-8, not JSON or no object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -31,56 +32,69 @@ def read_json_object(path: Path) -> dict:
 
 
 def recorded_settings(out: Path) -> dict:
-    """The settings in the run.json of the folder `out`, {} if there are none."""
+    """Return the settings in the run.json of the folder `out`; {} if there are none."""
     settings = read_json_object(out / "run.json").get("settings") if (out / "run.json").exists() else None
     return settings if isinstance(settings, dict) else {}
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """InputError that names the flag if nothing can be written to `folder`, which need not exist yet."""
-    existing = nearest(folder)
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        why = f"you may not write to {existing}" if existing.is_dir() else f"{existing} is not a folder"
-        raise InputError(f"{folder}: can't write there, {why}: give another {flag}")
+    """Check that files can be written to `folder`, which need not exist yet: make the missing folders for a moment,
+    inside a temporary one. Raises InputError, which names the flag."""
+    existing = nearest(folder).absolute()
+    missing = folder.absolute().relative_to(existing)
+    try:
+        if missing.parts and (existing / missing.parts[0]).is_symlink():
+            raise OSError(errno.ENOENT, "a broken link")
+        with tempfile.TemporaryDirectory(dir=existing) as temporary:
+            trial = Path(temporary, missing)
+            trial.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=trial).close()
+    except OSError as error:
+        raise InputError(f"{flag} {folder}: can't write there ({error.strerror}): give another folder") from None
 
 
 def nearest(folder: Path) -> Path:
-    """`folder`, or, as long as it does not exist, the first of the folders above it that does."""
+    """Return `folder` if it exists, else the nearest folder above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
 
 
 def check_file(path: Path, flag: str) -> None:
-    """InputError that names the flag if no file can be written at `path`, in a folder that exists."""
-    if path.is_dir():
+    """Check that a file can be written at `path`, in a folder that exists. Raises InputError, which names the flag."""
+    if os.path.isdir(path):  # Path.is_dir raises an error for a name that is too long
         raise InputError(f"{flag} {path}: is a folder: give another name")
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent) as folder:
+            temporary_of(Path(folder, path.name)).touch()
     except OSError as error:
-        raise InputError(f"{flag} {path}: can't write there ({error.strerror}): give another folder") from None
+        raise InputError(f"{flag} {path}: can't write there ({error.strerror}): give another path") from None
+
+
+def temporary_of(path: Path) -> Path:
+    """Return the temporary name, beside `path`, under which `replacing` and `new_folder` write."""
+    return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` when the body ends without error.
+    """Give a temporary path to write to; rename it to `path` when the body ends without an error.
 
-    is_shared: other processes may write the same file now, so each needs a temporary path of its own.
+    is_shared: other processes may write the same file now, so the temporary name has the process number in it.
     """
-    temporary = path.with_name(f".{path.name}{f'.{os.getpid()}' if is_shared else ''}.tmp")
+    temporary = temporary_of(path.with_name(f"{path.name}.{os.getpid()}") if is_shared else path)
     try:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # safetensors makes files that only their owner may read
+        os.chmod(temporary, 0o666 & ~umask)  # safetensors lets only the owner read its files
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def tensors_digest(text: str, *tensors: Tensor) -> str:
-    """SHA-256, in hex, of a text and of the bytes of tensors, on any device. Shapes and dtypes do not count."""
+    """Return the SHA-256, in hex, of a text and of the tensors' bytes. Shapes and dtypes do not count."""
     digest = hashlib.sha256(text.encode())
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -89,18 +103,18 @@ def tensors_digest(text: str, *tensors: Tensor) -> str:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to fill; it becomes `path` when the body ends without error.
+    """Give a temporary folder to fill; rename it to `path` when the body ends without an error.
 
-    InputError if `path` exists, unless as an empty folder, or can't be made.
+    Raises InputError if `path` can't be made, or exists and is not an empty folder.
     """
     path = path.absolute()
     is_free = not os.path.lexists(path) or (path.is_dir() and not path.is_symlink() and not any(path.iterdir()))
     if not is_free or path == Path.cwd():
         raise InputError(f"{path}: exists already: give another --out")
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = temporary_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)  # what a kill left
+        shutil.rmtree(temporary, ignore_errors=True)  # left by a killed process
         temporary.mkdir()
     except OSError as error:
         raise InputError(f"{path}: can't write there ({error.strerror}): give another --out") from None
@@ -118,7 +132,7 @@ def write_json(path: Path, value: dict) -> None:
 
 @contextmanager
 def appending(path: Path) -> Iterator[Callable[[dict], None]]:
-    """A function that appends an object to a JSON Lines file. A kill costs at most the line that is being written."""
+    """Give a function that appends an object to a JSON Lines file. A kill damages at most the last line."""
     with open(path, "a", encoding="utf-8") as file:
 
         def append(entry: dict) -> None:
@@ -129,23 +143,19 @@ def appending(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
-    """Remove all other lines from a JSON Lines file, and those that a kill damaged. Returns the objects that are kept;
-    [] if there is no file."""
+    """Remove the other lines from a JSON Lines file, and damaged ones. Returns the objects in the lines that stay; []
+    if there is no file."""
     if not path.exists():
         return []
-    kept = []
+    lines, objects = [], []
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
         try:
             value = json.loads(line)
         except ValueError:
             continue
         if isinstance(value, dict) and is_kept(value):
-            kept.append((line, value))
+            lines.append(f"{line}\n")
+            objects.append(value)
     with replacing(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
-    return [value for _, value in kept]
-
-
-def is_full_disk(error: Exception) -> bool:
-    """Judged by the text, because safetensors does not pass the error number on."""
-    return any(text in str(error) for text in ("No space left", "quota exceeded"))
+        temporary.write_text("".join(lines), encoding="utf-8")
+    return objects

@@ -80,7 +80,7 @@ def over(items: Iterable, name: str, unit: str, delay: float = 0, is_shown: bool
 def in_words(seconds: float) -> str:
     """A duration in the unit that suits it: "40 seconds", "3 minutes", "2.5 hours"."""
     if seconds < 90:
-        return "1 second" if round(seconds) == 1 else f"{seconds:.0f} seconds"
+        return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"
 
 

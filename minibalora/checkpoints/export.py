@@ -44,7 +44,13 @@ def parser() -> argparse.ArgumentParser:
         description="Merge an adapter into its base: a Hugging Face checkpoint that needs no adapter.",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="the base: the checkpoint that the adapter was trained on")
+    add(
+        "--model",
+        type=cli.path,
+        metavar="DIR",
+        required=True,
+        help="the base: the checkpoint that the adapter was trained on",
+    )
     add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
     add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
     add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the adapter again, each change "

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import os
 from pathlib import Path
 
 from minibalora.base import cli
@@ -28,7 +29,7 @@ def main() -> int:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
     settings = plain_settings(vars(args)) | {"data_digest": file_digest(args.data), **digests}
-    is_new = not (args.out / "run.json").exists()
+    is_new = not os.path.exists(args.out / "run.json")
     if is_new:
         check_out(args.out, resume=False)
     else:

@@ -1,4 +1,4 @@
-"""Adapting a model as `settings.Adaptation` says. What a checkpoint, a cache or another rank has is not computed."""
+"""Adapt a model as `settings.Adaptation` says. Factors come from a checkpoint, a cache or another rank if possible."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -22,10 +22,10 @@ from minibalora.truncate import truncate
 def adapt_model(
     model: nn.Module, adaptation: Adaptation, hardware: Hardware, seed: int, resumed: Path | None = None
 ) -> None:
-    """lowrank.adapt with a progress bar, then the product that takes less memory, then --quantize; in place.
+    """Adapt the model in place, with a progress bar; then take the lean product and quantise, if asked to.
 
-    resumed: the folder of the run to go on with. Its checkpoint has the factors, so nothing waits for an SVD. Several
-    ranks compute the factors of each layer once, on one of them. InputError if rank or targets do not fit.
+    resumed: the folder of the run to continue, whose checkpoint has the factors: no SVD is needed. Several ranks share
+    the SVDs: one rank computes each layer's factors for all. Raises InputError if rank or targets do not fit.
     """
     bar = partial(progress.over, name=adaptation.init, unit="layer", is_shown=distributed.is_main())
     comes_later = adaptation.init != "lora" and (resumed is not None or distributed.is_torchrun())
@@ -49,14 +49,14 @@ def adapt_model(
     if not adaptation.is_plain:
         use_lean_product(model)
     if adaptation.quantize:
-        for _, layer in adapted_layers(model):  # one at a time is whole on the device
+        for _, layer in adapted_layers(model):  # one layer at a time is on the device unquantised
             nf4.quantize(layer.to(hardware.device))
         model.to(hardware.device)
 
 
 @torch.no_grad()
 def take_initial_values(model: nn.Module, folder: Path) -> None:
-    """A₀ and B₀ from the checkpoint in `folder`, for A and B, too, so that the student is the pre-trained model."""
+    """Load A₀ and B₀ from the checkpoint in `folder`, also into A and B: the student is then the pre-trained model."""
     load_initial_values(folder, model)
     for _, layer in adapted_layers(model):
         layer.A.copy_(layer.A0)
@@ -64,22 +64,22 @@ def take_initial_values(model: nn.Module, folder: Path) -> None:
 
 
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:
-    """For --adapter-rank: bring what was learned to that rank before it is measured and saved."""
+    """Reduce the learned change to --adapter-rank, before it is measured and saved."""
     if rank is not None:
         error = truncate(model, rank)
         print(f"adapter of at most rank {rank}: relative error {error:.2e} of the change in the weights")
 
 
 def empty_factors(weight: Tensor, rank: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """Zeros in place of A (m, r) and B (r, n) of a weight (n, m)."""
+    """Return zeros of the shapes of A (m, r) and B (r, n) for a weight (n, m)."""
     n, m = weight.shape
     return torch.zeros(m, rank, device=device), torch.zeros(rank, n, device=device)
 
 
 def first_factors(weight: Tensor, adaptation: Adaptation, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A and B by --init of a weight (n, m), on the run's device; PiSSA's from --init-cache, if they are there."""
+    """Return A and B for a weight (n, m), on the run's device, as --init says, or from --init-cache."""
     rank, scaling = adaptation.rank, adaptation.alpha / adaptation.rank
-    if adaptation.init == "lora":  # for which only the shape counts
+    if adaptation.init == "lora":  # only the shape matters
         weight = torch.empty(1, device=device).expand(weight.shape)
     weight = weight.to(device)
     if adaptation.init_cache is None:
@@ -91,17 +91,17 @@ def first_factors(weight: Tensor, adaptation: Adaptation, device: torch.device) 
 def deal_factors(
     model: nn.Module, adaptation: Adaptation, hardware: Hardware, seed: int, bar: Callable[[list], Iterable]
 ) -> None:
-    """PiSSA's factors of each layer from the rank whose turn it is, into every rank's A, B, A₀ and B₀.
+    """Compute each layer's PiSSA factors on one rank in turn, and copy them to A, B, A₀ and B₀ on all ranks.
 
-    That rank alone reads a weight that the model does not hold yet. What pissa_niter_N draws depends on seed and layer:
-    the same on any number of ranks, but another draw than that of a run without torchrun.
+    Only that rank reads a weight which the model does not hold yet. The random numbers of pissa_niter_N depend on seed
+    and layer: the same on any number of ranks, but others than in a run without torchrun.
     """
     layers = list(enumerate(adapted_layers(model)))
     for index, (name, layer) in bar(layers[distributed.rank() :: distributed.size()]):
         torch.manual_seed(seed + index)
         stored = f"{name}.weight"
-        is_there = not layer.W.is_meta
-        W = layer.W if is_there else read(model.checkpoint.stored[stored], stored, hardware.dtype, hardware.device)
+        is_loaded = not layer.W.is_meta
+        W = layer.W if is_loaded else read(model.checkpoint.stored[stored], stored, hardware.dtype, hardware.device)
         A, B = first_factors(W, adaptation, hardware.device)
         layer.A.copy_(A)
         layer.B.copy_(B)

@@ -1,8 +1,8 @@
-"""The checkpoints in a run's folder, from which it goes on exactly: checkpoint/*.safetensors.
+"""The checkpoint of a run, from which --resume continues exactly: three files in the run's folder, in checkpoint/.
 
-initial.safetensors   A₀, B₀ and what a new head began with; never changes
-state.safetensors     what is trained and Adam's moments, of the last step saved
-best.safetensors      what is trained, of the best epoch of a classifier
+initial.safetensors   A₀, B₀ and the first values of a new head; never changes
+state.safetensors     the trained parameters and Adam's moments at the last step that was saved
+best.safetensors      the trained parameters at the best epoch of a classifier
 """
 
 import math
@@ -16,26 +16,45 @@ from safetensors.torch import save_file
 from torch import nn
 
 from minibalora.base import distributed
-from minibalora.base.errors import InputError
+from minibalora.base.errors import InputError, is_out_of_memory
 from minibalora.base.files import replacing, tensors_digest
 from minibalora.lowrank import initial_values
-from minibalora.run.run_folder import check_settings
+from minibalora.run.run_folder import check_settings, logged
+
+INITIAL, STATE, BEST = "initial.safetensors", "state.safetensors", "best.safetensors"
+ANEW = "start again with another --out"
 
 
 def resumed_step(out: Path, settings: dict, steps: int) -> int | None:
-    """The step of the checkpoint in `out` to go on from; None if the run was stopped before its first checkpoint.
+    """Return the step of the checkpoint in `out`; None if the run was stopped before its first checkpoint.
 
-    InputError if the run in `out` is another one than `settings`, or its checkpoint can't be of a run of `steps`.
+    Raises InputError if the run in `out` has other settings, if a file of its checkpoint is missing or damaged, or if
+    the checkpoint is of a step beyond `steps`.
     """
     check_settings(out, settings)
+    check_complete(out)
     step = checkpoint_step(out)
-    best = out / "checkpoint" / "best.safetensors"
+    best = out / "checkpoint" / BEST
     if best.exists():
         with _readable_checkpoint(best), safe_open(best, "pt"):
-            pass  # now, not after hours of training
+            pass  # fails now, not after hours of training
     if step is not None and not 0 <= step <= steps:
-        raise InputError(f"{out}: its checkpoint is of step {step}, but the run has {steps}: start anew")
+        raise InputError(f"{out}: its checkpoint is of step {step}, but the run has {steps}: {ANEW}")
     return step
+
+
+def check_complete(out: Path) -> None:
+    """Raise InputError if the checkpoint in `out` lacks a file. A folder without any checkpoint is complete."""
+    folder = out / "checkpoint"
+    there = {name for name in (INITIAL, STATE, BEST) if (folder / name).exists()}
+    if not there or (there == {INITIAL} and not (out / "log.jsonl").exists()):  # killed while saving step 0
+        return
+    needed = [INITIAL, STATE]
+    if any(entry.get("dev") is not None for entry in logged(out)):
+        needed.append(BEST)
+    missing = [name for name in needed if name not in there]
+    if missing:
+        raise InputError(f"{folder}: {' and '.join(missing)} missing: put it back from a copy, or {ANEW}")
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -43,22 +62,21 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def trained_digest(model: nn.Module) -> str:
-    """SHA-256 of what was trained, in hex: answers of another state of the model are not this one's."""
+    """Return the SHA-256 of the trained parameters, in hex: it tells answers of two states of the model apart."""
     return tensors_digest("", *trained_parameters(model).values())
 
 
 def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """checkpoint/state.safetensors: trained parameters and Adam's moments after `step` steps, in one atomic file.
+    """Write state.safetensors after `step` steps; at step 0, write initial.safetensors first.
 
-    Step 0 also writes checkpoint/initial.safetensors, which never changes: A₀, B₀ and a new classifier head's values.
-    All ranks have the same, so rank 0 writes it.
+    All ranks have the same values, so rank 0 writes them.
     """
     if not distributed.is_main():
         return
     folder = out / "checkpoint"
     folder.mkdir(exist_ok=True)
     if step == 0:
-        with replacing(folder / "initial.safetensors") as temporary:
+        with replacing(folder / INITIAL) as temporary:
             save_file(initial_values(model), temporary)
     tensors = {}
     for name, parameter in trained_parameters(model).items():
@@ -66,13 +84,13 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
         for moment in ("exp_avg", "exp_avg_sq"):
             if parameter in optimizer.state:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
-    with replacing(folder / "state.safetensors") as temporary:
+    with replacing(folder / STATE) as temporary:
         save_file(tensors, temporary, metadata={"step": str(step)})
 
 
 def checkpoint_step(out: Path) -> int | None:
-    """The step of the checkpoint, None if the run was stopped before its first; InputError if it can't be read."""
-    if not (out / "checkpoint" / "state.safetensors").exists():
+    """Return the step of the checkpoint, None if there is none. Raises InputError if the checkpoint can't be read."""
+    if not (out / "checkpoint" / STATE).exists():
         return None
     with _open_checkpoint(out) as (_, state):
         return int(state.metadata()["step"])
@@ -80,7 +98,7 @@ def checkpoint_step(out: Path) -> int | None:
 
 @torch.no_grad()
 def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Put the checkpoint into model and optimizer; InputError if it does not fit them."""
+    """Load the checkpoint into the model and the optimizer. Raises InputError if it does not fit them."""
     parameters = trained_parameters(model)
     load_initial_values(out, model)
     with _open_checkpoint(out) as (_, state):
@@ -92,27 +110,26 @@ def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
                 index: {moment: state.get_tensor(f"{moment}/{name}").clone() for moment in ("exp_avg", "exp_avg_sq")}
                 | {"step": torch.tensor(float(step))}
                 for index, name in enumerate(parameters)
-            }  # cloned, for a tensor of safetensors is a view of its file, which the next checkpoint replaces
+            }  # cloned: safetensors returns views of the file, which the next checkpoint replaces
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 @torch.no_grad()
 def load_initial_values(out: Path, model: nn.Module) -> None:
-    """Put A₀, B₀ and what a new head began with into the model, as they were at the start of the run in `out`."""
+    """Load A₀, B₀ and the first values of a new head into the model, as the run in `out` started with them."""
     with _open_checkpoint(out) as (initial, _):
         for name, tensor in initial_values(model).items():
             tensor.copy_(initial.get_tensor(name))
 
 
 def keep_best(out: Path, model: nn.Module, step: int, score: float) -> None:
-    """checkpoint/best.safetensors: what is trained, as of the step with the highest score so far, the first of equals.
+    """Write best.safetensors if no earlier step has a score as high. NaN counts as the lowest score.
 
-    A NaN counts as lowest. A file of a later step is of a run that was stopped after it and resumed before it: that
-    step will come again.
+    A file of a later step was written before the run was stopped and resumed from an earlier step: it is overwritten.
     """
     score = -math.inf if math.isnan(score) else score
-    path = out / "checkpoint" / "best.safetensors"
+    path = out / "checkpoint" / BEST
     if path.exists():
         with _readable_checkpoint(path), safe_open(path, "pt") as best:
             if int(best.metadata()["step"]) < step and float(best.metadata()["score"]) >= score:
@@ -124,8 +141,8 @@ def keep_best(out: Path, model: nn.Module, step: int, score: float) -> None:
 
 @torch.no_grad()
 def load_best(out: Path, model: nn.Module) -> int:
-    """Put the best step's parameters into the model; returns that step."""
-    path = out / "checkpoint" / "best.safetensors"
+    """Load the parameters of the best step into the model. Returns that step."""
+    path = out / "checkpoint" / BEST
     with _readable_checkpoint(path), safe_open(path, "pt") as best:
         for name, parameter in trained_parameters(model).items():
             parameter.copy_(best.get_tensor(name))
@@ -137,8 +154,8 @@ def _open_checkpoint(out: Path) -> Iterator[tuple]:
     folder = out / "checkpoint"
     with (
         _readable_checkpoint(folder),
-        safe_open(folder / "initial.safetensors", "pt") as initial,
-        safe_open(folder / "state.safetensors", "pt") as state,
+        safe_open(folder / INITIAL, "pt") as initial,
+        safe_open(folder / STATE, "pt") as state,
     ):
         yield initial, state
 
@@ -148,4 +165,6 @@ def _readable_checkpoint(path: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({error}): start anew") from None
+        if is_out_of_memory(error):
+            raise
+        raise InputError(f"{path}: not a readable checkpoint ({error}): {ANEW}") from None

@@ -1,4 +1,4 @@
-"""The flags of the training scripts: their published defaults, what contradicts what, and the settings they give."""
+"""The flags of the training scripts: published defaults, refused combinations, and the settings they make."""
 
 import argparse
 from collections.abc import Callable
@@ -14,6 +14,7 @@ from minibalora.base.cli import (
     fraction,
     natural,
     path,
+    path_text,
     positive_int,
     positive_rate,
     rate,
@@ -31,19 +32,19 @@ from minibalora.run.settings import Adaptation, ClassSource, Hardware, Optimisat
 METHODS = ("full", "lora", "pissa", "ba-lora")
 ADAPTER_FLAGS = ("rank", "alpha", "init", "init_cache", "targets", "adapter_rank")
 BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
-# As published, but for micro_batch_size, which was 1.
+# As published, except micro_batch_size, which was 1.
 DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
-DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` measures what is gained and lost
+DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` measures time and accuracy
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
-# The built-in model is 5000 times smaller than the paper's and has a minute: it takes a smaller rank and larger steps.
+# The built-in model is 5000 times smaller than the paper's and trains for a minute: a smaller rank, a larger rate.
 TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256, "init": "pissa"}
 TOY["model"] = str(BUILT_IN / "llama")
-# Published are ranges by task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
+# The published values depend on the task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
 NLU_DEFAULTS = {"rank": 8, "lr": 1e-4, "epochs": 10, "batch_size": 32, "max_length": 128, "label_noise": 0.0}
 NLU_DEFAULTS["init"] = DEFAULTS["init"]
 NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(BUILT_IN / "bert"), "init": "pissa"}
 NLU_TOY |= {"max_rows": 6000, "label_noise": 0.2, "imbalance": 4.0}  # the paper's conditions, at known rates
-# Without a meaning where labels are scores.
+# These have no meaning where labels are scores.
 CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1", "non_target_kl")
 CLASS_FLAGS += ("label_noise", "imbalance")
 
@@ -59,27 +60,30 @@ def init(text: str) -> str:
 def nlg_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlg.py",
-        description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a "
-        "baseline. Without --model: a built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
+        description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a baseline. Without "
+        "--model: the built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="FILE", help="JSON Lines or a JSON array; the fields are recognised (see README)")
-    add("--eval", metavar="FILE", help="held-out rows for the before / after table")
-    add("--eval-task", choices=("gsm8k", "math"), help="ask and judge them as the paper's evaluations do")
-    add("--prompt-field", metavar="NAME", help="the field that holds the prompt")
-    add("--response-field", metavar="NAME", help="the field that holds the response")
+    add("--model", metavar="DIR", type=path_text, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="FILE", type=path_text, help="training rows: JSON Lines or a JSON array; the names of the "
+        "fields are recognised (see README)")  # fmt: skip
     add(
-        "--raw", action="store_true", help="prompts as they are, without Alpaca's template: for instance T5's own tasks"
+        "--eval", metavar="FILE", type=path_text, help="held-out rows, scored before and after training (default: none)"
     )
-    add("--max-rows", type=positive_int, help="use the first N rows (published: 100000; built-in model: 3200)")
-    add("--max-length", type=positive_int, help="tokens of prompt and response, what is beyond is cut (published: 512)")
+    add("--eval-task", choices=("gsm8k", "math"), help="ask and score the rows of --eval as the paper does")
+    add("--prompt-field", metavar="NAME", help="field of the prompt (default: recognised)")
+    add("--response-field", metavar="NAME", help="field of the response (default: recognised)")
+    add("--raw", action="store_true", help="use prompts as they are, without Alpaca's template; for T5's own tasks")
+    add("--max-rows", type=positive_int, metavar="N", help="use the first N rows (published: 100000; built-in model: "
+        "3200)")  # fmt: skip
+    add("--max-length", type=positive_int, metavar="N", help="tokens of a prompt and its response; a longer response "
+        "is cut (published: 512; built-in model: 256)")  # fmt: skip
 
     add = _add_method_flags(parser, NLG_RECIPES, "128; built-in model: 16", "entropy of the predictions", "tokens")
     top_k = _published(NLG_RECIPES, "top_k")
-    add("--top-k", type=natural, help=f"K largest logits of the entropy, 0 = all ({top_k})")
-    add("--router-aux-loss", type=rate, default=0.0, help="weight of the load balance of a mixture's experts (default: "
-        "0), taken per micro-batch like the spectral term; its router stays frozen")  # fmt: skip
+    add("--top-k", type=natural, metavar="K", help=f"logits in the entropy: the K largest; 0: all ({top_k})")
+    add("--router-aux-loss", type=rate, metavar="WEIGHT", default=0.0, help="weight of the load balance in a mixture "
+        "of experts, computed per micro-batch (default: 0); routers stay frozen")  # fmt: skip
     _add_optimisation_flags(
         parser,
         lr="published: 2e-5; built-in model: 2e-3",
@@ -87,15 +91,15 @@ def nlg_parser() -> argparse.ArgumentParser:
         warmup_ratio=(0.03, "published: 0.03"),
         epochs="published: 1",
         batch_size="2024: 128; iclr2026 and baselines: 32",
-        micro_batch_size="default: 4; built-in: 32",
+        micro_batch_size="default: 4; built-in model: 32",
     )
     add = _add_hardware_flags(parser)
-    add("--quantize", choices=("nf4",), help="keep what is frozen of the adapted linears in 4 bits; of PiSSA, the "
-        "residual (QPiSSA)")  # fmt: skip
-    add("--teacher-cache", type=path, metavar="DIR", help="keep the teacher's states of response tokens there and take "
-        "them from there: free from the second epoch on, and for every further run on the same rows")  # fmt: skip
-    add("--fsdp", action="store_true", help="under torchrun: each process keeps its own rows of the frozen weights, "
-        "and a block whole only while it computes: for a model that does not fit, slower where it does")  # fmt: skip
+    add("--quantize", choices=("nf4",), help="store the frozen weights of adapted linears in 4 bits; with PiSSA, the "
+        "residual (default: --dtype)")  # fmt: skip
+    add("--teacher-cache", type=path, metavar="DIR", help="folder that keeps the teacher's states: later epochs, and "
+        "later runs on the same rows, need no teacher (default: none)")  # fmt: skip
+    add("--fsdp", action="store_true", help="with torchrun: split the frozen weights over the processes, for a model "
+        "that does not fit on one GPU")  # fmt: skip
     _add_output_flags(parser, "nlg")
     return parser
 
@@ -104,79 +108,88 @@ def nlu_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="train_nlu.py",
         description="Fine-tune a BERT, RoBERTa, DeBERTa-v3, T5 or decoder checkpoint to classify texts with BA-LoRA "
-        "(arXiv 2408.04556) or a baseline. Without --model: a built-in tiny BERT on built-in reviews, a minute on "
-        "a CPU.",
+        "(arXiv 2408.04556) or a baseline. Without --model: the built-in tiny BERT on built-in reviews, about a minute "
+        "on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="PATH", help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON Lines file")
-    add("--task", choices=(*TASKS, "custom"), help="what the columns and labels are; needed with --model")
-    add("--eval", metavar="FILE", nargs="+", help="further rows of the before / after table; where --data is a file, "
-        "the first selects the best epoch")  # fmt: skip
-    add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and take for the classes '
-        'the words that it would answer, "positive", by its own head in place of a new one')  # fmt: skip
-    add("--text-field", metavar="NAME", nargs="+", help="custom task: the field of the text, or two for a pair")
-    add("--label-field", metavar="NAME", help="custom task: the field of the label")
-    add("--max-rows", type=positive_int, help="use the first N rows (default: all)")
-    add("--max-length", type=positive_int, help="tokens of a text or pair, what is beyond is cut (default: 128)")
-    add("--label-noise", type=share_below_one, metavar="P", help="share of the training labels that is "
-        "replaced by another class, chosen by --seed (default: 0; built-in reviews: 0.2)")  # fmt: skip
-    add("--imbalance", type=ratio, metavar="R", help="keep the largest class and 1/R as many training rows of every "
-        "other, chosen by --seed (default: all; built-in reviews: 4)")  # fmt: skip
+    add("--model", metavar="DIR", type=path_text, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="PATH", type=path_text, help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON "
+        "Lines file")  # fmt: skip
+    add("--task", choices=(*TASKS, "custom"), help="GLUE task, which names columns and labels; needed with --model")
+    add("--eval", metavar="FILE", type=path_text, nargs="+", help="more rows to score before and after training; where "
+        "--data is a file, the first one selects the best epoch")  # fmt: skip
+    add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and score the words of '
+        'the classes, "positive", with the model\'s own head instead of a new one')  # fmt: skip
+    add("--text-field", metavar="NAME", nargs="+", help="with --task custom: field of the text; two for a pair")
+    add("--label-field", metavar="NAME", help="with --task custom: field of the label")
+    add(
+        "--max-rows", type=positive_int, metavar="N", help="use the first N rows (default: all; built-in reviews: 6000)"
+    )
+    add("--max-length", type=positive_int, metavar="N", help="tokens of a text or pair; longer ones are cut (default: "
+        "128; built-in model: 64)")  # fmt: skip
+    add("--label-noise", type=share_below_one, metavar="P", help="share of the training labels to replace by a random "
+        "other class (default: 0; built-in reviews: 0.2)")  # fmt: skip
+    add("--imbalance", type=ratio, metavar="R", help="keep only 1/R as many training rows of each class as of the "
+        "largest one (default: all; built-in reviews: 4)")  # fmt: skip
 
-    diversity = "covariance of the classes, taken per micro-batch like the spectral term"
+    diversity = "covariance of the classes, computed per micro-batch"
     add = _add_method_flags(parser, NLU_RECIPES, "8", diversity, "rows")
-    add("--teacher", metavar="WHAT", help='what consistency and non-target KL compare with: "pretrained" (default, '
-        "published) or a folder with a fine-tuned checkpoint")  # fmt: skip
+    add("--teacher", metavar="WHAT", type=path_text, help='teacher of consistency and non-target KL: "pretrained" '
+        "(default, published) or the folder of a fine-tuned checkpoint")  # fmt: skip
     _add_optimisation_flags(
         parser,
         lr="default: 1e-4; published: 3e-5 to 6e-4, by task; built-in model: 1e-3",
         schedule="linear",
-        warmup_ratio=(0.06, "default: 0.06 as in LoRA's runs on GLUE, not published for BA-LoRA"),
+        warmup_ratio=(0.06, "default: 0.06, as in LoRA's runs on GLUE; not published for BA-LoRA"),
         epochs="default: 10; published: 10 to 50, by task; built-in model: 4",
         batch_size="default: 32; published: 6 to 32, by task",
-        micro_batch_size="default: the batch size, for the covariance and the spectral term are taken of each",
+        micro_batch_size="default: the batch size, since covariance and spectral term depend on it",
     )
     _add_hardware_flags(parser)
     add = _add_output_flags(parser, "nlu")
-    add("--features", metavar="FILE", type=path, help="write to this safetensors file the last hidden state that "
-        "the head reads, of each dev row before and after training, and its label")  # fmt: skip
+    add("--features", metavar="FILE", type=path, help="safetensors file for each dev row's label and last hidden "
+        "state, before and after training (default: none)")  # fmt: skip
     return parser
 
 
 def _add_method_flags(
     parser: argparse.ArgumentParser, recipes: dict[str, Objective], rank: str, diversity: str, unit: str
 ) -> Callable:
-    """Adds the group and returns its add_argument, for what only one script has.
+    """Add the group. Returns its add_argument, for flags of one script only.
 
-    rank: its published value; diversity: what that term is; unit: what the means are over.
+    rank: its published value; diversity: the form of that term; unit: what means are over.
     """
     add = parser.add_argument_group("method").add_argument
     published = {name: f"({_published(recipes, name)})" for name in BA_LORA_FLAGS if name in vars(recipes["2024"])}
-    add("--method", choices=METHODS, default="ba-lora", help="what to train (default: ba-lora)")
-    add("--recipe", choices=sorted(recipes), help="the paper's version (default: iclr2026), which sets what follows")
-    add("--rank", type=positive_int, help=f"rank r of the adapters (published: {rank})")
-    add("--alpha", type=positive_rate, help="s = alpha / rank scales the product (default: the rank, as published)")
-    add("--init", type=init, help="lora, pissa (exact SVD, published), pissa_krylov_N (basis of N + 1 blocks: faster; "
-        "8 is the default with --model) or pissa_niter_N (N subspace iterations: less exact)")  # fmt: skip
-    add("--init-cache", type=path, metavar="DIR", help="keep the factors of pissa or pissa_krylov_N there and take "
-        "them from there (for instance next to --out: a sweep over lambdas or seeds computes them once)")  # fmt: skip
-    add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
-    add("--plain", action="store_true", help="the layer and the loss as the paper writes them, on whole logits: "
-        "slower, more memory, the same run to rounding")  # fmt: skip
-    add("--lambda1", type=rate, help=f"weight of consistency {published['lambda1']}")
-    add("--lambda2", type=rate, help=f"weight of diversity {published['lambda2']}: {diversity}")
-    add("--lambda3", type=rate, help=f"weight of the spectral term {published['lambda3']}, which is taken per "
-        f"micro-batch and averaged over the step weighted by {unit}: it depends on --micro-batch-size")  # fmt: skip
-    add("--svd-k", type=positive_int, help=f"leading singular values k {published['svd_k']}")
-    add("--temperature", type=positive_rate, help=f"T of the consistency term {published['temperature']}")
-    add("--adaptive-lambda1", action="store_true", default=None, help="by the teacher's entropy (iclr2026's option)")
-    add("--non-target-kl", type=rate, default=0.0, help='weight of "Mask the Target", arXiv 2605.29498 (default: 0)')
+    add("--method", choices=METHODS, default="ba-lora", help="full: train all weights; lora, pissa: baselines "
+        "(default: ba-lora)")  # fmt: skip
+    add(
+        "--recipe", choices=sorted(recipes), help="version of the paper, which sets the terms below (default: iclr2026)"
+    )
+    add("--rank", type=positive_int, metavar="R", help=f"rank r of the adapters (published: {rank})")
+    add("--alpha", type=positive_rate, help="scale of the adapters, s = alpha / rank (default: the rank, as published)")
+    add("--init", type=init, help="start of A and B: lora; pissa (exact SVD, published); pissa_krylov_N (faster, N + 1 "
+        "blocks; N = 8 is the default with --model); pissa_niter_N (N subspace iterations, less exact)")  # fmt: skip
+    add("--init-cache", type=path, metavar="DIR", help="folder that keeps the start of pissa and pissa_krylov_N: later "
+        "runs on the same weights need no SVD (default: none)")  # fmt: skip
+    add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all in attention and MLP)")
+    add("--plain", action="store_true", help="compute the layer and the loss as the paper writes them: the same run to "
+        "rounding, slower and in more memory")  # fmt: skip
+    add("--lambda1", type=rate, metavar="WEIGHT", help=f"weight of consistency {published['lambda1']}")
+    add("--lambda2", type=rate, metavar="WEIGHT", help=f"weight of diversity {published['lambda2']}: {diversity}")
+    add("--lambda3", type=rate, metavar="WEIGHT", help=f"weight of the spectral term {published['lambda3']}: computed "
+        f"per micro-batch, averaged by {unit}")  # fmt: skip
+    add("--svd-k", type=positive_int, metavar="K", help=f"largest singular values in that term {published['svd_k']}")
+    add("--temperature", type=positive_rate, metavar="T", help=f"T of the consistency term {published['temperature']}")
+    add("--adaptive-lambda1", action="store_true", default=None, help="let the teacher's entropy scale lambda1 "
+        "(iclr2026's option)")  # fmt: skip
+    add("--non-target-kl", type=rate, metavar="WEIGHT", default=0.0, help='weight of "Mask the Target", arXiv '
+        "2605.29498 (default: 0)")  # fmt: skip
     return add
 
 
 def _published(recipes: dict[str, Objective], name: str) -> str:
-    """The setting in every recipe, as in "2024: 1, iclr2026: 2"; "published: 10" where they agree."""
+    """Return the setting in every recipe: "2024: 1, iclr2026: 2", or "published: 10" where they agree."""
     values = {recipe: f"{getattr(objective, name) or 0:g}" for recipe, objective in recipes.items()}
     values = values if len(set(values.values())) > 1 else {"published": values["2024"]}
     return ", ".join(f"{recipe}: {value}" for recipe, value in values.items())
@@ -191,213 +204,219 @@ def _add_optimisation_flags(
     batch_size: str,
     micro_batch_size: str,
 ) -> None:
-    """Each text says where the flag's default comes from."""
+    """Add the group. Each text says where the flag's default comes from."""
     add = parser.add_argument_group("optimisation").add_argument
     add("--lr", type=positive_rate, help=f"peak learning rate of AdamW ({lr})")
-    add("--schedule", choices=("cosine", "linear"), default=schedule, help=f"fall of the rate (default: {schedule})")
+    add("--schedule", choices=("cosine", "linear"), default=schedule, help=f"decay of the rate (default: {schedule})")
     warm, source = warmup_ratio
-    add("--warmup-ratio", type=fraction, default=warm, help=f"share of the steps with a rising rate ({source})")
-    add("--grad-clip", type=positive_rate, default=1.0, help="largest norm of the gradient (default: 1)")
-    add("--epochs", type=positive_int, help=f"passes over the data ({epochs})")
-    add("--max-steps", type=positive_int, help="stop after N steps; the schedules end there, too")
-    add("--batch-size", type=positive_int, help=f"rows a step ({batch_size})")
-    add("--micro-batch-size", type=positive_int, help=f"rows at a time, bounded by memory ({micro_batch_size})")
-    add("--seed", type=natural, default=42, help="order of rows and random inits (published: 42, 1024, 2024)")
+    add(
+        "--warmup-ratio", type=fraction, metavar="P", default=warm, help=f"share of steps with a rising rate ({source})"
+    )
+    add(
+        "--grad-clip", type=positive_rate, metavar="NORM", default=1.0, help="largest norm of the gradient (default: 1)"
+    )
+    add("--epochs", type=positive_int, metavar="N", help=f"passes over the data ({epochs})")
+    add("--max-steps", type=positive_int, metavar="N", help="end after N steps, schedules included (default: --epochs)")
+    add("--batch-size", type=positive_int, metavar="N", help=f"rows per step ({batch_size})")
+    add("--micro-batch-size", type=positive_int, metavar="N", help="rows per forward pass; fewer need less memory "
+        f"({micro_batch_size})")  # fmt: skip
+    add("--seed", type=natural, metavar="N", default=42, help="seed of row order and random starts (default: 42; "
+        "published: 42, 1024, 2024)")  # fmt: skip
 
 
 def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
-    """As _add_method_flags."""
+    """Add the group. Returns its add_argument."""
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
-        "float32 on CPUs); A and B are float32 always")  # fmt: skip
-    add("--tf32", action="store_true", help="float32 products in TF32 while training on a GPU: several times faster, "
-        "with 10 bits of mantissa (default: all 23)")  # fmt: skip
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
+    add("--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: bfloat16 on a GPU, "
+        "float32 on a CPU); A and B are always float32")  # fmt: skip
+    add("--tf32", action="store_true", help="on a GPU, multiply float32 matrices in TF32: several times faster, with "
+        "10 bits of mantissa instead of 23")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
-    add("--compile", action="store_true", help="torch.compile: slower start, faster steps on GPUs")
+    add("--compile", action="store_true", help="use torch.compile: slower start, faster steps on a GPU")
     return add
 
 
 def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
-    """As _add_method_flags."""
+    """Add the group. Returns its add_argument."""
     add = parser.add_argument_group("output").add_argument
-    where = f"default: runs/{name}-DATE-TIME"
-    add("--out", type=path, metavar="DIR", help=f"folder for adapter, log and checkpoint ({where})")
-    add("--adapter-rank", type=positive_int, metavar="R", help="save the best approximation of this rank (default: "
-        "what was trained, exactly, which from PiSSA takes twice --rank)")  # fmt: skip
+    add("--out", type=path, metavar="DIR", help="folder for adapter, log and checkpoint (default: "
+        f"runs/{name}-DATE-TIME)")  # fmt: skip
+    add("--adapter-rank", type=positive_int, metavar="R", help="save the best approximation of rank R (default: exact; "
+        "from PiSSA that is twice --rank)")  # fmt: skip
     add("--save-every", type=positive_int, default=100, metavar="N", help="steps between checkpoints (default: 100)")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--resume", action="store_true", help="continue from the checkpoint in --out, with the same command")
     return add
 
 
 def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
-    """Every default filled in; InputError for what can't be meant."""
-    given = vars(nlg_parser().parse_args(argv))
-    _refuse_half_a_source(given, ("eval", "eval_task", "prompt_field", "response_field"))
-    _refuse_contradictions(given)
-    _refuse_text_contradictions(given)
-    if given["fsdp"]:
-        _refuse_without_shards(given)
-    defaults = TOY if given["model"] is None else DEFAULTS
-    given = _filled_in(given, defaults | {"batch_size": BATCH_SIZE[given["recipe"] or "iclr2026"]}, "nlg")
-    objective = _objective(given, NLG_RECIPES)
-    objective = replace(objective, top_k=objective.top_k or None, router_aux=given["router_aux_loss"])  # 0: all
-    return _settings(given, TextSource, objective)
+    """Return the settings, defaults filled in. Raises InputError for flags that contradict each other."""
+    flags = vars(nlg_parser().parse_args(argv))
+    _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "response_field"))
+    _refuse_contradictions(flags)
+    _refuse_text_contradictions(flags)
+    if flags["fsdp"]:
+        _refuse_without_shards(flags)
+    defaults = TOY if flags["model"] is None else DEFAULTS
+    flags = _filled_in(flags, defaults | {"batch_size": BATCH_SIZE[flags["recipe"] or "iclr2026"]}, "nlg")
+    objective = _objective(flags, NLG_RECIPES)
+    objective = replace(objective, top_k=objective.top_k or None, router_aux=flags["router_aux_loss"])  # 0: all
+    return _settings(flags, TextSource, objective)
 
 
 def parse_nlu_flags(argv: list[str] | None = None) -> Settings:
-    """As parse_nlg_flags."""
-    given = vars(nlu_parser().parse_args(argv))
+    """Do the same as parse_nlg_flags for train_nlu.py."""
+    flags = vars(nlu_parser().parse_args(argv))
     if distributed.is_torchrun():
         raise InputError("train_nlu.py runs in one process: start it with python, not torchrun")
-    _refuse_half_a_source(given, ("task", "eval", "text_field", "label_field"))
-    _refuse_contradictions(given)
-    _refuse_task_contradictions(given)
-    if given["teacher"] is None and (given["method"] == "ba-lora" or given["non_target_kl"] > 0):
-        given["teacher"] = "pretrained"
-    given = _filled_in(given, NLU_TOY if given["model"] is None else NLU_DEFAULTS, "nlu")
-    return _settings(given, ClassSource, _objective(given, NLU_RECIPES))
+    _refuse_half_a_source(flags, ("task", "eval", "text_field", "label_field"))
+    _refuse_contradictions(flags)
+    _refuse_task_contradictions(flags)
+    if flags["teacher"] is None and (flags["method"] == "ba-lora" or flags["non_target_kl"] > 0):
+        flags["teacher"] = "pretrained"
+    flags = _filled_in(flags, NLU_TOY if flags["model"] is None else NLU_DEFAULTS, "nlu")
+    return _settings(flags, ClassSource, _objective(flags, NLU_RECIPES))
 
 
-def _filled_in(given: dict, defaults: dict, script: str) -> dict:
-    """What was given, and the defaults of what was not; `is_toy` says that model and data are the built-in ones."""
-    filled = given | {"is_toy": given["model"] is None}
-    if given["method"] == "lora":
+def _filled_in(flags: dict, defaults: dict, script: str) -> dict:
+    """Fill in the defaults. `is_toy` says that model and data are the built-in ones."""
+    filled = flags | {"is_toy": flags["model"] is None}
+    if flags["method"] == "lora":
         filled["init"] = "lora"
-    if given["method"] == "ba-lora":
-        filled["recipe"] = given["recipe"] or "iclr2026"
+    if flags["method"] == "ba-lora":
+        filled["recipe"] = flags["recipe"] or "iclr2026"
     filled |= {name: value for name, value in defaults.items() if filled[name] is None}
-    filled["device"] = cli.device(given["device"])
-    filled["dtype"] = cli.dtype(given["dtype"], filled["device"])
+    filled["device"] = cli.device(flags["device"])
+    filled["dtype"] = cli.dtype(flags["dtype"], filled["device"])
     distributed.check_device(filled["device"])
     batch_size = filled["batch_size"]
     filled["micro_batch_size"] = min(filled["micro_batch_size"] or batch_size, batch_size)
-    filled["alpha"] = given["alpha"] or filled["rank"]
-    if given["resume"] and given["out"] is None:
-        raise InputError("--resume needs --out: name the folder of the run to go on with")
-    filled["out"] = given["out"] or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
+    filled["alpha"] = flags["alpha"] or filled["rank"]
+    if flags["resume"] and flags["out"] is None:
+        raise InputError("--resume needs --out: name the folder of the run to continue")
+    filled["out"] = flags["out"] or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
     return filled
 
 
-def _objective(given: dict, recipes: dict[str, Objective]) -> Objective:
-    """The recipe with what the flags change; for a baseline, the task's loss and at most the non-target KL."""
-    if given["method"] != "ba-lora":
-        return Objective(non_target_kl=given["non_target_kl"])
-    changed = {name: given[name] for name in BA_LORA_FLAGS[1:] if given.get(name) is not None}
-    return replace(recipes[given["recipe"]], non_target_kl=given["non_target_kl"], **changed)
+def _objective(flags: dict, recipes: dict[str, Objective]) -> Objective:
+    """Return the recipe with the changes that flags make; for a baseline, the task's loss and the non-target KL."""
+    if flags["method"] != "ba-lora":
+        return Objective(non_target_kl=flags["non_target_kl"])
+    changed = {name: flags[name] for name in BA_LORA_FLAGS[1:] if flags.get(name) is not None}
+    return replace(recipes[flags["recipe"]], non_target_kl=flags["non_target_kl"], **changed)
 
 
-def _settings(given: dict, source: type, objective: Objective) -> Settings:
-    """The groups of the flags, and all of them as run.json keeps them."""
-    recorded = plain_settings(given) | {"objective": asdict(objective)}
-    given = given | {"is_plain": given["plain"], "folder": given["out"]}
-    given["targets"] = given["targets"] and tuple(given["targets"])
+def _settings(flags: dict, source: type, objective: Objective) -> Settings:
+    """Sort the flags into groups, and keep all of them for run.json."""
+    recorded = plain_settings(flags) | {"objective": asdict(objective)}
+    flags = flags | {"is_plain": flags["plain"], "folder": flags["out"]}
+    flags["targets"] = flags["targets"] and tuple(flags["targets"])
     groups = [
-        kind(**{field.name: given[field.name] for field in fields(kind) if field.name in given})
+        kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
         for kind in (source, Adaptation, Optimisation, Hardware, Output)
     ]
     return Settings(groups[0], objective, *groups[1:], recorded)
 
 
-def _refuse_half_a_source(given: dict, with_model: tuple[str, ...]) -> None:
-    """InputError unless --model and --data are both given, or neither and none of the flags that go with them."""
-    if (given["model"] is None) != (given["data"] is None):
-        there, missing = ("--model", "--data") if given["data"] is None else ("--data", "--model")
-        raise InputError(f"{there} without {missing}: give both, or neither for the built-in model and data")
+def _refuse_half_a_source(flags: dict, with_model: tuple[str, ...]) -> None:
+    """Refuse --model without --data, --data without --model, and flags that need both."""
+    if (flags["model"] is None) != (flags["data"] is None):
+        flag, missing = ("--model", "--data") if flags["data"] is None else ("--data", "--model")
+        raise InputError(f"{flag} without {missing}: give both, or neither for the built-in model and data")
     for name in with_model:
-        if given["model"] is None and given[name] is not None:
+        if flags["model"] is None and flags[name] is not None:
             raise InputError(f"{cli.flag(name)} goes with --model and --data: give both")
 
 
-def _refuse_contradictions(given: dict) -> None:
+def _refuse_contradictions(flags: dict) -> None:
     unused = {
         "full": ADAPTER_FLAGS + BA_LORA_FLAGS,
         "lora": ("init_cache", *BA_LORA_FLAGS),
         "pissa": BA_LORA_FLAGS,
         "ba-lora": (),
     }
-    for name in unused[given["method"]]:
-        if given.get(name) is not None:  # --top-k is train_nlg.py's only
-            raise InputError(f"{cli.flag(name)} has no meaning with --method {given['method']}: leave one out")
-    if given["method"] == "full" and given["non_target_kl"] > 0:
+    for name in unused[flags["method"]]:
+        if flags.get(name) is not None:  # --top-k is train_nlg.py's only
+            raise InputError(f"{cli.flag(name)} has no meaning with --method {flags['method']}: leave one out")
+    if flags["method"] == "full" and flags["non_target_kl"] > 0:
         raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
-    if given["method"] == "full" and given["plain"]:
+    if flags["method"] == "full" and flags["plain"]:
         raise InputError("--plain has no meaning with --method full, whose layers and loss are plain: leave one out")
-    if given["adaptive_lambda1"] and given["lambda1"] == 0:
+    if flags["adaptive_lambda1"] and flags["lambda1"] == 0:
         raise InputError("--adaptive-lambda1 has no meaning with --lambda1 0: leave one out")
-    if given["init"] is not None and given["method"] in ("lora", "pissa"):
-        if not given["init"].startswith(given["method"]):
-            raise InputError(f"--init {given['init']} contradicts --method {given['method']}: leave one out")
+    if flags["init"] is not None and flags["method"] in ("lora", "pissa"):
+        if not flags["init"].startswith(flags["method"]):
+            raise InputError(f"--init {flags['init']} contradicts --method {flags['method']}: leave one out")
     if (
-        given["init_cache"] is not None
-        and given["init"] is not None
-        and given["init"].startswith(("lora", "pissa_niter"))
+        flags["init_cache"] is not None
+        and flags["init"] is not None
+        and flags["init"].startswith(("lora", "pissa_niter"))
     ):
         raise InputError(
-            f"--init-cache keeps what depends on the weights alone, not --init {given['init']}: leave one out"
+            f"--init-cache needs a start that depends on the weights alone, not --init {flags['init']}: leave one out"
         )
 
 
-def _refuse_text_contradictions(given: dict) -> None:
-    if given["eval_task"] and given["eval"] is None:
+def _refuse_text_contradictions(flags: dict) -> None:
+    if flags["eval_task"] and flags["eval"] is None:
         raise InputError("--eval-task goes with --eval: give both")
-    if given["raw"] and (given["model"] is None or given["eval_task"]):
-        raise InputError("--raw has no meaning with the built-in data or --eval-task, which have prompts of their own: "
+    if flags["raw"] and (flags["model"] is None or flags["eval_task"]):
+        raise InputError("--raw has no meaning with the built-in data or --eval-task, whose prompts are fixed: "
                          "leave it out")  # fmt: skip
-    if given["quantize"] and given["method"] == "full":
+    if flags["quantize"] and flags["method"] == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
-    if given["quantize"] and given["compile"]:
+    if flags["quantize"] and flags["compile"]:
         raise InputError("--compile does not go with --quantize: leave one out")
-    if given["quantize"] and given["adapter_rank"]:
-        raise InputError("--adapter-rank has to wait with --quantize: leave it out, and give it to python -m "
-                         "minibalora export afterwards")  # fmt: skip
-    if given["teacher_cache"] and given["method"] != "ba-lora" and given["non_target_kl"] == 0:
-        raise InputError(f"--teacher-cache has no meaning with --method {given['method']} without --non-target-kl, "
+    if flags["quantize"] and flags["adapter_rank"]:
+        raise InputError("--adapter-rank does not go with --quantize: leave it out, and give it to python -m "
+                         "minibalora export after training")  # fmt: skip
+    if flags["teacher_cache"] and flags["method"] != "ba-lora" and flags["non_target_kl"] == 0:
+        raise InputError(f"--teacher-cache has no meaning with --method {flags['method']} without --non-target-kl, "
                          "which has no teacher: leave it out")  # fmt: skip
 
 
-def _refuse_without_shards(given: dict) -> None:
-    """InputError where --fsdp can't be, or would gain nothing."""
+def _refuse_without_shards(flags: dict) -> None:
+    """Refuse --fsdp where it can't work or would gain nothing."""
     if not distributed.is_torchrun():
-        raise InputError("--fsdp needs processes to share the model: torchrun --nproc-per-node N train_nlg.py ...")
-    if given["method"] == "full":
+        raise InputError("--fsdp needs several processes: start torchrun --nproc-per-node N train_nlg.py ...")
+    if flags["method"] == "full":
         raise InputError("--fsdp shards frozen weights, and --method full has none: use an adapter method")
-    if given["model"] is None:
-        raise InputError("--fsdp is for large models, the built-in one is tiny: give --model and --data")
-    if given["eval"] is not None:
+    if flags["model"] is None:
+        raise InputError("--fsdp is for large models, but the built-in one is tiny: give --model and --data")
+    if flags["eval"] is not None:
         raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora evaluate on the adapter")
-    for name in ("compile", "quantize", "teacher_cache"):  # with a cache, ranks would not go forward equally often
-        if given[name]:
+    for name in ("compile", "quantize", "teacher_cache"):  # a cache would let one rank skip a forward pass
+        if flags[name]:
             raise InputError(f"{cli.flag(name)} does not go with --fsdp: leave one out")
     if torch.__version__ < (2, 7):
         raise InputError(f"--fsdp needs torch 2.7, this is {torch.__version__}: update it, or leave --fsdp out")
 
 
-def _refuse_task_contradictions(given: dict) -> None:
-    if given["model"] is not None and given["task"] is None:
+def _refuse_task_contradictions(flags: dict) -> None:
+    if flags["model"] is not None and flags["task"] is None:
         raise InputError(f"--task is missing: give one of {', '.join((*TASKS, 'custom'))}")
     for name in ("text_field", "label_field"):
-        if given["task"] == "custom" and given[name] is None:
+        if flags["task"] == "custom" and flags[name] is None:
             raise InputError(f"--task custom needs {cli.flag(name)}: name the field")
-        if given["task"] != "custom" and given[name] is not None:
-            raise InputError(f"{cli.flag(name)} goes with --task custom: {given['task']} has its own fields")
-    if given["as_text"] and given["model"] is None:
-        raise InputError("--as-text is for a T5, and the built-in model is none: give --model and --data")
-    if given["as_text"] and given["task"] == "stsb":
+        if flags["task"] != "custom" and flags[name] is not None:
+            raise InputError(f"{cli.flag(name)} goes with --task custom: {flags['task']} has its own fields")
+    if flags["as_text"] and flags["model"] is None:
+        raise InputError("--as-text needs a T5, but the built-in model is a BERT: give --model and --data")
+    if flags["as_text"] and flags["task"] == "stsb":
         raise InputError("--as-text needs classes, but --task stsb has scores: leave --as-text out")
-    if given["as_text"] and given["teacher"] not in (None, "pretrained"):
-        raise InputError("--as-text has its own pre-trained self for a teacher: leave --teacher out")
-    if len(given["text_field"] or ()) > 2:
-        raise InputError(f"--text-field names {len(given['text_field'])} fields: give one, or two for a pair")
-    has_scores = given["task"] in TASKS and TASKS[given["task"]].labels is None
+    if flags["as_text"] and flags["teacher"] not in (None, "pretrained"):
+        raise InputError("--as-text takes the pre-trained model as its teacher: leave --teacher out")
+    if len(flags["text_field"] or ()) > 2:
+        raise InputError(f"--text-field names {len(flags['text_field'])} fields: give one, or two for a pair")
+    has_scores = flags["task"] in TASKS and TASKS[flags["task"]].labels is None
     for name in CLASS_FLAGS:
-        if has_scores and given[name]:
-            raise InputError(f"{cli.flag(name)} needs classes, but --task {given['task']} has scores: leave one out")
-    if given["teacher"] is not None and given["method"] != "ba-lora" and given["non_target_kl"] == 0:
+        if has_scores and flags[name]:
+            raise InputError(f"{cli.flag(name)} needs classes, but --task {flags['task']} has scores: leave one out")
+    if flags["teacher"] is not None and flags["method"] != "ba-lora" and flags["non_target_kl"] == 0:
         raise InputError(
-            f"--teacher has no meaning with --method {given['method']} without --non-target-kl: leave it out"
+            f"--teacher has no meaning with --method {flags['method']} without --non-target-kl: leave it out"
         )
-    if given["teacher"] is not None and given["lambda1"] == 0 and given["non_target_kl"] == 0:
+    if flags["teacher"] is not None and flags["lambda1"] == 0 and flags["non_target_kl"] == 0:
         raise InputError("--teacher has no meaning with --lambda1 0 and without --non-target-kl: leave one out")
-    if given["recipe"] == "2024" and given["temperature"] is not None and not given["adaptive_lambda1"]:
+    if flags["recipe"] == "2024" and flags["temperature"] is not None and not flags["adaptive_lambda1"]:
         raise InputError("--temperature has no meaning with --recipe 2024, whose consistency is an MSE: leave one out")

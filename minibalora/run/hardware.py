@@ -1,4 +1,4 @@
-"""What --grad-checkpoint, --compile and --fsdp make of a model."""
+"""--grad-checkpoint, --compile and --fsdp, applied to a model."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,28 +11,28 @@ from minibalora.run.settings import Hardware
 
 
 def fit_hardware(model: nn.Module, hardware: Hardware) -> None:
-    """What `hardware` asks for, in place, on an adapted model."""
+    """Apply the settings to an adapted model, in place."""
     if hardware.compile:
         compile_blocks(model)
     if hardware.grad_checkpoint:
         checkpoint_blocks(model)
     if hardware.fsdp:
-        from minibalora.run.sharded import load_sharded  # a second of imports that nothing else needs
+        from minibalora.run.sharded import load_sharded  # its imports take a second
 
         load_sharded(model, hardware.dtype, hardware.device)
 
 
 def checkpoint_blocks(model: nn.Module) -> None:
-    """Keep only each block's input for the backward pass, which computes the block once more: less memory, slower."""
+    """Save only each block's input; recompute the block in the backward pass: less memory, slower."""
     for block in blocks_of(model):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile what takes tokens one by one, each block's norms and MLP: once for rows of any length.
+    """Compile the parts of each block that treat tokens one by one: norms and MLPs, once for rows of any length.
 
-    Compiled whole, a model is compiled anew for other lengths: 8 minutes on a CPU where this takes half a minute. So
-    attention and mixtures of experts, whose shapes change, stay as they are (`can_compile`).
+    A model compiled as a whole is recompiled for other lengths: 8 minutes on a CPU, where this takes half a minute. So
+    attention and mixtures of experts, whose shapes change, are not compiled (`can_compile`).
     """
     for block in blocks_of(model):
         for part in parts_of(block):
@@ -41,6 +41,6 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def parts_of(block: nn.Module) -> Iterator[nn.Module]:
-    """What a block calls: of a list or dict of modules, which is never called, what stands in it."""
+    """Yield the modules that a block calls: its children, and the entries of lists and dicts of modules."""
     for part in block.children():
         yield from parts_of(part) if isinstance(part, nn.ModuleList | nn.ModuleDict) else [part]

@@ -1,4 +1,4 @@
-"""PiSSA's factors on disk: the runs of a sweep share them, so one of them computes them."""
+"""PiSSA's factors on disk, so that the runs of a sweep compute them once."""
 
 from pathlib import Path
 
@@ -12,9 +12,9 @@ VERSION = 2  # raise it when an init gives other factors
 
 
 def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as `lowrank.factors_of` has them, from `folder` if they are there, else computed and put there.
+    """Return A and B of `lowrank.factors_of`: read from `folder`, or computed and written to it.
 
-    They take 4 r (m + n) bytes a layer. Raises what `Cache.write` raises.
+    They need 4 r (m + n) bytes a layer. Raises what `Cache.write` raises.
     """
     settings = f"{VERSION} {list(weight.shape)} {weight.dtype} {rank} {scaling!r} {init} "
     cache = Cache(folder, tensors_digest(settings, weight), "--init-cache")

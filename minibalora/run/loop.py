@@ -1,4 +1,4 @@
-"""What a training run needs around its loop, so that the loop in the script has the method and nothing else."""
+"""The machinery around a training loop, so that the loop in the script shows the method alone."""
 
 import math
 import signal
@@ -26,18 +26,18 @@ TERMS = ("task", "consistency", "diversity", "svd", "non_target_kl")
 
 @dataclass(frozen=True)
 class Part:
-    """A micro-batch, and its share of what the step's means are over: predicted tokens, or examples."""
+    """A micro-batch, and its share of the step's predicted tokens or examples, over which means are taken."""
 
     rows: list
     share: float
 
 
 class _Stopped(Exception):
-    """A stop signal has arrived. It never leaves the `with` of a Run."""
+    """A stop signal has arrived. Never leaves the `with` block of a Run."""
 
 
 class Run:
-    """Steps, from the checkpoint on if there is one, to the last: micro-batches, gradients, log, checkpoints, signals.
+    """The steps of a run, from its checkpoint to the last: micro-batches, gradients, log, checkpoints, signals.
 
         with Run(output, optimisation, hardware, model, optimizer, steps, resumed) as run:
             for step, parts in run.steps(rows):
@@ -48,9 +48,10 @@ class Run:
                     run.note(part, loss, terms)
                 run.update()
 
-    steps: how many the run has; resumed: the step of the checkpoint to go on from, None for a new run. `step` says how
-    many are done. SIGINT and SIGTERM end the `with`: the step that they meet is dropped, the checkpoint is that of the
-    last whole one, and `signal` is their number, otherwise 0. A second signal acts at once, as it did before.
+    steps: the number of steps in the run; resumed: the step of the checkpoint to continue from, None for a new run.
+    The attribute `step` counts the finished steps. SIGINT and SIGTERM end the `with` block: the unfinished step is
+    dropped, the last finished one is saved, and `signal` is the signal's number (0 without a signal). A second signal
+    acts at once, as before the `with` block.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Run:
         self.parameters = list(trained_parameters(model).values())
         self.is_mixed = not adapted_layers(model) and hardware.dtype != torch.float32
         self.signal = self._received = 0
-        self.entry = {}  # of log.jsonl, from `update` to the next step: a script may add to it
+        self.entry = {}  # the line for log.jsonl, to which a script may add after `update`
 
     def __enter__(self) -> "Run":
         if self.resumed is None:
@@ -78,7 +79,7 @@ class Run:
             load_checkpoint(self.output.folder, self.model, self.optimizer)
             print(f"resumed at step {self.resumed}")
         self.model.train()
-        torch.backends.cuda.matmul.allow_tf32 = self.hardware.tf32  # PiSSA's factors, which want every bit, are found
+        torch.backends.cuda.matmul.allow_tf32 = self.hardware.tf32  # only now: PiSSA's SVDs need every bit
         with ExitStack() as opened:
             bar = Progress("steps", self.last_step, "step", self.step, is_shown=distributed.is_main(), stays=True)
             self._bar = opened.enter_context(bar)
@@ -96,10 +97,10 @@ class Run:
         return True
 
     def steps(self, rows: list) -> Iterator[tuple[int, list[Part]]]:
-        """Each step that is left, counted from 0, with this rank's micro-batches of it.
+        """Yield each step that is left, counted from 0, with this rank's micro-batches.
 
-        rows: all that there are to train on, of `batches.Row` or `labelled.ClassRow`. What is to be done between two
-        steps, writing the log and the checkpoint, is done when the next one is asked for.
+        rows: all training rows, `batches.Row` or `labelled.ClassRow`. The log and the checkpoint of a step are written
+        when the next step is asked for.
         """
         settings = self.optimisation
         while True:
@@ -121,26 +122,27 @@ class Run:
                 save_checkpoint(self.output.folder, self.model, self.optimizer, self.step)
 
     def autocast(self) -> torch.autocast:
-        """For the forward pass: where the weights are trained, they are float32, and --dtype is the activations'."""
+        """Return the context for the forward pass: with --method full, float32 weights and activations in --dtype."""
         return torch.autocast(self.hardware.device.type, self.hardware.dtype, self.is_mixed)
 
     def note(self, part: Part, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        """Keep a micro-batch's L and terms for the log, without waiting for a GPU; ends the run after a signal."""
+        """Save a micro-batch's L and terms for the log, without waiting for a GPU. End the run after a signal."""
         self._losses.append(part.share * loss.detach())
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + part.share * term.detach()
         self._end_if_stopped()
 
     def update(self) -> None:
-        """A step of the optimizer by the gradients of all ranks, clipped. InputError if a number is not finite."""
+        """Take a step with the gradients of all ranks, clipped. Raises InputError if a number is not finite."""
         settings = self.optimisation
         distributed.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip)
         numbers = distributed.gathered(torch.stack([n.double() for n in (*self._losses, *self._terms.values())]))
-        each, sums = numbers[:, : len(self._losses)].T.flatten(), numbers[:, len(self._losses) :].sum(0)
-        *numbers, norm = torch.cat([each, sums, norm.double()[None]]).tolist()  # waits for a GPU once
-        losses = numbers[: len(self._micro)]  # in the order before dealing; beyond are those of idle ranks
-        terms = dict(zip(self._terms, numbers[len(each) :], strict=True))
+        losses, sums = numbers[:, : len(self._losses)].T.flatten(), numbers[:, len(self._losses) :].sum(0)
+        count = len(losses)
+        *numbers, norm = torch.cat([losses, sums, norm.double()[None]]).tolist()  # waits for a GPU once
+        losses = numbers[: len(self._micro)]  # in the order before dealing; the rest are those of idle ranks
+        terms = dict(zip(self._terms, numbers[count:], strict=True))
         check_finite(losses, norm, self.step, self._micro)
 
         rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)
@@ -153,11 +155,11 @@ class Run:
         self.entry |= {"tokens_per_s": round(speed), "memory_bytes": peak_memory(self.hardware.device)}
 
     def say_end(self) -> int:
-        """Say where the files are and, if the run was stopped, how to go on; returns the exit status."""
+        """Print where the files are and, if the run was stopped, how to resume it. Returns the exit status."""
         out = self.output.folder
         if self.signal:
             reached = f"stopped after step {self.step} of {self.last_step}"
-            print(f"{reached}; saved to {out}; go on with the same command and --resume")
+            print(f"{reached}; saved to {out}; give the same command with --resume to continue")
             return 128 + self.signal
         print(f"saved to {out}")
         return 0
@@ -197,12 +199,12 @@ def steps_of_run(optimisation: Optimisation, rows: int) -> int:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
-    """Of everything that is trained, without weight decay, as published; `Run.update` sets the rate of each step."""
+    """Return AdamW for all trained parameters, without weight decay, as published. `Run.update` sets the rate."""
     return torch.optim.AdamW(trained_parameters(model).values(), weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """The rate of `step` (from 0) of `steps`: a linear rise over the first share, then cosine or linear down to 0."""
+    """Return the rate of `step` (from 0): a linear rise in the warm-up, then a cosine or linear decay to 0."""
     warm = math.ceil(warmup_ratio * steps)
     if step < warm:
         return peak * (step + 1) / warm
@@ -211,33 +213,33 @@ def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, sched
 
 
 def seed_step(seed: int, step: int) -> None:
-    """Make dropout a pure function of the step and the rank, so that a resumed run repeats it exactly.
+    """Make dropout a function of seed, step and rank, so that a resumed run repeats it exactly.
 
-    SeedSequence mixes the numbers: seed + step would give seed 43 the masks of seed 42, one step later.
+    SeedSequence mixes the numbers: with seed + step, seed 43 would get the masks of seed 42 one step later.
     """
     numbers = [seed, step, distributed.rank()] if distributed.rank() > 0 else [seed, step]
     torch.manual_seed(int(numpy.random.SeedSequence(numbers).generate_state(1, numpy.uint64)[0]))
 
 
 def check_finite(losses: list[float], norm: float, step: int, micro: list[list]) -> None:
-    """InputError with the step and the lines of the data whose loss, or else the step's gradient, is not finite."""
+    """Raise InputError if a loss or the gradient is not finite. The message has the step and the lines of the data."""
     bad = [rows for loss, rows in zip(losses, micro, strict=True) if not math.isfinite(loss)]
     if bad or not math.isfinite(norm):
         lines = sorted(row.line for rows in bad or micro for row in rows)
-        named = ", ".join(map(str, lines[:20])) + (" ..." if len(lines) > 20 else "")
+        numbers = ", ".join(map(str, lines[:20])) + (" ..." if len(lines) > 20 else "")
         what = "loss" if bad else "gradient"
         raise InputError(
-            f"step {step + 1}: the {what} is not finite (data lines {named}): lower --lr or mend the rows; "
+            f"step {step + 1}: the {what} is not finite (data lines {numbers}): lower --lr or mend the rows; "
             "the last checkpoint is kept"
         )
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU so far; on a CPU, the most that the process took."""
+    """Return the peak in bytes so far: of all tensors on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
-        return 0  # the standard library can't tell there
+        return 0  # the standard library can't measure it there
     import resource  # not on Windows
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,6 @@
-"""What a run is going to do and to take, said before its first step.
+"""The plan of a run: its model, terms, data, steps and memory, printed before the first step.
 
-`python -m minibalora plan --model DIR` says it before there are weights: it needs nothing but config.json.
+`python -m minibalora plan --model DIR` estimates the memory before the weights are downloaded, from config.json alone.
 """
 
 from dataclasses import replace
@@ -26,14 +26,14 @@ from minibalora.run.settings import Adaptation, Hardware, Settings
 
 DTYPES = (torch.bfloat16, torch.float32)
 GPUS = (1, 2, 4, 8)
-CARDS = {24: "s", 40: "m", 80: "l"}  # GB of a GPU, and the mark of what fits
-DISK_RATE = 1  # GB a second: a local SSD reads that or more
-MOST = 10_000  # layers and experts; DeepSeek-MoE has 1,756
-CLASSES = 2  # of a classifier, whose size they do not change
+CARDS = {24: "s", 40: "m", 80: "l"}  # GB of a GPU, and its mark in the table
+DISK_RATE = 1  # GB per second; local SSDs are at least as fast
+MOST = 10_000  # layers and experts together; DeepSeek-MoE has 1,756
+CLASSES = 2  # of a classifier; more would not change its size noticeably
 
 
 def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[str], steps: int, memory: int) -> None:
-    """formula: `nlg_formula` or `nlu_formula`; data: lines on the rows; memory: bytes that the run will take."""
+    """Print the plan. formula: from `nlg_formula` or `nlu_formula`; data: lines about the rows; memory: in bytes."""
     adaptation, optimisation, device = settings.adaptation, settings.optimisation, settings.hardware.device
     parameters, trained, layers = base_parameters(model), trained_numbers(model), adapted_layers(model)
     shape = f"init {adaptation.init}, rank {adaptation.rank}, alpha {adaptation.alpha:g}"
@@ -46,19 +46,19 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
           f"peak learning rate {optimisation.lr:g}, {optimisation.schedule}")  # fmt: skip
-    print(f"memory  about {memory / 1e9:.2f} GB on {device}, beside what Python and torch take")
+    print(f"memory  about {memory / 1e9:.2f} GB on {device}, plus what Python and torch need")
     print(f"out     {settings.output.folder}", flush=True)
 
 
 def nlg_formula(objective: Objective, is_whole: bool = False) -> str:
-    """The objective in words, weights included. is_whole: it is taken on whole logits."""
+    """Return the objective in words, with its weights. is_whole: L is computed on whole logits."""
     consistency = f"KL at T = {objective.temperature:g}"
     terms = _formula(objective, "cross-entropy", consistency, f"entropy of {objective.top_k or 'all'}")
     return f"{terms}, on whole logits" if is_whole else terms
 
 
 def nlu_formula(objective: Objective, classes: int) -> str:
-    """As `nlg_formula`; one class is a regression, which has no term of classes (see `objective.nlu_terms`)."""
+    """Return the same for a classifier. One class is a regression, without terms of classes (`objective.nlu_terms`)."""
     if classes == 1:
         regression = replace(objective, lambda2=0.0, lambda3=0.0, non_target_kl=0.0)
         return _formula(regression, "squared error", "squared error to the teacher", "")
@@ -85,10 +85,10 @@ def trained_numbers(model: nn.Module) -> int:
 
 
 def base_parameters(model: nn.Module) -> int:
-    """How many numbers the model had before it was adapted; a quantised weight counts as the one that it was."""
-    own = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
-    own |= {id(tensor) for tensor in initial_values(model).values()}
-    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in own)
+    """Count the parameters that the model had before it was adapted and quantised."""
+    added = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
+    added |= {id(tensor) for tensor in initial_values(model).values()}
+    dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in added)
     quantised = [layer.W.shape for _, layer in adapted_layers(model) if not isinstance(layer.W, Tensor)]
     return dense + sum(n * m for n, m in quantised)
 
@@ -108,42 +108,48 @@ def main() -> int:
     batch_size = max(defaults["batch_size"], rows)
     check_fits([], None, config, length)
 
-    amount, told = padded_amount(rows, length), f"{rows} of {length} tokens at a time"
+    amount, text = padded_amount(rows, length), f"{rows} of {length} tokens at a time"
     if family.has_language_model:
         response = max(1, round(args.response_share * length))
         amount = replace(amount, wanted=rows * response, is_packed=True)
-        told += f", {response} of them response"
+        text += f", {response} of them response"
     rank = args.rank or defaults["rank"]
     adaptation = Adaptation("lora", rank, rank, "lora", args.targets)
     print("\n".join(facts(args.model, family, config, adaptation)))
-    print(f"rows     {told}; {batch_size} a step\n", flush=True)
+    print(f"rows     {text}; {batch_size} a step\n", flush=True)
     print("\n".join(memory_table(family, config, adaptation, amount, accumulates=batch_size > rows)))
     marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
-    print(f"\nfits a card of {marks}; what CUDA and torch take for themselves, half a GB or more, comes on top")
+    print(f"\nfits a card of {marks}; CUDA and torch need half a GB or more on top")
     return 0
 
 
 def parser() -> cli.OneLineParser:
     parser = cli.OneLineParser(
         prog="python -m minibalora plan",
-        description="Say what training a model takes, by config.json alone: parameters, files, and GB on each GPU for "
-        "every method. A decoder is taken as train_nlg.py trains it, an encoder as train_nlu.py does.",
+        description="Estimate what training a model needs, from config.json alone: parameters, size of the files, and "
+        "GB on each GPU for every method, with train_nlg.py (decoders and T5) or train_nlu.py (encoders).",
     )
     add = parser.add_argument
-    add("--model", metavar="DIR", required=True, help="folder with config.json")
+    add(
+        "--model",
+        type=cli.path_text,
+        metavar="DIR",
+        required=True,
+        help="folder with config.json; nothing else is needed",
+    )
     add("--rank", type=cli.positive_int, help="rank r of the adapters "
         f"(default: {DEFAULTS['rank']}; encoders: {NLU_DEFAULTS['rank']})")  # fmt: skip
-    add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all of attention and MLP)")
-    add("--micro-batch-size", type=cli.positive_int, help=f"rows at a time (default: {DEFAULTS['micro_batch_size']}; "
-        f"encoders: {NLU_DEFAULTS['batch_size']})")  # fmt: skip
-    add("--max-length", type=cli.positive_int, help="tokens of each of these rows (default: "
+    add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all in attention and MLP)")
+    add("--micro-batch-size", type=cli.positive_int, help="rows per forward pass (default: "
+        f"{DEFAULTS['micro_batch_size']}; encoders: {NLU_DEFAULTS['batch_size']})")  # fmt: skip
+    add("--max-length", type=cli.positive_int, help="tokens in each row (default: "
         f"{DEFAULTS['max_length']}; encoders: {NLU_DEFAULTS['max_length']})")  # fmt: skip
-    add("--response-share", type=cli.fraction, default=0.5, help="share of the tokens that are response (default: 0.5)")
+    add("--response-share", type=cli.fraction, default=0.5, help="share of response tokens (default: 0.5)")
     return parser
 
 
 def check_amount(folder: str, config: object) -> None:
-    """InputError for a number of layers or experts that takes minutes to build, and no model has."""
+    """Raise InputError for more layers or experts than any model has: they would take minutes to build."""
     layers, experts = layers_and_experts(config)
     if layers + experts > MOST:
         parts = f"{layers} layers and {experts} experts in all"
@@ -151,7 +157,7 @@ def check_amount(folder: str, config: object) -> None:
 
 
 def facts(folder: str, family: Family, config: object, adaptation: Adaptation) -> list[str]:
-    """What is known without rows: parameters, the size of the files, and what is trained."""
+    """Return lines with the numbers of parameters, the size of the files, and the numbers of trained parameters."""
     dense = empty_model(family, config, None if family.has_language_model else CLASSES)
     parameters, by_full = base_parameters(dense), trained_numbers(dense)
     model = adapted(family, config, torch.float32, adaptation)
@@ -167,7 +173,7 @@ def facts(folder: str, family: Family, config: object, adaptation: Adaptation) -
 
 
 def adapted(family: Family, config: object, dtype: torch.dtype, adaptation: Adaptation) -> nn.Module:
-    """The model as a run has it, without a number in it. InputError if rank or targets do not fit."""
+    """Return the adapted model, on the meta device. Raises InputError if rank or targets do not fit."""
     model = empty_model(family, config, None if family.has_language_model else CLASSES).to(dtype)
     if adaptation.method == "full":
         return model.float()
@@ -182,6 +188,7 @@ def adapted(family: Family, config: object, dtype: torch.dtype, adaptation: Adap
 
 
 def room_in_four_bits(layer: LowRankLinear) -> NF4:
+    """Return an empty NF4 weight of the layer's shape, on the meta device."""
     blocks = -(-layer.in_features * layer.out_features // BLOCK)
     codes, scale_codes = (torch.empty(blocks, *more, dtype=torch.uint8, device="meta") for more in ([BLOCK // 2], []))
     steps, least = torch.empty(-(-blocks // SCALE_BLOCK), device="meta"), torch.empty((), device="meta")
@@ -191,14 +198,14 @@ def room_in_four_bits(layer: LowRankLinear) -> NF4:
 def memory_table(
     family: Family, config: object, adaptation: Adaptation, amount: Amount, accumulates: bool
 ) -> list[str]:
-    """GB on each GPU: a line for each method and what saves memory, a column for each dtype and number of GPUs."""
+    """Return the table of GB on each GPU: a line per method and option, a column per dtype and number of GPUs."""
     counts = GPUS if family.has_language_model else GPUS[:1]
     rows = {}
     for dtype, (method, also) in product(DTYPES, {"full": [], "lora": [], "pissa": ["ba-lora"]}.items()):
         model = adapted(family, config, dtype, replace(adaptation, method=method, init=method))
         for quantize in ("", " --quantize nf4") if method != "full" and family.has_language_model else ("",):
             for _, layer in adapted_layers(model) if quantize else ():
-                del layer.W  # a parameter's name takes no module
+                del layer.W  # a module can't replace a parameter of the same name
                 layer.W = room_in_four_bits(layer)
             for name, checkpoint in product([method, *also], ("", " --grad-checkpoint")):
                 hardware = Hardware(torch.device("cuda"), dtype, grad_checkpoint=bool(checkpoint))
@@ -217,11 +224,11 @@ def memory_table(
     lines = [
         "GB on each GPU".ljust(40) + "".join(f"{title:>9} ".ljust(10 * len(counts)) for title in titles),
         " " * 40 + "".join(columns),
-        *(f"{name:40}" + "".join(f"{each:>9} " for each in cells) for name, cells in in_order),
+        *(f"{name:40}" + "".join(f"{text:>9} " for text in cells) for name, cells in in_order),
     ]
     return [line.rstrip() for line in lines]
 
 
 def cell(size: int) -> str:
-    """GB, and the mark of the smallest card that has them."""
+    """Return GB, with the mark of the smallest card that is large enough."""
     return f"{size / 1e9:.1f} " + next((mark for gigabytes, mark in CARDS.items() if size <= 1e9 * gigabytes), " ")

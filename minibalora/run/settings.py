@@ -1,5 +1,4 @@
-"""What a run is set to, in the groups that travel together. flags.py makes them of the command line; a program of one's
-own makes what it needs."""
+"""The settings of a run, in groups. flags.py makes them from the command line; other programs can make them directly."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,38 +10,42 @@ from minibalora.objective import Objective
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How the model is adapted."""
+    """The adapter: where it is, how large, and how it starts."""
 
-    method: str  # "full", which adapts nothing, "lora", "pissa" or "ba-lora"
+    method: str  # "full" (no adapter), "lora", "pissa" or "ba-lora"
     rank: int
     alpha: float
     init: str  # see `lowrank.factors_of`
-    targets: tuple[str, ...] | None = None  # None: every linear of attention and MLP
-    quantize: str | None = None  # "nf4": what is frozen of the adapted linears in four bits
-    is_plain: bool = False  # the layer and the loss as the paper writes them, in place of their lean forms
-    init_cache: Path | None = None  # where PiSSA's factors are kept
+    targets: tuple[str, ...] | None = None  # None: every linear in attention and MLP
+    quantize: str | None = None  # "nf4": frozen weights of adapted linears in four bits
+    is_plain: bool = False  # the layer and the loss as the paper writes them, not their lean forms
+    init_cache: Path | None = None  # folder of PiSSA's factors
 
 
 @dataclass(frozen=True)
 class Optimisation:
+    """The schedule of a run: learning rate, steps and batches."""
+
     lr: float  # peak
     schedule: str  # "cosine" or "linear"
     warmup_ratio: float
     grad_clip: float
     epochs: int
     max_steps: int | None
-    batch_size: int  # rows a step
-    micro_batch_size: int  # rows at a time
+    batch_size: int  # rows per step
+    micro_batch_size: int  # rows per forward pass
     seed: int
 
     @property
     def accumulates(self) -> bool:
-        """Whether a step has several micro-batches."""
+        """Return whether a step has several micro-batches."""
         return self.batch_size > self.micro_batch_size
 
 
 @dataclass(frozen=True)
 class Hardware:
+    """The device, and the ways to save memory or time on it."""
+
     device: torch.device
     dtype: torch.dtype  # of weights and activations; A and B are float32
     tf32: bool = False
@@ -53,17 +56,19 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Output:
+    """The files that a run writes."""
+
     folder: Path  # --out
     save_every: int
     resume: bool
     adapter_rank: int | None = None
-    teacher_cache: Path | None = None  # where the teacher's states are kept
-    features: Path | None = None  # the file of a classifier's last hidden states, before and after
+    teacher_cache: Path | None = None  # folder of the teacher's states
+    features: Path | None = None  # file for a classifier's last hidden states, before and after
 
 
 @dataclass(frozen=True)
 class TextSource:
-    """What train_nlg.py reads."""
+    """The model and the rows of train_nlg.py."""
 
     model: str
     data: str | None  # None: the built-in problems
@@ -71,18 +76,18 @@ class TextSource:
     eval_task: str | None
     prompt_field: str | None
     response_field: str | None
-    raw: bool  # prompts as they are, without a template
+    raw: bool  # prompts without a template
     max_rows: int | None
     max_length: int
 
 
 @dataclass(frozen=True)
 class ClassSource:
-    """What train_nlu.py reads."""
+    """The model and the rows of train_nlu.py."""
 
     model: str
     data: str | None  # None: the built-in reviews
-    task: str | None  # a name of GLUE's, or "custom"
+    task: str | None  # a GLUE task, or "custom"
     eval: list[str] | None
     as_text: bool
     text_field: list[str] | None
@@ -91,12 +96,12 @@ class ClassSource:
     max_length: int
     label_noise: float
     imbalance: float | None
-    teacher: str | None  # "pretrained", or the folder of a fine-tuned model; None: nothing is compared with one
+    teacher: str | None  # "pretrained", or the folder of a fine-tuned model; None: no teacher
 
 
 @dataclass(frozen=True)
 class Settings:
-    """All that a training script was asked for."""
+    """All settings of a training script."""
 
     source: TextSource | ClassSource
     objective: Objective
@@ -104,4 +109,4 @@ class Settings:
     optimisation: Optimisation
     hardware: Hardware
     output: Output
-    recorded: dict  # every flag by its name, as run.json keeps it
+    recorded: dict  # all flags by name, for run.json

@@ -1,8 +1,8 @@
-"""FSDP2: each rank keeps its rows of the frozen weights, and has a block whole only while it computes with it.
+"""FSDP2: each rank holds its rows of the frozen weights, and gathers a whole block only while it computes with it.
 
-Only the frozen weights of the blocks are sharded, nearly all there is of a large model. A and B, their initial values
-and Adam's moments stay whole on every rank, so the optimizer, checkpoints, saving and going on with another number of
-ranks are what they are without; so do the embedding, the final norm and the head, which `fused.py` wants whole.
+Only the frozen weights of the blocks are sharded: they are nearly all of a large model. A and B, their initial values
+and Adam's moments stay whole on every rank, so the optimizer, checkpoints, saving and resuming on another number of
+ranks work as without sharding. The embedding, the final norm and the head stay whole, too: `fused.py` needs them.
 """
 
 import torch
@@ -17,16 +17,16 @@ from minibalora.models import LanguageModel, blocks_of
 
 
 def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device) -> None:
-    """Give an adapted `weights.skeleton` its numbers, in place: of what is sharded, this rank reads its own rows alone.
+    """Load the weights of an adapted `weights.skeleton`, in place. Each rank reads only its rows of sharded weights.
 
-    Afterwards it is to be called on all ranks equally often. InputError as `weights.read`.
+    Afterwards, all ranks must call the model equally often. Raises what `weights.read` raises.
     """
     mesh = init_device_mesh(device.type, (distributed.size(),))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh, ignored_params=whole_parameters(block))
     for owner in list(model.modules()):
         if any(child is stack for child in owner.children() for stack in model.stacks):
-            # It has nothing sharded of its own: it lets a block be gathered while the one before computes.
+            # No weights of its own are sharded: this lets a block be gathered while the previous one computes.
             rest = {p for p in owner.parameters() if not isinstance(p, DTensor)}
             fully_shard(owner, mesh=mesh, ignored_params=rest)
 
@@ -43,18 +43,18 @@ def load_sharded(model: LanguageModel, dtype: torch.dtype, device: torch.device)
 
 
 def whole_parameters(block: nn.Module) -> set[nn.Parameter]:
-    """A and B, and the numbers that T5 keeps in its first block and uses in all."""
+    """Return A and B, and T5's position embeddings, which are in the first block and used by all."""
     embeddings = [p for part in block.modules() if isinstance(part, nn.Embedding) for p in part.parameters()]
     return {p for p in block.parameters() if not p.is_meta} | set(embeddings)
 
 
 def own_rows(count: int) -> slice:
-    """Which of `count` rows this rank keeps: those that torch.chunk gives it, as FSDP2 expects."""
-    each = -(-count // distributed.size())
-    start = min(distributed.rank() * each, count)
-    return slice(start, min(start + each, count))
+    """Return the rows, of `count`, that this rank holds: its part of torch.chunk, as FSDP2 expects."""
+    chunk = -(-count // distributed.size())
+    start = min(distributed.rank() * chunk, count)
+    return slice(start, min(start + chunk, count))
 
 
 def stored_name(name: str) -> str:
-    """The name in the checkpoint of a parameter of the adapted model."""
+    """Return the name in the checkpoint of a parameter of the adapted model."""
     return f"{name.removesuffix('.W')}.weight" if name.endswith(".W") else name

@@ -1,4 +1,4 @@
-"""What the pre-trained model makes of a step's rows, on the student's own weights; kept on disk if wanted."""
+"""The teacher's states: those of the pre-trained model, computed with the student's weights or read from a cache."""
 
 import hashlib
 import json
@@ -25,44 +25,43 @@ VERSION = 2  # raise it when the same weights and tokens give other states
 def teacher_states(
     model: LanguageModel, batches: list[Packed], micro: list[list[Row]], cache: Cache | None = None
 ) -> list[Tensor]:
-    """The pre-trained model's final hidden states (M, d) of each micro-batch; their logits would be V/d larger.
+    """Return the pre-trained model's final hidden states (M, d) of each micro-batch. Its logits would be V/d larger.
 
-    batches: the rows of `micro`, packed. With a cache, only batches of which it lacks a row are computed, and then it
-    gets them.
+    batches: the rows of `micro`, packed. Computes the batches that the cache is missing and adds them.
     """
-    names = [[row_digest(row) for row in rows] for rows in micro] if cache else []
-    known = [cache.read(each) for each in names] if cache else [None] * len(micro)
-    with pretrained(model):  # inference_mode would make what FSDP gathers of no use to the student
+    digests = [[row_digest(row) for row in rows] for rows in micro] if cache else []
+    cached = [cache.read(names) for names in digests] if cache else [None] * len(micro)
+    with pretrained(model):  # not inference_mode: the student could not use the weights that FSDP gathers in it
         states = [
-            torch.cat(kept).to(batch.input_ids.device)
-            if kept is not None
+            torch.cat(tensors).to(batch.input_ids.device)
+            if tensors is not None
             else model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
-            for batch, kept in zip(batches, known, strict=True)
+            for batch, tensors in zip(batches, cached, strict=True)
         ]
     if cache:
-        new = [index for index, kept in enumerate(known) if kept is None]
-        of_rows = ((names[index], states[index].split(batches[index].wanted)) for index in new)
-        cache.write({name: part for each, parts in of_rows for name, part in zip(each, parts, strict=True)})
+        new = [index for index, tensors in enumerate(cached) if tensors is None]
+        of_rows = ((digests[index], states[index].split(batches[index].wanted)) for index in new)
+        cache.write({name: part for names, parts in of_rows for name, part in zip(names, parts, strict=True)})
     return states
 
 
 def run_cache(
     folder: Path, checkpoint: str, rows: list[Row], adaptation: Adaptation, hardware: Hardware, seed: int
 ) -> Cache:
-    """The cache of --teacher-cache for a run's teacher: of quantised weights, what was quantised counts, too."""
+    """Open --teacher-cache for a run. The key has all that the teacher depends on; if quantised, also the residual."""
     teacher = [weights_digest(checkpoint, every_byte=True), str(hardware.dtype), hardware.tf32]
     if adaptation.quantize:
         teacher += [adaptation.quantize, adaptation.init, adaptation.rank, adaptation.alpha, adaptation.targets, seed]
-        teacher += [distributed.is_torchrun()]  # where pissa_niter_N draws otherwise
+        teacher += [distributed.is_torchrun()]  # pissa_niter_N draws other numbers there
     width = read_config(Path(checkpoint)).hidden_size
     return open_cache(folder, json.dumps(teacher), rows, width * hardware.dtype.itemsize)
 
 
 def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int) -> Cache:
-    """The cache below `folder` of a teacher's states. A row is known by its tokens, whichever run met it, in whatever
-    batch; `teacher` says all else that the states depend on.
+    """Open the cache of a teacher's states in `folder`. A row's tokens name its states, whatever the run and the batch;
+    `teacher` says everything else that the states depend on.
 
-    InputError if the folder can't be written to, or if its disk has no room for what the cache lacks of `rows`.
+    Raises InputError if the folder can't be written to, or if its disk has no room for the missing states of `rows`.
     """
     check_writable(folder, "--teacher-cache")
     cache = Cache(folder, f"{VERSION} {teacher}", "--teacher-cache")
@@ -76,5 +75,5 @@ def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int)
 
 
 def row_digest(row: Row) -> str:
-    """SHA-256, in hex, of a row's tokens and of which of them are its response."""
+    """Return the SHA-256, in hex, of a row's tokens and of where its response begins."""
     return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist()]).encode()).hexdigest()
