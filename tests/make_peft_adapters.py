@@ -52,6 +52,23 @@ ADAPTERS = {  # name: base, LoraConfig
         },
     ),
     "peft_pissa": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
+    "peft_pissa_rslora": (
+        "llama2",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "use_rslora": True,
+            "target_modules": [*ATTENTION, "down_proj", "lm_head"],
+            "rank_pattern": {r"layers\.1\..*q_proj": 2},
+            "alpha_pattern": {"v_proj": 3},
+            "init_lora_weights": "pissa",
+        },
+    ),
+    "peft_pissa_gpt2": (
+        "gpt2",
+        {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
+    ),
+    "peft_olora": ("qwen2", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "init_lora_weights": "olora"}),
     "peft_pissa_converted": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
 }
 
