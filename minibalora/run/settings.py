@@ -1,4 +1,4 @@
-"""The settings of a run, in groups. flags.py makes them from the command line; other programs can make them directly."""
+"""The settings of a run, in groups. flags.py makes them from the command line; a program can make them directly."""
 
 from dataclasses import dataclass
 from pathlib import Path
