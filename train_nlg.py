@@ -17,7 +17,7 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.weights import skeleton, weights_digest
-from minibalora.data import batches, prompts
+from minibalora.data import batches, files, prompts
 from minibalora.evaluation import records
 from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
@@ -46,10 +46,10 @@ def main() -> int:
     # Load: data, tokenizer, model.
     if source.data is None:
         examples = problems.examples_of(problems.clean_problems(source.max_rows, optimisation.seed))
-        unanswered, held_out = 0, problems.held_out_problems(rows_at_once)
+        left_out, held_out = {}, problems.held_out_problems(rows_at_once)
     else:
-        fields = source.prompt_field, source.response_field
-        examples, unanswered = prompts.read_examples(source.data, *fields, source.max_rows, source.raw)
+        fields = source.prompt_field, source.response_field, source.input_field
+        examples, left_out = prompts.read_examples(source.data, *fields, source.max_rows, source.raw)
         held_out = records.read_held_out(source.eval, source.eval_task, fields, source.raw, rows_at_once)
     tok, config = mb.load_tokenizer(source.model), read_config(Path(source.model))
     rows, truncated, dropped = batches.encode_examples(examples, tok, source.max_length)
@@ -83,8 +83,9 @@ def main() -> int:
     ranks = distributed.size() if hardware.fsdp else 1
     whole = optimisation.accumulates, ranks, adaptation.is_plain
     memory = expected_memory(model, hardware, amount, objective, *whole)
-    left_out = f"{truncated:,} responses cut, {dropped:,} rows too long, {unanswered:,} conversations without a reply"
-    data = [batches.in_words(rows, source.data), left_out]
+    left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
+    data = [batches.in_words(rows, source.data and files.named(source.data))]
+    data.append(", ".join(f"{count:,} {what}" for what, count in left_out.items()))
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.

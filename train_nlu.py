@@ -18,8 +18,8 @@ from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable
 from minibalora.checkpoints.families import read_config
-from minibalora.checkpoints.weights import weights_digest
-from minibalora.data import as_text, batches, glue, labelled, prompts, sets
+from minibalora.checkpoints.weights import arrange_head, weights_digest
+from minibalora.data import as_text, batches, files, glue, labelled, prompts, sets
 from minibalora.evaluation import classify, records
 from minibalora.models.mixture import MixtureConfig
 from minibalora.models.t5 import AsText
@@ -65,6 +65,7 @@ def main() -> int:
         examples = as_text.questions(examples, task)
         eval_sets = [replace(each, examples=as_text.questions(each.examples, task)) for each in eval_sets]
     rows, cut = labelled.encode(examples, tok, source.max_length)
+    unknown = labelled.unknown_share(rows, tok, source.data, source.model)
     eval_sets = [each.encoded(tok, source.max_length) for each in eval_sets]
     for name, found in [(source.data, rows), *((each.name, each.rows) for each in eval_sets)]:
         batches.check_fits(found, name, config, source.max_length, source.model)
@@ -85,8 +86,10 @@ def main() -> int:
     kind = ("lm", None) if source.as_text else ("classifier", classes)
     base = mb.load_model(source.model, *kind, torch.float32 if is_full else hardware.dtype, device)
     model = AsText(base, words) if source.as_text else base  # `base` is what is trained and saved
-    if base.own_head and base.own_head[-1] not in base.checkpoint.new_modules:
-        sets.check_class_order(source.model, task)
+    is_head_stored = base.own_head and base.own_head[-1] not in base.checkpoint.new_modules
+    order = sets.class_order(source.model, task) if is_head_stored else []
+    if is_head_stored:
+        arrange_head(base, order)
 
     # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
     if not is_full:
@@ -97,12 +100,19 @@ def main() -> int:
     if not output.resume:
         run_folder.start_run(out, recorded)
     skipped = f", {skipped:,} rows without a label" if source.data is not None else ""
-    lines = [sets.in_words(examples, task, source.data), f"{cut:,} texts cut{skipped}{changes}"]
+    lines = [sets.in_words(examples, task, source.data and files.named(source.data))]
+    lines.append(f"{cut:,} texts cut{skipped}{changes}")
+    if unknown >= 0.01:
+        lines.append(f"{unknown:.0%} of the tokens are unknown to the tokenizer")
     if source.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
-    lines += [f"measured on {each.name}, {len(each.rows):,} rows" for each in eval_sets]
+    lines += [f"measured on {each.in_words()}" for each in eval_sets]
     if new := base.checkpoint.new_modules:
-        lines.append(f"no {' and no '.join(new)} in the checkpoint: new, from seed {seed}")
+        lines.append(f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}")
+    elif order != sorted(order):
+        lines.append("the checkpoint's head, its classes put in the task's order by id2label")
+    if teacher is not None:
+        lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
     at_once = min(optimisation.micro_batch_size, len(rows))
     amount = padded_amount(at_once, max(len(row.ids) for row in rows), source.as_text)
     memory = expected_memory(base, hardware, amount, None, optimisation.accumulates)

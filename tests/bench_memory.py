@@ -1,10 +1,12 @@
-"""What a training step holds in memory, predicted and measured: `python tests/bench_memory.py [word ...]`.
+"""Compare the predicted and the measured memory of a training step: `python tests/bench_memory.py [word ...]`.
 
-Measured are the bytes of all tensors alive at once while a step of the training scripts runs on the CPU, counted where
-torch makes a tensor and where its memory is given back. That is what `torch.cuda.max_memory_allocated` counts, but for
-an allocator's rounding; a process's resident memory has torch's own, mapped files and freed pages in it, which is more
-than these models are. A case is `shape method dtype` and what else is asked for, or `plain`; words choose cases that
-have them all.
+The measured value is the largest number of bytes of all live tensors during a step of the training scripts on the CPU.
+It is counted when torch makes a tensor and when its storage is freed. `torch.cuda.max_memory_allocated` counts the
+same, rounded by the allocator. The resident memory of the process would be useless here: torch itself, mapped files and
+freed pages take more than these models.
+
+A case is a shape, a method, a dtype and a kind of KINDS; the word for the first kind, "", is `plain`. With words, only
+the cases that have all of these words run.
 """
 
 import json
@@ -64,49 +66,49 @@ SHAPES = {
                        "position_biased_input": False, "share_att_key": True, "norm_rel_ebd": "layer_norm",
                        "pos_att_type": "p2c|c2p", "position_buckets": 64},
 }  # fmt: skip
-ROWS = 3  # of a micro-batch
+ROWS = 3  # rows of a micro-batch
 KINDS = ("", "grad-checkpoint", "nf4", "one micro-batch", "plain form")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Inside: `peak`, the most bytes that were alive at once of the tensors given to it or made by torch."""
+    """Counts the bytes of all live tensors that are passed in or made inside; `peak` is the largest number."""
 
     def __init__(self, *tensors: Tensor):
         super().__init__()
-        self.now, self.peak, self.known = 0, 0, {}
+        self.now, self.peak, self.storages = 0, 0, {}
         for tensor in tensors:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key not in self.known:
-            self.known[key] = weakref.ref(storage, partial(self.drop, key, size))
+        if key not in self.storages:
+            self.storages[key] = weakref.ref(storage, partial(self.drop, key, size))
             self.now += size
             self.peak = max(self.peak, self.now)
 
     def drop(self, key: int, size: int, _) -> None:
-        del self.known[key]
+        del self.storages[key]
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
-        for leaf in tree_leaves(found):
+        outputs = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
                 self.add(leaf)
-        return found
+        return outputs
 
 
 def cases() -> list[tuple[str, str, str, str]]:
-    """(shape, method, dtype, kind): each shape with each method, and what else there is in turn."""
-    chosen = []
+    """Return all cases (shape, method, dtype, kind); NF4 only for PiSSA and BA-LoRA, and not for encoders."""
+    combinations = []
     for shape in SHAPES:
         for method in ("full", "lora", "pissa", "ba-lora"):
             for dtype in ("float32", "bfloat16"):
                 kinds = [kind for kind in KINDS if kind != "nf4" or method in ("pissa", "ba-lora")]
                 kinds = [kind for kind in kinds if kind != "nf4" or not is_encoder(shape)]
-                chosen += [(shape, method, dtype, kind) for kind in kinds]
-    return chosen
+                combinations += [(shape, method, dtype, kind) for kind in kinds]
+    return combinations
 
 
 def is_encoder(shape: str) -> bool:
@@ -114,7 +116,7 @@ def is_encoder(shape: str) -> bool:
 
 
 def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -> tuple[int, int]:
-    """Bytes predicted and measured of a step on rows of `length` tokens, half of them response."""
+    """Return the predicted and the measured bytes of a step on rows of `length` tokens, half of them response."""
     init, is_plain = "lora" if method == "lora" else "pissa_niter_1", kind == "plain form"
     adaptation = Adaptation(method, 8, 8, init, quantize="nf4" if kind == "nf4" else None, is_plain=is_plain)
     hardware = Hardware(torch.device("cpu"), getattr(torch, dtype), grad_checkpoint=kind == "grad-checkpoint")
@@ -126,7 +128,7 @@ def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -
     optimizer = optimizer_of(model.requires_grad_(True) if method == "full" else model)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # so that Adam's moments are there
+    optimizer.step()  # allocates Adam's moments
     optimizer.zero_grad()
     micro = 1 if kind == "one micro-batch" else 2
     if is_encoder(shape):
@@ -153,12 +155,12 @@ def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
 
 
 def nlg_step(model: nn.Module, method: str, length: int, micro: int, is_plain: bool):
-    """The objective, how much a micro-batch is, and a function that adds the gradients of a step of so many."""
+    """Return the objective, the amount of a micro-batch, and a function that adds the gradients of all of them."""
     objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
     random = np.random.default_rng(0)
     shared = random.integers(model.config.vocab_size, size=workload.SHARED)
     ids = [np.concatenate([shared, random.integers(500, size=length - workload.SHARED)]) for _ in range(ROWS * micro)]
-    parts = micro_batches([Row(own, length // 2, line) for line, own in enumerate(ids)], ROWS)
+    parts = micro_batches([Row(row_ids, length // 2, line) for line, row_ids in enumerate(ids)], ROWS)
     head, weights = head_of(model, is_plain), lambdas(objective, 50, 100)
 
     def gradients(autocast: torch.autocast) -> None:
@@ -192,8 +194,8 @@ def main() -> None:
         if set(sys.argv[1:]) <= {*case, *(["plain"] if not case[-1] else [])}:
             predicted, measured = compare(*case)
             ratio = predicted / measured
-            missed = "" if abs(ratio - 1) <= 0.1 else "  more than 10 % off"
-            print(f"{' '.join(case):44}{predicted / 1e6:9.1f}{measured / 1e6:9.1f} MB{ratio:7.3f}{missed}", flush=True)
+            remark = "" if abs(ratio - 1) <= 0.1 else "  more than 10 % off"
+            print(f"{' '.join(case):44}{predicted / 1e6:9.1f}{measured / 1e6:9.1f} MB{ratio:7.3f}{remark}", flush=True)
 
 
 if __name__ == "__main__":

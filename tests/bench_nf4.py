@@ -1,14 +1,14 @@
-"""What four bits lose, take and save: `python tests/bench_nf4.py`.
+"""Measure error, time and size of NF4: `python tests/bench_nf4.py`.
 
-Layers are W = U diag(σ) Vᵀ with random orthogonal U and V, σ_i = i^-decay, and the linears of the built-in Llama.
-How much smaller QPiSSA's error was than QLoRA's, in the nuclear norm:
+The layers are W = U diag(σ) Vᵀ (512 x 512) with random orthogonal U and V, and the linears of the built-in LLaMA.
+QPiSSA's error was smaller than QLoRA's, in the nuclear norm, by
 
                             rank 16  rank 32  rank 64
-    σ_i = 1                      1 %      3 %      6 %    512 x 512, random orthogonal factors
+    σ_i = 1                      1 %      3 %      6 %
     σ_i = i^-0.25                8 %     12 %     18 %
     σ_i = i^-0.5                28 %     36 %     44 %
     σ_i = i^-1                  80 %     86 %     90 %
-    the built-in Llama          46 %     65 %     82 %    its layers are only 128 wide
+    the built-in LLaMA          46 %     65 %     82 %    its layers are only 128 wide
 """
 
 import time
@@ -25,13 +25,13 @@ SIZE, RANKS, LARGE = 512, (16, 32, 64), 4096
 
 
 def decaying(size: int, decay: float) -> Tensor:
-    """W = U diag(i^-decay) Vᵀ, (size, size)."""
+    """Return W = U diag(i^-decay) Vᵀ, (size, size)."""
     U, V = (torch.linalg.qr(torch.randn(size, size))[0] for _ in range(2))
     return U * (torch.arange(size) + 1.0) ** -decay @ V.T
 
 
 def errors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """W − nf4(W) of QLoRA and W − (nf4(W − A B) + A B) of QPiSSA, in float64; A and B are PiSSA's of this rank."""
+    """Return the errors W − nf4(W) of QLoRA and W − (nf4(W − A B) + A B) of QPiSSA, float64; A and B are PiSSA's."""
     A, B = factors_of("pissa")(weight, rank, 1.0)
     product = (A @ B).T
     residual = weight.float() - product
@@ -39,24 +39,24 @@ def errors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return weight.double() - NF4.quantize(weight).dequantize().double(), qpissa
 
 
-def kept(weights: list[Tensor], rank: int) -> float:
-    """QPiSSA's error as a share of QLoRA's, both summed over the layers in the nuclear norm."""
+def error_ratio(weights: list[Tensor], rank: int) -> float:
+    """Return QPiSSA's error divided by QLoRA's; both are nuclear norms summed over the layers."""
     pairs = [[error.norm(p="nuc").item() for error in errors(weight, rank)] for weight in weights]
     return sum(qpissa for _, qpissa in pairs) / sum(qlora for qlora, _ in pairs)
 
 
 def main() -> None:
     torch.manual_seed(0)
-    print(f"QPiSSA's error less than QLoRA's, nuclear norm, rank {RANKS}")
+    print(f"Reduction of the error (nuclear norm) by QPiSSA against QLoRA, rank {RANKS}")
     layers = {f"{SIZE} x {SIZE}, decay {decay}": [decaying(SIZE, decay)] for decay in (0, 0.25, 0.5, 1)}
-    layers["built-in Llama"] = [p for name, p in load_model(MODEL).named_parameters() if "proj" in name]
+    layers["built-in LLaMA"] = [p for name, p in load_model(MODEL).named_parameters() if "proj" in name]
     for name, weights in layers.items():
-        print(f"{name:22}", *(f"{1 - kept([w.detach() for w in weights], rank):5.0%}" for rank in RANKS))
+        print(f"{name:22}", *(f"{1 - error_ratio([w.detach() for w in weights], rank):5.0%}" for rank in RANKS))
 
     weight = torch.randn(LARGE, LARGE)
     seconds = [time.perf_counter()]
     packed = NF4.quantize(weight)
-    for _ in range(3):  # the last is timed, on memory that has been touched before
+    for _ in range(3):  # only the last one is timed: its memory has been touched before
         seconds.append(time.perf_counter())
         packed.dequantize(torch.bfloat16)
     print(f"{LARGE} x {LARGE}, {torch.get_num_threads()} threads: quantise {seconds[1] - seconds[0]:.2f} s,", end=" ")

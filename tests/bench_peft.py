@@ -1,16 +1,16 @@
-"""How long a step takes and what memory it needs, ours beside transformers + PEFT: `python tests/bench_peft.py`.
+"""Compare time and memory of a training step with transformers + PEFT: `python tests/bench_peft.py`.
 
-Needs transformers and peft, and the repository's root in PYTHONPATH. Every contender has the same random weights and
-takes the same rows in the same order, in turn; medians, each contender's peak memory in a process of its own, and the
-ratios are printed. The contenders:
+Needs transformers and peft, and the repository's root in PYTHONPATH. All contenders have the same random weights and
+take turns on the same rows in the same order. Prints median times, each contender's peak memory in its own process, and
+ratios. The contenders are:
 
-    ours METHOD, ours RECIPE           a step of ours, as `python -m minibalora bench` takes it
-    peft lora                          LlamaForCausalLM in PEFT's LoRA, loss from its labels
-    straightforward RECIPE             BA-LoRA on transformers + PEFT as the paper's own program does it: a second model
-                                       as the teacher, full logits of both, randomised SVD of the response rows
+    ours METHOD, ours RECIPE           our step, as in `python -m minibalora bench`
+    peft lora                          LlamaForCausalLM with PEFT's LoRA; the loss comes from its labels
+    straightforward RECIPE             BA-LoRA on transformers + PEFT like the paper's own program: a second model as
+                                       the teacher, full logits of both, a randomised SVD of the response rows
     straightforward exact RECIPE       the same with an exact SVD
-    lean RECIPE                        the same by somebody careful: full logits live only until their response rows are
-                                       taken, and the cross-entropy is taken on those
+    lean RECIPE                        straightforward with less memory: full logits are freed as soon as the response
+                                       rows are copied, and the cross-entropy is computed from these rows
 """
 
 import argparse
@@ -51,30 +51,32 @@ def main() -> None:
     for name, times in seconds.items():
         median, fastest, slowest = (1000 * value for value in (medians[name], min(times), max(times)))
         print(f"{name:31} {median:10.0f} {fastest:7.0f} {slowest:7.0f} {memories[name] / 1e6:8.0f}")
-    for mine, other in PAIRS:
-        if {mine, other} <= medians.keys():
-            ratios = f"time {medians[mine] / medians[other]:.2f}, memory {memories[mine] / memories[other]:.2f}"
-            print(f"{mine} / {other}: {ratios}")
+    for name, other in PAIRS:
+        if {name, other} <= medians.keys():
+            ratios = f"time {medians[name] / medians[other]:.2f}, memory {memories[name] / memories[other]:.2f}"
+            print(f"{name} / {other}: {ratios}")
 
 
 def parse_flags() -> Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=list(CONTENDERS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=8, help="8 rounds of 4 rows see every row once")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument("--rounds", type=int, default=8, help="timed steps; 8 steps of 4 rows use every row once")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before the timed ones")
     parser.add_argument("--micro-batch-size", type=int, default=4, help="rows of a step")
-    parser.add_argument("--rank", type=int, default=SHAPE.hidden_size // 32, help="the paper has 128 at 4096")
+    parser.add_argument("--rank", type=int, default=SHAPE.hidden_size // 32, help="the paper uses 128 at width 4096")
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
 def check_losses(losses: dict[str, float]) -> None:
-    """The first losses of all who minimise the same thing agree: the same rows, the same weights, adapters at their
-    start. BA-LoRA's spectral term is randomised over there, and of the nuclear norm only an estimate."""
+    """Check that the first losses of all contenders with the same objective agree.
+
+    The tolerance for BA-LoRA is larger: the others' spectral term is randomised, and their nuclear norm is an estimate.
+    """
     for name, loss in losses.items():
-        kind, same = name.split()[-1], 1e-4 if name.endswith("lora") else 1e-3
-        others = [other for key, other in losses.items() if key.split()[-1] == kind]
-        assert max(abs(loss - other) for other in others) < same * loss, f"losses differ at the start: {losses}"
+        objective, tolerance = name.split()[-1], 1e-4 if name.endswith("lora") else 1e-3
+        others = [other for key, other in losses.items() if key.split()[-1] == objective]
+        assert max(abs(loss - other) for other in others) < tolerance * loss, f"losses differ at the start: {losses}"
 
 
 def peak_memory(name: str, load: Load) -> int:
@@ -86,14 +88,17 @@ def ours(contender: Contender, load: Load) -> Step:
 
 
 def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load) -> Step:
-    """transformers + PEFT, minimising loss_of(student, teacher, batch, objective); no objective: LoRA, no teacher."""
+    """Return a step with transformers + PEFT that minimises loss_of(student, teacher, batch, objective).
+
+    Without an objective, the step is plain LoRA and has no teacher.
+    """
     student = hugging_face(load.hardware)
     init = True if objective is None else "pissa_niter_16"
     config = LoraConfig(r=load.rank, lora_alpha=load.rank, target_modules="all-linear", init_lora_weights=init)
     student = get_peft_model(student, config).train()
     teacher = None if objective is None else hugging_face(load.hardware).requires_grad_(False).eval()
     parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)  # as the Trainer
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)  # Trainer's default
 
     def step(index: int) -> float:
         batch = padded(workload.rows_of_step(SHAPE.vocab_size, index, load.rows), load.hardware.device)
@@ -108,13 +113,13 @@ def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load
 
 
 def padded(rows: list[Row], device: torch.device) -> dict[str, Tensor]:
-    """What transformers' models take; labels are -100 on prompt and padding."""
+    """Return the arguments of transformers' models; labels are −100 on prompts and padding."""
     ids = [torch.from_numpy(row.ids).long() for row in rows]
-    labels = [torch.cat([torch.full((row.prompt_length,), -100), own[row.prompt_length :]])
-              for own, row in zip(ids, rows, strict=True)]  # fmt: skip
-    masks = [torch.ones_like(own) for own in ids]
+    labels = [torch.cat([torch.full((row.prompt_length,), -100), row_ids[row.prompt_length :]])
+              for row_ids, row in zip(ids, rows, strict=True)]  # fmt: skip
+    masks = [torch.ones_like(row_ids) for row_ids in ids]
     parts = {"input_ids": (ids, 0), "attention_mask": (masks, 0), "labels": (labels, -100)}
-    return {name: pad_sequence(each, True, value).to(device) for name, (each, value) in parts.items()}
+    return {name: pad_sequence(tensors, True, padding).to(device) for name, (tensors, padding) in parts.items()}
 
 
 def hugging_face(hardware: Hardware) -> nn.Module:
@@ -150,7 +155,10 @@ def lean_loss(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], 
 
 
 def regularizers(z_f: Tensor, z_p: Tensor, objective: Objective, share: Callable) -> Tensor:
-    """The three terms of (M, V) logits, with the weights of the run's middle; share: of the spectral term."""
+    """Return the weighted sum of the three terms of logits (M, V), with the weights at the middle of a run.
+
+    share: the function for the spectral term.
+    """
     weights = lambdas(objective, STEPS // 2, STEPS)
     return (
         weights["consistency"] * R.consistency_kl(z_f, z_p, objective.temperature)
@@ -160,9 +168,9 @@ def regularizers(z_f: Tensor, z_p: Tensor, objective: Objective, share: Callable
 
 
 def randomised_share(Z: Tensor, k: int, norm: str) -> Tensor:
-    """svd_share by torch.svd_lowrank, k + 5 values and 2 iterations as in the paper's own program.
+    """Compute svd_share with torch.svd_lowrank, k + 5 values and 2 iterations, as in the paper's own program.
 
-    The nuclear norm is the sum of those k + 5 values: all of them would need the exact SVD, seconds at (500, 32000).
+    The nuclear norm is estimated by the sum of these values; the exact SVD takes seconds for (500, 32000) logits.
     """
     sigma = torch.svd_lowrank(Z, q=k + 5, niter=2)[1]
     return -sigma[:k].sum() / (torch.linalg.vector_norm(Z) if norm == "frobenius" else sigma.sum())

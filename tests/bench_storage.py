@@ -1,12 +1,12 @@
-"""How to store the frozen part of a PiSSA layer: `python tests/bench_storage.py` compares error, memory and speed.
+"""Compare ways to store the frozen part of a PiSSA layer: `python tests/bench_storage.py` prints error, memory, speed.
 
-Four ways of computing Y = X W_res + s (X A) B, on one layer whose spectrum decays as a trained one's does. The truth is
-the same formula in float64. At step 0, where student and teacher coincide, the unit is the error that the pre-trained
-layer itself has in that dtype; of a first small step (A changed by 1e-3 of itself), the unit is that step's own size.
-The last two are the layers that there are, `LowRankLinear` and its lean product.
+Four forms of Y = X W_res + s (X A) B are compared on a layer whose spectrum decays like a trained one's; the program
+also runs the package's layers, `LowRankLinear` and its lean product. The truth is the formula in float64. The first
+number of each dtype is the error at step 0, where student and teacher are equal, divided by the error of the
+pre-trained layer itself in this dtype. The second is the error of the first small step (A changes by 1e-3 of itself),
+divided by the size of the step.
 
-On 2 CPU cores, m = n = 2048, r = 128, 512 rows (the bytes are those of a frozen weight, the time is that of a forward
-and a backward pass):
+On 2 CPU cores, m = n = 2048, r = 128, 512 rows; then bytes of a frozen weight, and time of forward and backward:
 
                                                  bfloat16                       float32
     residual_as_w      W_res in W's dtype        2.13   4.1    2 B   14 ms      1.54   5e-4   4 B   55 ms
@@ -14,7 +14,7 @@ and a backward pass):
     subtracted         X W − s (X A₀) B₀ + ...   1.00   3.8    2 B   14 ms      1.00   5e-4   4 B   61 ms
     differences_first  as in lowrank.py          1.00   0.84   2 B   15 ms      1.00   3e-5   4 B   64 ms
 
-0.84 is the rounding of Y itself.
+The 0.84 is caused by the rounding of Y itself.
 """
 
 import statistics
@@ -51,7 +51,7 @@ def plain(x, W, R, A, B, A0, B0, is_lean=False):
     linear = nn.Linear(*W.shape, bias=False, device="meta")
     linear.weight = nn.Parameter(W.T)
     layer = LowRankLinear(linear, A0, B0, 1.0, keep_initial=True)
-    layer._parameters |= {"A": A, "B": B}  # as they are, so that gradients flow to the caller's
+    layer._parameters |= {"A": A, "B": B}  # not as new parameters, so that gradients reach the caller's A and B
     if is_lean:
         use_lean_product(layer)
     return layer(x)
@@ -74,23 +74,23 @@ def compare(dtype: torch.dtype) -> None:
     R = W.float() - A0 @ B0
     A = A0 * (1 + 1e-3 * torch.randn_like(A0))
     x = torch.randn(BATCH, SIZE).to(dtype)
-    truth, moved = x.double() @ W.double(), x.double() @ (W.double() + (A - A0).double() @ B0.double())
-    unit, step = ((x @ W).double() - truth).norm(), (moved - truth).norm()
+    truth, truth_after = x.double() @ W.double(), x.double() @ (W.double() + (A - A0).double() @ B0.double())
+    unit, step = ((x @ W).double() - truth).norm(), (truth_after - truth).norm()
 
     print(f"{dtype}: the pre-trained layer's own error is {unit / truth.norm():.1e}")
-    print(f"{'':18}  at step 0  small step  bytes a frozen weight  ms forward + backward")
+    print(f"{'':18}  at step 0  small step  bytes of a frozen weight  ms forward + backward")
     for form in (residual_as_w, residual_float32, subtracted, differences_first, plain, lean):
         frozen = {residual_as_w: R.to(dtype), residual_float32: R}.get(form, W)
         R_stored = frozen if form in (residual_as_w, residual_float32) else None
         before, after = form(x, W, R_stored, A0, B0, A0, B0), form(x, W, R_stored, A, B0, A0, B0)
         error = (before.double() - truth).norm() / unit
-        step_error = (after.double() - before.double() - (moved - truth)).norm() / step
+        step_error = (after.double() - before.double() - (truth_after - truth)).norm() / step
         ms = 1000 * statistics.median(timed(form, x, W, R_stored, A, B0, A0, B0) for _ in range(15))
-        print(f"{form.__name__:18}  {error:9.2f}  {step_error:10.1e}  {frozen.element_size():21}  {ms:21.0f}")
+        print(f"{form.__name__:18}  {error:9.2f}  {step_error:10.1e}  {frozen.element_size():24}  {ms:21.0f}")
 
 
 def timed(form, x, W, R, A, B, A0, B0) -> float:
-    """Seconds of one training pass: forward, and backward to x, A and B."""
+    """Return the seconds of one forward pass and one backward pass to x, A and B."""
     x, A, B = (tensor.detach().requires_grad_() for tensor in (x, A, B))
     started = time.perf_counter()
     form(x, W, R, A, B, A0, B0).sum().backward()

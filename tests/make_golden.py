@@ -1,8 +1,8 @@
-"""Makes `tests/golden/`: tiny random checkpoints with the logits that transformers and PEFT give for them.
+"""Make `tests/golden/`: tiny random checkpoints and adapters, with the logits of transformers and PEFT.
 
-Needs transformers and peft, which the project itself never imports: `python tests/make_golden.py` in an environment
-that has them and minibalora, with names to make these only. Every folder is a checkpoint as transformers writes it,
-plus expected.safetensors. What is random depends on the name alone.
+Run `python tests/make_golden.py [name ...]` in an environment with minibalora, transformers and peft; the package
+itself never imports the latter two. Without names, all folders are made. Each folder has a checkpoint as transformers
+writes it, and expected.safetensors. Random numbers depend only on the name. Prints how close our logits are.
 """
 
 import json
@@ -33,6 +33,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     T5Config,
+    XLMRobertaConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Moe
 
@@ -77,7 +78,7 @@ CONFIGS = {
         sliding_window=5,
         max_window_layers=1,
     ),
-    "gemma2": Gemma2Config(  # caps low enough to bend scores and logits
+    "gemma2": Gemma2Config(  # the caps are low enough to change scores and logits
         **SIZE,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -99,7 +100,7 @@ CONFIGS = {
         sliding_window=5,
     ),
 }
-# Not in transformers: deepseek_reference.py stands in for it.
+# transformers has no DeepSeek-MoE; deepseek_reference.py takes its place.
 DEEPSEEK = SIZE | {
     "model_type": "deepseek",
     "architectures": ["DeepseekForCausalLM"],
@@ -131,7 +132,7 @@ DEEPSEEKS = {
 }
 T5 = {"vocab_size": 61, "d_model": 24, "d_ff": 40, "num_layers": 2, "decoder_start_token_id": 0}
 FEW_BUCKETS = {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 12}
-SEQ2SEQ = {  # prompts of up to 17 tokens, answers of 7
+SEQ2SEQ = {  # prompts have up to 17 tokens, answers have 7
     "t5": T5Config(**T5, num_heads=3, d_kv=8, **FEW_BUCKETS),
     "t5_gated": T5Config(
         **T5,
@@ -148,7 +149,7 @@ DEBERTA_V3 = {
     "share_att_key": True,
     "norm_rel_ebd": "layer_norm",
     "pos_att_type": "p2c|c2p",
-    "position_buckets": 6,  # 17 tokens: far distances share a bucket, and the furthest are clamped
+    "position_buckets": 6,  # for 17 tokens: far distances share a bucket, and the furthest are clamped
     "max_relative_positions": -1,
     "max_position_embeddings": 12,
     "type_vocab_size": 0,
@@ -160,6 +161,9 @@ CLASSIFIERS = {
     ),
     "roberta": RobertaConfig(
         **SIZE, num_attention_heads=4, max_position_embeddings=22, type_vocab_size=1, pad_token_id=1, num_labels=2
+    ),
+    "xlm_roberta": XLMRobertaConfig(
+        **SIZE, num_attention_heads=3, max_position_embeddings=22, type_vocab_size=1, pad_token_id=1, num_labels=3
     ),
     "deberta": DebertaV2Config(**SIZE, num_attention_heads=3, **DEBERTA_V3, num_labels=2),
     "deberta_tanh": DebertaV2Config(
@@ -174,7 +178,7 @@ CLASSIFIERS = {
     "t5_classifier": T5Config(**T5, num_heads=3, d_kv=10, **FEW_BUCKETS, classifier_dropout=0.1, num_labels=3),
     "llama_classifier": LlamaConfig(**SIZE, num_attention_heads=4, num_key_value_heads=2, num_labels=2, pad_token_id=0),
 }
-ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
+ADAPTERS = {  # base, init, is_headless
     "adapter_pissa": ("llama3", "pissa", False),
     "adapter_lora": ("llama3", "lora", False),
     "adapter_qwen2": ("qwen2", "pissa", False),
@@ -192,14 +196,14 @@ ADAPTERS = {  # base, init, whether the base is a checkpoint without a head
 
 
 def random_batch(vocab_size: int, padding: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Three rows of 17, 9 and 1 tokens, padded on the right; no real token is 0 or 1, which transformers pads with."""
+    """Return three right-padded rows of 17, 9 and 1 tokens, and their mask. No real token is a padding id (0 or 1)."""
     ids = torch.randint(2, vocab_size, (3, 17))
     mask = torch.arange(17) < torch.tensor([[17], [9], [1]])
     return ids.masked_fill(~mask, padding), mask.long()
 
 
 def auto_class_of(name: str) -> type:
-    """Transformers' class of a model of `tests/golden/`."""
+    """Return transformers' class for a model of `tests/golden/`."""
     if name in CLASSIFIERS:
         return AutoModelForSequenceClassification
     return AutoModelForSeq2SeqLM if name in SEQ2SEQ else AutoModelForCausalLM
@@ -207,10 +211,13 @@ def auto_class_of(name: str) -> type:
 
 @torch.no_grad()
 def make_checkpoint(name: str, config) -> torch.nn.Module:
-    """Weights are rounded to bfloat16, which keeps the files small, and large enough that attention is not flat."""
+    """Save a random checkpoint and return it as float32.
+
+    Weights are rounded to bfloat16, which keeps the files small, and are large enough that attention is not flat.
+    """
     auto_class = auto_class_of(name)
     model = auto_class.from_config(config, attn_implementation="eager")
-    if name == "t5_gated":  # new, transformers 5 ties what a published v1.1 has apart
+    if name == "t5_gated":  # transformers 5 ties a new model's head; published v1.1 checkpoints have it untied
         model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
     for parameter in model.parameters():
         parameter.copy_(torch.randn_like(parameter).mul(0.3).bfloat16())
@@ -232,7 +239,7 @@ def make_model(name: str, config) -> None:
 
 
 def sharpen_routers(tensors: dict[str, torch.Tensor]) -> None:
-    """So that which expert is chosen is seldom nearly a tie, in place."""
+    """Enlarge the routers' weights in place, so that the choice of experts is seldom nearly a tie."""
     for name, tensor in tensors.items():
         if name.endswith(".gate.weight"):
             tensor.mul_(8)
@@ -240,10 +247,10 @@ def sharpen_routers(tensors: dict[str, torch.Tensor]) -> None:
 
 @torch.no_grad()
 def make_deepseek(name: str, config: dict) -> None:
-    """A checkpoint with the names and settings of the published one, and what deepseek_reference.py gives for it.
+    """Make a checkpoint with the published names and settings, and the logits of deepseek_reference.py.
 
-    Its mixture is also compared with the one of DeepSeek-V2, which transformers has: with plain greedy choice and
-    without groups or scaling that is the same.
+    The reference's mixture is compared with that of DeepSeek-V2, which transformers has: with greedy choice and without
+    groups or scaling, both compute the same.
     """
     tensors = {name: torch.randn(s).mul(0.3).bfloat16() for name, s in deepseek_reference.shapes(config).items()}
     sharpen_routers(tensors)
@@ -261,7 +268,7 @@ def make_deepseek(name: str, config: dict) -> None:
 
 
 def compare_with_v2(tensors: dict[str, torch.Tensor], config: dict) -> None:
-    """The mixture of layer 1 on 50 random tokens."""
+    """Compare the mixture of layer 1 of reference and DeepSeek-V2 on 50 random tokens."""
     names = ("hidden_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
     v2 = DeepseekV2Config(num_attention_heads=1, **{key: config[key] for key in names})
     v2.topk_method, v2.routed_scaling_factor = "greedy", 1.0
@@ -273,11 +280,12 @@ def compare_with_v2(tensors: dict[str, torch.Tensor], config: dict) -> None:
     )
     fused = {"experts.gate_up_proj": torch.cat([gate, up], dim=1), "experts.down_proj": down}
     rest = {name.removeprefix("mlp."): tensor for name, tensor in layer.items() if ".experts." not in name}
-    theirs = DeepseekV2Moe(v2).double()
-    theirs.load_state_dict(fused | {name: tensor for name, tensor in rest.items() if name in theirs.state_dict()})
+    v2_mixture = DeepseekV2Moe(v2).double()
+    stored = v2_mixture.state_dict().keys()
+    v2_mixture.load_state_dict(fused | {name: tensor for name, tensor in rest.items() if name in stored})
     x = torch.randn(1, 50, config["hidden_size"], dtype=torch.float64)
     reference = torch.stack([deepseek_reference.mixture(token, layer, config) for token in x[0]])
-    report("deepseek_reference.mixture", reference, theirs(x)[0])
+    report("deepseek_reference.mixture", reference, v2_mixture(x)[0])
 
 
 @torch.no_grad()
@@ -286,19 +294,18 @@ def make_seq2seq(name: str, config) -> None:
     ids, mask = random_batch(config.vocab_size)
     answers = torch.randint(2, config.vocab_size, (3, 7))
     inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": answers}
-    found = {"logits": model(**inputs).logits}
-    for part in ("encoder", "decoder"):  # distances from −300 to 300
+    expected = {"logits": model(**inputs).logits}
+    distances = torch.arange(-300, 301)
+    for part in ("encoder", "decoder"):
         sizes = config.relative_attention_num_buckets, config.relative_attention_max_distance
         attention = getattr(model, part).block[0].layer[0].SelfAttention
-        found[f"{part}_buckets"] = attention._relative_position_bucket(
-            torch.arange(-300, 301), part == "encoder", *sizes
-        )
-    save_file(inputs | found, GOLDEN / name / "expected.safetensors")
+        expected[f"{part}_buckets"] = attention._relative_position_bucket(distances, part == "encoder", *sizes)
+    save_file(inputs | expected, GOLDEN / name / "expected.safetensors")
 
 
 @torch.no_grad()
 def make_classifier(name: str, config) -> None:
-    """BERT gets a second text, token type 1, in its first row; each of T5's ends with EOS."""
+    """Make a classifier. BERT's first row has a second text with token type 1; T5's rows end with EOS."""
     model = make_checkpoint(name, config)
     ids, mask = random_batch(config.vocab_size, padding=config.pad_token_id)
     if name.startswith("t5"):
@@ -311,7 +318,7 @@ def make_classifier(name: str, config) -> None:
 
 
 def spell_rope_the_old_way(name: str) -> None:
-    """What transformers 4 wrote: rope_theta at the top level, the rest in rope_scaling; LLaMA 2 had neither."""
+    """Rewrite config.json as transformers 4 did: rope_theta at the top level and rope_scaling. LLaMA 2 had neither."""
     path = GOLDEN / name / "config.json"
     config = json.loads(path.read_text())
     rope = config.pop("rope_parameters")
@@ -322,9 +329,9 @@ def spell_rope_the_old_way(name: str) -> None:
 
 @torch.no_grad()
 def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
-    """An adapter that we save, and what PEFT makes of it on transformers' own model of the untouched base.
+    """Save an adapter with minibalora, and the logits of transformers' model of the base with PEFT and this adapter.
 
-    is_headless: the base is a checkpoint without pooler and classifier, which are then new, trained and saved.
+    is_headless: the base has no pooler and no classifier; these are new, trained and saved in the adapter.
     """
     folder = GOLDEN / name
     is_classifier = base in CLASSIFIERS
@@ -343,20 +350,20 @@ def make_adapter(name: str, base: str, init: str, is_headless: bool) -> None:
         mb.save_adapter(model, folder)
         config = json.loads((folder / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        theirs = auto_class_of(base).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
-        theirs = PeftModel.from_pretrained(theirs, folder).eval()
+        base_model = auto_class_of(base).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+        peft_model = PeftModel.from_pretrained(base_model, folder).eval()
 
     inputs = named_example(base)
     del inputs["logits"]
-    logits = theirs(**inputs).logits
+    logits = peft_model(**inputs).logits
     save_file({"logits": logits}, folder / "expected.safetensors")
     real = real_tokens(base)
     report(name, model(*inputs.values())[real], logits[real])
 
 
-def report(name: str, ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    print(f"{name}: largest difference from transformers {error:.1e} of the logits' scale")
+def report(name: str, logits: torch.Tensor, expected: torch.Tensor) -> None:
+    error = (logits - expected).abs().max() / expected.abs().max()
+    print(f"{name}: largest difference from transformers is {error:.1e} of the logits' scale")
 
 
 @torch.no_grad()
@@ -368,7 +375,7 @@ def main() -> None:
 
 
 def make(name: str) -> None:
-    """One folder of `tests/golden/`, and what our model makes of it."""
+    """Make one folder of `tests/golden/`, and print how close our logits are."""
     if name in ADAPTERS:
         return make_adapter(name, *ADAPTERS[name])
     if name in SEQ2SEQ:

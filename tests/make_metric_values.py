@@ -1,7 +1,7 @@
-"""Makes `tests/golden/metrics.json`: what scikit-learn and SciPy say of awkward and of random predictions.
+"""Make `tests/golden/metrics.json`: metrics of degenerate and of random predictions by scikit-learn and SciPy.
 
-Needs both, which the project itself never imports: `python tests/make_metric_values.py` in an environment that has
-them. NaN is written as null.
+Run `python tests/make_metric_values.py` in an environment with both, which the package itself never imports. NaN is
+written as null.
 """
 
 import json
@@ -14,7 +14,7 @@ from scipy.linalg import svdvals
 from scipy.stats import binomtest, entropy, pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, recall_score
 
-warnings.simplefilter("ignore")  # of constant input, which is here on purpose
+warnings.simplefilter("ignore")  # some cases have constant input on purpose
 
 CLASSES = [  # predicted, gold
     ([1], [1]),
@@ -52,8 +52,8 @@ def classification(predicted: list[int], gold: list[int]) -> dict:
     if max(predicted + gold) < 2:
         values["f1"] = f1_score(gold, predicted, zero_division=0)
     present = sorted(set(gold))
-    found = recall_score(gold, predicted, labels=present, average=None)
-    recalls = [float(found[present.index(k)]) if k in present else None for k in range(max(predicted + gold) + 1)]
+    recall = recall_score(gold, predicted, labels=present, average=None)
+    recalls = [float(recall[present.index(k)]) if k in present else None for k in range(max(predicted + gold) + 1)]
     values = {name: float(value) for name, value in values.items()} | {"recalls": recalls}
     return {"predicted": predicted, "gold": gold, "expected": values}
 

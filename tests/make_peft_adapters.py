@@ -1,8 +1,7 @@
-"""Makes `tests/golden/peft_*/`: adapters as PEFT trains and saves them, with the logits that PEFT gives.
+"""Make `tests/golden/peft_*/`: adapters that PEFT saves, with PEFT's logits.
 
-Needs transformers and peft: `python tests/make_peft_adapters.py` in an environment that has them and minibalora. Only
-the folders of adapters are made anew, of those named or of all; their bases are `make_golden.py`'s. Prints how near our
-logits are.
+Run `python tests/make_peft_adapters.py [name ...]` after make_golden.py, which makes the bases, in an environment with
+minibalora, transformers and peft. Without names, all adapters are made. Prints how close our logits are.
 """
 
 import json
@@ -49,10 +48,27 @@ ADAPTERS = {  # name: base, LoraConfig
             "r": 2,
             "target_modules": ["k", "o", "wi"],
             "task_type": TaskType.SEQ_CLS,
-            "modules_to_save": ["classification_head"],  # PEFT adds classifier and score, but not this
+            "modules_to_save": ["classification_head"],  # PEFT adds only classifier and score by itself
         },
     ),
     "peft_pissa": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
+    "peft_pissa_rslora": (
+        "llama2",
+        {
+            "r": 3,
+            "lora_alpha": 5,
+            "use_rslora": True,
+            "target_modules": [*ATTENTION, "down_proj", "lm_head"],
+            "rank_pattern": {r"layers\.1\..*q_proj": 2},
+            "alpha_pattern": {"v_proj": 3},
+            "init_lora_weights": "pissa",
+        },
+    ),
+    "peft_pissa_gpt2": (
+        "gpt2",
+        {"r": 3, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "init_lora_weights": "pissa"},
+    ),
+    "peft_olora": ("qwen2", {"r": 3, "lora_alpha": 5, "target_modules": "all-linear", "init_lora_weights": "olora"}),
     "peft_pissa_converted": ("llama3", {"r": 2, "target_modules": ATTENTION, "init_lora_weights": "pissa"}),
 }
 
@@ -63,13 +79,13 @@ def make_adapter(name: str, base: str, settings: dict) -> None:
     model = get_peft_model(model, LoraConfig(**settings))
     folder = GOLDEN / name
     if name == "peft_pissa_converted":
-        model.peft_config["default"].init_lora_weights = True  # PEFT's own recipe, so that saving the start works
+        model.peft_config["default"].init_lora_weights = True  # PEFT's documented way to save the initial adapter
         model.save_pretrained(folder / "start")
         model.peft_config["default"].init_lora_weights = "pissa"
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.requires_grad:  # as if trained
-                parameter += 0.1 * torch.randn_like(parameter)
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)  # as if trained
     start = {"path_initial_model_for_weight_conversion": folder / "start"} if (folder / "start").exists() else {}
     model.eval()
     inputs = named_example(base)

@@ -1,8 +1,8 @@
-"""Makes `tests/golden/spm/`: a small spm.model like DeBERTa-v3's, with the ids that transformers gives for some texts.
+"""Make `tests/golden/spm/`: a small spm.model like DeBERTa-v3's, with transformers' ids of some texts.
 
-Needs sentencepiece, transformers and protobuf, which the project itself never imports:
-`python tests/make_spm_golden.py` in an environment that has them. Prints the texts for which SentencePiece itself, or
-the DebertaV2Tokenizer of transformers 5, gives other ids than the DebertaV2Converter that is followed here.
+Run `python tests/make_spm_golden.py` in an environment with sentencepiece, transformers and protobuf, which the package
+itself never imports. The ids are those of DebertaV2Converter. Prints the texts for which SentencePiece, or the
+DebertaV2Tokenizer of transformers 5, gives other ids.
 """
 
 import io
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import DebertaV2Converter
 
 FOLDER = Path(__file__).with_name("golden") / "spm"
-# A few rules in the manner of nmt_nfkc, whose own map has 240 kB: fullwidth A, dots, accented e, blanks, zero width.
+# A few rules like those of nmt_nfkc, which has 240 kB: fullwidth A, dots, accented e, blanks, zero-width space.
 RULES = "FF21\t41\n2026\t2E 2E 2E\n65 301\tE9\n9\t20\nA\t20\nD\t20\n3000\t20\n200B\t\n"
 WORDS = "the cat two spaces and more nobody sold wide of in reflection café naïve answer its about reading was".split()
 TEXTS = [
@@ -44,7 +44,7 @@ SETTINGS = [{"do_lower_case": False, "vocab_type": "spm"}, {"do_lower_case": Tru
 
 
 def sentences() -> list[str]:
-    """Of known words and of invented ones, whose syllables become pieces."""
+    """Return 500 sentences of WORDS and of invented words, whose syllables become pieces."""
     draw = random.Random(0)
     syllables = [consonant + vowel for consonant in "bdfklmnprstvz" for vowel in "aeiou"]
     invented = ["".join(draw.choices(syllables, k=draw.randint(1, 4))) for _ in range(1500)]
@@ -52,9 +52,9 @@ def sentences() -> list[str]:
 
 
 def train(**options) -> bytes:
-    """A model with the special tokens of DeBERTa-v3 at its ids, and one token of a user."""
+    """Return a serialised model that has DeBERTa-v3's special tokens with their ids, and one user-defined token."""
     model = io.BytesIO()
-    with TemporaryDirectory() as folder, chdir(folder):  # the model records the name of the file of rules
+    with TemporaryDirectory() as folder, chdir(folder):  # the model records the path of the rules: use a relative one
         Path("rules.tsv").write_text(RULES)
         SentencePieceTrainer.train(
             sentence_iterator=iter(sentences()),
@@ -79,7 +79,7 @@ def train(**options) -> bytes:
 
 
 def converted(settings: dict, piece_to_id) -> Tokenizer:
-    """What transformers 4 made of the folder; the named special tokens it adds after the conversion."""
+    """Return the tokenizer as transformers 4 made it: converted, then with the named special tokens added."""
     slow = SimpleNamespace(
         vocab_file=str(FOLDER / "spm.model"),
         do_lower_case=settings.get("do_lower_case", False),

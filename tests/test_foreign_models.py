@@ -1,4 +1,4 @@
-"""lowrank.py in other code bases: readers of `weight`, wrappers, hooks, autocast, export, odd linears."""
+"""Tests of lowrank.py in other code bases: readers of `weight`, wrappers, hooks, autocast, export, unusual linears."""
 
 import copy
 import warnings
@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, merge, pretrained
 
 
-def moved(model: nn.Module) -> nn.Module:
-    """As if trained."""
+def as_if_trained(model: nn.Module) -> nn.Module:
+    """Change the factors in place as if they were trained."""
     with torch.no_grad():
         for _, layer in adapted_layers(model):
             layer.A.add_(0.1 * torch.randn_like(layer.A))
@@ -35,7 +35,7 @@ class Classifier(nn.Module):
 
 @pytest.mark.parametrize("is_teacher_first", [False, True])
 def test_student_and_teacher_share_an_autocast_block(is_teacher_first):
-    """Autocast keeps the casts of trained leaves; a head that changes its numbers must not meet the other's."""
+    """Autocast caches casts of trained leaves. The teacher's head must not get the cast of the student's head."""
     torch.manual_seed(0)
     model, x = Classifier().eval(), torch.randn(5, 16)
     before = model(x)
@@ -48,13 +48,13 @@ def test_student_and_teacher_share_an_autocast_block(is_teacher_first):
         with pretrained(model):
             teacher = model(x)
         student = model(x) if is_teacher_first else student
-    assert (
-        distance(teacher, before) < 0.03 and distance(student, expected) < 0.03
-    )  # bfloat16; they differ by more than 1
+    # student and teacher differ by more than 1; 0.03 allows bfloat16
+    assert distance(teacher, before) < 0.03 and distance(student, expected) < 0.03
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory):
+    """Start a process group of one process."""
     store = tmp_path_factory.mktemp("group") / "store"
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
@@ -62,52 +62,52 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_who_reads_the_weight_gets_what_the_layer_acts_as(dtype):
-    """torch's fast path of an encoder layer, in eval mode without gradients, reads linear1.weight."""
+def test_reading_weight_gives_the_matrix_that_the_layer_acts_as(dtype):
+    """torch's fast path of an encoder layer (eval mode, no gradients) reads linear1.weight."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).to(dtype).eval()
     x = torch.randn(2, 5, 32, dtype=dtype)
     with torch.no_grad():
         before = model(x)
-        moved(adapt(model, 4))
+        as_if_trained(adapt(model, 4))
         assert {name for name, _ in adapted_layers(model)} == {"self_attn.out_proj", "linear1", "linear2"}
         student = model(x)
     with pretrained(model):
         assert distance(model(x), before) < (1e-6 if dtype == torch.float32 else 1e-2)
         assert model.linear1.weight.data_ptr() == model.linear1.W.data_ptr()
     assert distance(student, before) > 0.01 and model.linear1.weight.dtype == dtype
-    model.train()  # without the fast path the layers compute themselves
+    model.train()  # without the fast path, each layer's forward runs
     assert distance(model(x), student) < (1e-5 if dtype == torch.float32 else 2e-2)
 
 
-def test_a_reader_of_the_weight_trains_the_factors():
+def test_gradients_flow_through_weight_to_the_factors():
     layer = LowRankLinear.from_linear(nn.Linear(6, 5), 2)
     nn.functional.linear(torch.randn(3, 6), layer.weight).square().sum().backward()
     assert layer.A.grad.norm() > 0 and layer.B.grad.norm() > 0 and layer.W.grad is None
 
 
 @pytest.mark.parametrize("init", ["lora", "pissa"])
-def test_autocast_rounds_the_change_no_more_than_a_bfloat16_model(init):
+def test_autocast_rounds_the_update_no_more_than_a_bfloat16_model(init):
     torch.manual_seed(0)
     model = adapt(nn.Sequential(nn.Linear(256, 256, bias=False)), 8, init=init)
     half = copy.deepcopy(model)
     half[0].W.data = half[0].W.data.bfloat16()
     errors = []
-    for each, dtype in ((model, torch.float32), (half, torch.bfloat16)):
-        each[0].B.data += 1e-4
+    for net, dtype in ((model, torch.float32), (half, torch.bfloat16)):
+        net[0].B.data += 1e-4
         x = torch.linspace(-1, 1, 256 * 300).sin().view(300, 256).bfloat16().to(dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            y = each(x)
-            with pretrained(each):
-                change = y.double() - each(x).double()
-        expected = x.double() @ each[0].delta.double().T
-        errors.append((change - expected).norm() / expected.norm())
+            y = net(x)
+            with pretrained(net):
+                update = y.double() - net(x).double()
+        expected = x.double() @ net[0].delta.double().T
+        errors.append((update - expected).norm() / expected.norm())
         y.float().square().mean().backward()
-        assert each[0].A.grad.dtype == torch.float32
+        assert net[0].A.grad.dtype == torch.float32
     assert errors[0] < 1.3 * errors[1]
 
 
-def test_the_output_may_be_changed_in_place():
+def test_the_output_may_be_modified_in_place():
     model = adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(inplace=True), nn.Linear(16, 3)), 2)
     y = model(torch.randn(5, 8))
     y += 1
@@ -116,7 +116,7 @@ def test_the_output_may_be_changed_in_place():
 
 
 @pytest.mark.parametrize("leaf", ["bias", "W"])
-def test_what_is_made_trainable_gets_its_gradient_and_ends_the_teacher(leaf):
+def test_a_weight_or_bias_that_is_made_trainable_gets_a_gradient_and_ends_the_teacher(leaf):
     model = adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), 2)
     parameter = getattr(model[0], leaf).requires_grad_()
     model(torch.randn(5, 8)).square().sum().backward()
@@ -126,12 +126,12 @@ def test_what_is_made_trainable_gets_its_gradient_and_ends_the_teacher(leaf):
 
 
 @pytest.mark.parametrize("wrap", ["none", "ddp", "data parallel", "fsdp2"])
-def test_the_own_head_is_found_in_wrappers_or_refused(wrap, one_process):
+def test_the_teacher_has_the_initial_head_in_wrappers_and_is_refused_if_sharded(wrap, one_process):
     x, model = torch.randn(4, 16), Classifier().eval()
     before = model(x)
     adapt(model, 2)
     assert [name for name, _ in adapted_layers(model)] == ["body"]
-    model.train()(x)  # moves the running statistics of the head
+    model.train()(x)  # changes the running statistics of the head
     with torch.no_grad():
         model.head[1].weight.add_(1)
     if wrap == "fsdp2":
@@ -153,7 +153,7 @@ def test_the_own_head_is_found_in_wrappers_or_refused(wrap, one_process):
         assert distance(wrapped(x), before) < 1e-6
 
 
-def test_every_trained_number_of_a_head_gets_a_gradient_and_merging_keeps_its_buffers():
+def test_all_trained_parameters_of_a_head_get_gradients_and_merging_keeps_its_buffers():
     model, x = adapt(Classifier(), 2), torch.randn(4, 16)
     model(x).square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -163,8 +163,8 @@ def test_every_trained_number_of_a_head_gets_a_gradient_and_merging_keeps_its_bu
     assert set(model.state_dict()) == set(Classifier().state_dict())
 
 
-def test_nothing_that_never_changes_is_a_buffer(one_process):
-    """DDP sends buffers to all ranks at every forward pass."""
+def test_an_adapted_model_has_no_buffers(one_process):
+    """DDP sends buffers to all ranks in every forward pass."""
     assert not list(adapt(nn.Sequential(nn.Linear(8, 8)), 2).buffers())
 
 
@@ -185,13 +185,13 @@ def test_a_linear_that_is_registered_twice_is_adapted_once():
     model = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.Linear(6, 6)})
     model["c"] = model["a"]
     x = torch.randn(2, 6)
-    moved(adapt(model, 2))
+    as_if_trained(adapt(model, 2))
     assert model["c"] is model["a"] and len(adapted_layers(model)) == 2
     y = model["c"](x)
     assert distance(merge(model)["c"](x), y) < 1e-6 and model["c"] is model["a"] and type(model["a"]) is nn.Linear
 
 
-class Mine(nn.Linear):
+class PlainSubclass(nn.Linear):
     pass
 
 
@@ -201,7 +201,7 @@ class Scaled(nn.Linear):
 
 
 class Conv1D(nn.Module):
-    """As transformers' GPT-2 has it."""
+    """A linear as in transformers' GPT-2."""
 
     def __init__(self):
         super().__init__()
@@ -242,7 +242,7 @@ def offloaded() -> nn.Module:
         (lambda: nn.Linear(6, 6, device="meta"), "Linear"),
     ],
 )
-def test_what_is_not_a_plain_linear_is_refused_by_name_and_type(make, kind):
+def test_a_module_that_is_not_a_plain_linear_is_refused_by_name_and_type(make, kind):
     model = nn.ModuleDict({"k": nn.Linear(6, 6), "q": make()})
     for targets in (None, "q"):
         with pytest.raises(ValueError, match=rf"^q: .*\b{kind}\b"):
@@ -251,13 +251,13 @@ def test_what_is_not_a_plain_linear_is_refused_by_name_and_type(make, kind):
     assert [name for name, _ in adapted_layers(adapt(model, 2, targets="k"))] == ["k"]
 
 
-def test_a_linear_without_a_shape_yet_is_refused():
+def test_a_lazy_linear_is_refused():
     with pytest.raises(ValueError, match="^0: this LazyLinear"):
         adapt(nn.Sequential(nn.LazyLinear(6)), 2)
 
 
-def test_a_subclass_that_computes_the_same_is_adapted():
-    model = nn.ModuleDict({"q": Mine(6, 6), "k": nn.Linear(6, 6)})
+def test_a_subclass_with_the_forward_of_linear_is_adapted():
+    model = nn.ModuleDict({"q": PlainSubclass(6, 6), "k": nn.Linear(6, 6)})
     assert [name for name, _ in adapted_layers(adapt(model, 2))] == ["q", "k"]
 
 
@@ -272,7 +272,7 @@ class TiedLM(nn.Module):
         return self.out
 
 
-def test_heads_are_left_alone_by_tie_and_by_transformers_word():
+def test_tied_heads_and_output_embeddings_are_not_adapted():
     model = adapt(TiedLM(), 2)
     assert [name for name, _ in adapted_layers(model)] == ["body"] and model.decoder.weight is model.embed.weight
     for targets, message in (
@@ -285,7 +285,7 @@ def test_heads_are_left_alone_by_tie_and_by_transformers_word():
         adapt(nn.Sequential(nn.Conv2d(3, 3, 1)), 2)
 
 
-def test_transformers_word_and_ties_are_heard_in_wrappers():
+def test_output_embeddings_and_tied_heads_are_not_adapted_in_wrappers():
     model = adapt(nn.DataParallel(TiedLM()), 2)
     assert [name for name, _ in adapted_layers(model)] == ["module.body"]
     bags = nn.ModuleDict(
@@ -295,7 +295,7 @@ def test_transformers_word_and_ties_are_heard_in_wrappers():
     assert [name for name, _ in adapted_layers(adapt(bags, 2))] == ["body"]
 
 
-def test_an_own_head_keeps_float64_may_be_one_name_and_collides_with_nothing():
+def test_own_head_may_be_one_name_keeps_float64_and_is_refused_if_names_collide():
     class Named(Classifier):
         own_head = "head"
 
@@ -323,17 +323,17 @@ def test_hooks_buffers_and_handles_survive_adapting_and_merging():
     assert len(calls) == 2
 
 
-def test_the_state_says_its_scaling():
+def test_the_state_dict_includes_the_scaling():
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(6, 6))
     saved, other = (adapt(copy.deepcopy(base), 2, alpha, "lora") for alpha in (32, 4))
-    moved(saved)
+    as_if_trained(saved)
     other.load_state_dict(saved.state_dict())
     x = torch.randn(3, 6)
     assert torch.equal(other(x), saved(x)) and other[0].scaling == 16
 
 
-def test_a_gradient_penalty_is_differentiated_twice():
+def test_a_gradient_penalty_has_the_right_gradient():
     torch.manual_seed(0)
     model = adapt(nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 2)), 2).double()
     x = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
@@ -347,7 +347,7 @@ def test_a_gradient_penalty_is_differentiated_twice():
     assert torch.autograd.gradcheck(penalty, factors)
 
 
-def test_default_dtype_and_device_change_nothing():
+def test_factors_ignore_the_default_dtype_and_device():
     linear = nn.Linear(6, 5)
     with torch.device("meta"):
         torch.set_default_dtype(torch.float64)
@@ -362,7 +362,7 @@ def test_default_dtype_and_device_change_nothing():
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_it_exports_with_a_dynamic_batch(strict):
-    model = moved(adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), 2)).eval()
+    model = as_if_trained(adapt(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3)), 2)).eval()
     shapes = ({0: torch.export.Dim("batch", min=2, max=4096)},)
     program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=shapes, strict=strict)
     x = torch.randn(300, 8)

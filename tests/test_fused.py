@@ -1,4 +1,4 @@
-"""The objective without logits gives what the plain formulas give, in value and gradient, whatever the sizes."""
+"""Tests that the fused objective equals the plain formulas in value and gradient, for all sizes."""
 
 import dataclasses
 
@@ -20,8 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 def states_and_head(M, d, V, seed=0, scale=1.0, dtype=torch.float64, peaked=False):
-    """Student, teacher (M, d), targets (M,) and head (V, d). peaked: states are rows of the head, as in a model that is
-    sure of a token, so that the softmax nearly is a one."""
+    """Return random student and teacher states (M, d), targets (M,) and a head (V, d).
+
+    peaked: the student's states are rows of the head, so that one token has almost all of the probability.
+    """
     torch.manual_seed(seed)
     W = scale * torch.randn(V, d, dtype=torch.float64)
     student = 3 * W[torch.randint(V, (M,))] if peaked else torch.randn(M, d, dtype=torch.float64)
@@ -30,13 +32,13 @@ def states_and_head(M, d, V, seed=0, scale=1.0, dtype=torch.float64, peaked=Fals
 
 
 def both(student, teacher, targets, W, objective, weights=WEIGHTS):
-    """(value, gradient, terms) of the fused form and of the plain one."""
+    """Yield (value, gradient, terms) of the fused form, then of the plain form."""
     for head in (LogitsInBlocks(W), WholeLogits(lambda states: states @ W.T)):
         loss, terms = head.loss(student, teacher, targets, objective, weights)
         yield loss.item(), torch.autograd.grad(loss, student)[0], terms
 
 
-def block_of(rows, monkeypatch):
+def set_block_size(rows, monkeypatch):
     monkeypatch.setattr(FrozenHead, "block", property(lambda self: rows, lambda self, _: None), raising=False)
 
 
@@ -45,12 +47,12 @@ def block_of(rows, monkeypatch):
     M=st.integers(1, 40), d=st.integers(1, 24), V=st.integers(2, 300), seed=st.integers(0, 99),
     recipe=st.sampled_from(RECIPES), peaked=st.booleans(),
 )  # fmt: skip
-def test_in_float64_it_is_the_plain_formulas(M, d, V, seed, recipe, peaked):
+def test_fused_equals_plain_in_float64(M, d, V, seed, recipe, peaked):
     objective = dataclasses.replace(NLG_RECIPES[recipe], svd_k=3)
-    weights = WEIGHTS if min(M, d) < V else WEIGHTS | {"svd": 0.0}  # else Z may lack full rank, see the next test
+    weights = WEIGHTS if min(M, d) < V else WEIGHTS | {"svd": 0.0}  # else Z may have a rank below M
     (loss, gradient, terms), plain = both(*states_and_head(M, d, V, seed, peaked=peaked), objective, weights)
     assert loss == pytest.approx(plain[0], rel=1e-10, abs=1e-12)
-    if not peaked:  # equal states make equal rows: the spectral gradient is then not one but many
+    if not peaked:  # equal states make equal rows, whose spectral gradient is not unique
         assert distance(gradient, plain[1]) < 1e-8
     assert terms.keys() == plain[2].keys()
     for name, term in terms.items():
@@ -59,7 +61,7 @@ def test_in_float64_it_is_the_plain_formulas(M, d, V, seed, recipe, peaked):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("M, d, V", [(67, 32, 1000), (20, 64, 1024), (64, 64, 129), (1, 5, 2), (130, 3, 70)])
-def test_in_float64_the_gradient_agrees_to_1e_10(recipe, M, d, V):
+def test_gradients_agree_to_1e_10_in_float64(recipe, M, d, V):
     objective = dataclasses.replace(NLG_RECIPES[recipe], svd_k=4)
     (_, gradient, _), plain = both(*states_and_head(M, d, V), objective)
     assert distance(gradient, plain[1]) < 1e-10
@@ -67,7 +69,7 @@ def test_in_float64_the_gradient_agrees_to_1e_10(recipe, M, d, V):
 
 @pytest.mark.parametrize("name", ["consistency", "diversity", "svd", "non_target_kl"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_each_term_alone_is_the_plain_one(recipe, name):
+def test_each_single_term_equals_the_plain_one(recipe, name):
     weights = dict.fromkeys(WEIGHTS, 0.0) | {name: 0.4}
     (loss, gradient, terms), plain = both(*states_and_head(30, 16, 200), NLG_RECIPES[recipe], weights)
     assert set(terms) == {"task", name} and loss == pytest.approx(plain[0], rel=1e-12)
@@ -77,29 +79,29 @@ def test_each_term_alone_is_the_plain_one(recipe, name):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("M, d, V, peaked", [(50, 32, 999, False), (50, 32, 999, True), (7, 24, 4099, False)])
-def test_its_rounding_error_is_hardly_more_than_the_plain_formulas(dtype, recipe, M, d, V, peaked):
-    """Against float64 on the same, rounded, numbers. A quarter more, and what one rounding of the result makes."""
+def test_rounding_errors_are_hardly_larger_than_those_of_the_plain_formulas(dtype, recipe, M, d, V, peaked):
+    """The truth is float64 on the same rounded inputs. The test allows 1.25 times the error, and one more rounding."""
     weights = WEIGHTS if not peaked else WEIGHTS | {"svd": 0.0}
     narrow = states_and_head(M, d, V, scale=0.5, dtype=dtype, peaked=peaked)
     student, teacher, targets, W = narrow
     wide = student.detach().double().requires_grad_(), teacher.double(), targets, W.double()
     _, (loss, gradient, terms) = both(*wide, NLG_RECIPES[recipe], weights)
-    ours, plain = both(*narrow, NLG_RECIPES[recipe], weights)
-    assert distance(ours[1], gradient) <= 1.25 * distance(plain[1], gradient) + torch.finfo(dtype).eps
-    assert abs(ours[0] - loss) <= 1.25 * abs(plain[0] - loss) + 1e-6 * abs(loss)
+    of_fused, plain = both(*narrow, NLG_RECIPES[recipe], weights)
+    assert distance(of_fused[1], gradient) <= 1.25 * distance(plain[1], gradient) + torch.finfo(dtype).eps
+    assert abs(of_fused[0] - loss) <= 1.25 * abs(plain[0] - loss) + 1e-6 * abs(loss)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 100])
-def test_the_size_of_a_block_does_not_matter(rows, monkeypatch):
+def test_the_block_size_does_not_change_results(rows, monkeypatch):
     arguments, objective = states_and_head(50, 16, 200), NLG_RECIPES["iclr2026"]
+    expected, expected_gradient, _ = next(both(*arguments, objective))
+    set_block_size(rows, monkeypatch)
     loss, gradient, _ = next(both(*arguments, objective))
-    block_of(rows, monkeypatch)
-    again, again_gradient, _ = next(both(*arguments, objective))
-    assert again == pytest.approx(loss, rel=1e-13) and distance(again_gradient, gradient) < 1e-13
+    assert loss == pytest.approx(expected, rel=1e-13) and distance(gradient, expected_gradient) < 1e-13
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor made inside, in numbers."""
+    """Records the number of elements of the largest tensor that is made inside."""
 
     numbers = 0
 
@@ -112,7 +114,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_no_tensor_is_larger_than_a_block_of_logits(recipe):
-    """256 000 entries; for 8192 tokens one plain matrix of logits would be 8 GB."""
+    """The vocabulary has 256 000 entries: a whole matrix of logits for 8192 tokens would take 8 GB."""
     student, teacher, targets, W = states_and_head(200, 2, 256_000, dtype=torch.float32)
     head = LogitsInBlocks(W)
     with Largest() as largest:
@@ -121,11 +123,11 @@ def test_no_tensor_is_larger_than_a_block_of_logits(recipe):
     assert len(head.buffers) == 5
 
 
-def test_the_non_target_kl_leaves_the_target_logit_alone():
-    """Its share of the gradient does not change when the target's row of the head does."""
+def test_the_non_target_kl_does_not_depend_on_the_target_logit():
+    """Its gradient stays the same if the target's row of the head changes."""
     student, teacher, targets, W = states_and_head(12, 8, 50)
     targets = torch.full_like(targets, 7)
-    found = []
+    gradients = []
     for factor in (1.0, 50.0):
         head = W.clone()
         head[7] *= factor
@@ -135,21 +137,21 @@ def test_the_non_target_kl_leaves_the_target_logit_alone():
             )
             for x in (0.5, 0.0)
         )
-        found.append(with_term[0] - without[0])
-    assert torch.allclose(*found, atol=1e-12)
+        gradients.append(with_term[0] - without[0])
+    assert torch.allclose(*gradients, atol=1e-12)
 
 
-def test_a_teacher_equal_to_the_student_costs_exactly_nothing():
+def test_kl_terms_are_exactly_zero_if_teacher_and_student_are_equal():
     student, _, targets, W = states_and_head(20, 8, 90, dtype=torch.float32)
     _, terms = fused_objective(student, student.detach(), targets, FrozenHead(W), lambda1=1.0, non_target_kl=1.0)
     assert terms["consistency"] == 0 and terms["non_target_kl"] == 0
 
 
 @pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
-def test_equal_and_zero_singular_values_are_harmless(norm):
+def test_equal_and_zero_singular_values_give_finite_gradients(norm):
     W = torch.randn(40, 6, dtype=torch.float64)
     Q = torch.linalg.qr(W)[0]
-    equal = torch.eye(6, dtype=torch.float64)  # on an orthonormal head every singular value is 1
+    equal = torch.eye(6, dtype=torch.float64)  # with an orthonormal head, all singular values are 1
     zero, low_rank = torch.zeros(5, 6, dtype=torch.float64), torch.ones(5, 6, dtype=torch.float64)
     for states, head in ((equal, Q), (zero, W), (low_rank, W), (low_rank, torch.zeros_like(W))):
         states = states.clone().requires_grad_()
@@ -169,8 +171,8 @@ def test_equal_and_zero_singular_values_are_harmless(norm):
 
 @pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
 @pytest.mark.parametrize("decay", [0.0, 1.0, 3.0])
-def test_float32_states_have_the_spectrum_to_float32_precision(norm, decay):
-    """Where a float32 Gram matrix would lose half of the digits."""
+def test_the_spectral_term_of_float32_states_has_float32_precision(norm, decay):
+    """A float32 Gram matrix would lose half of the digits."""
     torch.manual_seed(0)
     U, V = (torch.linalg.qr(torch.randn(n, 48, dtype=torch.float64))[0] for n in (80, 48))
     H = (U * (torch.arange(48) + 1.0) ** -decay @ V.T).float().requires_grad_()
@@ -187,7 +189,7 @@ def test_float32_states_have_the_spectrum_to_float32_precision(norm, decay):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-def test_what_is_not_finite_gives_a_loss_that_is_not_and_no_exception(bad):
+def test_states_that_are_not_finite_give_a_loss_that_is_not_finite_and_no_exception(bad):
     student, teacher, targets, W = states_and_head(9, 4, 30)
     student.data[3, 1] = bad
     loss, _ = fused_objective(student, teacher, targets, FrozenHead(W), lambda1=1.0, lambda3=1.0)
@@ -195,7 +197,7 @@ def test_what_is_not_finite_gives_a_loss_that_is_not_and_no_exception(bad):
 
 
 @given(V=st.integers(1, 400), k=st.integers(1, 30), seed=st.integers(0, 99))
-def test_the_largest_are_those_of_topk(V, k, seed):
+def test_largest_equals_topk(V, k, seed):
     torch.manual_seed(seed)
     z = torch.randn(3, V).round(decimals=1)  # with ties
     largest, columns = fused._largest(z, k, width=8)
@@ -205,18 +207,18 @@ def test_the_largest_are_those_of_topk(V, k, seed):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_mean_entropy_is_that_of_the_logits(temperature):
+def test_mean_entropy_equals_that_of_whole_logits(temperature):
     student, _, _, W = states_and_head(37, 8, 90)
     expected = entropy_share(student.detach() @ W.T, temperature).mean() * torch.log(torch.tensor(90.0))
     assert mean_entropy(student.detach(), FrozenHead(W), temperature).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_head_that_is_trained_is_refused():
+def test_a_trained_head_is_refused():
     with pytest.raises(ValueError, match="trained"):
         FrozenHead(torch.randn(3, 2, requires_grad=True))
 
 
-def test_the_gradient_scales_with_what_comes_from_above():
+def test_the_gradient_scales_with_the_upstream_gradient():
     student, _, targets, W = states_and_head(9, 4, 30)
     loss, _ = fused_objective(student, None, targets, FrozenHead(W), lambda2=0.5)
     (once,) = torch.autograd.grad(loss, student, retain_graph=True)
@@ -224,13 +226,13 @@ def test_the_gradient_scales_with_what_comes_from_above():
     assert torch.allclose(thrice, 3 * once)
 
 
-def test_a_share_of_a_bfloat16_gradient_keeps_its_digits():
-    """Rounded to bfloat16 first, 0.3003 would be 0.18 % too large, in every number alike."""
+def test_an_upstream_gradient_is_not_rounded_to_bfloat16():
+    """Rounded to bfloat16, 0.3003 would be 0.18 % too large, and so would every number of the gradient."""
     student, _, targets, W = states_and_head(60, 16, 200, dtype=torch.bfloat16)
     loss, _ = fused_objective(student, None, targets, FrozenHead(W))
     (whole,) = torch.autograd.grad(loss, student, retain_graph=True)
-    (part,) = torch.autograd.grad(0.3003 * loss, student)
-    factor = (part.double() * whole.double()).sum() / whole.double().square().sum()
+    (scaled,) = torch.autograd.grad(0.3003 * loss, student)
+    factor = (scaled.double() * whole.double()).sum() / whole.double().square().sum()
     assert factor == pytest.approx(0.3003, rel=5e-4)
 
 
@@ -238,7 +240,7 @@ ALL = dict(lambda1=0.1, lambda2=0.1, lambda3=0.1, non_target_kl=0.1)
 
 
 @pytest.mark.parametrize(
-    "states, teacher, targets, says",
+    "states, teacher, targets, message",
     [
         ((0, 16), (0, 16), (0,), "states of shape"),
         ((2, 4, 16), (2, 4, 16), (4,), "states of shape"),
@@ -248,9 +250,9 @@ ALL = dict(lambda1=0.1, lambda2=0.1, lambda3=0.1, non_target_kl=0.1)
         ((4, 16), (4, 16), (3,), "a token for each of 4 rows"),
     ],
 )
-def test_rows_that_do_not_fit_together_are_refused(states, teacher, targets, says):
+def test_rows_that_do_not_fit_together_are_refused(states, teacher, targets, message):
     head, targets = FrozenHead(torch.randn(50, 16)), torch.zeros(targets, dtype=torch.long)
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ValueError, match=message):
         fused_objective(torch.randn(states), teacher and torch.randn(teacher), targets, head, **ALL)
 
 
@@ -266,7 +268,7 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(loss, h, create_graph=True)
 
 
-def test_it_trains_after_a_validation_in_inference_mode():
+def test_training_works_after_a_call_in_inference_mode():
     head, y = FrozenHead(torch.randn(50, 16)), torch.arange(4)
     with torch.inference_mode():
         fused_objective(torch.randn(4, 16), torch.randn(4, 16), y, head, **ALL)
@@ -275,7 +277,7 @@ def test_it_trains_after_a_validation_in_inference_mode():
     assert h.grad.isfinite().all()
 
 
-def test_under_autocast_states_of_bfloat16_meet_a_head_of_float32():
+def test_autocast_accepts_bfloat16_states_and_a_float32_head():
     torch.manual_seed(0)
     head, y = FrozenHead(torch.randn(50, 16)), torch.arange(4)
     h, teacher = torch.randn(4, 16).bfloat16().requires_grad_(), torch.randn(4, 16).bfloat16()
@@ -286,16 +288,16 @@ def test_under_autocast_states_of_bfloat16_meet_a_head_of_float32():
     assert torch.equal(loss, expected) and h.grad.dtype == torch.bfloat16
 
 
-def test_a_target_that_is_no_token_is_refused():
+def test_a_target_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="outside 0 to 49"):
         fused_objective(torch.randn(2, 16), None, torch.tensor([3, -100]), FrozenHead(torch.randn(50, 16)))
 
 
-def test_a_loss_scale_saves_what_float16_would_lose():
-    """Of 512 rows a slope is f / 512, below the smallest number of float16 for most of a vocabulary of 8000."""
+def test_a_loss_scale_prevents_underflow_of_float16_gradients():
+    """With 512 rows, gradients of logits are f / 512. Most of 8000 are below float16's smallest number."""
     torch.manual_seed(0)
     h, W, y = torch.randn(512, 64).half(), (0.02 * torch.randn(8000, 64)).half(), torch.randint(0, 8000, (512,))
-    ours, plain = h.clone().requires_grad_(), h.clone().requires_grad_()
-    (fused_objective(ours, None, y, FrozenHead(W))[0] * 65536).backward()
-    (torch.nn.functional.cross_entropy((plain @ W.T).float(), y) * 65536).backward()
-    assert distance(ours.grad, plain.grad) < 5e-4  # a rounding of float16, 2^-11
+    h_fused, h_plain = h.clone().requires_grad_(), h.clone().requires_grad_()
+    (fused_objective(h_fused, None, y, FrozenHead(W))[0] * 65536).backward()
+    (torch.nn.functional.cross_entropy((h_plain @ W.T).float(), y) * 65536).backward()
+    assert distance(h_fused.grad, h_plain.grad) < 5e-4  # one rounding of float16 is 2^-11

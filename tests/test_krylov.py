@@ -1,4 +1,4 @@
-"""The faster SVDs of PiSSA: how near they come to the exact one."""
+"""Tests of PiSSA's faster SVDs: how close their factors are to those of the exact SVD."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 from minibalora.lowrank import LowRankLinear, factors_of
 
 
-def test_niter_comes_close_to_the_exact_factors():
+def test_niter_gives_nearly_the_exact_factors():
     torch.manual_seed(0)
     U, V = torch.linalg.qr(torch.randn(60, 40))[0], torch.linalg.qr(torch.randn(50, 40))[0]
     linear = nn.Linear(60, 50, bias=False)
@@ -20,7 +20,7 @@ def test_niter_comes_close_to_the_exact_factors():
 
 
 def with_spectrum(m: int, n: int, S: torch.Tensor) -> torch.Tensor:
-    """A weight (n, m) with these singular values, at most min(m, n), the rest being 0; float64."""
+    """Return a weight (n, m), float64, with the singular values S (at most min(m, n) of them) and zeros."""
     U, V = (torch.linalg.qr(torch.randn(size, len(S), dtype=torch.float64))[0] for size in (m, n))
     return (U * S @ V.T).T
 
@@ -45,29 +45,32 @@ SPECTRA = {
     init=st.sampled_from(["pissa", "pissa_krylov_0", "pissa_krylov_1", "pissa_krylov_8"]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_pissa_is_as_near_as_a_matrix_of_the_rank_can_be(m, n, share, scale, spectrum, init, dtype):
-    """Eckart and Young: no A B comes nearer to W than the singular values left out. "pissa" and a basis that is the
-    whole space reach that but for float32's rounding; with oversampling 16, Halko et al. (arXiv 0909.4061, theorem
-    10.5) expect at most √(1 + r / 15) of it from one block, and more blocks span more; 3 times that is never seen."""
+def test_the_error_of_pissa_is_within_its_bound_of_the_smallest_possible(m, n, share, scale, spectrum, init, dtype):
+    """The error of the best A B is the norm of the omitted singular values (Eckart and Young).
+
+    "pissa", and a Krylov basis of the whole space, reach it up to float32 rounding. For one block with oversampling 16,
+    the expected error is at most √(1 + r / 15) times that (Halko et al., arXiv 0909.4061, theorem 10.5). More blocks
+    span more. The test allows 3 times the expected error.
+    """
     torch.manual_seed(0)
     weight = (scale * with_spectrum(m, n, SPECTRA[spectrum](min(m, n)).double())).to(dtype)
     rank = 1 + int(share * (min(m, n) - 1))
     A, B = factors_of(init)(weight, rank, 1.0)
     assert A.shape == (m, rank) and B.shape == (rank, n) and A.dtype == B.dtype == torch.float32
     W = weight.T.double()
-    left_out = torch.linalg.svdvals(W)[rank:].norm()
+    smallest_error = torch.linalg.svdvals(W)[rank:].norm()
     depth = int(init[-1]) if init != "pissa" else 1000
     is_exact = (depth + 1) * (rank + 16) >= min(m, n)
     factor = 1 if is_exact else 3 * (1 + rank / 15) ** 0.5
-    assert (W - A.double() @ B.double()).norm() <= factor * left_out + 1e-5 * W.norm()
-    # √S on both sides, orthogonal: AᵀA = B Bᵀ = diag(S)
+    assert (W - A.double() @ B.double()).norm() <= factor * smallest_error + 1e-5 * W.norm()
+    # both factors are orthogonal and have √S: AᵀA = B Bᵀ = diag(S)
     grams = A.double().T @ A.double(), B.double() @ B.double().T
     assert all((gram - gram.diag().diag()).norm() <= 1e-5 * W.norm() for gram in grams)
     assert (grams[0] - grams[1]).norm() <= 1e-5 * W.norm()
 
 
 @pytest.mark.parametrize("shape", [(100, 300), (300, 100), (200, 200)])
-def test_the_krylov_factors_are_the_exact_ones_where_singular_values_are_apart(shape):
+def test_krylov_factors_are_exact_if_singular_values_are_apart(shape):
     torch.manual_seed(0)
     weight = with_spectrum(*shape, 0.9 ** torch.arange(100.0).double()).float()
     (A0, B0), (A, B) = (factors_of(init)(weight, 5, 1.0) for init in ("pissa", "pissa_krylov_3"))
@@ -77,14 +80,14 @@ def test_the_krylov_factors_are_the_exact_ones_where_singular_values_are_apart(s
     assert distance(A @ B, best) < 1e-5
 
 
-def test_the_krylov_factors_depend_on_the_weight_alone():
+def test_krylov_factors_do_not_use_the_global_seed():
     weight = torch.randn(200, 90)
     state = torch.get_rng_state()
     first = factors_of("pissa_krylov_2")(weight, 3, 1.0)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(7)
-    again = factors_of("pissa_krylov_2")(weight, 3, 1.0)
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    second = factors_of("pissa_krylov_2")(weight, 3, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["gaussian", "pissa_niter", "pissa_krylov_x", "pissa_krylov_1000", "PISSA"])

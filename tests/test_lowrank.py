@@ -1,4 +1,4 @@
-"""The adapted layer: what every init keeps, what trains, what the teacher is, and what merging does."""
+"""Tests of the adapted layer: initialisation, gradients, the teacher, merging, targets and refused settings."""
 
 import re
 
@@ -23,7 +23,7 @@ sizes = st.integers(1, 40)
 
 
 class Net(nn.Module):
-    """Two adapted linears, one of them without bias, dropout between them, and a head that must be left alone."""
+    """Two linears to adapt, one of them without bias, with dropout between them, and a head that is not adapted."""
 
     def __init__(self):
         super().__init__()
@@ -51,12 +51,12 @@ def train_a_little(model: nn.Module, x: torch.Tensor) -> None:
 @given(
     m=sizes, n=sizes, share=st.floats(0, 1), alpha=st.floats(0.1, 300), init=st.sampled_from(INITS), bias=st.booleans()
 )
-def test_any_init_reconstructs_w(m, n, share, alpha, init, bias):
+def test_residual_plus_factors_equals_w_for_every_init(m, n, share, alpha, init, bias):
     linear = nn.Linear(m, n, bias=bias)
     rank = 1 + int(share * (min(m, n) - 1))
     layer = LowRankLinear.from_linear(linear, rank, alpha, init)
     assert layer.A.shape == (m, rank) and layer.B.shape == (rank, n) and layer.residual.shape == (m, n)
-    # W_res is a difference of float32 numbers of W's size: a few roundings of 6e-8
+    # W_res is a difference of float32 numbers of W's size, with a few rounding errors of 6e-8
     assert distance(layer.residual + layer.scaling * layer.A @ layer.B, linear.weight.T) < 1e-6
     assert torch.equal(layer.weight, linear.weight)
     x = torch.randn(3, m)
@@ -65,7 +65,7 @@ def test_any_init_reconstructs_w(m, n, share, alpha, init, bias):
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("bias", [True, False])
-def test_forward_is_the_papers_formula(init, bias):
+def test_forward_equals_the_papers_formula(init, bias):
     torch.manual_seed(0)
     layer = LowRankLinear.from_linear(nn.Linear(30, 17, bias=bias), 5, 8, init)
     with torch.no_grad():
@@ -87,23 +87,23 @@ def test_pissa_takes_the_top_singular_directions(m, n, alpha, data):
     U, S, Vh = torch.linalg.svd(linear.weight.T.double(), full_matrices=False)
     best = U[:, :rank] * S[:rank] @ Vh[:rank]
     gap = (S[rank - 1] - S[rank]).item() if rank < min(m, n) else 1.0
-    # singular subspaces are as uncertain as rounding over the gap that separates them
+    # the error of a singular subspace is rounding divided by the gap to the next singular value
     assert distance(layer.scaling * layer.A @ layer.B, best) < 1e-5 + 1e-6 / gap
-    # both factors carry √(S/s): s AᵀA = s B Bᵀ = diag(S), whose entries are about 1 whatever s is
+    # both factors have √(S/s): s AᵀA = s B Bᵀ = diag(S), with entries of about 1 for every s
     for gram in (layer.A.T @ layer.A, layer.B @ layer.B.T):
         assert torch.allclose(layer.scaling * gram, S[:rank].diag().float(), atol=1e-5 + 1e-6 / gap)
 
 
-def test_factors_that_are_known_already_are_taken():
+def test_adapt_uses_the_factors_of_the_caller():
     expected, model = adapt(net(), rank=2, alpha=3), net()
-    known = {name: (layer.A.detach() * 2, layer.B.detach()) for name, layer in adapted_layers(expected)}
-    adapt(model, rank=2, alpha=3, factors=lambda name, weight: known[name])
+    factors = {name: (layer.A.detach() * 2, layer.B.detach()) for name, layer in adapted_layers(expected)}
+    adapt(model, rank=2, alpha=3, factors=lambda name, weight: factors[name])
     for name, layer in adapted_layers(model):
-        assert torch.equal(layer.A, known[name][0]) and torch.equal(layer.B, known[name][1])
+        assert torch.equal(layer.A, factors[name][0]) and torch.equal(layer.B, factors[name][1])
         assert torch.equal(layer.A0, layer.A) and layer.scaling == 1.5
 
 
-def test_lora_starts_as_the_reference_does():
+def test_lora_starts_from_the_reference_distribution():
     torch.manual_seed(0)
     layer = LowRankLinear.from_linear(nn.Linear(100, 50), 8, 16, "lora")
     torch.manual_seed(0)
@@ -137,7 +137,7 @@ def test_only_a_and_b_get_gradients(init):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_gradients_are_those_of_the_explicit_form(init):
+def test_gradients_equal_those_of_the_explicit_form(init):
     torch.manual_seed(0)
     layer = LowRankLinear.from_linear(nn.Linear(9, 8), 3, 5, init)
     with torch.no_grad():
@@ -145,10 +145,10 @@ def test_gradients_are_those_of_the_explicit_form(init):
         layer.B += 0.1 * torch.randn_like(layer.B)
     x, residual = torch.randn(6, 9), layer.residual
     weights = torch.randn(6, 8)
-    ours = torch.autograd.grad((layer(x) * weights).sum(), [layer.A, layer.B])
+    gradients = torch.autograd.grad((layer(x) * weights).sum(), [layer.A, layer.B])
     explicit = x @ residual + layer.scaling * (x @ layer.A) @ layer.B + layer.bias
-    theirs = torch.autograd.grad((explicit * weights).sum(), [layer.A, layer.B])
-    assert all(distance(a, b) < 1e-5 for a, b in zip(ours, theirs, strict=True))
+    expected = torch.autograd.grad((explicit * weights).sum(), [layer.A, layer.B])
+    assert all(distance(a, b) < 1e-5 for a, b in zip(gradients, expected, strict=True))
 
 
 @pytest.mark.parametrize("init", INITS)
@@ -167,12 +167,12 @@ def test_the_teacher_is_the_pretrained_model_to_the_last_bit(init, dtype):
 
 def test_pretrained_restores_everything_after_an_exception():
     model = adapt(net(), rank=2).train()
-    model.dropout.eval()  # a mixed state must come back, too
+    model.dropout.eval()  # a mixed state must be restored, too
     with pytest.raises(KeyError), pretrained(model):
         assert not model.training and not torch.is_grad_enabled() and model.up_proj.is_teacher
         with pretrained(model):
             pass
-        assert model.up_proj.is_teacher  # nested: still the teacher
+        assert model.up_proj.is_teacher  # the end of a nested block does not end the outer one
         raise KeyError
     assert model.training and model.up_proj.training and not model.dropout.training
     assert torch.is_grad_enabled() and not model.up_proj.is_teacher
@@ -187,7 +187,7 @@ def test_the_teacher_has_no_dropout():
 
 
 def test_a_first_small_step_is_not_lost_in_bfloat16():
-    """Rounding A itself to bfloat16 would swallow a change of 1e-4 of it; A − A₀ keeps it."""
+    """Rounding A itself to bfloat16 would erase a relative change of 1e-4; A − A₀ keeps it."""
     torch.manual_seed(0)
     layer = LowRankLinear.from_linear(nn.Linear(64, 64, bias=False).bfloat16(), 8)
     x = torch.randn(10, 64).bfloat16()
@@ -200,7 +200,7 @@ def test_a_first_small_step_is_not_lost_in_bfloat16():
 
 @pytest.mark.parametrize("init", INITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_keeps_the_function(init, dtype):
+def test_merge_keeps_the_output(init, dtype):
     model, x = net().to(dtype), torch.randn(5, 12).to(dtype)
     adapt(model, rank=4, alpha=2, init=init)
     train_a_little(model, x)
@@ -212,25 +212,25 @@ def test_merge_keeps_the_function(init, dtype):
         merge(model)
 
 
-def test_merging_at_step_0_gives_the_same_bits_back():
+def test_merging_at_step_0_restores_the_weights_to_the_last_bit():
     model = net().bfloat16()
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
     merge(adapt(model, rank=4))
     assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
 
 
-def test_targets_match_the_last_part_or_a_dotted_suffix():
+def test_targets_match_the_last_part_or_a_dotted_suffix_of_a_name():
     model = nn.ModuleDict({"a": net(), "b": net()})
     adapt(model, rank=2, targets=["b.up_proj", "down_proj"])
     assert [name for name, _ in adapted_layers(model)] == ["a.down_proj", "b.up_proj", "b.down_proj"]
     assert type(model["a"].lm_head) is nn.Linear
 
 
-def test_one_target_may_be_a_string():
+def test_a_single_target_may_be_a_string():
     assert [name for name, _ in adapted_layers(adapt(net(), rank=2, targets="up_proj"))] == ["up_proj"]
 
 
-def test_a_target_that_matches_nothing_lists_the_names_there_are():
+def test_a_target_that_matches_nothing_is_refused_with_the_list_of_names():
     model = net()
     for targets in (["up_proj", "q_proj"], ["proj"], ["lm_head"], []):
         with pytest.raises(ValueError, match="there are down_proj, up_proj"):
@@ -238,7 +238,7 @@ def test_a_target_that_matches_nothing_lists_the_names_there_are():
     assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_adapting_twice_is_an_error_that_names_the_layers():
+def test_adapting_twice_is_refused_with_the_names_of_the_layers():
     model = adapt(net(), rank=2, targets=["up_proj"])
     with pytest.raises(ValueError, match="adapted already.*up_proj"):
         adapt(model, rank=2)
@@ -254,26 +254,26 @@ def test_adapting_twice_is_an_error_that_names_the_layers():
         ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, pissa, pissa_krylov_N or pissa_niter_N"),
     ],
 )
-def test_a_refused_setting_leaves_the_model_alone(wrong, message):
+def test_a_refused_setting_does_not_change_the_model(wrong, message):
     model = net()
     with pytest.raises(ValueError, match=re.escape(message)):
         adapt(model, **wrong)
     assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
-def test_pretrained_refuses_a_model_that_was_never_adapted():
+def test_pretrained_refuses_a_model_that_is_not_adapted():
     with pytest.raises(ValueError, match="adapt first"), pretrained(net()):
         pass
 
 
-def test_the_largest_rank_takes_the_whole_matrix():
+def test_the_residual_is_zero_at_full_rank():
     layer = LowRankLinear.from_linear(nn.Linear(12, 20), 12)
     assert layer.residual.abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("init", ["lora", "pissa"])
 @pytest.mark.parametrize("shape", [(9,), (1, 9), (0, 9), (2, 3, 9)])
-def test_an_input_has_any_number_of_dimensions(init, shape):
+def test_inputs_may_have_any_number_of_dimensions(init, shape):
     layer = LowRankLinear.from_linear(nn.Linear(9, 5), rank=2, init=init)
     layer.B.data += 1
     x = torch.randn(shape, requires_grad=True)

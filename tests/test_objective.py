@@ -1,4 +1,4 @@
-"""The weighted sum: recipes as published, schedules, the shift by one, and the mask of every term."""
+"""Tests of the objective: published recipes, λ schedules, the formulas of each recipe, and degenerate batches."""
 
 import dataclasses
 import math
@@ -20,7 +20,7 @@ from minibalora.objective import (
 )
 
 
-def test_recipes_are_the_published_ones():
+def test_nlg_recipes_have_the_published_settings():
     old, new = NLG_RECIPES["2024"], NLG_RECIPES["iclr2026"]
     assert (old.lambda1, old.lambda2, old.lambda3) == (1e-4, 3e-4, 1e-4)
     assert (old.svd_k, old.temperature, old.top_k, old.svd_norm, old.moving_lambdas) == (10, 1, None, "nuclear", False)
@@ -29,7 +29,7 @@ def test_recipes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("recipe", NLG_RECIPES)
-def test_terms_are_the_formulas_of_the_recipe(recipe):
+def test_nlg_terms_equal_the_formulas_of_the_recipe(recipe):
     torch.manual_seed(0)
     student, teacher, targets = torch.randn(30, 50), torch.randn(30, 50), torch.randint(50, (30,))
     objective = NLG_RECIPES[recipe]
@@ -49,13 +49,13 @@ def test_terms_are_the_formulas_of_the_recipe(recipe):
     assert loss.item() == pytest.approx(total.item())
 
 
-def test_a_weight_of_zero_costs_nothing():
-    """The teacher may even be missing."""
+def test_terms_of_weight_zero_are_not_computed():
+    """Without these terms, no teacher is needed."""
     _, terms = nlg_loss(torch.randn(3, 5), None, torch.tensor([0, 1, 2]), Objective(), lambdas(Objective(), 0, 1))
     assert list(terms) == ["task"]
 
 
-def test_iclr2026_schedule():
+def test_iclr2026_weights_follow_the_published_schedule():
     objective, steps = NLG_RECIPES["iclr2026"], 1000
     at = lambda step: lambdas(objective, step, steps)  # noqa: E731
     assert at(0) == {"consistency": 0.025, "diversity": 0, "svd": 0, "non_target_kl": 0}
@@ -64,8 +64,8 @@ def test_iclr2026_schedule():
     assert at(250)["diversity"] == pytest.approx(0.005) and at(999)["svd"] == 0.005
     assert at(500)["consistency"] == pytest.approx(0.55 * 0.025)
     assert at(999)["consistency"] == pytest.approx(0.1 * 0.025, rel=1e-3)
-    falls = [at(step)["consistency"] for step in range(0, 1000, 10)]
-    assert falls == sorted(falls, reverse=True)
+    consistency = [at(step)["consistency"] for step in range(0, 1000, 10)]
+    assert consistency == sorted(consistency, reverse=True)
 
 
 def test_2024_weights_are_constant():
@@ -74,13 +74,13 @@ def test_2024_weights_are_constant():
 
 
 @given(share=st.floats(0, 1), step=st.integers(0, 99))
-def test_adaptive_lambda1_goes_by_the_teachers_entropy(share, step):
+def test_adaptive_lambda1_depends_on_the_teachers_entropy_alone(share, step):
     objective = dataclasses.replace(NLG_RECIPES["iclr2026"], adaptive_lambda1=True)
     lambda1 = lambdas(objective, step, 100, teacher_share=share)["consistency"]
     assert lambda1 == pytest.approx(0.0025 + (0.025 - 0.0025) * (1 - share))
 
 
-def test_entropy_share_spans_0_to_1():
+def test_entropy_share_is_1_if_flat_and_0_if_peaked():
     assert entropy_share(torch.zeros(2, 7), 2.0).tolist() == pytest.approx([1, 1])
     assert entropy_share(1e4 * torch.eye(3), 2.0).tolist() == pytest.approx([0, 0, 0], abs=1e-6)
     flat, sharp = entropy_share(torch.tensor([[1.0, 0]]), 5.0), entropy_share(torch.tensor([[1.0, 0]]), 0.2)
@@ -88,7 +88,7 @@ def test_entropy_share_spans_0_to_1():
     assert math.isfinite(entropy_share(torch.randn(4, 9), 1.0).sum())
 
 
-def test_nlu_recipes_are_the_published_ones():
+def test_nlu_recipes_have_the_published_settings():
     old, new = NLU_RECIPES["2024"], NLU_RECIPES["iclr2026"]
     assert (old.lambda1, old.lambda2, old.lambda3) == (1e-4, 4e-4, 1e-4)
     assert (old.consistency, old.svd_k, old.svd_norm, old.moving_lambdas) == ("mse", 5, None, False)
@@ -98,7 +98,7 @@ def test_nlu_recipes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("recipe", NLU_RECIPES)
-def test_nlu_terms_are_the_formulas_of_the_recipe(recipe):
+def test_nlu_terms_equal_the_formulas_of_the_recipe(recipe):
     torch.manual_seed(0)
     student, teacher, labels = torch.randn(16, 7), torch.randn(16, 7), torch.randint(7, (16,))
     objective = dataclasses.replace(NLU_RECIPES[recipe], non_target_kl=0.5)
@@ -114,7 +114,7 @@ def test_nlu_terms_are_the_formulas_of_the_recipe(recipe):
     assert terms["task"] == torch.nn.functional.cross_entropy(student, labels)
 
 
-def test_the_temperature_of_consistency_is_the_objectives():
+def test_nlu_consistency_uses_the_temperature_of_the_objective():
     student, teacher, labels = torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, dtype=torch.long)
     objective = dataclasses.replace(NLU_RECIPES["iclr2026"], temperature=3.0)
     _, terms = nlu_loss(student, teacher, labels, objective, lambdas(objective, 0, 1))
@@ -123,8 +123,8 @@ def test_the_temperature_of_consistency_is_the_objectives():
 
 @pytest.mark.parametrize("recipe", NLU_RECIPES)
 @given(N=st.integers(1, 6), D=st.integers(1, 6), seed=st.integers(0, 99), scale=st.sampled_from([0.0, 1e-4, 1.0, 1e4]))
-def test_no_batch_is_too_small_for_a_term(recipe, N, D, seed, scale):
-    """N = 1, N < k, D < k, one class, all-zero logits: finite values and gradients."""
+def test_small_batches_give_finite_terms_and_gradients(recipe, N, D, seed, scale):
+    """This includes N = 1, N < k, D < k, one class and all-zero logits."""
     generator = torch.Generator().manual_seed(seed)
     student = (scale * torch.randn(N, D, generator=generator)).requires_grad_()
     teacher = torch.randn(N, D, generator=generator)
@@ -137,7 +137,7 @@ def test_no_batch_is_too_small_for_a_term(recipe, N, D, seed, scale):
 
 
 @pytest.mark.parametrize("recipe", NLU_RECIPES)
-def test_regression_has_squared_errors_and_no_term_of_classes(recipe):
+def test_regression_uses_squared_errors_and_no_terms_over_classes(recipe):
     student, teacher, scores = torch.randn(5, 1), torch.randn(5, 1), torch.randn(5, dtype=torch.float64)
     objective = NLU_RECIPES[recipe]
     _, terms = nlu_loss(student, teacher, scores, objective, lambdas(objective, 0, 1))
@@ -146,8 +146,8 @@ def test_regression_has_squared_errors_and_no_term_of_classes(recipe):
     assert terms["consistency"].item() == pytest.approx(((student - teacher) ** 2).mean().item())
 
 
-def test_glue_has_too_few_classes_for_the_spectral_share_but_not_for_the_sum():
-    """k = 5 > D: the share is the constant -1, without a gradient; what the docstring of nlu_loss says."""
+def test_the_spectral_share_of_three_classes_has_no_gradient_but_the_sum_has():
+    """With k = 5 > D, the share is the constant −1, as the docstring of nlu_loss says."""
     gradients = []
     for recipe in ("iclr2026", "2024"):
         student = torch.randn(8, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -1,4 +1,4 @@
-"""The regularizers: gradients against finite differences, bounds, invariances, and finite values at the edges."""
+"""Tests of the regularizers: gradients against finite differences, bounds, invariances, degenerate and bad inputs."""
 
 import math
 
@@ -19,7 +19,7 @@ def logits(N, D, seed, scale=1.0, dtype=torch.float64):
 
 
 def all_terms(Z, P, targets, k=2):
-    """Every regularizer of Z, by name; non-target KL needs two columns."""
+    """Return every regularizer of Z by name. Non-target KL needs at least two columns."""
     terms = {
         "consistency_mse": R.consistency_mse(Z, P),
         "consistency_kl": R.consistency_kl(Z, P, temperature=2.0),
@@ -43,7 +43,7 @@ def test_gradients_match_finite_differences(N, D):
 
 @settings(deadline=None, max_examples=60)
 @given(N=rows, D=columns, seed=seeds, k=st.integers(1, 14), scale=st.sampled_from([1e-3, 1.0, 30.0]))
-def test_bounds(N, D, seed, k, scale):
+def test_values_are_within_their_bounds(N, D, seed, k, scale):
     Z, P = logits(N, D, seed, scale), logits(N, D, seed + 1, scale)
     slack = 1e-12
     assert -1 - slack <= R.svd_share(Z, k) <= -min(k, N, D) / min(N, D) + slack
@@ -60,7 +60,7 @@ def test_bounds(N, D, seed, k, scale):
 
 @settings(deadline=None, max_examples=40)
 @given(N=rows, D=columns, seed=seeds)
-def test_equal_logits_cost_nothing(N, D, seed):
+def test_consistency_is_zero_for_equal_and_for_shifted_logits(N, D, seed):
     Z = logits(N, D, seed)
     assert R.consistency_kl(Z, Z, 2.0) == 0 and R.consistency_mse(Z, Z) == 0
     shifted = Z + logits(N, 1, seed + 1)  # softmax ignores a constant added to a row
@@ -71,31 +71,31 @@ def test_equal_logits_cost_nothing(N, D, seed):
 
 @settings(deadline=None, max_examples=40)
 @given(N=rows, D=columns, seed=seeds)
-def test_invariances(N, D, seed):
+def test_terms_are_invariant_to_scales_shifts_and_the_order_of_rows(N, D, seed):
     Z, P = logits(N, D, seed), logits(N, D, seed + 1)
     positive, vector = logits(N, 1, seed + 2).exp(), logits(1, D, seed + 3)
-    same = lambda a, b: a.item() == pytest.approx(b.item(), rel=1e-9, abs=1e-12)  # noqa: E731
-    assert same(R.consistency_mse(positive * Z, P), R.consistency_mse(Z, P))
-    assert same(R.diversity_covariance(Z + vector), R.diversity_covariance(Z))
-    assert same(R.svd_share(7 * Z, 3), R.svd_share(Z, 3))
-    assert same(R.svd_sum(Z[torch.randperm(N)], 3), R.svd_sum(Z, 3))
+    equal = lambda a, b: a.item() == pytest.approx(b.item(), rel=1e-9, abs=1e-12)  # noqa: E731
+    assert equal(R.consistency_mse(positive * Z, P), R.consistency_mse(Z, P))
+    assert equal(R.diversity_covariance(Z + vector), R.diversity_covariance(Z))
+    assert equal(R.svd_share(7 * Z, 3), R.svd_share(Z, 3))
+    assert equal(R.svd_sum(Z[torch.randperm(N)], 3), R.svd_sum(Z, 3))
 
 
 @settings(deadline=None, max_examples=40)
 @given(N=rows, D=st.integers(2, 12), seed=seeds)
-def test_non_target_kl_leaves_the_target_logit_alone(N, D, seed):
+def test_non_target_kl_does_not_depend_on_the_target_logit(N, D, seed):
     Z, P = logits(N, D, seed, 5.0).requires_grad_(), logits(N, D, seed + 1, 5.0)
     targets = torch.randint(D, (N,), generator=torch.Generator().manual_seed(seed))
     R.non_target_kl(Z, P, targets).backward()
     at_target = torch.zeros(N, D, dtype=torch.bool).scatter_(1, targets[:, None], True)
     assert (Z.grad[at_target] == 0).all() and Z.grad.isfinite().all()
-    moved = torch.where(at_target, Z.detach() + 100, Z.detach())
-    assert R.non_target_kl(moved, P, targets).item() == pytest.approx(R.non_target_kl(Z, P, targets).item())
+    shifted = torch.where(at_target, Z.detach() + 100, Z.detach())
+    assert R.non_target_kl(shifted, P, targets).item() == pytest.approx(R.non_target_kl(Z, P, targets).item())
 
 
 @settings(deadline=None, max_examples=30)
 @given(N=rows, D=st.integers(2, 9), seed=seeds)
-def test_non_target_kl_is_the_definition(N, D, seed):
+def test_non_target_kl_equals_its_definition(N, D, seed):
     Z, P = logits(N, D, seed), logits(N, D, seed + 1)
     targets = torch.randint(D, (N,), generator=torch.Generator().manual_seed(seed))
     expected = 0.0
@@ -107,12 +107,12 @@ def test_non_target_kl_is_the_definition(N, D, seed):
     assert R.non_target_kl(Z, P, targets).item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_values_worked_out_by_hand():
+def test_values_equal_those_computed_by_hand():
     Z = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
     assert R.svd_sum(Z, 1).item() == pytest.approx(-4 / 2)
     assert R.svd_share(Z, 1).item() == pytest.approx(-4 / 7)
     assert R.svd_share(Z, 1, "frobenius").item() == pytest.approx(-4 / 5)
-    # centred columns (1.5, −1.5) and (−2, 2): C_01 = −6, twice, squared, over D = 2
+    # centred columns (1.5, −1.5) and (−2, 2): C_01 = C_10 = −6, and 2 · 6² / D = 36
     assert R.diversity_covariance(Z).item() == pytest.approx(36)
     assert R.consistency_mse(Z, Z.flip(0)).item() == pytest.approx(1)
     assert R.diversity_entropy(torch.zeros(3, 8)).item() == pytest.approx(-math.log(8))
@@ -137,7 +137,7 @@ def test_equal_singular_values_have_a_finite_gradient():
     assert Z.grad.isfinite().all() and Z.grad.abs().max() <= 1
 
 
-def test_peaked_logits_stay_finite_in_float32():
+def test_peaked_logits_give_finite_values_and_gradients_in_float32():
     Z = (1e4 * torch.eye(4)).requires_grad_()
     for name, term in all_terms(Z, Z.detach().flip(0), torch.tensor([0, 1, 2, 3])).items():
         (gradient,) = torch.autograd.grad(term, Z)
@@ -145,7 +145,7 @@ def test_peaked_logits_stay_finite_in_float32():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_logits_are_computed_in_float32(dtype):
+def test_terms_of_half_precision_logits_are_computed_in_float32(dtype):
     Z, P = logits(6, 5, 0).to(dtype), logits(6, 5, 1).to(dtype)
     targets = torch.arange(6) % 5
     for name, term in all_terms(Z, P, targets).items():
@@ -186,13 +186,13 @@ TERMS = {
 
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize("shape", [(0, 20), (2, 3, 20), (20,)])
-def test_what_is_not_at_least_one_row_is_refused(name, shape):
+def test_logits_that_are_not_a_matrix_with_rows_are_refused(name, shape):
     with pytest.raises(ValueError, match="shape"):
         TERMS[name](torch.randn(shape), torch.randn(shape))
 
 
 @pytest.mark.parametrize("name", ["consistency_mse", "consistency_kl", "non_target_kl"])
-def test_a_teacher_of_other_rows_is_refused(name):
+def test_a_teacher_with_another_number_of_rows_is_refused(name):
     with pytest.raises(ValueError, match="the same rows"):
         TERMS[name](torch.randn(4, 20), torch.randn(1, 20))
 
@@ -207,7 +207,7 @@ def test_targets_that_are_not_a_class_for_each_row_are_refused(targets):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_a_masked_column_is_left_out_or_refused(name):
-    """−∞ is what masks put in the place of a logit: 0 log 0 = 0, in value and gradient."""
+    """A mask replaces logits by −∞. Terms of softmax then use 0 log 0 = 0, in value and gradient; others refuse."""
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 20), torch.randn(4, 20)
     expected = TERMS[name](student[:, :15], teacher[:, :15])
@@ -223,7 +223,7 @@ def test_a_masked_column_is_left_out_or_refused(name):
 
 
 @pytest.mark.parametrize("name", TERMS)
-def test_autocast_changes_nothing(name):
+def test_autocast_does_not_change_values(name):
     torch.manual_seed(0)
     student, teacher = torch.randn(40, 50) + 3, torch.randn(40, 50)
     with torch.autocast("cpu", torch.bfloat16):
@@ -239,7 +239,7 @@ def test_every_term_has_a_second_derivative(name):
 
 
 @pytest.mark.parametrize("name", ["consistency_mse", "consistency_kl", "non_target_kl"])
-def test_a_number_that_is_not_finite_is_not_lost(name):
+def test_nan_in_the_teacher_gives_nan(name):
     student, teacher = torch.randn(4, 20), torch.randn(4, 20)
     teacher[1, 7] = torch.nan
     assert TERMS[name](student, teacher).isnan() and TERMS[name](teacher, teacher).isnan()

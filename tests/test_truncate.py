@@ -1,4 +1,4 @@
-"""Adapters in a smaller rank: the best approximation, and what it loses."""
+"""Tests of truncation to a smaller rank: the best approximation, its reported error, and the teacher."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from minibalora.lowrank import adapt, adapted_layers, pretrained
 from minibalora.truncate import best_factors, truncate
 
 
-@pytest.mark.parametrize("shape", [(9, 4, 7), (5, 8, 6), (6, 3, 3), (4, 4, 4)])  # m, R, n: R above and below both
+@pytest.mark.parametrize("shape", [(9, 4, 7), (5, 8, 6), (6, 3, 3), (4, 4, 4)])  # m, R, n
 @pytest.mark.parametrize("rank", [1, 2, 3, 9])
-def test_the_best_factors_are_those_of_the_svd(shape, rank):
+def test_best_factors_equal_the_truncated_svd(shape, rank):
     m, R, n = shape
     left, right = torch.randn(m, R), torch.randn(R, n)
     A, B, singular_values = best_factors(left, right, rank)
@@ -25,7 +25,7 @@ def test_the_best_factors_are_those_of_the_svd(shape, rank):
 @pytest.mark.parametrize("rank", [1, 3, 6, 50])
 @pytest.mark.parametrize("init", ["pissa", "lora"])
 @torch.no_grad()
-def test_truncation_says_what_it_loses_and_keeps_the_teacher(rank, init):
+def test_truncate_returns_its_relative_error_and_keeps_the_teacher(rank, init):
     model = adapt(net(), rank=3, alpha=5, init=init)
     x = torch.randn(4, 12)
     with pretrained(model):
@@ -36,14 +36,14 @@ def test_truncation_says_what_it_loses_and_keeps_the_teacher(rank, init):
     before = [layer.delta.double() for _, layer in adapted_layers(model)]
     error = truncate(model, rank)
     after = [layer.delta.double() for _, layer in adapted_layers(model)]
-    lost = sum((a - b).square().sum() for a, b in zip(after, before, strict=True))
-    assert error == pytest.approx((lost / sum(b.square().sum() for b in before)).sqrt().item(), rel=1e-3, abs=1e-6)
+    squares = sum((a - b).square().sum() for a, b in zip(after, before, strict=True))
+    assert error == pytest.approx((squares / sum(b.square().sum() for b in before)).sqrt().item(), rel=1e-3, abs=1e-6)
     assert (error < 1e-6) == (rank >= (6 if init == "pissa" else 3))
     with pretrained(model):
         assert torch.equal(model(x), teacher)
 
 
-def test_truncating_what_learned_nothing_loses_nothing():
+def test_truncating_an_untrained_model_has_no_error():
     model = adapt(net(), rank=2)
     assert truncate(model, 1) == 0
     assert all((layer.delta == 0).all() for _, layer in adapted_layers(model))

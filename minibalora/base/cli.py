@@ -13,6 +13,7 @@ import torch
 
 from minibalora.base import distributed, interrupts
 from minibalora.base.errors import InputError, is_failed_write, is_out_of_memory
+from minibalora.base.files import entered
 
 
 def run_script(
@@ -122,6 +123,14 @@ def path_text(text: str) -> str:
 
 def path(text: str) -> Path:
     return Path(path_text(text))
+
+
+def folder(text: str) -> Path:
+    """A folder; one of the Hub's cache is entered at its snapshot."""
+    try:
+        return entered(path(text))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def flag(name: str) -> str:

@@ -15,6 +15,33 @@ from torch import Tensor
 
 from minibalora.base.errors import InputError
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that stands in for a large one
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise InputError if the path is a git-lfs pointer."""
+    if path.is_file():
+        with open(path, "rb") as file:
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+        if is_pointer:
+            raise InputError(f"{path}: a git-lfs pointer, not the file itself: run `git lfs pull` in its folder")
+
+
+def entered(folder: Path) -> Path:
+    """Return the snapshot inside a folder of the Hub's cache (`models--org--name`), any other folder unchanged.
+
+    The snapshot is the one that refs/main names, or the only one. Raises InputError if there are several or none.
+    """
+    snapshots, main = folder / "snapshots", folder / "refs" / "main"
+    if not os.path.isdir(snapshots):
+        return folder
+    names = sorted(path.name for path in snapshots.iterdir())
+    chosen = main.read_text().strip() if main.is_file() else None
+    if chosen not in names and len(names) != 1:
+        listed = f"{len(names)} snapshots ({', '.join(names)})" if names else "no snapshot"
+        raise InputError(f"{folder}: a folder of the Hub's cache with {listed}: give {snapshots}/NAME")
+    return snapshots / (chosen if chosen in names else names[0])
+
 
 def read_json_object(path: Path) -> dict:
     """Return the JSON object in a file. Raises InputError if the file is missing, not UTF-8, not JSON or no object."""
@@ -25,6 +52,7 @@ def read_json_object(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise InputError(f"{path}: not valid JSON ({error}): mend it or download it again") from None
     if not isinstance(value, dict):
         raise InputError(f"{path}: holds a JSON {type(value).__name__}, not an object: mend it or download it again")

@@ -1,19 +1,25 @@
-"""PEFT's adapter_config.json: which layers are adapted, with which rank and alpha, and what is refused by name."""
+"""PEFT's adapter_config.json: which layers are adapted, their rank and alpha, and which settings are refused."""
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
 
-# PEFT's inits that leave the base as it is; PiSSA, OLoRA, CorDA and LoftQ change it.
-HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
-# Keys that don't change what a trained adapter computes; whatever is neither here nor read below is refused if set.
-HARMLESS_KEYS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"}
-HARMLESS_KEYS |= {"inference_mode", "lora_dropout", "fan_in_fan_out", "megatron_core", "qalora_group_size"}
-HARMLESS_KEYS |= {"loftq_config", "eva_config", "corda_config"}  # of the init
+PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base as it is
+SUBTRACTED_INITS = ("pissa", "olora")  # train against W − s A₀B₀, where A₀ and B₀ follow from W alone
+# Keys that do not change what a trained adapter computes.
+HARMLESS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"}
+HARMLESS |= {"inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
+HARMLESS |= {"lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # matter in training only
+HARMLESS |= {"ensure_weight_tying"}  # an adapter that changes tied weights is refused in any case
+# PEFT's keys for features that are not implemented; each is harmless as long as it is off.
+FEATURES = {"alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "lora_bias"}
+FEATURES |= {"megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"}
+FEATURES |= {"use_dora", "use_qalora", "velora_config"}
 
 
 def _is_number(value: object) -> bool:
@@ -36,10 +42,15 @@ def _is_regex(value: object) -> bool:
 
 
 def _is_pattern(value: object, accepts: Callable[[object], bool]) -> bool:
-    return isinstance(value, dict) and all(_is_regex(key) and accepts(of_key) for key, of_key in value.items())
+    return isinstance(value, dict) and all(_is_regex(key) and accepts(number) for key, number in value.items())
 
 
-CONFIG = {  # the keys that are read: what they must be
+def _is_off(value: object) -> bool:
+    """Whether a setting has the value of a feature that is not used."""
+    return not value or (isinstance(value, dict) and all(map(_is_off, value.values())))
+
+
+CONFIG = {  # the keys that are read, and what their values must be
     "r": ("a positive integer", _is_rank),
     "lora_alpha": ("a number", _is_number),
     "target_modules": ("a list of names or a regular expression", lambda value: _is_list(value) or _is_regex(value)),
@@ -57,36 +68,55 @@ REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
 def read_adapter_config(path: Path) -> dict:
-    """adapter_config.json; InputError for a key that is missing, wrong, or changes what an adapter computes."""
+    """Read and check adapter_config.json.
+
+    Raises InputError for a key that is missing or wrong, or that changes what an adapter computes in a way that is not
+    implemented. Unknown keys that are off (null, false, 0, empty) are ignored, and named on standard error.
+    """
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
         kind = repr(config["peft_type"]) if "peft_type" in config else "missing"
         raise InputError(f"{path}: peft_type is {kind}, but only 'LORA' is implemented: merge the adapter in PEFT")
-    for key, (what, accepts) in CONFIG.items():
+    for key, (expected, accepts) in CONFIG.items():
         if config.get(key) is None and key in REQUIRED:
             raise InputError(f"{path}: the key {key} is missing: save the adapter again")
         if config.get(key) is not None and not accepts(config[key]):
-            raise InputError(f"{path}: {key} is {config[key]!r}, not {what}: save the adapter again")
-    if config.get("init_lora_weights", True) not in HARMLESS_INITS:
+            raise InputError(f"{path}: {key} is {config[key]!r}, not {expected}: save the adapter again")
+    if init_of(config) not in PLAIN_INITS + SUBTRACTED_INITS:
         raise InputError(
-            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, so the adapter is for a base from which "
-            "its initial factors were subtracted, and neither is in this folder: save it where it was trained with "
-            "save_pretrained(..., path_initial_model_for_weight_conversion=...), as a LoRA of the original base"
+            f"{path}: init_lora_weights is {config['init_lora_weights']!r}, so the adapter belongs to a base from "
+            "which initial factors were subtracted that no file here tells: save the adapter where it was "
+            "trained with save_pretrained(..., path_initial_model_for_weight_conversion=...), as a LoRA of the "
+            "original base"
         )
-    for key in config.keys() - HARMLESS_KEYS - CONFIG.keys():
-        if config[key]:
-            raise InputError(f"{path}: {key} is {config[key]!r}, which is not implemented: merge the adapter in PEFT")
+    ignored = []
+    for key in sorted(config.keys() - HARMLESS - CONFIG.keys()):
+        if not _is_off(config[key]):
+            reason = "which is not implemented" if key in FEATURES else "an unknown key that may change the results"
+            cure = "" if key in FEATURES else ", or delete the key if it matters in training only"
+            raise InputError(f"{path}: {key} is {config[key]!r}, {reason}: merge the adapter in PEFT{cure}")
+        if key not in FEATURES:
+            ignored.append(key)
+    if ignored:
+        print(f"{path}: unknown keys that are off are ignored: {', '.join(ignored)}", file=sys.stderr)
     return config
 
 
+def init_of(config: dict) -> bool | str | None:
+    """Return init_lora_weights, in lower case as PEFT compares it; true where it is left out."""
+    init = config.get("init_lora_weights", True)
+    return init.lower() if isinstance(init, str) else init
+
+
 def setting(config: dict, key: str, pattern_key: str, layer: str) -> float:
-    """config[key], or what the first regular expression of config[pattern_key] that fits says for this layer."""
+    """Return the value for this layer: of the first regular expression in config[pattern_key] that matches its name,
+    or config[key]."""
     patterns = config.get(pattern_key) or {}
     return next((patterns[p] for p in patterns if re.match(rf"(.*\.)?({p})$", layer)), config[key])
 
 
 def is_target(config: dict, layer: str) -> bool:
-    """Whether the config says that the layer is adapted, by PEFT's rules."""
+    """Return whether the config says, by PEFT's rules, that the layer is adapted."""
     targets, excluded, indices = map(config.get, ("target_modules", "exclude_modules", "layers_to_transform"))
     if any(f".{module}." in f".{layer}." for module in config.get("modules_to_save") or ()):
         return False
@@ -96,12 +126,13 @@ def is_target(config: dict, layer: str) -> bool:
         return True
     lists = config.get("layers_pattern") or r"[^.]*"  # the names of lists of blocks
     lists = lists if isinstance(lists, str) else "|".join(lists)
-    number = re.match(rf"(?:.*?\.)?(?:{lists})\.(\d+)\.", layer)  # the first one: of the block, not of an expert in it
+    number = re.match(rf"(?:.*?\.)?(?:{lists})\.(\d+)\.", layer)  # the first number: a block's, not an expert's
     return number is not None and int(number[1]) in ([indices] if isinstance(indices, int) else indices)
 
 
 def _names(modules: str | list[str], layer: str) -> bool:
-    """A string is a regular expression for the whole name, a list has names or dotted suffixes."""
+    """Return whether `modules` names the layer: a regular expression for the whole name, or a list of names and dotted
+    suffixes."""
     if isinstance(modules, str):
         return re.fullmatch(modules, layer) is not None
     return any(layer == module or layer.endswith(f".{module}") for module in modules)

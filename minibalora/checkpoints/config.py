@@ -1,4 +1,4 @@
-"""The values of a config.json, checked; and what the package must know of a family of models."""
+"""Check the values of a config.json, and describe a family of models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,38 +8,39 @@ from torch import nn
 
 from minibalora.base.errors import InputError
 
-LARGEST = {int: 1 << 20, float: 1e30}  # of any number in config.json: products of three sizes still fit 64 bits
-INITIALIZER_RANGE = 0.02  # the default of all these families
+LARGEST = {int: 1 << 20, float: 1e30}  # for any number in config.json, so that a product of three sizes fits 64 bits
+INITIALIZER_RANGE = 0.02  # every family's default
 
 
 @dataclass(frozen=True)
 class Names:
-    """How a family's files name what is not simply named as in our model."""
+    """Names in a family's files; tensors that match none are named as in our model. The last three are regular
+    expressions."""
 
-    backbone: str  # of everything below the head, the prefix of its tensors
+    backbone: str  # prefix of all tensors below the head
     head: str  # the classifier's own module
-    classes: str  # of its parameters the one with a row for each class
-    pooler: str | None = None  # a module between backbone and head, which a file may lack as it may lack the head
-    ignored: str = "$^"  # regular expression: buffers, and heads of other tasks
-    transposed: str = "$^"  # stored as (in, out)
-    copies: str = "$^"  # that repeat the embedding
+    classes: str  # the head's parameter that has a row for each class
+    pooler: str | None = None  # a module between backbone and head; a file may lack it, as it may lack the head
+    ignored: str = "$^"  # buffers, and heads of other tasks
+    transposed: str = "$^"  # tensors that are stored as (in, out)
+    copies: str = "$^"  # tensors that repeat the embedding
 
 
 @dataclass(frozen=True)
 class Family:
-    """What the package must know of a model_type; nothing else in it goes by the family's name."""
+    """All that is specific to a model_type: nothing else in the package depends on the family's name."""
 
     read: Callable[["Fields"], object]  # config.json -> configuration
     build: Callable[[object, int | None], nn.Module]  # configuration, number of classes (None: language model) -> model
     names: Names
-    transformers: str  # how its classes begin there, as in LlamaForSequenceClassification
-    defaults: dict = field(default_factory=dict)  # what config.json may leave out, as the family's own code fills it in
+    transformers: str  # how the names of its classes begin in transformers, as in LlamaForSequenceClassification
+    defaults: dict = field(default_factory=dict)  # keys that config.json may leave out, with transformers' defaults
     has_language_model: bool = True
-    peft_task: str = "CAUSAL_LM"  # what PEFT calls that of its language model
+    peft_task: str = "CAUSAL_LM"  # PEFT's task_type for its language model
 
 
 class Fields:
-    """The values of a config.json, each checked when it is asked for; null counts as absent."""
+    """The values of a config.json. Each is checked when it is read; null counts as absent."""
 
     def __init__(self, raw: dict, path: Path):
         self.path, self.raw = path, {key: value for key, value in raw.items() if value is not None}
@@ -50,7 +51,7 @@ class Fields:
         return self._checked(key, value, fits, f"an integer from {least} to {LARGEST[int]}")
 
     def integers(self, *keys: str) -> dict[str, int]:
-        """Those that are called in a configuration as they are in config.json."""
+        """Return the integers whose keys are also the names of a configuration's fields."""
         return {key: self.integer(key) for key in keys}
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -65,20 +66,22 @@ class Fields:
         value = self._present(key, default)
         return float(self._checked(key, value, type(value) in (int, float) and 0 <= value < 1, "a number in [0, 1)"))
 
-    def activation(self, key: str, known: dict[str, str]) -> str:
+    def activation(self, key: str, ours: dict[str, str]) -> str:
+        """Return our name of an activation; `ours` maps config.json's names to it."""
         name = self.raw.get(key)
-        if not isinstance(name, str) or name not in known:
-            raise InputError(f"{self.path}: activation {name!r} is not implemented: there are {', '.join(known)}")
-        return known[name]
+        if not isinstance(name, str) or name not in ours:
+            raise InputError(f"{self.path}: activation {name!r} is not implemented: there are {', '.join(ours)}")
+        return ours[name]
 
-    def refuse(self, key: str, what: str) -> None:
+    def refuse(self, key: str, feature: str) -> None:
+        """Raise InputError if the key is set. `feature` is the subject of the message, with its verb."""
         if self.raw.get(key):
             raise InputError(
-                f"{self.path}: {key} is {self.raw[key]!r}, but {what} not implemented: use a checkpoint without"
+                f"{self.path}: {key} is {self.raw[key]!r}, but {feature} not implemented: use a checkpoint without it"
             )
 
     def expect(self, **values: object) -> None:
-        """Refuse a feature that is implemented in one form only."""
+        """Raise InputError unless each key has the only value that is implemented."""
         for key, value in values.items():
             if self.raw.get(key) != value:
                 raise InputError(f"{self.path}: {key} is {self.raw.get(key)!r}, but only {value!r} is implemented")

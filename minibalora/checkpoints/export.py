@@ -1,7 +1,7 @@
-"""A base and its adapter as one checkpoint, or the adapter made smaller: `python -m minibalora export --help`.
+"""Merge a base and its adapter into one checkpoint, or make the adapter smaller: `python -m minibalora export --help`.
 
-The base is read one tensor at a time and never held as a whole: merging takes little more memory than the largest shard
-that is written, 5 GB.
+The base is read one tensor at a time and is never in memory as a whole. Merging takes little more memory than the
+largest shard that it writes, 5 GB.
 """
 
 import argparse
@@ -28,8 +28,8 @@ def main() -> int:
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
             lost = truncate(model, args.adapter_rank)
-            of = f"adapter of at most rank {args.adapter_rank}"
-            print(f"{of}: relative error {lost:.2e} of the change in the weights")
+            rank = f"rank {args.adapter_rank}"
+            print(f"adapter of at most {rank}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)
         else:
             bar = partial(progress.over, name="merge", unit="shard")
@@ -46,13 +46,13 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "--model",
-        type=cli.path,
+        type=cli.folder,
         metavar="DIR",
         required=True,
         help="the base: the checkpoint that the adapter was trained on",
     )
-    add("--adapter", type=cli.path, metavar="DIR", required=True, help="the folder with adapter_config.json")
+    add("--adapter", type=cli.folder, metavar="DIR", required=True, help="the folder with adapter_config.json")
     add("--out", type=cli.path, metavar="DIR", required=True, help="new folder")
-    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the adapter again, each change "
-        "in its best approximation of this rank (a PiSSA adapter has twice the rank it was trained with)")  # fmt: skip
+    add("--adapter-rank", type=cli.positive_int, metavar="R", help="don't merge: write the best approximation of this "
+        "rank as an adapter (a PiSSA adapter is saved with twice the rank it was trained with)")  # fmt: skip
     return parser

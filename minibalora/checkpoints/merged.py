@@ -1,4 +1,4 @@
-"""Whole checkpoints in Hugging Face's format: what a model acts as, adapters merged, in shards with an index."""
+"""Write a model, with its adapters merged, as a checkpoint in Hugging Face's format: shards and an index."""
 
 import shutil
 from collections.abc import Callable, Iterable, Sequence
@@ -16,9 +16,10 @@ from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values
 SHARD_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spm.model "
-    "vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
+    "spm.model sentencepiece.bpe.model vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
 ).split()
+CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @torch.no_grad()
@@ -30,15 +31,17 @@ def save_model(
 ) -> None:
     """Write a merged Hugging Face checkpoint: config.json, tokenizer files and safetensors of at most 5 GB each.
 
-    Adapters are merged into what is written, one tensor at a time; the model itself stays as it was. Of a
-    `weights.skeleton` each tensor is read when its turn comes, so that little more than a shard is ever in memory.
-    `model.checkpoint.folder` is where config and tokenizer are copied from. label_names: of a classifier's columns, for
-    its config (None: as in the source). progress wraps the list of shards, for instance `tqdm`.
+    Adapters are merged into the written tensors, one at a time; the model itself does not change. If the model is a
+    `weights.skeleton`, each tensor is read just before it is written, so little more than a shard is ever in memory.
+    Config and tokenizer files are copied from `model.checkpoint.folder`. label_names: the names of a classifier's
+    columns for its config (None: the source's). progress wraps the list of shards, for instance `tqdm`.
     Raises InputError if `folder` holds other weight files or is the source.
     """
     folder, source = Path(folder), model.checkpoint.folder
     if folder.resolve() == source.resolve():
-        raise InputError(f"{folder}: is the model's own folder, whose weights would be lost: give another one")
+        raise InputError(
+            f"{folder}: is the model's own folder, whose weights would be overwritten: give another folder"
+        )
     tensors = _checkpoint_tensors(model)
     shards = _shards(tensors)
     files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
@@ -49,7 +52,7 @@ def save_model(
 
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in progress(list(zip(files, shards, strict=True))):
-        with replacing(folder / file) as temporary:  # the shard lives within the call, and is gone before the next one
+        with replacing(folder / file) as temporary:  # no name is bound to the shard, so its memory is freed at once
             save_file({name: _merged(model, name, *tensors[name]) for name in names}, temporary, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
@@ -62,17 +65,19 @@ def save_model(
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES, dirs_exist_ok=True)
 
 
 def _code_files(config: dict) -> list[str]:
-    """The code of a model that transformers does not have, for instance DeepSeek-MoE. It is never run here."""
+    """Return the names of the code files of a model that transformers lacks, such as DeepSeek-MoE. None of it runs."""
     auto_map = config.get("auto_map")
     modules = {str(name).partition(".")[0] for name in (auto_map.values() if isinstance(auto_map, dict) else ())}
     return [f"{module}.py" for module in sorted(modules) if module.isidentifier()]
 
 
 def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str] | None) -> dict:
-    """What a classifier's config.json has beyond `source`; {} for a language model."""
+    """Return the keys that a classifier's config.json adds to `source`; {} for a language model."""
     count = getattr(model, "num_labels", None)
     if count is None:
         return {}
@@ -88,11 +93,11 @@ def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str
 
 
 def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLinear | None]]:
-    """Every tensor of the base model by its name in a checkpoint, and the layer that changed it, if one did."""
-    layers, kept, tensors = dict(adapted_layers(model)), initial_values(model), {}
+    """Return, by its name in a checkpoint, every tensor of the base and the layer that changes it, if any."""
+    layers, initial, tensors = dict(adapted_layers(model)), initial_values(model), {}
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if name in kept:
+        if name in initial:
             continue
         if owner not in layers or leaf == "bias":
             tensors[name] = parameter, None
@@ -102,14 +107,14 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLine
 
 
 def _merged(model: nn.Module, name: str, parameter: Tensor, layer: LowRankLinear | None) -> Tensor:
-    """The tensor as a checkpoint has it: W + ΔW, summed in float32 and rounded once to the dtype of W."""
+    """Return the tensor as a checkpoint stores it: W + ΔW, summed in float32 and rounded once to W's dtype."""
     W = read(model.checkpoint.stored[name], name) if parameter.is_meta else parameter
     tensor = W if layer is None else (W.float() + layer.delta).to(W.dtype)
     return (tensor.T if is_stored_transposed(model, name) else tensor).detach().cpu().contiguous()
 
 
 def _shards(tensors: dict[str, tuple[Tensor, LowRankLinear | None]]) -> list[list[str]]:
-    """The names, in order, in groups of at most SHARD_BYTES."""
+    """Return the names, in order, in groups of at most SHARD_BYTES."""
     shards, filled = [[]], 0
     for name, (parameter, _) in tensors.items():
         if shards[-1] and filled + parameter.nbytes > SHARD_BYTES:

@@ -1,10 +1,10 @@
-"""DeBERTa's spm.model, a SentencePiece unigram model, as a `tokenizers.Tokenizer`.
+"""Read DeBERTa's spm.model, a SentencePiece unigram model, as a `tokenizers.Tokenizer`.
 
-Why this is here: microsoft/deberta-v3-base has spm.model and no tokenizer.json. These lines, a third of them protobuf,
-let the official folder work as downloaded: no conversion with transformers first, no sentencepiece to install.
+microsoft/deberta-v3-base has spm.model but no tokenizer.json. With this file the official folder works as downloaded:
+there is no need to convert it with transformers or to install sentencepiece.
 
-The steps are those of DebertaV2Converter in transformers: for ordinary text the ids are SentencePiece's own, with which
-the models were trained. (The DebertaV2Tokenizer of transformers 5 itself leaves the character map out.)
+The steps are those of DebertaV2Converter in transformers. For ordinary text they give SentencePiece's own ids, which
+the models were trained with. (DebertaV2Tokenizer in transformers 5 leaves the character map out.)
 """
 
 import struct
@@ -15,15 +15,18 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from minibalora.base.errors import InputError
 
-# Numbers of fields and of their values in sentencepiece_model.proto.
+# Field numbers and enumeration values in sentencepiece_model.proto.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
-TEXT, SCORE, TYPE, NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 1, 2, 3, 4  # of a piece, and its types
-MODEL_TYPE, UNIGRAM, CHARACTER_MAP = 3, 1, 2  # of the trainer, and the normalizer
+TEXT, SCORE, TYPE, NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 1, 2, 3, 4  # fields of a piece, and its types
+MODEL_TYPE, UNIGRAM, CHARACTER_MAP = 3, 1, 2  # the trainer's field and value, the normalizer's field
 MEND = "download it again, or make tokenizer.json: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 
 
 def _varint(message: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, seven bits a byte, lowest first, the eighth bit set in all but its last; and its end."""
+    """Return the number at `at` and the position after it.
+
+    Each byte holds seven bits, lowest first; the eighth bit is set in all bytes but the last.
+    """
     number = 0
     for shift in range(0, 70, 7):
         byte, at = message[at], at + 1
@@ -34,7 +37,7 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 
 
 def _fields(message: bytes) -> dict[int, list]:
-    """Protobuf's wire format: field number -> its values in order, int for wire type 0, bytes for 1, 2 and 5."""
+    """Parse protobuf's wire format. Returns field number -> values: int for wire type 0, bytes for types 1, 2 and 5."""
     fields, at = defaultdict(list), 0
     while at < len(message):
         key, at = _varint(message, at)
@@ -45,19 +48,19 @@ def _fields(message: bytes) -> dict[int, list]:
             value, at = message[at : at + size], at + size
         fields[key >> 3].append(value)
     if at > len(message):
-        raise ValueError("cut off")
+        raise ValueError("the file is cut off")
     return fields
 
 
 def _build(model: dict[int, list], settings: dict) -> Tokenizer:
     model_type = (_fields(model[TRAINER][0])[MODEL_TYPE] or [UNIGRAM])[0]
     if model_type != UNIGRAM:
-        raise ValueError(f"model type {model_type}; only 1, unigram, is read here")
+        raise ValueError(f"model type {model_type}; only type 1, unigram, is implemented")
     pieces = [_fields(piece) for piece in model[PIECES]]
     vocab = [(piece[TEXT][0].decode(), *struct.unpack("<f", piece[SCORE][0])) for piece in pieces]
     types = [(piece[TYPE] or [NORMAL])[0] for piece in pieces]
     if missing := {"[PAD]", "[CLS]", "[SEP]"} - dict(vocab).keys():
-        raise ValueError(f"without {sorted(missing)}, not DeBERTa's")
+        raise ValueError(f"lacks {sorted(missing)}, so it is not DeBERTa's")
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=types.index(UNKNOWN)))
 
     steps = [normalizers.Lowercase()] if settings.get("do_lower_case") else []
@@ -70,7 +73,7 @@ def _build(model: dict[int, list], settings: dict) -> Tokenizer:
     for (text, _), kind in zip(vocab, types, strict=True):
         if kind in (CONTROL, USER_DEFINED):
             tokenizer.add_tokens([AddedToken(text, normalized=False, special=kind == CONTROL)])
-    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])  # only [MASK] is new: it comes last
+    tokenizer.add_special_tokens(["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"])  # only [MASK] is new, so it comes last
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
@@ -80,11 +83,14 @@ def _build(model: dict[int, list], settings: dict) -> Tokenizer:
 
 
 def read_sentencepiece(path: Path, settings: dict) -> Tokenizer:
-    """settings: tokenizer_config.json. InputError for a broken file, and for a model that is not unigram."""
+    """Return the tokenizer in an spm.model. settings: the contents of tokenizer_config.json.
+
+    Raises InputError if the file is broken or its model is not unigram.
+    """
     try:
         return _build(_fields(path.read_bytes()), settings)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except Exception as error:  # a file that is not protobuf fails anywhere, and tokenizers raises plain Exception
+    except Exception as error:  # a file that is not protobuf can fail anywhere, and tokenizers raises plain Exception
         cause = f"{type(error).__name__}: {error}"
-        raise InputError(f"{path}: not a SentencePiece model that can be read here ({cause}): {MEND}") from None
+        raise InputError(f"{path}: not a readable SentencePiece model ({cause}): {MEND}") from None

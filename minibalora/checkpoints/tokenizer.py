@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers.processors import Sequence, TemplateProcessing
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object
+from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.sentencepiece import read_sentencepiece
 
 
@@ -137,6 +137,7 @@ def _read_tokenizer_json(file: Path) -> Backend:
     try:
         backend = Backend.from_file(str(file))
     except Exception as error:  # the library raises plain Exception for every kind of broken file
+        refuse_pointer(file)
         raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
     backend.no_truncation()
     backend.no_padding()

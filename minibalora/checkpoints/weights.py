@@ -1,8 +1,8 @@
-"""From a folder as Hugging Face hands it out to a model: safetensors, checked before allocating.
+"""Load a model from a folder in Hugging Face's format: safetensors, checked before memory is allocated.
 
-No pickle is read and no code from a checkpoint is run. Peak host memory is the model once, plus one tensor where the
-dtype changes: the model is built without storage (on the meta device) and gets its tensors from memory-mapped files,
-one shard at a time. On a CPU, in the file's own dtype, weights stay mapped and are not copied at all.
+No pickle is read and no code from a checkpoint is run. Peak host memory is the size of the model, plus one tensor where
+the dtype changes: the model is built without storage (on the meta device) and takes its tensors from memory-mapped
+files, one shard at a time. On a CPU, in the file's own dtype, weights stay mapped and are never copied.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object
+from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors spells them
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 MIB = 1 << 20
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
 
@@ -33,13 +33,14 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
 ) -> nn.Module:
-    """The model in the folder `path`, in eval mode, its parameters in `dtype` on `device`.
+    """Load the model in the folder `path`, in eval mode, with parameters in `dtype` on `device`.
 
-    head "lm": model(input_ids) -> logits (B, T, V); a T5 is asked model(input_ids, attention_mask, decoder_input_ids).
-    "classifier": (B, num_labels); None means as many as the stored head has, or 2. A head that the file lacks is drawn
-    from torch's generator: `model.checkpoint.new_modules` names it, and `model.own_head` what `adapt` leaves trainable.
-    Raises InputError, which names file and tensor, for anything missing, superfluous, misshapen, not finite, or not
-    implemented.
+    head "lm": model(input_ids) -> logits (B, T, V); for T5, model(input_ids, attention_mask, decoder_input_ids).
+    head "classifier": model(input_ids) -> logits (B, num_labels); None means the stored head's number of labels, or 2.
+    A head that the files lack, or have for another number of classes, is drawn from torch's generator.
+    `model.checkpoint.new_modules` names drawn modules, and `model.own_head` the modules that `adapt` leaves trainable.
+    Raises InputError, which names file and tensor, if a tensor is missing, unexpected, misshapen or not finite, or if
+    something is not implemented.
     """
     model = skeleton(path, head, num_labels)
     for name, stored in model.checkpoint.stored.items():
@@ -50,9 +51,9 @@ def load_model(
 
 
 def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) -> nn.Module:
-    """The model of `load_model` before its numbers are read; all shapes are checked against the files.
+    """Return the model of `load_model` before its numbers are read. All shapes are checked against the files.
 
-    Parameters are on the meta device, in the dtype of the file; `model.checkpoint.stored` says where each of them is.
+    Parameters are on the meta device, in the file's dtype; `model.checkpoint.stored` says where each one is stored.
     """
     folder = Path(path)
     if head not in ("lm", "classifier") or (head == "lm" and num_labels is not None):
@@ -71,8 +72,11 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         num_labels = shape[0] if shape else 2
     model = empty_model(family, config, num_labels)
     stored = by_our_names(stored, model)
+    is_other_head = names.classes in stored and stored[names.classes].shape[:1] != (num_labels,)
+    if head == "classifier" and is_other_head:
+        stored = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{names.head}.")}
     embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
-    if copies and embedding not in stored:  # as programs write it that leave out what is there twice
+    if copies and embedding not in stored:  # some programs store only one of several copies
         stored[embedding] = stored[copies[0]]
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
@@ -92,7 +96,7 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
 
 
 def _check_amount(folder: Path, config: object, tensors: int) -> None:
-    """InputError for more layers or experts than tensors, before they are built: a wrong number may be a million."""
+    """Raise InputError for more layers or experts than tensors, before a wrong number builds a million of them."""
     layers, experts = layers_and_experts(config)
     if max(layers, experts) > tensors:
         parts = f"{layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
@@ -100,12 +104,12 @@ def _check_amount(folder: Path, config: object, tensors: int) -> None:
 
 
 def layers_and_experts(config: object) -> tuple[int, int]:
-    """How many there are in all."""
+    """Return the numbers of layers and of experts in the whole model."""
     return config.num_hidden_layers, getattr(config, "num_experts", 0) * sum(getattr(config, "has_experts", ()))
 
 
 def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Module:
-    """The model of a configuration on the meta device: shapes without numbers, and a checkpoint without a folder."""
+    """Return a configuration's model on the meta device: shapes without numbers, and a checkpoint without a folder."""
     with torch.device("meta"), _NoInitialValues():
         model = family.build(config, num_labels)
     model.checkpoint = Checkpoint(None, family)
@@ -113,8 +117,8 @@ def empty_model(family: Family, config: object, num_labels: int | None) -> nn.Mo
 
 
 class _NoInitialValues(TorchFunctionMode):
-    """Inside, torch.nn.init does nothing: there is nothing to fill, and on the meta device its normal_ imports torch's
-    compiler, two seconds of every start."""
+    """A mode in which torch.nn.init does nothing. Meta tensors have nothing to fill, and normal_ on them imports
+    torch's compiler, which takes two seconds."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         is_initial = getattr(func, "__module__", "") == "torch.nn.init"
@@ -123,33 +127,35 @@ class _NoInitialValues(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """The place of a tensor in a file."""
+
     file: Path
-    name: str  # in that file
+    name: str  # in the file
     dtype: str
-    shape: tuple[int, ...]  # as the model has it
+    shape: tuple[int, ...]  # of the model's parameter
     is_transposed: bool = False
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """`model.checkpoint`: what a model is read from."""
+    """`model.checkpoint`: the files that a model is read from."""
 
-    folder: Path | None  # of config.json and tokenizer; None: the model is not read from files
+    folder: Path | None  # of config.json and tokenizer; None if the model is not read from files
     family: Family
-    stored: dict[str, StoredTensor] = field(default_factory=dict)  # by the name of the model's parameter
+    stored: dict[str, StoredTensor] = field(default_factory=dict)  # by the names of the model's parameters
     new_modules: list[str] = field(default_factory=list)  # parts of the classifier that the files lack
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
-    """None of a model that somebody else built."""
-    found = getattr(model, "checkpoint", None)
-    return found if isinstance(found, Checkpoint) else None
+    """Return `model.checkpoint`, or None for a model that other code has built."""
+    checkpoint = getattr(model, "checkpoint", None)
+    return checkpoint if isinstance(checkpoint, Checkpoint) else None
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Name -> file and shape of every tensor in the folder's safetensors, from the headers alone."""
+    """Return every tensor in the folder's safetensors by its name. Reads the files' headers only."""
     stored = {}
-    for file, promised in _weight_files(folder).items():
+    for file, names in _weight_files(folder).items():
         try:
             with safe_open(file, framework="pt") as shard:
                 slices = {name: shard.get_slice(name) for name in shard.keys()}
@@ -157,9 +163,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         except FileNotFoundError:
             raise InputError(f"{file}: no such file, but the index names it: download the shard") from None
         except (SafetensorError, OSError, ValueError) as error:
+            refuse_pointer(file)
             raise InputError(f"{file}: not a readable safetensors file ({error}): download it again") from None
-        if absent := promised - headers.keys():
-            raise InputError(f"{file}: lacks {_some(absent)}, which the index promises: download it again")
+        if missing := names - headers.keys():
+            raise InputError(f"{file}: lacks {_some(missing)}, which the index says are there: download it again")
         for name, (dtype, shape) in headers.items():
             if name in stored:
                 raise InputError(f"{file}: {name} is also in {stored[name].file.name}: download the folder again")
@@ -168,7 +175,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Each weight file and the tensors that the index, if there is one, promises in it."""
+    """Return the weight files and, for each, the names of its tensors according to the index, if there is one."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.exists():
         return {single: set()}
@@ -176,8 +183,9 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
         if list(folder.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{folder}: has only pytorch_model.bin, a pickle, never read here: convert it with transformers, "
-                "AutoModelForCausalLM (of an encoder AutoModel, of T5 AutoModelForSeq2SeqLM)"
-                '.from_pretrained(folder).save_pretrained("new folder")'
+                "AutoModelForCausalLM (for an encoder AutoModel, for T5 AutoModelForSeq2SeqLM)"
+                '.from_pretrained(folder).save_pretrained("new folder"), and copy the tokenizer files (tokenizer.json, '
+                "tokenizer_config.json, *.model, vocab.*, merges.txt) into the new folder"
             )
         raise InputError(f"{folder}: has neither {single.name} nor {index.name}: download the weights")
     weight_map = read_json_object(index).get("weight_map")
@@ -186,16 +194,16 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise InputError(f"{index}: {name} is said to be in {file!r}, which is no file of this folder")
+            raise InputError(f"{index}: puts {name} in {file!r}, which is no file of this folder: download it again")
         files.setdefault(folder / file, set()).add(name)
     return files
 
 
 def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str, StoredTensor]:
-    """The stored tensors by their names in our model.
+    """Return the stored tensors by their names in our model.
 
-    Files of a backbone alone leave its prefix out; old ones call LayerNorm's weight gamma and its bias beta, as
-    TensorFlow does; GPT-2 stores its linears transposed.
+    Files of a backbone alone leave out its prefix. Old files call LayerNorm's weight gamma and its bias beta, as
+    TensorFlow does. GPT-2 stores its linears transposed.
     """
     expected, names = dict(model.named_parameters()), model.checkpoint.family.names
     is_bare = hasattr(model, names.backbone) and not any(name.startswith(f"{names.backbone}.") for name in stored)
@@ -211,7 +219,7 @@ def by_our_names(stored: dict[str, StoredTensor], model: nn.Module) -> dict[str,
 
 
 def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor], new_modules: list[str]) -> None:
-    """Every name and shape against the model that config.json describes; InputError names the first that differ."""
+    """Check all names and shapes against the model of config.json. Raises InputError for the first mismatch."""
     expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     new = tuple(f"{module}." for module in new_modules)
     if missing := {name for name in expected.keys() - stored.keys() if not name.startswith(new)}:
@@ -220,21 +228,23 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
     names = model.checkpoint.family.names
     for name, tensor in stored.items():
         if name in expected and tensor.dtype not in DTYPES:
-            known = ", ".join(DTYPES)
-            raise InputError(f"{tensor.file}: {name} is stored as {tensor.dtype}: use a checkpoint in {known}")
+            raise InputError(
+                f"{tensor.file}: {name} is stored as {tensor.dtype}: use a checkpoint in {', '.join(DTYPES)}"
+            )
+        if name in expected and 0 in tensor.shape:
+            raise InputError(f"{tensor.file}: {name} is empty, as DeepSpeed ZeRO-3 saves weights that it has not "
+                             "gathered: run its zero_to_fp32.py, or download the weights again")  # fmt: skip
         if name in expected and tensor.shape != expected[name]:
-            if name.startswith(f"{names.head}.") and tensor.shape[1:] == expected[name][1:]:
-                labels = f"{tensor.shape[0]} classes, but {expected[name][0]} are asked for"
-                raise InputError(f"{tensor.file}: its head {name} has {labels}: use the base checkpoint or that task")
             shapes = f"{list(tensor.shape)}, but config.json asks for {list(expected[name])}"
             raise InputError(f"{tensor.file}: {name} has shape {shapes}: config and weights are of different models")
-    if superfluous := {name for name in stored.keys() - expected.keys() if not re.fullmatch(names.ignored, name)}:
-        tensor = stored[min(superfluous)]
-        raise InputError(f"{tensor.file}: holds {_some(superfluous)}, which a model of this config.json does not have")
+    if unexpected := {name for name in stored.keys() - expected.keys() if not re.fullmatch(names.ignored, name)}:
+        tensor = stored[min(unexpected)]
+        raise InputError(f"{tensor.file}: holds {_some(unexpected)}, which a model of this config.json does not have: "
+                         "config and weights are of different models")  # fmt: skip
 
 
 def is_stored_transposed(model: nn.Module, name: str) -> bool:
-    """Whether checkpoints of this model hold the tensor as (in, out), as GPT-2's Conv1D does."""
+    """Return whether checkpoints of this model store the tensor as (in, out), as for GPT-2's Conv1D."""
     checkpoint = checkpoint_of(model)
     return checkpoint is not None and re.fullmatch(checkpoint.family.names.transposed, name) is not None
 
@@ -246,20 +256,20 @@ def read(
     device: torch.device | str = "cpu",
     rows: slice | None = None,
 ) -> Tensor:
-    """The tensor as the model has it, in its own dtype unless told otherwise; of it these rows, and no more is read.
+    """Read a tensor, or these rows of it only, oriented as in the model; dtype None keeps the file's.
 
-    InputError, which calls it `name`, if a number is not finite.
+    Raises InputError, which calls the tensor `name`, if a number is not finite.
     """
     tensor = _as_stored(stored, rows).to(device=device, dtype=dtype)
-    # aminmax allocates nothing and passes NaN on
+    # aminmax allocates nothing and propagates NaN
     if tensor.numel() > 0 and not torch.isfinite(torch.stack(tensor.aminmax())).all():
         raise InputError(f"{stored.file}: {name} has NaN or infinite values in {tensor.dtype}: download the file again")
     return tensor.T.contiguous() if stored.is_transposed else tensor
 
 
 def _as_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
-    """rows: of the model's tensor, whose columns these are in a file that has it transposed."""
-    with safe_open(stored.file, framework="pt") as shard:  # opened anew: closing gives a mapped file's pages back
+    """Read a tensor as the file stores it. rows: the model's; in a file that stores the transpose they are columns."""
+    with safe_open(stored.file, framework="pt") as shard:  # opened for each tensor: closing frees the mapped pages
         if rows is None:
             return shard.get_tensor(stored.name)
         part = shard.get_slice(stored.name)
@@ -267,27 +277,44 @@ def _as_stored(stored: StoredTensor, rows: slice | None = None) -> Tensor:
 
 
 def _draw(module: nn.Module, std: float, dtype: torch.dtype, device: torch.device | str) -> None:
-    """Normal weights and zero biases, as transformers begins a new head; drawn on the CPU, the same everywhere."""
+    """Fill a new head as transformers does: normal weights, zero biases. Drawn on the CPU, so devices do not matter."""
     for name, parameter in list(module.named_parameters()):
         values = torch.zeros(parameter.shape) if name.endswith("bias") else std * torch.randn(parameter.shape)
         set_parameter(module, name, nn.Parameter(values.to(device=device, dtype=dtype)))
 
 
+@torch.no_grad()
+def arrange_head(model: nn.Module, order: list[int] | None) -> None:
+    """Put the stored classes of a classifier in another order: class i becomes what class order[i] was.
+
+    None: they are other classes; draws a new head, and notes it in `model.checkpoint.new_modules`.
+    """
+    names = model.checkpoint.family.names
+    if order is None:
+        weight = model.get_parameter(names.classes)
+        _draw(model.get_submodule(names.head), model.config.initializer_range, weight.dtype, weight.device)
+        model.checkpoint.new_modules.append(names.head)
+        return
+    for name in (names.classes, names.classes.replace("weight", "bias")):
+        if name in dict(model.named_parameters()):
+            set_parameter(model, name, nn.Parameter(model.get_parameter(name)[order]))
+
+
 def embedding_name(model: nn.Module) -> str | None:
-    """What the parameter is called that a tied head would be; None of an encoder."""
+    """Return the name of the embedding's weight, which a tied head shares; None for an encoder."""
     weight = model.embedding.weight if hasattr(model, "embedding") else None
     return next((name for name, parameter in model.named_parameters() if parameter is weight), None)
 
 
 def _check_copy(embedding: StoredTensor, copy: StoredTensor, name: str, cure: str) -> None:
-    """Some files repeat the embedding, for instance as a tied head; if the copy differs, it would be silently lost."""
-    same = copy.shape == embedding.shape and torch.equal(_as_stored(copy).float(), _as_stored(embedding).float())
-    if not same:
+    """Raise InputError if a copy of the embedding, such as a tied head, differs from it: the copy is not loaded."""
+    is_same = copy.shape == embedding.shape and torch.equal(_as_stored(copy).float(), _as_stored(embedding).float())
+    if not is_same:
         raise InputError(f"{copy.file}: {name} differs from the embedding: {cure}")
 
 
 def set_parameter(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
-    """In the place of the one that is there, which says whether it is trained: a mixture's router never is."""
+    """Replace the model's parameter `name`; the new one is trainable if the old one is. A mixture's router never is."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, parameter.requires_grad_(model.get_parameter(name).requires_grad))
 
@@ -298,11 +325,11 @@ def _some(names: set[str]) -> str:
 
 
 def weights_digest(folder: str | Path, every_byte: bool = False) -> str:
-    """SHA-256 over config, tokenizer and, of each weight file, its size, first and last MiB: which checkpoint it is.
+    """Return a SHA-256 that identifies a checkpoint: of config, tokenizer, and each weight file's size and ends.
 
-    It reads a few MiB where a digest of every byte would read gigabytes, a second for each; what was merged into the
-    middle of a file it may not see, so what must not be wrong asks for every byte. Raises InputError as `load_model`
-    does where a header can't be read.
+    The first and last MiB of each file take no time; every byte takes about a second per gigabyte. The short form may
+    miss a change in the middle of a file: pass every_byte where that matters. Raises InputError as `load_model` does if
+    a header can't be read.
     """
     folder = Path(folder)
     digest = hashlib.sha256()

@@ -1,35 +1,164 @@
-"""Rows of a JSON Lines file or a JSON array, packed with gzip or not; an error names the line."""
+"""Rows of data files: JSON Lines, JSON arrays and Parquet, plain or gzipped, in one file or in shards.
 
+An error names the file and the line or row.
+"""
+
+import glob
 import gzip
 import json
+import math
+import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from minibalora.base.errors import InputError
+from minibalora.base.files import entered, refuse_pointer
+
+Row = tuple[int, str, object]  # line or row number, from 1; the place, as errors name it; the value
+SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
+# JSON files that the `datasets` library writes beside the data.
+DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
+SHARD = r"\d+(-of-\d+)?(-[0-9a-f]{16})?(?=\.)"  # the part of a file name that numbers a shard
+BOM = b"\xef\xbb\xbf"
+# First bytes of formats that are not read here, and the cure.
+FOREIGN = {
+    b"PK\x03\x04": "a ZIP archive: unpack it",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
+    b"\xff\xff\xff\xff": "an Arrow file: write it again with to_parquet or to_json",
+}
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, object]]:
-    """Line and value of each row of a JSON Lines file or JSON array; InputError names the line of the first bad one."""
+def read_rows(source: str | Path) -> Iterator[Row]:
+    """Yield each row of JSON Lines, a JSON array or Parquet, from all files of `source` (see `shards`).
+
+    Lines are counted on from file to file; the place names the file and its own line. Raises InputError at the first
+    row that cannot be read.
+    """
+    return counted_on(map(rows_of_file, shards(source)))
+
+
+def counted_on(files: Iterable[Iterator[Row]]) -> Iterator[Row]:
+    """Yield the rows of all files, with line numbers that go on from one file to the next."""
+    before = 0
+    for rows in files:
+        line = 0
+        for line, where, value in rows:
+            yield before + line, where, value
+        before += line
+
+
+def shards(source: str | Path) -> list[Path]:
+    """Return the files of `source` in order: a file itself, the files that match a pattern, or those of a folder.
+
+    A folder may hold one set of files that differ in their shard numbers only, or several of which one begins with
+    "train". Raises InputError if nothing matches, or if a folder leaves a choice.
+    """
+    if os.path.isdir(source):
+        return _shards_of_folder(entered(Path(source)))
+    if os.path.exists(source) or not glob.has_magic(str(source)):
+        return [Path(source)]
+    paths = [Path(path) for path in sorted(glob.glob(str(source))) if os.path.isfile(path)]
+    if not paths:
+        raise InputError(f"{source}: no file matches this pattern: give a data file, a pattern or a folder")
+    return paths
+
+
+def _shards_of_folder(folder: Path) -> list[Path]:
+    sets: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        is_data = path.name.removesuffix(".gz").endswith(SUFFIXES) and path.name not in DESCRIPTIONS
+        if is_data and not name.startswith(".") and path.is_file():
+            sets.setdefault(re.sub(SHARD, "*", name), []).append(path)
+    chosen = list(sets) if len(sets) == 1 else [name for name in sets if Path(name).name.startswith("train")]
+    if not sets:
+        raise InputError(f"{folder}: a folder without data files: give a JSON Lines, Parquet or TSV file")
+    if len(chosen) != 1:
+        choices = ", ".join(list(sets)[:6]) + (" ..." if len(sets) > 6 else "")
+        raise InputError(f"{folder}: a folder with {len(sets)} sets of files ({choices}): give one, as '{folder}/NAME'")
+    return sets[chosen[0]]
+
+
+def named(source: str | Path) -> str:
+    """Return the name of `source` for messages, with the files that are read if it is a pattern or a folder."""
+    paths = shards(source)
+    if paths == [Path(source)]:
+        return str(source)
+    return f"{source} ({paths[0].name}{f' to {paths[-1].name}, {len(paths)} files' if len(paths) > 1 else ''})"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a data file for reading bytes, unpacked if it is gzipped.
+
+    Raises InputError, from the body too, if the file is missing, damaged, a git-lfs pointer or of a foreign format.
+    """
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            is_array = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        with open(path, "rb") as file:
+            is_gzip = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_gzip else open(path, "rb") as file:
+            start = file.read(4)
             file.seek(0)
-            if is_array:
-                yield from enumerate(_parse(file.read(), path, 1), start=1)
-            else:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield number, _parse(line, path, number)
+            refuse_pointer(path)
+            for magic, cure in FOREIGN.items():
+                if start.startswith(magic):
+                    raise InputError(f"{path}: {cure}")
+            yield file
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: give a JSON Lines file") from None
+        raise InputError(f"{path}: no such file: give a JSON Lines, Parquet or TSV file") from None
     except (OSError, EOFError, zlib.error) as error:
-        raise InputError(f"{path}: {getattr(error, 'strerror', None) or error}: give a JSON Lines file") from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: {reason}: give a JSON Lines, Parquet or TSV file") from None
+
+
+def has_objects(path: Path) -> bool:
+    """Return whether the file holds JSON or Parquet, by its first bytes; else it is taken for text."""
+    with opened(path) as file:
+        start = file.read(4096).removeprefix(BOM).lstrip()
+    return start.startswith((b"[", b"{", b"PAR1"))
+
+
+def rows_of_file(path: Path) -> Iterator[Row]:
+    """Yield each row of one file of JSON Lines, a JSON array or Parquet."""
+    with opened(path) as file:
+        start = file.read(4096).removeprefix(BOM).lstrip()
+        file.seek(0)
+        if start.startswith(b"PAR1"):
+            yield from _parquet_rows(file, path)
+        elif start.startswith(b"["):
+            for number, value in enumerate(_parse(file.read(), path, 1), start=1):
+                yield number, f"{path}, line {number}", value
+        else:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, f"{path}, line {number}", _parse(line, path, number)
+
+
+def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            f"{path}: a Parquet file, which needs pyarrow: pip install '.[parquet]', or convert it to JSON Lines"
+        ) from None
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield number, f"{path}, row {number}", value
+    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are their subclasses
+        reason = str(error).partition("\n")[0][:200]
+        raise InputError(
+            f"{path}: a Parquet file that is damaged after row {number} ({reason}): download it again"
+        ) from None
 
 
 def _parse(raw: bytes, path: Path, line: int) -> object:
-    if raw.startswith(b"PAR1"):
-        raise InputError(f"{path}: a Parquet file: convert it to JSON Lines")
     try:
         return json.loads(raw.rstrip().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -37,9 +166,23 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
         raise InputError(f"{path}, line {line}: not valid UTF-8: convert the file to UTF-8") from None
     except json.JSONDecodeError as error:
         raise InputError(
-            f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): give an object a line, or an array"
+            f"{path}, line {line + error.lineno - 1}: broken JSON ({error.msg}): give one object per line, or an array"
         ) from None
     except RecursionError:
-        raise InputError(f"{path}, line {line}: JSON nested too deeply: mend the line") from None
-    except ValueError:  # Python's limit on the digits of an integer
-        raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: mend the line") from None
+        raise InputError(f"{path}, line {line}: JSON nested too deeply: correct the line") from None
+    except ValueError:  # Python limits the digits of an integer
+        raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: correct the line") from None
+
+
+def text_of(value: object, name: str, where: str) -> str:
+    """Return a text, or a number as text. Raises InputError, which calls the value `name`, for anything else."""
+    if type(value) is int or (type(value) is float and math.isfinite(value)):
+        return str(value)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {name} is {type(value).__name__}, not a string: make it a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = value[error.start].encode("ascii", "backslashreplace").decode()
+        raise InputError(f"{where}: {name} has {half}, half of a character: correct the row") from None
+    return value

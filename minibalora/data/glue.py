@@ -1,62 +1,75 @@
-"""Labelled texts: GLUE's own TSV files, JSON with the same columns, and data of one's own; label noise and imbalance.
+"""Labelled texts: GLUE's own TSV files, JSON and Parquet with the same columns, and custom data; noise and imbalance.
 
 Column names, classes and metrics are those of gluebenchmark.com and of the `glue` data set on Hugging Face.
 """
 
+import glob
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from reprlib import repr as short  # of what a file holds, for messages
+from reprlib import repr as short  # for values from a file in messages
 
 import numpy as np
 
 from minibalora.base.errors import InputError
-from minibalora.data.files import read_rows
+from minibalora.base.files import entered
+from minibalora.data.files import counted_on, has_objects, opened, rows_of_file, shards, text_of
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned, and how its files spell it. A class is an integer, the index of its name in `labels`."""
+    """A classification or regression task, and how its files spell it. A class is the index of its name in `labels`."""
 
     name: str
-    columns: tuple[tuple[str, ...], ...]  # one or two texts, then the label; GLUE's names first, then what others use
+    columns: tuple[tuple[str, ...], ...]  # one or two texts, then the label; GLUE's names first, then other names
     labels: tuple[str, ...] | None  # None: the label is a score
     metrics: tuple[str, ...]  # functions of metrics.py
-    spellings: dict[str | int, int] = field(default_factory=dict)  # all that a file may call a class; integers in JSON
-    folded: tuple[str, ...] = ()  # labels that say no more than "not class 0"
-    unlabelled: tuple[str | int, ...] = ()  # in place of a label: the row is left out
-    header: tuple[str, ...] | None = None  # the columns of GLUE's own files where these do not name them
-    broken_rows: bool = False  # rows with too few columns are known and left out
+    spellings: dict[str | int, int] = field(default_factory=dict)  # all spellings of a class in a file -> its index
+    folded: tuple[str, ...] = ()  # labels that mean only "not class 0"
+    header: tuple[str, ...] | None = None  # the columns of GLUE's own files if these have no header
+    broken_rows: bool = False  # GLUE's own files have rows with a wrong number of columns, which are left out
     dev: tuple[str, ...] = ("dev.tsv",)
 
 
-_BINARY = {"0": 0, "1": 1, 0: 0, 1: 1}
-_ENTAILMENT = {"entailment": 0, "not_entailment": 1, "non-entailment": 1, 0: 0, 1: 1}
+def _spellings(*classes: str) -> dict[str | int, int]:
+    """Return the spellings of each class: its index, as text and as integer, and its names, separated by spaces."""
+    indices = {kind(index): index for kind in (int, str) for index in range(len(classes))}
+    return indices | {name: index for index, names in enumerate(classes) for name in names.split()}
+
+
+# In place of a label: in GLUE's hidden test sets, and in MNLI and SNLI where annotators disagree. A custom task may
+# have a class of this name.
+HIDDEN = ("-", "-1", "-1.0", -1)
+ANNOTATIONS = ["label1", "gold_label"]  # the last columns of GLUE's SNLI, whose rows have one or five of the first
+FRACTION = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
+_ENTAILMENT = _spellings("entailment", "not_entailment non-entailment")
 _PAIR, _NLI_PAIR = ("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label")
 _GOLD_PAIR = ("sentence1", "sentence2", "gold_label")  # MNLI, SNLI, HANS
 
 TASKS = {
     task.name: task
     for task in (
-        Task("cola", (("sentence", "label"),), ("0", "1"), ("matthews",), _BINARY,
+        Task("cola", (("sentence", "label"),), ("0", "1"), ("matthews",), _spellings("unacceptable", "acceptable"),
              header=("source", "label", "mark", "sentence")),
         Task("sst2", (("sentence", "label"), ("text", "label")), ("0", "1"), ("accuracy",),
-             _BINARY | {"negative": 0, "positive": 1}),
-        Task("mrpc", (("#1 String", "#2 String", "Quality"), _PAIR), ("0", "1"), ("accuracy", "f1"), _BINARY),
+             _spellings("negative neg", "positive pos")),
+        Task("mrpc", (("#1 String", "#2 String", "Quality"), _PAIR), ("0", "1"), ("accuracy", "f1"),
+             _spellings("not_equivalent", "equivalent")),
         Task("stsb", (("sentence1", "sentence2", "score"), _PAIR), None, ("pearson", "spearman")),
         Task("qqp", (("question1", "question2", "is_duplicate"), ("question1", "question2", "label"), _PAIR),
-             ("0", "1"), ("accuracy", "f1"), _BINARY, broken_rows=True),
-        Task("mnli", (_GOLD_PAIR, _NLI_PAIR), ("entailment", "neutral", "contradiction"), ("accuracy",),
-             {"entailment": 0, "neutral": 1, "contradiction": 2, 0: 0, 1: 1, 2: 2},
-             folded=("non-entailment", "not_entailment"), unlabelled=("-", -1),
+             ("0", "1"), ("accuracy", "f1"), _spellings("not_duplicate", "duplicate"), broken_rows=True),
+        Task("mnli", (_GOLD_PAIR, _NLI_PAIR, ("context", "hypothesis", "label")),  # the last: ANLI's
+             ("entailment", "neutral", "contradiction"), ("accuracy",),
+             _spellings("entailment e", "neutral n", "contradiction c"), folded=("non-entailment", "not_entailment"),
              dev=("dev_matched.tsv", "dev_mismatched.tsv")),
         Task("qnli", (("question", "sentence", "label"),), ("entailment", "not_entailment"), ("accuracy",),
              _ENTAILMENT),
         Task("rte", (_PAIR, _GOLD_PAIR, _NLI_PAIR), ("entailment", "not_entailment"), ("accuracy",), _ENTAILMENT),
-        Task("wnli", (_PAIR,), ("0", "1"), ("accuracy",), _BINARY),
+        Task("wnli", (_PAIR,), ("0", "1"), ("accuracy",), _spellings("not_entailment", "entailment")),
     )
 }  # fmt: skip
 
@@ -65,40 +78,48 @@ TASKS = {
 class LabelledText:
     texts: tuple[str, ...]  # one, or two for a pair
     label: int | float  # the class, or the score of a regression
-    line: int  # where it stands in its file, from 1 (in a JSON array: which item)
+    line: int  # its line or row, from 1, counted on through the files of a set
 
 
 def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> Task:
-    """Classification with the classes of a training file: its distinct labels in order, integers by their value.
+    """Return a classification task whose classes are the distinct labels of a training file, in order.
 
-    text_fields: one or two columns of a TSV file or fields of JSON objects. Labels are strings, integers or booleans.
+    text_fields: one or two columns of a TSV file or fields of objects. Labels are strings, integers or booleans;
+    integers are ordered by value. Raises InputError for other labels and for numbers with a fraction, that is, scores.
     """
-    task = Task("custom", ((*text_fields, label_field),), (), ("accuracy",))
-    found = [values[-1] for _, values in _rows(Path(path), task)]
-    # anything else is no class, and read_labelled names its line
-    names = sorted({str(label) for label in found if isinstance(label, str | int)} - {""})
+    task, names = Task("custom", ((*text_fields, label_field),), (), ("accuracy",)), set()
+    for _, where, (*_, label) in _rows(path, task):
+        if not isinstance(label, str | int):
+            kind = f"the label {short(label)} is a {type(label).__name__}, but a class is a string or an integer"
+            raise InputError(f"{where}: {kind}: change the field {label_field!r}, or give --task stsb for scores")
+        names.add(str(label))
+    names = sorted(names - {""})  # read_labelled names the line of an empty label
+    if any(map(FRACTION.fullmatch, names)) and all(map(_is_number, names)):
+        first = next(filter(FRACTION.fullmatch, names))
+        raise InputError(f"{path}: {label_field!r} has numbers with a fraction ({first}), which are scores and not "
+                         "classes: give --task stsb with columns sentence1, sentence2, score")  # fmt: skip
     if len(names) < 2:
         raise InputError(f"{path}: {label_field!r} has {len(names)} different labels: give a file with two or more")
-    with suppress(ValueError):  # of int, where they are words
+    with suppress(ValueError):  # int() of words
         names = sorted(names, key=int)
     return replace(task, labels=tuple(names), spellings={name: index for index, name in enumerate(names)})
 
 
 def read_labelled(path: str | Path, task: Task) -> tuple[list[LabelledText], int, bool]:
-    """The examples of a file, how many rows were left out, and whether the labels are folded.
+    """Return the examples of a file or set of files, the number of rows left out, and whether the labels are folded.
 
-    TSV or JSON is recognised by the content. Left out are rows without a label (MNLI, where annotators disagree) and
-    QQP's broken ones. Folded: the file (HANS, say) tells class 0 from all others and no more, the others are class 1,
-    and predictions have to be compared after `fold`. InputError names the line of the first bad row.
+    TSV, JSON and Parquet are recognised by their content. Rows without a label are left out (HIDDEN), and QQP's broken
+    ones. Folded: the file (HANS, for instance) distinguishes only class 0 from all others; the others are class 1, and
+    predictions must pass through `fold` before they are compared. Raises InputError, which names the line, at the first
+    bad row.
     """
     examples, skipped, exact, folded = [], 0, False, False
-    for line, values in _rows(Path(path), task):
-        if values is None or values[-1] in task.unlabelled:
+    for line, where, values in _rows(path, task):
+        if values is None or _is_hidden(values[-1], task):
             skipped += 1
             continue
         *texts, label = values
-        where = f"{path}, line {line}"
-        texts = tuple(_text(text, where) for text in texts)
+        texts = tuple(text_of(text, "a text", where) for text in texts)
         if task.labels is None:
             label = _score(label, where)
         elif label in task.folded:
@@ -110,54 +131,73 @@ def read_labelled(path: str | Path, task: Task) -> tuple[list[LabelledText], int
             raise InputError(f"{where}: {task.folded[0]!r} and {task.labels[1]!r} in one file: split the file")
         examples.append(LabelledText(texts, label, line))
     if not examples:
-        raise InputError(f"{path}: has no rows with a label: give a training or dev file of {task.name}")
+        hidden = f", only {skipped:,} without one (-1 or - hides it)" if skipped else ""
+        raise InputError(f"{path}: has no rows with a label{hidden}: give a training or dev file of {task.name}")
     return examples, skipped, folded
 
 
 def fold(classes: list[int]) -> list[int]:
-    """Any class but 0 becomes 1: how a model of several classes answers a file whose labels are folded."""
+    """Map every class but 0 to 1, to compare predictions of several classes with folded labels."""
     return [min(label, 1) for label in classes]
 
 
-def _rows(path: Path, task: Task) -> Iterator[tuple[int, list | None]]:
-    """Line, and the texts and label as they stand there; None for a row that is known to be broken."""
+def _is_hidden(label: object, task: Task) -> bool:
+    is_minus_one = isinstance(label, str) and _is_number(label) and float(label) == -1
+    return (label in HIDDEN or is_minus_one) and label not in task.spellings and str(label) not in task.spellings
+
+
+def _is_label(cell: str, task: Task) -> bool:
+    return cell in ("", *task.spellings, *task.folded) or _is_hidden(cell, task)
+
+
+def _is_number(text: str) -> bool:
     try:
-        with open(path, "rb") as file:
-            is_json = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] in (b"[", b"{")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give a TSV or JSON Lines file") from None
-    return _json_rows(path, task) if is_json else _tsv_rows(path, task)
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
-def _json_rows(path: Path, task: Task) -> Iterator[tuple[int, list]]:
-    for line, row in read_rows(path):
-        where = f"{path}, line {line}"
+def _rows(source: str | Path, task: Task) -> Iterator[tuple[int, str, list | None]]:
+    """Yield line, place, and the texts and label as the file has them; None for a row that is known to be broken."""
+    return counted_on(
+        _object_rows(path, task) if has_objects(path) else _tsv_rows(path, task) for path in shards(source)
+    )
+
+
+def _object_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list]]:
+    for line, where, row in rows_of_file(path):
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with texts and a label")
-        yield line, [row[name] for name in _columns(task, row, where)]
+        columns = _fitting(task, [name for name, value in row.items() if value is not None])
+        yield line, where, [row[name] for name in columns or _columns(task, row, where)]
 
 
-def _tsv_rows(path: Path, task: Task) -> Iterator[tuple[int, list[str] | None]]:
-    """Cells stand between tabs, quotes are text like any other, and only a newline ends a row."""
-    wanted = None
-    with open(path, "rb") as file:
+def _tsv_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list[str] | None]]:
+    """Read cells between tabs. Quotes are ordinary text, and only a newline ends a row."""
+    header = None
+    with opened(path) as file:
         for line, raw in enumerate(file, start=1):
             if not raw.strip(b"\r\n"):
                 continue
             where = f"{path}, line {line}"
             cells = _decoded(raw, where).rstrip("\r\n").split("\t")
-            if wanted is None:
+            if header is None:
                 headerless = task.header and len(cells) == len(task.header) and not _fitting(task, cells)
-                header = task.header if headerless else cells
-                wanted = [header.index(name) for name in _columns(task, header, where)]
+                header = list(task.header) if headerless else cells
+                indices = [header.index(name) for name in _columns(task, header, where)]
                 if not headerless:
                     continue
-            if max(wanted) < len(cells):
-                yield line, [cells[index] for index in wanted]
+            if header[-2:] == ANNOTATIONS and all(_is_label(cell, task) for cell in cells[len(header) - 2 :]):
+                cells = [*cells[: len(header) - 1], *cells[len(header) - 1 :][-1:]]
+            while len(cells) > len(header) and not cells[-1]:
+                cells.pop()
+            if max(indices) < len(cells) <= len(header):
+                yield line, where, [cells[index] for index in indices]
             elif task.broken_rows:
-                yield line, None
+                yield line, where, None
             else:
-                raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: mend the row")
+                raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
 
 
 def _decoded(raw: bytes, where: str) -> str:
@@ -167,47 +207,38 @@ def _decoded(raw: bytes, where: str) -> str:
         raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
 
 
-def _fitting(task: Task, found: Iterable[str]) -> tuple[str, ...] | None:
-    return next((columns for columns in task.columns if set(columns) <= set(found)), None)
+def _fitting(task: Task, present: Iterable[str]) -> tuple[str, ...] | None:
+    return next((columns for columns in task.columns if set(columns) <= set(present)), None)
 
 
-def _columns(task: Task, found: Iterable[str], where: str) -> tuple[str, ...]:
-    """The first of the task's alternatives whose columns are all there; InputError says what is there instead."""
-    if columns := _fitting(task, found):
+def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
+    """Return the first of the task's alternatives whose columns are all there. Raises InputError if none is."""
+    if columns := _fitting(task, present):
         return columns
-    own = [other for other in TASKS.values() if set(other.columns[0]) <= set(found)]  # GLUE's names come first
-    others = own or [other for other in TASKS.values() if _fitting(other, found)]
+    exact = [other for other in TASKS.values() if set(other.columns[0]) <= set(present)]  # GLUE's names come first
+    others = exact or [other for other in TASKS.values() if _fitting(other, present)]
     most = max((len(other.columns[0]) for other in others), default=0)
     if others:
-        mend = f"they are those of {' or '.join(other.name for other in others if len(other.columns[0]) == most)}"
-    elif any(set(columns[:-1]) <= set(found) for columns in task.columns):
-        mend = "a test file has no labels, give a training or dev file"
+        cure = f"they are those of {' or '.join(other.name for other in others if len(other.columns[0]) == most)}"
+    elif any(set(columns[:-1]) <= set(present) for columns in task.columns):
+        cure = "a test file has no labels, give a training or dev file"
     else:
-        mend = "rename them; in TSV, tabs stand between columns"
-    listed = ", ".join(map(short, found)) or "none"
-    wanted = " or ".join(", ".join(columns) for columns in task.columns)
+        cure = "rename them; in TSV, tabs stand between columns"
+    listed = ", ".join(map(short, present)) or "none"
+    expected = " or ".join(", ".join(columns) for columns in task.columns)
     if task.header:
-        wanted += f" or, without a header, {', '.join(task.header)}"
-    raise InputError(f"{where}: has the columns {listed}, not {task.name}'s {wanted}: {mend}")
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{where}: a text is {type(value).__name__}, not a string: mend the row")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: the text {short(value)} has half of a character: mend the row") from None
-    return value
+        expected += f" or, without a header, {', '.join(task.header)}"
+    raise InputError(f"{where}: has the columns {listed}, not {task.name}'s {expected}: {cure}")
 
 
 def _class(label: object, task: Task, where: str) -> int:
-    # JSON's integers are GLUE's classes, but names of one's own; true and false are always names
+    # An integer is a class of GLUE by its index, but of a custom task by its name; true and false are always names.
     if isinstance(label, bool) or (isinstance(label, int) and label not in task.spellings):
         label = str(label)
     if not isinstance(label, str | int) or label not in task.spellings:
-        known = ", ".join(short(name) for name in task.spellings if isinstance(name, str))
-        raise InputError(f"{where}: the label {short(label)} is none of {task.name}'s {known}: mend the row")
+        kind = "" if isinstance(label, str | int) else f" ({type(label).__name__})"
+        names = ", ".join(short(name) for name in task.spellings if isinstance(name, str))
+        raise InputError(f"{where}: the label {short(label)}{kind} is none of {task.name}'s {names}: correct the row")
     return task.spellings[label]
 
 
@@ -217,25 +248,32 @@ def _score(label: object, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         score = math.nan
     if isinstance(label, bool) or not math.isfinite(score):
-        raise InputError(f"{where}: the score {short(label)} is no finite number: mend the row")
+        raise InputError(f"{where}: the score {short(label)} is not a finite number: correct the row")
     return score
 
 
 def glue_files(folder: str | Path, task: Task) -> tuple[Path, list[Path]]:
-    """The training file and the dev file, or MNLI's two, of a folder as GLUE hands it out."""
-    folder = Path(folder)
+    """Return the training file and the dev file, or MNLI's two, of a folder as GLUE or Hugging Face distributes it.
+
+    Hugging Face's are Parquet files in shards, for which the paths are patterns, in a folder of the task's name.
+    """
+    folder = entered(Path(folder))
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: give {task.name}'s folder of GLUE")
-    paths = [folder / name for name in ("train.tsv", *task.dev)]
-    for path in paths:
-        if not path.is_file():
-            there = short(sorted(other.name for other in folder.iterdir()))
-            raise InputError(f"{path}: no such file beside {there}: give {task.name}'s folder of GLUE")
-    return paths[0], paths[1:]
+    folder = folder / task.name if (folder / task.name).is_dir() else folder
+    names = ["train.tsv", *task.dev]
+    if not (folder / names[0]).exists() and any(folder.glob("train-*.parquet")):
+        names = [name.replace("dev", "validation").replace(".tsv", "-*.parquet") for name in names]
+        folder = Path(glob.escape(str(folder)))
+    for name in names:
+        if not glob.glob(str(folder / name)) and not (folder / name).is_file():
+            present = short(sorted(other.name for other in folder.iterdir()))
+            raise InputError(f"{folder / name}: no such file beside {present}: give {task.name}'s folder of GLUE")
+    return folder / names[0], [folder / name for name in names[1:]]
 
 
 def check_classes(examples: list[LabelledText], task: Task, where: str | Path) -> None:
-    """InputError if a class of the task has no example to learn it from."""
+    """Check that every class of the task has an example to learn it from. Raises InputError if one has none."""
     present = {example.label for example in examples}
     for label, name in enumerate(task.labels or ()):
         if label not in present:
@@ -243,7 +281,7 @@ def check_classes(examples: list[LabelledText], task: Task, where: str | Path) -
 
 
 def with_label_noise(examples: list[LabelledText], share: float, classes: int, seed: int) -> list[LabelledText]:
-    """Symmetric noise: round(share·N) examples, drawn at random, each get one of the other classes, all as likely."""
+    """Add symmetric noise: give round(share·N) random examples one of the other classes, each equally likely."""
     generator = np.random.default_rng(seed)
     chosen = generator.choice(len(examples), round(share * len(examples)), replace=False)
     shifts = generator.integers(1, classes, len(chosen))
@@ -254,9 +292,9 @@ def with_label_noise(examples: list[LabelledText], share: float, classes: int, s
 
 
 def with_imbalance(examples: list[LabelledText], ratio: float, seed: int) -> list[LabelledText]:
-    """The largest class whole (of several, the first), of every other at most round(its size / ratio) examples.
+    """Keep the largest class (the first of several) and at most round(its size / ratio) examples of every other class.
 
-    ratio >= 1. What stays is drawn at random and keeps its order; InputError if nothing of the other classes would.
+    ratio >= 1. The kept examples are drawn at random and stay in order. Raises InputError if no other class would stay.
     """
     rows = defaultdict(list)
     for index, example in enumerate(examples):

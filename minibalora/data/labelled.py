@@ -1,18 +1,22 @@
 """From labelled texts to batches: tokens, padding, labels."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.glue import LabelledText
+
+MOST_UNKNOWN = 0.8  # share of the tokens: more is a mistake, not a hard text
 
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A tokenised example; `index` is its place among the rows, `line` that in its file."""
+    """A tokenised example. `index` is its place among the rows, `line` its line in the file."""
 
     ids: np.ndarray
     token_types: np.ndarray
@@ -20,11 +24,11 @@ class ClassRow:
     index: int
     line: int
 
-    predicted = 1  # what a step's mean counts of it, as `Row.predicted`
+    predicted = 1  # its weight in a step's mean, as `Row.predicted`
 
 
 def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tuple[list[ClassRow], int]:
-    """The examples' rows, in order, and how many of them were cut to max_length tokens."""
+    """Tokenise the examples. Returns their rows, in order, and how many were cut to max_length tokens."""
     encoded, cut = tok.encode_labelled([example.texts for example in examples], max_length)
     rows = [
         ClassRow(np.array(ids, np.int32), np.array(types, np.int32), example.label, index, example.line)
@@ -33,10 +37,27 @@ def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tup
     return rows, cut
 
 
-def padded(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
-    """The model's arguments, each (N, T) and padded on the right with 0, and the labels (N,).
+def unknown_share(rows: list[ClassRow], tok: Tokenizer, data: str | None, folder: str | Path) -> float:
+    """Return the share of the rows' tokens that are the tokenizer's unknown token, special tokens not counted.
 
-    Arguments are ids and attention mask, and token types for a model that has more than one.
+    Raises InputError, which names `data` and the tokenizer's folder, if it is above 80 %: the texts are of a language
+    or an alphabet that the model was not trained on, or the tokenizer is another model's.
+    """
+    names = getattr(tok.backend.model, "unk_token", None), "[UNK]", "<unk>"  # a unigram model does not say its own
+    unknown = {tok.backend.token_to_id(name) for name in names if name} - {None}
+    specials = tok.backend.num_special_tokens_to_add(is_pair=bool(rows[0].token_types.any()))
+    tokens = sum(len(row.ids) - specials for row in rows)
+    share = sum(int(np.isin(row.ids, list(unknown)).sum()) for row in rows) / max(tokens, 1)
+    if share > MOST_UNKNOWN:
+        raise InputError(f"{data}: {share:.0%} of the tokens are unknown to the tokenizer in {folder}: give a model of "
+                         "this language, or its own tokenizer")  # fmt: skip
+    return share
+
+
+def padded(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Return the model's arguments, each (N, T) and padded on the right with 0, and the labels (N,).
+
+    The arguments are ids, attention mask, and token types if the model has more than one.
     """
     width = max(len(row.ids) for row in rows)
     arrays = np.zeros((3, len(rows), width), dtype=np.int64)

@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.data.files import read_rows
+from minibalora.data.files import read_rows, text_of
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -21,20 +22,24 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
-# Rows are recognised by the first pair of fields that they have.
+# The fields of prompt and response. The first pair of which a row has both counts; null fields count as absent.
 FIELDS = [
     ("query", "response"),  # MetaMathQA
-    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set; with an optional "input"
+    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set
+    ("instruction", "response"),  # Dolly, GPTeacher, Magicoder
     ("query", "answer"),  # CodeFeedback
     ("question", "answer"),  # GSM8K
-    ("problem", "solution"),  # MATH
+    ("question", "response"),  # OpenOrca
+    ("problem", "solution"),  # MATH, NuminaMath
+    ("problem", "generated_solution"),  # OpenMathInstruct
     ("prompt", "completion"),
+    ("inputs", "targets"),  # FLAN, Aya
 ]
+INPUTS = ("input", "context")  # what the prompt is about: Alpaca's, Dolly's
+EMPTY = (None, "", [], {})
+SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
-CONVERSATIONS = (
-    "conversations",
-    "messages",
-)  # first user turn, first reply; ShareGPT's and OpenAI's spelling
+CONVERSATIONS = ("conversations", "messages")  # first user turn, first reply; ShareGPT's and OpenAI's spelling
 
 USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt", "chatgpt", "bing", "bard")
 
@@ -44,28 +49,35 @@ class Example:
     prompt: str  # the whole prompt, template included
     response: str
     kind: str  # the row's "type", or ""
-    line: int  # where it stands in its file, from 1 (in a JSON array: which item)
+    line: int  # its line or row, from 1, counted on through the files of a set
 
 
 def read_examples(
     path: str | Path,
     prompt_field: str | None = None,
     response_field: str | None = None,
+    input_field: str | None = None,
     limit: int | None = None,
     raw: bool = False,
-) -> tuple[list[Example], int]:
-    """The first `limit` rows of a JSON Lines file or JSON array; InputError names the line of the first bad one.
+) -> tuple[list[Example], Counter[str]]:
+    """Read the first `limit` rows of a data file, or of a set of files (see `files.shards`).
 
-    Conversations in which no user is answered are left out, for published collections have many, and counted.
+    Returns the examples, and how many rows were left out for each reason: published collections have conversations in
+    which no user is answered, and empty responses, which would teach to answer nothing. Raises InputError, which names
+    the line, at the first row that is not understood.
     """
-    rows = islice(read_rows(Path(path)), limit)
-    found = [example_from(row, line, f"{path}, line {line}", prompt_field, response_field, raw) for line, row in rows]
-    examples = [example for example in found if example is not None]
+    examples, left_out = [], Counter({"conversations without a reply": 0, "empty responses": 0})
+    for line, where, row in islice(read_rows(path), limit):
+        example = example_from(row, line, where, prompt_field, response_field, input_field, raw)
+        if example is None:
+            left_out["conversations without a reply"] += 1
+        elif not example.response.strip():
+            left_out["empty responses"] += 1
+        else:
+            examples.append(example)
     if not examples:
-        raise InputError(
-            f"{path}: has no rows with a response: give JSON Lines or a JSON array with prompts and responses"
-        )
-    return examples, len(found) - len(examples)
+        raise InputError(f"{path}: has no rows with a response: give a data file with prompts and responses")
+    return examples, left_out
 
 
 def example_from(
@@ -74,28 +86,32 @@ def example_from(
     where: str = "built-in data",
     prompt_field: str | None = None,
     response_field: str | None = None,
+    input_field: str | None = None,
     raw: bool = False,
 ) -> Example | None:
-    """A row as an example, its prompt template filled in; None for a conversation in which no user is answered.
+    """Return a row as an example, its prompt template filled in; None for a conversation in which no user is answered.
 
-    raw: the prompt is what the row asks, and its input on a line below, without a template.
-
-    InputError, beginning with `where`, if it is no such row.
+    input_field: the text that the prompt is about; None: the fields INPUTS; "": none. raw: without a template, the
+    prompt is what the row asks, and its input on a line below. Raises InputError, which begins with `where`, if the
+    fields are not understood.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
-    if prompt_field or response_field:
-        guessed = (None, None) if prompt_field and response_field else _guess(row, where)
-        fields = prompt_field or guessed[0], response_field or guessed[1]
-    elif key := next((key for key in CONVERSATIONS if key in row), None):
+    pairs = [pair for pair in FIELDS if row.get(pair[0]) is not None and pair[1] in row]
+    pair = max(pairs, key=lambda pair: row[pair[1]] is not None, default=(None, None))
+    key = next((key for key in CONVERSATIONS if row.get(key) is not None and (row[key] or not pairs)), None)
+    if key is not None and not (prompt_field or response_field):
         turns = _first_turns(row[key], f"{where}: {key}")
         if turns is None:
             return None
-        row, fields = turns | {"type": row.get("type")}, ("user", "reply")
+        question, context, response = _text(turns, "user", where), "", _text(turns, "reply", where)
     else:
-        fields = _guess(row, where)
-    question, response = (_string(row, field, where) for field in fields)
-    context = _string(row, "input", where) if fields[0] == "instruction" and row.get("input") else ""
+        fields = prompt_field or pair[0], response_field or pair[1]
+        if None in fields:
+            raise InputError(_no_pair(row, where))
+        question, context = _question_and_input(row, fields, input_field, where)
+        # Programs write an empty cell as null.
+        response = "" if row.get(fields[1], "") is None else _text(row, fields[1], where)
     if raw:
         prompt = f"{question}\n{context}" if context else question
     else:
@@ -104,29 +120,31 @@ def example_from(
     return Example(prompt, response, kind if isinstance(kind, str) else "", line)
 
 
-def _guess(row: dict, where: str) -> tuple[str, str]:
-    for prompt, response in FIELDS:
-        if prompt in row and response in row:
-            return prompt, response
-    known = ", ".join(f"{prompt}/{response}" for prompt, response in FIELDS)
-    fields = ", ".join(map(str, row)) or "none"
-    raise InputError(
-        f"{where}: has fields {fields}, none of {known}: rename yours, or name them to train_nlg.py "
+def _question_and_input(row: dict, fields: tuple[str, str], input_field: str | None, where: str) -> tuple[str, str]:
+    """Return the prompt, with a system prompt before it, and the text that it is about, "" without one."""
+    names = INPUTS if input_field is None else (input_field,) if input_field else ()
+    system, inputs = (
+        [_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]
+        for group, absent in ((SYSTEMS, None), (names, input_field))  # a row without the named field is refused
+    )
+    question = "\n\n".join([*filter(str.strip, system), _text(row, fields[0], where)])
+    return question, "\n".join(filter(str.strip, inputs))
+
+
+def _no_pair(row: dict, where: str) -> str:
+    pairs = ", ".join("/".join(pair) for pair in FIELDS)
+    fields = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
+    return (
+        f"{where}: has fields {fields}, none of {pairs}: rename yours, or name them to train_nlg.py "
         "with --prompt-field, --response-field"
     )
 
 
-def _string(row: dict, field: str, where: str) -> str:
+def _text(row: dict, field: str, where: str) -> str:
+    """Return a field that is a text, or a number as a text. Raises InputError for anything else."""
     if field not in row:
         raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
-    if not isinstance(row[field], str):
-        raise InputError(f"{where}: the field {field!r} is {type(row[field]).__name__}, not a string: mend the row")
-    try:
-        row[field].encode()
-    except UnicodeEncodeError as error:
-        half = row[field][error.start].encode("ascii", "backslashreplace").decode()
-        raise InputError(f"{where}: the field {field!r} has {half}, half of a character: mend the row") from None
-    return row[field]
+    return text_of(row[field], f"the field {field!r}", where)
 
 
 def _first_turns(turns: object, where: str) -> dict | None:

@@ -1,5 +1,6 @@
-"""What a classifier learns from and is measured on, and what is done to it first: noise, imbalance, questions."""
+"""The rows that a classifier learns from and is measured on; noise and imbalance; the order of a head's classes."""
 
+import re
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,8 +17,13 @@ from minibalora.data.labelled import ClassRow, encode
 class EvalSet:
     name: str
     examples: list[LabelledText]
-    is_folded: bool  # its labels tell class 0 from all others, and no more
+    is_folded: bool  # its labels distinguish only class 0 from all others
+    skipped: int = 0  # rows without a label
     rows: list[ClassRow] = field(default_factory=list)  # the examples, tokenised
+
+    def in_words(self) -> str:
+        left_out = f", {self.skipped:,} without a label left out" if self.skipped else ""
+        return f"{self.name}, {len(self.rows):,} rows{left_out}"
 
     def encoded(self, tok: Tokenizer, max_length: int) -> "EvalSet":
         return replace(self, rows=encode(self.examples, tok, max_length)[0])
@@ -26,35 +32,36 @@ class EvalSet:
 def read_sets(
     data: str, task: str, eval_paths: list[str], text_field: list[str], label_field: str
 ) -> tuple[Task, list[LabelledText], int, list[EvalSet]]:
-    """The task, what to learn from, how many rows were left out of it, and what to measure on, first the dev set.
+    """Return the task, the training examples, how many training rows were left out, and the evaluation sets.
 
-    data: a folder of GLUE's, which has the dev set, or a file. The fields are those of the task "custom".
+    data: a folder of GLUE, whose dev set is the first evaluation set, or a file or set of files. The fields are those
+    of the task "custom".
     """
     path, dev = Path(data), []
-    known = TASKS[task] if task != "custom" else None
-    if path.is_dir() and known is not None:
-        path, dev = glue.glue_files(path, known)
-    known = known or glue.custom_task(path, text_field, label_field)
-    examples, skipped, _ = glue.read_labelled(path, known)
-    eval_sets = read_eval_sets([*dev, *map(Path, eval_paths)], known)
+    glue_task = TASKS.get(task)
+    if path.is_dir() and glue_task is not None:
+        path, dev = glue.glue_files(path, glue_task)
+    task = glue_task or glue.custom_task(path, text_field, label_field)
+    examples, skipped, _ = glue.read_labelled(path, task)
+    eval_sets = read_eval_sets([*dev, *map(Path, eval_paths)], task)
     if not eval_sets:
         raise InputError(f"--data {data}: a file needs --eval with the dev file: give it")
-    return known, examples, skipped, eval_sets
+    return task, examples, skipped, eval_sets
 
 
 def read_eval_sets(paths: list[Path], task: Task) -> list[EvalSet]:
-    """Each file by its name, or by its path where another has the same name."""
+    """Read each file. A set is called by its file's name, or by the path if two files have the same name."""
     if len(set(paths)) < len(paths):
         raise InputError(f"--eval names {max(paths, key=paths.count)} twice: name each file once")
     names = Counter(path.name for path in paths)
     sets = {path.name if names[path.name] == 1 else str(path): glue.read_labelled(path, task) for path in paths}
-    return [EvalSet(name, examples, is_folded) for name, (examples, _, is_folded) in sets.items()]
+    return [EvalSet(name, examples, folded, skipped) for name, (examples, skipped, folded) in sets.items()]
 
 
 def disturbed(
     examples: list[LabelledText], classes: int, imbalance: float | None, label_noise: float, seed: int
 ) -> tuple[list[LabelledText], str]:
-    """The examples with imbalance and noise, as far as they are asked for, and what was done, in words."""
+    """Return the examples with the imbalance and noise that are asked for, and what was changed, in words."""
     told, count = "", len(examples)
     if imbalance:
         examples = glue.with_imbalance(examples, imbalance, seed)
@@ -65,22 +72,34 @@ def disturbed(
     return examples, told
 
 
-def check_class_order(folder: str, task: Task) -> None:
-    """InputError if config.json says that a class of the head is another class of the task.
+def class_order(folder: str | Path, task: Task) -> list[int] | None:
+    """Return for each class of the task the row of a checkpoint's head that stands for it, by `id2label`.
 
-    Published heads of MNLI differ in their order. Names that the task does not know, such as LABEL_0, say nothing.
+    Published heads of MNLI differ in their order. Names such as LABEL_0 say nothing: then the order is the task's.
+    None: the names are those of other classes.
     """
     id2label = read_json_object(Path(folder) / "config.json").get("id2label")
-    known = {str(name).lower().replace("-", "_"): index for name, index in task.spellings.items()} | task.spellings
-    for index, name in (id2label if isinstance(id2label, dict) else {}).items():
-        ours = known.get(name, known.get(str(name).lower().replace("-", "_"))) if isinstance(name, str) else None
-        if ours is not None and str(ours) != index:
-            which = f"class {index} is {name!r}, which is class {ours} of {task.name}"
-            raise InputError(f"{folder}/config.json: {which}: put the head's rows and id2label into the task's order")
+    known = {_plain(name): index for name, index in task.spellings.items()}
+    rows = id2label if isinstance(id2label, dict) else {}
+    named = {int(row): known.get(_plain(name)) for row, name in rows.items() if row.isdigit() and _is_name(name)}
+    order = list(range(1 if task.labels is None else len(task.labels)))
+    if task.labels is None or all(row == index for row, index in named.items()):
+        return order
+    if sorted(named) != order or set(named.values()) != set(order):
+        return None
+    return sorted(named, key=named.get)
+
+
+def _plain(name: str | int) -> str:
+    return re.sub(r"[\W_]+", "_", str(name).lower())
+
+
+def _is_name(name: object) -> bool:
+    return isinstance(name, str | int) and re.fullmatch(r"label_\d+", _plain(name)) is None
 
 
 def in_words(examples: list[LabelledText], task: Task, source: str | None) -> str:
-    """How many rows there are, and of which class."""
+    """Describe the rows: their number, and the number of each class."""
     counts = Counter(example.label for example in examples)
     classes = ", ".join(f"{counts[index]:,} of class {label}" for index, label in enumerate(task.labels or ()))
     return f"{source or 'built-in reviews'}, {len(examples):,} rows{f': {classes}' if classes else ''}"

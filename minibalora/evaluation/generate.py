@@ -15,6 +15,7 @@ from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import load_adapter
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
+from minibalora.data.files import opened, read_rows
 from minibalora.data.prompts import FIELDS, example_from
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
 from minibalora.lowrank import merge
@@ -67,9 +68,11 @@ def parse_flags() -> Namespace:
 
 def add_model_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", type=cli.path, default=BUILT_IN / "llama", help="checkpoint folder: config.json, "
+    add("--model", metavar="DIR", type=cli.folder, default=BUILT_IN / "llama", help="checkpoint folder: config.json, "
         "tokenizer.json, *.safetensors (default: the built-in tiny LLaMA)")  # fmt: skip
-    add("--adapter", metavar="DIR", type=cli.path, help="folder of an adapter for it: what train_nlg.py or PEFT saved")
+    add(
+        "--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for it: what train_nlg.py or PEFT saved"
+    )
     add("--batch-size", type=cli.positive_int, metavar="N", help="prompts at a time (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
@@ -110,7 +113,7 @@ def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[
     """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them.
 
     A file has a prompt a line; blank lines are left out. A line that begins with `{"` is JSON, whose prompts may have
-    newlines.
+    newlines. A Parquet file has rows as JSON has them.
     """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", raw) for text in texts]
@@ -118,10 +121,13 @@ def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[
         raise InputError("nothing to answer: give --prompt or --file")
     is_stdin = file in (None, Path("-"))
     source = "standard input" if is_stdin else str(file)
-    try:
-        content = sys.stdin.buffer.read() if is_stdin else file.read_bytes()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}: give a file with a prompt a line") from None
+    if is_stdin:
+        content = sys.stdin.buffer.read()
+    else:
+        with opened(file) as stream:
+            content = stream.read()
+    if content.startswith(b"PAR1") and not is_stdin:
+        return [prompt_of(row, where, raw) for _, where, row in read_rows(file)]
     found = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{source}, line {number}"
@@ -143,11 +149,11 @@ def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[
 
 def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str, str]:
     """`where`, what the row asks in one of PROMPT_FIELDS, and that in the training template, or unchanged if raw."""
-    field = next((field for field in PROMPT_FIELDS if field in row), None)
+    field = next((field for field in PROMPT_FIELDS if row.get(field) is not None), None)
     if field is None:
         raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
-    example = example_from(row, 0, where, field, field, raw)  # the prompt stands in for the response, not there yet
-    return where, row[field], example.prompt
+    example = example_from(row, 0, where, field, field, raw=raw)  # the prompt stands in for the response, not there yet
+    return where, str(row[field]), example.prompt
 
 
 def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:

@@ -39,7 +39,7 @@ class DecoderConfig(Protocol):
 
 
 class Decoder(nn.Module):
-    """input_ids (B, T) -> logits: (B, T, V) of a language model, (B, num_labels) of a classifier."""
+    """A backbone with a head: input_ids (B, T) -> logits (B, T, V), or (B, num_labels) of a classifier."""
 
     def __init__(self, config: DecoderConfig, backbone: nn.Module, prefix: str, num_labels: int | None = None):
         """Put a head on a backbone.
@@ -147,22 +147,6 @@ class Decoder(nn.Module):
         return last_states(self.hidden(input_ids, attention_mask), lengths)
 
 
-def check_right_padding(attention_mask: Tensor | None) -> None:
-    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding."""
-    if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
-        raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
-
-
-def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the state (B, d) of the last real token of each right-padded row (B, T, d).
-
-    lengths (B,): the number of real tokens of each row; None: all tokens are real.
-    """
-    if lengths is None:
-        return states[:, -1]
-    return states[torch.arange(len(states), device=lengths.device), lengths.clamp_min(1) - 1]
-
-
 def attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0, cap: float | None = None
 ) -> Tensor:
@@ -172,7 +156,7 @@ def attention(
     Returns (B, heads, T, head_dim).
     """
     if cap is not None:
-        return capped_attention(q, k, v, mask, cap)
+        return capped_attention(q, k, v, mask, dropout, cap)
     if q.shape[2] == 1:
         # Treat the queries that share a key as positions, so that no key is copied. Time of a layer on one core for 8
         # rows, 32 heads, 8 kv_heads, 600 tokens: 6 ms; with repeated keys 112 ms; with SDPA's enable_gqa 10 ms.
@@ -183,7 +167,7 @@ def attention(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: float) -> Tensor:
+def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, cap: float) -> Tensor:
     """Compute `attention` with capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA does not support."""
     B, heads, T, head_dim = q.shape
     grouped = q.reshape(B, k.shape[1], -1, T, head_dim)  # queries that share a key are in one group
@@ -192,7 +176,7 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, cap: 
         positions = torch.arange(k.shape[2], device=q.device)[None]
         mask = visible(positions[:, -T:], positions, None)
     weights = scores.masked_fill(~mask[:, :, None], -torch.inf).softmax(-1).to(v.dtype)
-    return (weights @ v[:, :, None]).reshape(q.shape)
+    return (F.dropout(weights, dropout) @ v[:, :, None]).reshape(q.shape)
 
 
 def capped(x: Tensor, cap: float) -> Tensor:
@@ -225,25 +209,6 @@ def packed_attention(
     return torch.cat([y.transpose(1, 2) for y in outputs], dim=1).transpose(1, 2)
 
 
-def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
-    """Return the tokens with indices `wanted` (M,) of x (..., T, d), or all tokens if `wanted` is None."""
-    return x if wanted is None else x[..., wanted, :]
-
-
-def last_queries_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
-    """Return the mask for `attention` if the queries are those of the last tokens of a row."""
-    count, length = q.shape[2], k.shape[2]
-    if count == length and (window is None or length <= window):
-        return None
-    positions = torch.arange(length, device=q.device)[None]
-    return visible(positions[:, length - count :], positions, window)
-
-
-def _check_positions(length: int, config: DecoderConfig) -> None:
-    if config.has_learned_positions and length > config.max_position_embeddings:
-        raise ValueError(f"{length} tokens do not fit: the model has {config.max_position_embeddings} positions")
-
-
 def causal_mask(positions: Tensor, cache: "KVCache | None", window: int | None) -> Tensor | None:
     """Return the mask for `attention` that says which keys the tokens at `positions` (1 or B, T) see."""
     length = positions.shape[1]
@@ -253,11 +218,46 @@ def causal_mask(positions: Tensor, cache: "KVCache | None", window: int | None) 
     return None if window is None or length <= window else visible(positions, positions, window)
 
 
+def last_queries_mask(q: Tensor, k: Tensor, window: int | None) -> Tensor | None:
+    """Return the mask for `attention` of the queries q of a row's last tokens and the keys k of all its tokens."""
+    count, length = q.shape[2], k.shape[2]
+    if count == length and (window is None or length <= window):
+        return None
+    positions = torch.arange(length, device=q.device)[None]
+    return visible(positions[:, length - count :], positions, window)
+
+
 def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     """Return the mask (B, 1, T, S), True = visible, of queries at positions (B, T) and keys at positions (B, S)."""
     queries, keys = queries[:, None, :, None], keys[:, None, None, :]
     causal = keys <= queries
     return causal if window is None else causal & (keys > queries - window)
+
+
+def check_right_padding(attention_mask: Tensor | None) -> None:
+    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding."""
+    if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+        raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
+
+
+def _check_positions(length: int, config: DecoderConfig) -> None:
+    if config.has_learned_positions and length > config.max_position_embeddings:
+        raise ValueError(f"{length} tokens do not fit: the model has {config.max_position_embeddings} positions")
+
+
+def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
+    """Return the state (B, d) of the last real token of each right-padded row (B, T, d).
+
+    lengths (B,): the number of real tokens of each row; None: all tokens are real.
+    """
+    if lengths is None:
+        return states[:, -1]
+    return states[torch.arange(len(states), device=lengths.device), lengths.clamp_min(1) - 1]
+
+
+def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
+    """Return the tokens with indices `wanted` (M,) of x (..., T, d), or all tokens if `wanted` is None."""
+    return x if wanted is None else x[..., wanted, :]
 
 
 class KVCache:
@@ -276,7 +276,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """Allocate memory for prompts of these lengths; capacity: slots for the longest prompt and its continuation."""
+        """Allocate memory for prompts of these lengths; capacity: slots for the longest prompt and a continuation."""
         self.filled = 0  # number of filled slots; a Python int, so that no step waits for the GPU
         self.is_padded = min(lengths) < max(lengths)
         shape = (config.num_hidden_layers, len(lengths), config.num_key_value_heads, capacity, config.head_dim)

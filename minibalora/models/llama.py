@@ -36,7 +36,7 @@ class LlamaConfig:
     head_dim: int
     rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None  # LLaMA 3.1's, see `rotary_frequencies`; None: plain RoPE
+    rope_scaling: dict | None  # see `rotary_frequencies`; None: plain RoPE
     windows: tuple[int | None, ...]
     qk_norm: bool  # True for Qwen 3: each head's queries and keys are normalised
     qkv_bias: bool
@@ -53,6 +53,7 @@ class LlamaConfig:
     query_scale: float = 1.0
     attention_cap: float | None = None
     logit_cap: float | None = None
+    attention_dropout: float = 0.0  # Granite Code: in training only
 
     has_learned_positions = False
 
@@ -76,6 +77,7 @@ class Attention(nn.Module):
     def __init__(self, config: LlamaConfig, index: int):
         super().__init__()
         d, self.head_dim, self.index, self.query_scale = config.hidden_size, config.head_dim, index, config.query_scale
+        self.dropout = config.attention_dropout
         width = config.num_attention_heads * config.head_dim
         kv_width = config.num_key_value_heads * config.head_dim
         self.q_proj = nn.Linear(d, width, bias=config.qkv_bias)
@@ -94,7 +96,7 @@ class Attention(nn.Module):
         )
         q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, *(pick(table, wanted) for table in rotary)), rotate(k, *rotary)
-        y = attend(self.index, q if self.query_scale == 1 else q * self.query_scale, k, v, 0.0)
+        y = attend(self.index, q if self.query_scale == 1 else q * self.query_scale, k, v, self.dropout * self.training)
         return self.o_proj(y.transpose(1, 2).flatten(-2))  # (B, T, d)
 
 
@@ -202,10 +204,6 @@ class Backbone(nn.Module):
         return self.norm(self.layers[-1](x, rotary, attend, wanted))
 
 
-def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
-    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)
-
-
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled as in LLaMA 3.1.
 
@@ -217,6 +215,8 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
         return frequency
+    if "low_freq_factor" not in config.rope_scaling:  # rope_type "linear": positions are divided by the factor
+        return frequency / config.rope_scaling["factor"]
     low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
     turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     share = ((turns - low) / (high - low)).clamp(0, 1)  # 1: a short wave, unchanged; 0: a long wave, stretched
@@ -234,3 +234,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + head_dim/2}) of x (B, heads, T, head_dim) by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:
+    return Decoder(config, Backbone(config, Gemma2Block if config.has_post_norms else Block), "model", num_labels)

@@ -33,7 +33,7 @@ class MixtureConfig(LlamaConfig):
 
 
 class Router(nn.Module):
-    """Chooses the experts. It is always frozen. It is no nn.Linear, so that nothing adapts or quantises it."""
+    """Chooses the experts. It is always frozen, and not an nn.Linear, so that nothing adapts or quantises it."""
 
     def __init__(self, config: MixtureConfig):
         super().__init__()
@@ -105,7 +105,7 @@ class MixtralExpert(nn.Module):
 
 
 class MixtralBlock(nn.Module):
-    """LLaMA's block, with a mixture under another name as its MLP."""
+    """LLaMA's block with a mixture in place of the MLP, which has the name `block_sparse_moe`."""
 
     def __init__(self, config: MixtureConfig, index: int):
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 from minibalora.base import cli, distributed
 from minibalora.base.cli import (
     OneLineParser,
+    folder,
     fraction,
     natural,
     path,
@@ -38,11 +39,11 @@ DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` 
 BATCH_SIZE = {"2024": 128, "iclr2026": 32}
 # The built-in model is 5000 times smaller than the paper's and trains for a minute: a smaller rank, a larger rate.
 TOY = DEFAULTS | {"rank": 16, "lr": 2e-3, "micro_batch_size": 32, "max_rows": 3200, "max_length": 256, "init": "pissa"}
-TOY["model"] = str(BUILT_IN / "llama")
+TOY["model"] = BUILT_IN / "llama"
 # The published values depend on the task: learning rates 3e-5 to 6e-4, 10 to 50 epochs, batches of 6 to 32.
 NLU_DEFAULTS = {"rank": 8, "lr": 1e-4, "epochs": 10, "batch_size": 32, "max_length": 128, "label_noise": 0.0}
 NLU_DEFAULTS["init"] = DEFAULTS["init"]
-NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": str(BUILT_IN / "bert"), "init": "pissa"}
+NLU_TOY = NLU_DEFAULTS | {"lr": 1e-3, "epochs": 4, "max_length": 64, "model": BUILT_IN / "bert", "init": "pissa"}
 NLU_TOY |= {"max_rows": 6000, "label_noise": 0.2, "imbalance": 4.0}  # the paper's conditions, at known rates
 # These have no meaning where labels are scores.
 CLASS_FLAGS = ("lambda2", "lambda3", "svd_k", "temperature", "adaptive_lambda1", "non_target_kl")
@@ -64,14 +65,16 @@ def nlg_parser() -> argparse.ArgumentParser:
         "--model: the built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", type=path_text, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="FILE", type=path_text, help="training rows: JSON Lines or a JSON array; the names of the "
-        "fields are recognised (see README)")  # fmt: skip
+    add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="PATH", type=path_text, help="rows to train on: JSON Lines, a JSON array, Parquet, or .gz; a "
+        "file, a folder, or a pattern of shards in quotes; the fields are recognised (see README)")  # fmt: skip
     add(
         "--eval", metavar="FILE", type=path_text, help="held-out rows, scored before and after training (default: none)"
     )
     add("--eval-task", choices=("gsm8k", "math"), help="ask and score the rows of --eval as the paper does")
     add("--prompt-field", metavar="NAME", help="field of the prompt (default: recognised)")
+    add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input and context; "
+        "'': none)")  # fmt: skip
     add("--response-field", metavar="NAME", help="field of the response (default: recognised)")
     add("--raw", action="store_true", help="use prompts as they are, without Alpaca's template; for T5's own tasks")
     add("--max-rows", type=positive_int, metavar="N", help="use the first N rows (published: 100000; built-in model: "
@@ -112,9 +115,10 @@ def nlu_parser() -> argparse.ArgumentParser:
         "on a CPU.",
     )
     add = parser.add_argument_group("model and data").add_argument
-    add("--model", metavar="DIR", type=path_text, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
-    add("--data", metavar="PATH", type=path_text, help="folder of a GLUE task (train.tsv, dev.tsv), or one TSV or JSON "
-        "Lines file")  # fmt: skip
+    add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
+    add("--data", metavar="PATH", type=path_text, help="folder of a GLUE task (train.tsv and dev.tsv, or "
+        "train-*.parquet and validation-*.parquet); or a TSV, JSON Lines or Parquet file, or a pattern of shards in "
+        "quotes")  # fmt: skip
     add("--task", choices=(*TASKS, "custom"), help="GLUE task, which names columns and labels; needed with --model")
     add("--eval", metavar="FILE", type=path_text, nargs="+", help="more rows to score before and after training; where "
         "--data is a file, the first one selects the best epoch")  # fmt: skip
@@ -252,7 +256,7 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
 def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
     """Return the settings, defaults filled in. Raises InputError for flags that contradict each other."""
     flags = vars(nlg_parser().parse_args(argv))
-    _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "response_field"))
+    _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "input_field", "response_field"))
     _refuse_contradictions(flags)
     _refuse_text_contradictions(flags)
     if flags["fsdp"]:

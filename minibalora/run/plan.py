@@ -41,7 +41,9 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     dtype = str(settings.hardware.dtype).removeprefix("torch.")
     ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
     print(f"model   {settings.source.model}, {parameters:,} parameters, {dtype} on {device}{ranks}")
-    print(f"method  {adaptation.method}{adapter}, {trained:,} trained ({trained / parameters:.2%})")
+    rate = getattr(model.config, "attention_dropout", 0)
+    dropout = f", dropout of {rate:g} in attention" if rate else ""
+    print(f"method  {adaptation.method}{adapter}, {trained:,} trained ({trained / parameters:.2%}){dropout}")
     print(f"terms   {formula}")
     print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
@@ -132,7 +134,7 @@ def parser() -> cli.OneLineParser:
     add = parser.add_argument
     add(
         "--model",
-        type=cli.path_text,
+        type=cli.folder,
         metavar="DIR",
         required=True,
         help="folder with config.json; nothing else is needed",

@@ -1,4 +1,4 @@
-"""The settings of a run, in groups. flags.py makes them from the command line; a program can make them directly."""
+"""The settings of a run, in groups. flags.py makes them from the command line; other programs can make them too."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +70,13 @@ class Output:
 class TextSource:
     """The model and the rows of train_nlg.py."""
 
-    model: str
+    model: Path
     data: str | None  # None: the built-in problems
     eval: str | None
     eval_task: str | None
     prompt_field: str | None
     response_field: str | None
+    input_field: str | None
     raw: bool  # prompts without a template
     max_rows: int | None
     max_length: int
@@ -85,7 +86,7 @@ class TextSource:
 class ClassSource:
     """The model and the rows of train_nlu.py."""
 
-    model: str
+    model: Path
     data: str | None  # None: the built-in reviews
     task: str | None  # a GLUE task, or "custom"
     eval: list[str] | None

@@ -1,4 +1,4 @@
-"""Adapters as PEFT reads them (committed golden values), and merged checkpoints."""
+"""Adapters in PEFT's format: saved for PEFT and loaded from it (committed golden values), and what is refused."""
 
 import json
 import shutil
@@ -54,7 +54,7 @@ def test_saving_gives_the_golden_adapter_again(tmp_path):
     mb.save_adapter(model, tmp_path)
     again, golden = adapter_weights(tmp_path), adapter_weights(GOLDEN / "adapter_pissa")
     assert again.keys() == golden.keys()
-    assert all(distance(again[name], golden[name]) < 1e-4 for name in golden)  # the SVD may differ between machines
+    assert all(distance(again[name], golden[name]) < 1e-4 for name in golden)  # the SVD differs between machines
     configs = [
         json.loads((folder / "adapter_config.json").read_text()) for folder in (tmp_path, GOLDEN / "adapter_pissa")
     ]
@@ -103,7 +103,7 @@ ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the bas
 @pytest.mark.parametrize("name", ADAPTERS_OF_CLASSIFIERS)
 @torch.no_grad()
 def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_path):
-    """PEFT's logits come from these files alone, so weights and head that give them here are all that counts."""
+    """PEFT's logits come from these files alone, so it is enough that they give the same logits here."""
     base, _, is_headless = ADAPTERS_OF_CLASSIFIERS[name]
     *inputs, logits = golden_example(base)
     path = headless(base, tmp_path) if is_headless else GOLDEN / base
@@ -118,7 +118,7 @@ def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_pa
 @pytest.mark.parametrize("name", ["bert", "roberta", "deberta", "gpt2_classifier", "llama_classifier", "t5_classifier"])
 @torch.no_grad()
 def test_a_classifiers_adapter_holds_its_changes_and_its_whole_head(name, tmp_path):
-    """With fan_in_fan_out for GPT-2 only, which tells PEFT that the base stores its linears as (in, out)."""
+    """fan_in_fan_out is true for GPT-2 only: it tells PEFT that the base stores its linears as (in, out)."""
     model = mb.adapt(mb.load_model(GOLDEN / name, head="classifier"), rank=2)
     stretch(model)
     for module in model.own_head:
@@ -150,7 +150,12 @@ PEFTS = {
     "peft_t5": "t5_gated",
     "peft_t5_classifier": "t5_classifier",
     "peft_pissa_converted": "llama3",
+    "peft_pissa": "llama3",
+    "peft_pissa_rslora": "llama2",
+    "peft_pissa_gpt2": "gpt2",
+    "peft_olora": "qwen2",
 }
+SUBTRACTED = ("peft_pissa", "peft_pissa_rslora", "peft_pissa_gpt2", "peft_olora")
 
 
 def base_of(name: str, dtype: torch.dtype = torch.float32):
@@ -166,18 +171,19 @@ def test_an_adapter_that_peft_saved_gives_pefts_logits(name):
     real = real_tokens(PEFTS[name])
     model = mb.load_adapter(base_of(name), GOLDEN / name)
     logits = model(*inputs)
-    assert (logits - expected)[real].abs().max() < 1e-5 * expected[real].abs().max()
+    tolerance = 1e-4 if name in SUBTRACTED else 1e-5  # another machine's SVD differs, and a large part cancels
+    assert (logits - expected)[real].abs().max() < tolerance * expected[real].abs().max()
     assert distance(expected[real], base_logits[real]) > 0.01  # the adapter does something
     with mb.pretrained(model):
         assert torch.equal(model(*inputs), base_of(name)(*inputs))
     mb.merge(model)
-    assert distance(model(*inputs)[real], logits[real]) < 1e-6
+    assert distance(model(*inputs)[real], logits[real]) < tolerance / 10
 
 
 @pytest.mark.parametrize("name", PEFTS)
 @torch.no_grad()
 def test_an_adapter_survives_loading_and_saving(name, tmp_path):
-    """Patterns, scalings and whole modules: what is saved again is loaded as the same change."""
+    """Patterns, scalings and whole modules are saved so that they load as the same change."""
     *inputs, _ = golden_example(PEFTS[name])
     model = mb.load_adapter(base_of(name), GOLDEN / name)
     mb.save_adapter(model, tmp_path)
@@ -191,11 +197,11 @@ def test_bfloat16_models_take_adapters_whose_head_is_trained(name):
     model = mb.load_adapter(base_of(name, torch.bfloat16), GOLDEN / name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
     real = real_tokens(PEFTS[name])
-    assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter is beyond
+    assert distance(model(*inputs)[real], expected[real]) < 0.05  # bfloat16 has 3 digits; a lost adapter costs more
 
 
 def test_two_adapters_are_used_in_turn_on_one_base_that_never_changes():
-    """One trained from PiSSA, one from LoRA: each is relative to the files of the base, which stay as they are."""
+    """One starts from PiSSA, one from LoRA. Both are relative to the base's files, which do not change."""
     before = {path.name: path.read_bytes() for path in (GOLDEN / "llama3").iterdir()}
     logits = {}
     with torch.no_grad():
@@ -236,14 +242,14 @@ def test_an_adapter_is_saved_with_a_smaller_rank(rank, tmp_path):
 
 @pytest.fixture
 def adapter(tmp_path):
-    """adapter(name, config changes, tensor changes): a changed copy of a golden adapter; None takes a thing away."""
+    """adapter(name, config changes, tensor changes) makes a changed copy of a golden adapter; None removes a key."""
 
     def copy(name: str = "peft_lora", config: dict | None = None, tensors: dict | None = None):
         folder = tmp_path / name
         shutil.copytree(GOLDEN / name, folder, dirs_exist_ok=True)
         changed = json.loads((folder / "adapter_config.json").read_text()) | (config or {})
-        kept = {key: value for key, value in changed.items() if value is not None}
-        (folder / "adapter_config.json").write_text(json.dumps(kept))
+        present = {key: value for key, value in changed.items() if value is not None}
+        (folder / "adapter_config.json").write_text(json.dumps(present))
         stored = load_file(folder / "adapter_model.safetensors") | (tensors or {})
         save_file({k: t for k, t in stored.items() if t is not None}, folder / "adapter_model.safetensors")
         return folder
@@ -253,7 +259,7 @@ def adapter(tmp_path):
 
 @pytest.fixture
 def refused(refuses):
-    """Loading is refused with these words, and leaves the model as it was."""
+    """Check that loading is refused with these words and leaves the model unchanged."""
 
     def check(folder, *parts, base="llama3", head="lm"):
         model = mb.load_model(GOLDEN / base, head)
@@ -296,23 +302,50 @@ def test_a_config_without_a_key_is_refused(adapter, refused, key):
         {"bias": "all"},
         {"bias": "lora_only"},
         {"init_lora_weights": "pissa_niter_16"},
-        {"init_lora_weights": "olora"},
         {"init_lora_weights": "loftq"},
         {"init_lora_weights": "corda"},
+        {"init_lora_weights": "lora_ga"},
         {"use_dora": True},
         {"lora_bias": True},
         {"trainable_token_indices": [5]},
+        {"enable_lora": [True, False, True]},
+        {"megatron_config": {"tensor_model_parallel_size": 2}},
         {"something_of_tomorrow": "on"},
+        {"scale_of_tomorrow": 1.0},
+        {"config_of_tomorrow": {"depth": 2}},
     ],
 )
 def test_a_config_that_is_wrong_or_not_implemented_is_refused_by_its_key(adapter, refused, config):
     refused(adapter(config=config), "adapter_config.json", *config)
 
 
-def test_an_unconverted_pissa_adapter_is_refused_with_the_reason(refused):
-    refused(
-        GOLDEN / "peft_pissa", "'pissa'", "initial factors were subtracted", "path_initial_model_for_weight_conversion"
-    )
+@pytest.mark.parametrize("init", ["pissa_niter_16", "corda", "loftq"])
+def test_an_init_that_does_not_follow_from_the_base_is_refused_with_the_cure(adapter, refused, init):
+    refused(adapter(config={"init_lora_weights": init}), init, "subtracted", "path_initial_model_for_weight_conversion")
+
+
+def test_a_pissa_adapter_that_pissa_cannot_have_made_is_refused(adapter, refused):
+    """Its factors would be infinite or too narrow."""
+    refused(adapter("peft_pissa", {"lora_alpha": 0}), "alpha 0", "pissa")
+    wide = {name: torch.ones(30, 24) for name in [f"{Q0}.lora_A.weight"]} | {f"{Q0}.lora_B.weight": torch.ones(48, 30)}
+    refused(adapter("peft_pissa", {"rank_pattern": {r"layers\.0.*q_proj": 30}}, wide), "rank 30", "pissa")
+
+
+def test_olora_of_transposed_layers_is_refused(adapter, refused):
+    refused(adapter("peft_gpt2", {"init_lora_weights": "olora"}), "olora", "GPT-2", base="gpt2")
+
+
+def test_unknown_keys_that_are_off_are_ignored_and_named(adapter, capsys):
+    """Nothing is said about known keys: those that PEFT 0.21 writes, or that matter in training only."""
+    known = {"use_dora": False, "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
+    known |= {"megatron_core": "megatron.core", "lora_dropout": 0.1, "layer_replication": [], "peft_version": "0.99"}
+    mb.load_adapter(mb.load_model(GOLDEN / "llama3"), adapter(config=known))
+    assert capsys.readouterr() == ("", "")
+    unknown = {"trick_b": False, "trick_a": [], "trick_c": {"depth": 0}}
+    mb.load_adapter(mb.load_model(GOLDEN / "llama3"), adapter(config=unknown))
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(printed.err.splitlines()) == 1
+    assert "adapter_config.json" in printed.err and "ignored: trick_a, trick_b, trick_c" in printed.err
 
 
 @pytest.mark.parametrize("side", "AB")
@@ -343,10 +376,10 @@ def test_an_adapter_for_another_base_is_refused(adapter, refused):
     refused(GOLDEN / "peft_adapted_head", "lm_head", "tie_word_embeddings", base="llama_bias_tied")
 
 
-def test_what_is_saved_whole_must_fit(adapter, refused):
+def test_tensors_that_are_saved_whole_must_fit(adapter, refused):
     head = "base_model.model.lm_head.weight"
     refused(adapter("peft_whole_head", tensors={head: None}), "lacks lm_head.weight", base="llama2")
-    refused(adapter("peft_whole_head", tensors={head: torch.zeros(64, 24)}), "[64, 24]", "[61, 24]", base="llama2")
+    refused(adapter("peft_whole_head", tensors={head: torch.zeros(61, 20)}), "[61, 20]", "[61, 24]", base="llama2")
     stranger = {"base_model.model.score.weight": torch.zeros(2, 24)}
     refused(adapter("peft_lora", tensors=stranger), "score.weight", "none")
     three_classes = {"base_model.model.classifier.out_proj.weight": torch.zeros(3, 24)}
@@ -354,14 +387,139 @@ def test_what_is_saved_whole_must_fit(adapter, refused):
 
 
 @pytest.mark.parametrize("base", ["llama_bias_tied", "gemma"])
-def test_an_embedding_of_its_own_for_a_tied_base_is_refused(adapter, refused, base):
-    """PEFT unties the two: the head keeps the old weight. Here the head would read the new embedding."""
+def test_a_changed_embedding_for_a_tied_base_is_refused(adapter, refused, base):
+    """PEFT unties the two, so the head keeps the old weight. Here the head would use the new embedding."""
     embedding = {"base_model.model.model.embed_tokens.weight": torch.zeros(61, 24)}
     refused(adapter("peft_whole_head", tensors=embedding | {"base_model.model.lm_head.weight": None}),
             "embed_tokens", "tie_word_embeddings", base=base)  # fmt: skip
 
 
-def test_any_model_of_linears_takes_its_adapter_back(tmp_path):
+@pytest.mark.parametrize("base", ["llama3", "llama_bias_tied"])
+@pytest.mark.parametrize("rows", [60, 64])
+def test_added_tokens_are_named_and_no_other_base(adapter, base, rows):
+    """PEFT stores embedding and head whole if the vocabulary was resized, with or without a LoRA of the head."""
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    whole = {f"base_model.model.{name}": torch.ones(rows, 24) for name in names}
+    part = {name.replace("lm_head", "lm_head.base_layer"): value for name, value in whole.items()}
+    repeated = {name.replace(".weight", ".original_module.weight"): value + 1 for name, value in whole.items()}
+    lora = {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 24)}
+    lora |= {"base_model.model.lm_head.lora_B.weight": torch.ones(rows, 2)}
+    for tensors in (whole, part, whole | repeated, lora):
+        folder = adapter(config={"rank_pattern": {"lm_head": 2}}, tensors=tensors)
+        with pytest.raises(mb.InputError) as refusal:
+            mb.load_adapter(mb.load_model(GOLDEN / base), folder)
+        if tensors is lora and base == "llama_bias_tied":
+            assert "tie_word_embeddings" in str(refusal.value)
+        else:
+            assert f"{rows} tokens" in str(refusal.value) and "tokens were added" in str(refusal.value)
+        assert "another base" not in str(refusal.value)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("base", ["llama3", "llama_bias_tied", "t5"])
+@torch.no_grad()
+def test_an_embedding_that_only_repeats_the_bases_is_left_out(base, tmp_path):
+    """PEFT's save_embedding_layers=True saves it. Loading it would untie a tied head."""
+    model = mb.adapt(mb.load_model(GOLDEN / base), rank=2, init="lora")
+    stretch(model)
+    mb.save_adapter(model, tmp_path)
+    embedding = model.embedding.weight
+    copies = ("encoder.embed_tokens", "decoder.embed_tokens") if base == "t5" else ("model.embed_tokens",)
+    whole = {f"base_model.model.{name}.weight": embedding.clone() for name in copies}
+    whole["base_model.model.lm_head.weight"] = model.head_weight.to(torch.bfloat16)  # as the base's file has it
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | whole, file)
+    again = mb.load_adapter(mb.load_model(GOLDEN / base), tmp_path)
+    *inputs, _ = golden_example(base)
+    assert again.own_head == [] and distance(again(*inputs), model(*inputs)) < 1e-6
+
+
+@torch.no_grad()
+def test_of_three_copies_of_a_module_the_trained_one_is_loaded(adapter, refused):
+    """PEFT with modules_to_save and save_embedding_layers=True stores the trained module twice, and the base's."""
+    base = "base_model.model.lm_head"
+    trained = load_file(GOLDEN / "peft_whole_head" / "adapter_model.safetensors")[f"{base}.weight"]
+    original = mb.load_model(GOLDEN / "llama2").lm_head.weight.detach().clone()
+    names = {f"{base}.modules_to_save.weight": trained, f"{base}.original_module.weight": original}
+    model = mb.load_adapter(mb.load_model(GOLDEN / "llama2"), adapter("peft_whole_head", tensors=names))
+    assert torch.equal(model.lm_head.weight, trained)
+    names[f"{base}.original_module.weight"] = original + 1
+    refused(adapter("peft_whole_head", tensors=names), "lm_head.weight", "differs", base="llama2")
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod.", "_fsdp_wrapped_module."])
+@torch.no_grad()
+def test_names_of_wrapped_modules_are_understood(adapter, wrapper):
+    """torch.compile and FSDP insert their own names; a plain state_dict keeps the adapter's name, "default"."""
+    folder = adapter()
+    file = folder / "adapter_model.safetensors"
+    stored = {
+        name.replace("model.layers", f"{wrapper}model.layers"): tensor for name, tensor in load_file(file).items()
+    }
+    save_file({name.replace("lora_A", "lora_A.default"): tensor for name, tensor in stored.items()}, file)
+    expected = load_file(GOLDEN / "peft_lora" / "expected.safetensors")["logits"][REAL]
+    assert distance(mb.load_adapter(mb.load_model(GOLDEN / "llama3"), folder)(IDS)[REAL], expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+@torch.no_grad()
+def test_factors_and_heads_load_from_any_floating_dtype(adapter, dtype):
+    stored = load_file(GOLDEN / "peft_whole_head" / "adapter_model.safetensors")
+    rounded = {name: tensor.to(dtype) for name, tensor in stored.items()}
+    inputs = EXPECTED["input_ids"]
+    model = mb.load_adapter(mb.load_model(GOLDEN / "llama2"), adapter("peft_whole_head", tensors=rounded))
+    as_float32 = {name: tensor.float() for name, tensor in rounded.items()}
+    again = mb.load_adapter(mb.load_model(GOLDEN / "llama2"), adapter("peft_whole_head", tensors=as_float32))
+    assert torch.equal(model(inputs), again(inputs))
+
+
+def test_tensors_that_are_no_factors_are_refused_by_name(adapter, refused):
+    embedding = "base_model.model.model.embed_tokens.lora_embedding_"
+    lora = {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)}
+    refused(adapter(tensors=lora), "embed_tokens.lora_embedding_A", "LoRA of an embedding")
+    shutil.rmtree(adapter())
+    refused(adapter(tensors={f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "lora_magnitude_vector", "implemented")
+    shutil.rmtree(adapter())
+    refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.ones(3, 24).to(torch.int8)}), "q_proj.lora_A", "int8")
+
+
+@pytest.mark.parametrize("name", [f"{Q0}.lora_B.weight", "base_model.model.lm_head.weight"])
+def test_a_tensor_that_zero3_left_empty_is_refused_with_the_cure(adapter, refused, name):
+    refused(adapter(tensors={name: torch.zeros(0)}), name, "ZeRO-3", "zero_to_fp32.py")
+
+
+def test_an_adapter_of_a_model_without_its_head_is_refused_with_the_reason(adapter, refused):
+    folder = adapter()
+    file = folder / "adapter_model.safetensors"
+    save_file(
+        {name.replace("model.model.model.", "model.model."): tensor for name, tensor in load_file(file).items()}, file
+    )
+    refused(folder, "without its head", "AutoModel")
+
+
+def test_a_classifiers_adapter_is_not_for_a_language_model(adapter, refused):
+    head = {"base_model.model.score.weight": torch.zeros(2, 24)}
+    refused(adapter(config={"task_type": "SEQ_CLS"}, tensors=head), "score.weight", "head='classifier'")
+
+
+def test_a_lora_of_a_module_that_is_not_linear_is_refused(adapter, refused):
+    factors = {f"base_model.model.model.embed_tokens.lora_{side}.weight": torch.ones(3, 3) for side in "AB"}
+    refused(adapter(tensors=factors), "embed_tokens (embedding)", "only linear layers")
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@torch.no_grad()
+def test_an_unconverted_adapter_in_bfloat16_is_as_near_to_float32_as_its_base(init):
+    """PEFT rounds the residual to bfloat16, the base's dtype; here the base stays as it is."""
+    name = f"peft_{init}"
+    *inputs, base_logits = golden_example(PEFTS[name])
+    expected, real = load_file(GOLDEN / name / "expected.safetensors")["logits"], real_tokens(PEFTS[name])
+    model = mb.load_adapter(base_of(name, torch.bfloat16), GOLDEN / name)
+    of_base = distance(base_of(name, torch.bfloat16)(*inputs)[real], base_logits[real])
+    assert distance(model(*inputs)[real], expected[real]) < 2 * of_base
+
+
+def test_an_adapter_of_any_model_of_linears_loads_again(tmp_path):
     def net():
         torch.manual_seed(0)
         return torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
@@ -380,11 +538,11 @@ def test_a_base_without_a_head_needs_an_adapter_with_one(adapter, refuses, tmp_p
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_numbers_that_are_none_are_refused(adapter, refused, value):
+def test_factors_that_are_not_finite_are_refused(adapter, refused, value):
     refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.full((3, 24), value)}), "q_proj.lora_A", "finite")
 
 
-def test_files_that_are_no_adapter_are_refused(adapter, refused, tmp_path):
+def test_missing_and_broken_files_are_refused(adapter, refused, tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
     refused(GOLDEN / "llama2", "adapter_config.json", "no such file")
     folder = adapter()
@@ -403,5 +561,5 @@ def test_files_that_are_no_adapter_are_refused(adapter, refused, tmp_path):
 
 def test_a_second_adapter_on_an_adapted_model_is_refused():
     model = adapted("lora")
-    with pytest.raises(ValueError, match="load the base anew"):
+    with pytest.raises(ValueError, match="load the base again"):
         mb.load_adapter(model, GOLDEN / "adapter_lora")

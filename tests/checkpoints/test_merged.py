@@ -99,6 +99,9 @@ EXPORTS = {  # adapter: base, whether the base is without a head
     "peft_whole_head": ("llama2", False),
     "peft_adapted_head": ("llama3", False),
     "peft_gpt2": ("gpt2", False),
+    "peft_pissa_rslora": ("llama2", False),
+    "peft_pissa_gpt2": ("gpt2", False),
+    "peft_olora": ("qwen2", False),
     "adapter_gpt2": ("gpt2_classifier", False),
     "adapter_bert": ("bert", False),
     "adapter_roberta": ("roberta", True),
@@ -126,6 +129,17 @@ def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, tmp_path, mon
     stored_in_bfloat16 = 0.02  # as the base is: W + ΔW is rounded to 3 digits
     assert distance(merged(*inputs)[real], expected[real]) < stored_in_bfloat16 < distance(base_logits, expected)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "merged"}  # nothing temporary
+
+
+def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
+    base, merged = shutil.copytree(GOLDEN / "t5", tmp_path / "base"), tmp_path / "merged"
+    names = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja"]
+    names += ["additional_chat_templates/tool_use.jinja", "additional_chat_templates/rag.jinja"]
+    (base / "additional_chat_templates").mkdir()
+    for name in names:
+        (base / name).write_text(name)
+    mb.save_model(mb.load_adapter(skeleton(base), GOLDEN / "adapter_t5"), merged)
+    assert all((merged / name).read_text() == name for name in names)
 
 
 def test_a_skeleton_saves_what_the_loaded_model_saves(tmp_path):
@@ -235,7 +249,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch
 MEASURE = """
 import resource, sys
 from minibalora.checkpoints import merged as checkpoint_io, export
-checkpoint_io.SHARD_BYTES = 8_000_000
+checkpoint_io.SHARD_BYTES = 4_000_000
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 export.main()
 print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000)
@@ -244,9 +258,9 @@ print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
 def test_merging_takes_the_memory_of_a_shard_and_not_of_the_model(tmp_path):
-    """104 MB of weights in shards of 8 MB: far below half of the model, whatever the allocator keeps."""
+    """52 MB of weights in shards of 4 MB: far below half of the model, whatever the allocator keeps."""
     config = json.loads((GOLDEN / "llama2" / "config.json").read_text())
-    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 16, "vocab_size": 1000}
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1000}
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
     names = {name: parameter.shape for name, parameter in big_llama(tmp_path / "base").named_parameters()}
@@ -257,7 +271,7 @@ def test_merging_takes_the_memory_of_a_shard_and_not_of_the_model(tmp_path):
     result = subprocess.run([sys.executable, "-c", MEASURE, *map(str, arguments)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     size = sum(tensor.nbytes for tensor in tensors.values()) / 1e6
-    assert size > 100 and float(result.stdout.split("MB")[1]) < 0.4 * size
+    assert size > 50 and float(result.stdout.split("MB")[1]) < 0.4 * size
 
 
 def big_llama(folder):

@@ -1,4 +1,4 @@
-"""DeBERTa's spm.model: the ids of transformers and SentencePiece, and damaged files refused."""
+"""DeBERTa's spm.model gives the ids of transformers and SentencePiece; damaged files are refused."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ SINGLE = [row for row in ROWS if "sentencepiece" in row]
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of the golden folder, to damage."""
+    """Return a copy of the golden folder that a test may damage."""
     return shutil.copytree(FOLDER, tmp_path / "deberta")
 
 
@@ -30,7 +30,7 @@ def test_ids_and_token_types_are_those_of_transformers(row):
 
 @pytest.mark.parametrize("row", SINGLE, ids=lambda row: ascii(row["text"]))
 def test_without_special_tokens_in_the_text_ids_are_those_of_sentencepiece(row):
-    """It takes "[CLS]" apart like any text, and drops a "▁" at the end as it does a space, which transformers keeps."""
+    """SentencePiece splits "[CLS]" like any text, and drops a "▁" at the end like a space; transformers keeps both."""
     assert (row["ids"][1:-1] == row["sentencepiece"]) == (not set("[▁") & set(row["text"][0]))
 
 
@@ -47,7 +47,7 @@ def test_the_mask_token_follows_the_pieces():
     assert tokenizer.token_to_id("[MASK]") == tokenizer.get_vocab_size() - 1 == 300
 
 
-def test_tokenizer_json_comes_first(folder):
+def test_tokenizer_json_takes_precedence(folder):
     tokenizer = read_sentencepiece(folder / "spm.model", {"do_lower_case": True})
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "spm.model").write_bytes(b"broken")
@@ -55,12 +55,12 @@ def test_tokenizer_json_comes_first(folder):
 
 
 @pytest.mark.parametrize("config", ["{}", '{"model_type": "llama"}', None])
-def test_another_familys_model_is_not_read(folder, refuses, config):
+def test_an_spm_model_of_another_family_is_not_read(folder, refuses, config):
     (folder / "config.json").unlink() if config is None else (folder / "config.json").write_text(config)
     refuses(lambda: mb.load_tokenizer(folder), folder / "tokenizer.json", "no such file", "save_pretrained")
 
 
-def test_a_file_cut_off_anywhere_is_refused(folder, refuses):
+def test_a_truncated_file_is_refused(folder, refuses):
     for length in [*range(40), *range(40, len(CONTENT), 17), len(CONTENT) - 1]:
         (folder / "spm.model").write_bytes(CONTENT[:length])
         refuses(lambda: mb.load_tokenizer(folder), folder / "spm.model", "save_pretrained")
@@ -93,12 +93,12 @@ SPECIALS = b"".join(b"\x0a\x0c\x0a\x05%s\x15\x00\x00\x00\x00" % text for text in
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2464616\n", ""),
     ],
 )
-def test_what_is_no_unigram_model_is_refused(folder, refuses, content, part):
+def test_a_file_that_is_not_a_unigram_model_is_refused(folder, refuses, content, part):
     (folder / "spm.model").write_bytes(content)
     refuses(lambda: mb.load_tokenizer(folder), folder / "spm.model", part, "save_pretrained")
 
 
-def test_a_folder_in_its_place_is_refused(folder, refuses):
+def test_a_folder_called_spm_model_is_refused(folder, refuses):
     (folder / "spm.model").unlink()
     (folder / "spm.model").mkdir()
     refuses(lambda: mb.load_tokenizer(folder), folder / "spm.model", "directory")

@@ -26,6 +26,8 @@ from minibalora.data.batches import (
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, Example, example_from, examples_digest, read_examples
 from minibalora.toy import MODEL
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+NONE = {"conversations without a reply": 0, "empty responses": 0}
 ROW = {"query": "What is 2 + 3?", "response": "The answer is: 5"}
 TURNS = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
 
@@ -84,8 +86,6 @@ def test_alpaca_s_input_has_a_template_of_its_own():
     assert example.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:")
     assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, raw=True).prompt == "q\ni"
     assert example_from({"query": "q", "response": "a"}, 1, raw=True).prompt == "q"
-    other = example_from({"query": "q", "input": "i", "response": "a"}, 1)
-    assert other.prompt == PROMPT.format(instruction="q")  # MetaMathQA has no such field
 
 
 def test_the_prompt_is_the_published_one():
@@ -130,7 +130,7 @@ def test_the_kind_is_the_row_s_type():
     ],
 )
 def test_json_lines_and_arrays_are_read_with_or_without_bom(write, content):
-    assert read_examples(write(content)) == ([example_from(ROW, 1), example_from(ROW, 2)], 0)
+    assert read_examples(write(content)) == ([example_from(ROW, 1), example_from(ROW, 2)], NONE)
 
 
 def test_empty_lines_are_skipped_but_counted(write):
@@ -140,7 +140,7 @@ def test_empty_lines_are_skipped_but_counted(write):
 def test_text_beyond_ascii_is_kept(write):
     row = {"query": "¿Cuánto es 2 + 3? 🤖\u2028", "response": "日本語\r\n"}
     raw = json.dumps(row, ensure_ascii=False).encode() + b"\n" + lines(row)
-    assert read_examples(write(raw)) == ([example_from(row, 1), example_from(row, 2)], 0)
+    assert read_examples(write(raw)) == ([example_from(row, 1), example_from(row, 2)], NONE)
 
 
 def test_a_limit_stops_reading(write):
@@ -168,14 +168,17 @@ def test_a_limit_stops_reading(write):
         (b'["a"]', ["line 1", "str"]),
         (lines(ROW, {}), ["line 2", "none"]),
         (lines(ROW, {"query": "q", "text": "t"}), ["line 2", "query, text", "question/answer", "--prompt-field"]),
-        (lines(ROW, {"query": "q", "response": 5}), ["line 2", "'response'", "int"]),
-        (lines(ROW, {"query": None, "response": "a"}), ["line 2", "'query'", "NoneType"]),
-        (lines(ROW, {"instruction": "q", "output": "a", "input": 5}), ["line 2", "'input'", "int"]),
+        (lines(ROW, {"query": "q", "response": True}), ["line 2", "'response'", "bool"]),
+        (lines(ROW, {"query": "q", "response": float("inf")}), ["line 2", "'response'", "float"]),
+        (lines(ROW, {"query": None, "response": "a"}), ["line 2", "query (null), response, none of"]),
+        (lines(ROW, {"question": "q", "answer": "a", "context": {"x": []}}), ["line 2", "'context'", "dict"]),
         (lines(ROW, {"query": "\ud800", "response": "a"}), ["line 2", "'query'", "\\ud800"]),
         (lines(ROW, {"messages": "hi"}), ["line 2", "messages", "no list of turns"]),
         (lines(ROW, {"conversations": [5]}), ["line 2", "conversations", "no list of turns"]),
         (lines({"conversations": []}), ["has no rows"]),
-        (b"PAR1\x15\x04", ["Parquet", "convert it to JSON Lines"]),
+        (b"PAR1\x15\x04", ["a Parquet file"]),
+        (POINTER, ["a git-lfs pointer", "`git lfs pull`"]),
+        (b"PK\x03\x04\x14\x00", ["a ZIP archive: unpack it"]),
         (lines(ROW, {"messages": [{"role": "user"}, *TURNS[2:]]}), ["line 2", "user", "NoneType"]),
         (lines(ROW) + b"[" * 100_000, ["line 2", "nested"]),
         (lines(ROW) + b'{"query": %s}' % (b"9" * 5000), ["line 2", "digits"]),
@@ -195,7 +198,7 @@ def test_a_named_field_that_is_missing_is_refused(write, refuses, fields):
 def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300), tmp_path / "file" / "below"):
-        refuses(lambda path=path: read_examples(path), path, "give a JSON Lines file")
+        refuses(lambda path=path: read_examples(path), path, "JSON Lines, Parquet")
 
 
 def test_a_text_without_tokens_is_refused(refuses):
@@ -330,4 +333,6 @@ def test_conversations_without_an_answered_user_are_counted(write):
     human, gpt = {"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}
     conversations = [[], [human], [gpt], [gpt, human], [human, gpt], [human, {"from": "bing", "value": "b"}]]
     examples, unanswered = read_examples(write(lines(*({"conversations": turns} for turns in conversations))))
-    assert [(example.line, example.response) for example in examples] == [(5, "a"), (6, "b")] and unanswered == 4
+    assert [(example.line, example.response) for example in examples] == [(5, "a"), (6, "b")] and unanswered == NONE | {
+        "conversations without a reply": 4
+    }

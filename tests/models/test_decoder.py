@@ -1,4 +1,4 @@
-"""The decoder against transformers (committed golden values), its cache, its masks and its gradients."""
+"""Tests of the decoders against transformers' values in tests/golden/, and of cache, masks, packing and gradients."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from minibalora.models.llama import swiglu
 
 
 def golden(name: str):
-    """Model, ids, mask, and transformers' logits of a tiny random checkpoint."""
+    """Return model, ids, mask and transformers' logits of a tiny random checkpoint."""
     expected = load_file(GOLDEN / name / "expected.safetensors")
     mask = expected["attention_mask"]
     return mb.load_model(GOLDEN / name), expected["input_ids"], mask, expected["logits"]
@@ -20,11 +20,11 @@ def golden(name: str):
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(name):
+def test_logits_equal_those_of_transformers(name):
     model, ids, mask, expected = golden(name)
     real = mask.bool()
     scale = expected[real].abs().max()
-    assert (model(ids, mask) - expected)[real].abs().max() < 1e-5 * scale  # the bar is 1e-4; measured 4e-7
+    assert (model(ids, mask) - expected)[real].abs().max() < 1e-5 * scale  # at most 1e-4 is required; measured 4e-7
     assert torch.equal(model(ids)[real], model(ids, mask)[real])
 
 
@@ -34,12 +34,12 @@ def test_bfloat16_stays_near_float32(name):
     _, ids, mask, expected = golden(name)
     logits = mb.load_model(GOLDEN / name, dtype=torch.bfloat16)(ids, mask).float()
     real = mask.bool()
-    assert (logits - expected)[real].norm() < 0.03 * expected[real].norm()  # 0.4 % a rounding, through two blocks
+    assert (logits - expected)[real].norm() < 0.03 * expected[real].norm()  # each rounding: 0.4 %; two blocks
 
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
-def test_padding_and_later_tokens_change_nothing(name):
+def test_padding_and_later_tokens_do_not_change_logits(name):
     model, ids, mask, _ = golden(name)
     length = 9
     alone = model(ids[1:2, :length])
@@ -56,22 +56,22 @@ def test_left_padding_is_refused():
 
 @pytest.mark.parametrize("name", LANGUAGE_MODELS)
 @torch.no_grad()
-def test_the_cache_gives_the_same_states(name):
-    """Prompts of 17, 9 and 1 tokens, then four more tokens each, against one whole pass a row."""
+def test_states_with_a_cache_equal_states_without(name):
+    """Compare prompts of 17, 9 and 1 tokens plus four more tokens each with one pass over each whole row."""
     model, ids, mask, _ = golden(name)
-    lengths, more = mask.sum(1).tolist(), torch.randint(61, (3, 4))
+    lengths, answers = mask.sum(1).tolist(), torch.randint(61, (3, 4))
     cache = KVCache(model.config, lengths, 17 + 4, torch.float32, torch.device("cpu"))
     model.hidden(ids, cache=cache)
-    steps = torch.cat([model.hidden(token[:, None], cache=cache) for token in more.T], dim=1)
+    steps = torch.cat([model.hidden(token[:, None], cache=cache) for token in answers.T], dim=1)
     for row, length in enumerate(lengths):
-        text = torch.cat([ids[row, :length], more[row]])
+        text = torch.cat([ids[row, :length], answers[row]])
         assert torch.allclose(steps[row], model.hidden(text[None])[0, length:], atol=1e-5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (4, 1)])
 @pytest.mark.parametrize("is_masked", [False, True])
-def test_one_query_attends_as_the_last_of_many_does(heads, kv_heads, is_masked):
-    """Without copies of the keys that a group shares, and with them."""
+def test_attention_of_one_query_equals_that_of_the_last_of_many(heads, kv_heads, is_masked):
+    """One query takes the path without copies of shared keys; many queries take the path with copies."""
     q, k, v = torch.randn(3, heads, 7, 5), torch.randn(3, kv_heads, 7, 5), torch.randn(3, kv_heads, 7, 5)
     positions = torch.arange(7)[None]
     mask = visible(positions, positions, window=3) if is_masked else None
@@ -80,7 +80,7 @@ def test_one_query_attends_as_the_last_of_many_does(heads, kv_heads, is_masked):
 
 
 @torch.no_grad()
-def test_an_adapted_head_gives_the_logits():
+def test_logits_come_from_an_adapted_head():
     model, ids, *_ = golden("llama2")
     hidden, weight = model.hidden(ids), model.lm_head.weight
     model.lm_head = mb.LowRankLinear.from_linear(model.lm_head, rank=3, init="lora")
@@ -88,7 +88,7 @@ def test_an_adapted_head_gives_the_logits():
     assert torch.allclose(model(ids), hidden @ (weight + model.lm_head.delta).T, atol=1e-4)
 
 
-def test_hidden_and_head_make_the_logits():
+def test_head_of_hidden_equals_the_logits():
     model, ids, *_ = golden("gemma")
     assert model.hidden(ids).shape == (3, 17, 24)
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
@@ -96,21 +96,21 @@ def test_hidden_and_head_make_the_logits():
 
 @pytest.mark.parametrize("name", [name for name in LANGUAGE_MODELS if name not in ("llama2", "mistral", "yi")])
 @pytest.mark.parametrize("shared", [0, 1, 6])
-def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
-    """Rows shorter and longer than mistral_window's window, one with a single wanted token."""
+def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared):
+    """Use rows shorter and longer than mistral_window's window, and one row with a single wanted token."""
     torch.manual_seed(shared)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
     stretch(model)
     lengths, wanted = [13, 20, 9, 3], [5, 12, 2, 1]
     start = torch.randint(model.config.vocab_size, (shared,))
-    own = [torch.randint(model.config.vocab_size, (length,)) for length in lengths]
-    packed = model.packed(torch.cat([start, *own]), lengths, wanted, shared)
-    rows = zip(own, wanted, strict=True)
-    alone = torch.cat([model.hidden(torch.cat([start, row])[None])[0, -count:] for row, count in rows])
+    rows = [torch.randint(model.config.vocab_size, (length,)) for length in lengths]
+    packed = model.packed(torch.cat([start, *rows]), lengths, wanted, shared)
+    row_counts = zip(rows, wanted, strict=True)
+    alone = torch.cat([model.hidden(torch.cat([start, row])[None])[0, -count:] for row, count in row_counts])
     assert packed.shape == alone.shape and distance(packed, alone) < 1e-6
     upstream, trained = torch.randn_like(alone), [p for p in model.parameters() if p.requires_grad]
-    got, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
-    for a, b in zip(got, expected, strict=True):
+    gradients, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
+    for a, b in zip(gradients, expected, strict=True):
         assert distance(a, b) < 1e-4
 
 
@@ -122,7 +122,7 @@ def test_packed_rows_do_not_see_each_other():
     assert torch.equal(first[:4], second[:4]) and not torch.allclose(first[4:], second[4:])
 
 
-def test_rows_longer_than_learned_positions_are_refused_packed_or_not():
+def test_rows_longer_than_the_learned_positions_are_refused():
     model = mb.load_model(GOLDEN / "gpt2")
     limit = model.config.max_position_embeddings
     ids = torch.zeros(limit + 1, dtype=torch.long)
@@ -134,10 +134,10 @@ def test_rows_longer_than_learned_positions_are_refused_packed_or_not():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_swiglu_has_the_gradient_of_its_formula(dtype):
+def test_swiglu_has_the_value_and_gradient_of_its_formula(dtype):
     gate, up = (torch.randn(5, 7, dtype=dtype, requires_grad=True) for _ in range(2))
     upstream = torch.randn(5, 7, dtype=dtype)
-    ours, plain = swiglu(gate, up), F.silu(gate) * up
-    assert torch.equal(ours, plain)
-    for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (ours, plain)), strict=True):
+    fused, plain = swiglu(gate, up), F.silu(gate) * up
+    assert torch.equal(fused, plain)
+    for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (fused, plain)), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)

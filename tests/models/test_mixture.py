@@ -1,4 +1,4 @@
-"""Mixtures of experts: what routing does to adapting, to gradients, to adapters and to a run."""
+"""Tests of mixtures of experts: routing, adapting, gradients, load balance, adapter files and runs."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ from minibalora.run.hardware import checkpoint_blocks, compile_blocks
 from minibalora.run.plan import nlg_formula
 from minibalora.toy import MODEL
 
-import train_nlg  # isort: skip  # which test_train_nlg put on the path
+import train_nlg  # isort: skip  # test_train_nlg has put it on the path
 
 NAMES = ["mixtral", "mixtral_window", "deepseek", "deepseek_norm"]
 BALANCED = dataclasses.replace(NLG_RECIPES["iclr2026"], router_aux=0.7)
@@ -33,49 +33,51 @@ def mixtures(model) -> list[Mixture]:
 
 
 def mixture(name: str, **adapting) -> Mixture:
-    """One of a golden model's, the model adapted if told how."""
+    """Return the last mixture of a golden model; with `adapting`, of the adapted model."""
     model = mb.load_model(GOLDEN / name)
     return mixtures(mb.adapt(model, **adapting) if adapting else model)[-1]
 
 
-# What a mixture computes.
+# Routing.
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_a_mixture_is_the_weighted_sum_of_all_experts(name):
-    """With a weight of 0 for those that are not chosen."""
-    of, x = mixture(name), torch.randn(3, 7, 24)
-    p = (x @ of.gate.weight.T).softmax(-1)
-    kept = p.topk(of.gate.top_k).values
-    p = p.masked_fill(p < kept[..., -1:], 0)
-    p = p / kept.sum(-1, keepdim=True) if of.norm_topk_prob else p
-    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(of.experts))
-    expected += 0 if of.shared_experts is None else of.shared_experts(x)
-    assert distance(of(x), expected) < 1e-6
+    """Experts that are not chosen have weight 0."""
+    module, x = mixture(name), torch.randn(3, 7, 24)
+    p = (x @ module.gate.weight.T).softmax(-1)
+    largest = p.topk(module.gate.top_k).values
+    p = p.masked_fill(p < largest[..., -1:], 0)
+    p = p / largest.sum(-1, keepdim=True) if module.norm_topk_prob else p
+    expected = sum(p[..., [index]] * expert(x) for index, expert in enumerate(module.experts))
+    expected += 0 if module.shared_experts is None else module.shared_experts(x)
+    assert distance(module(x), expected) < 1e-6
 
 
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
-def test_bfloat16_chooses_the_experts_that_float32_chooses(name):
-    """The golden texts have no near-ties: the last expert chosen leads by 2.6 % or more. Else bfloat16 would be near
-    float32 (test_decoder.py) only by luck."""
+def test_bfloat16_chooses_the_same_experts_as_float32(name):
+    """The golden texts have no near-ties: the last chosen expert leads by at least 2.6 %.
+
+    With near-ties, bfloat16 would be close to float32 (test_decoder.py) only by chance.
+    """
     ids, mask, _ = golden_example(name)
     choices = []
     for dtype in (torch.float32, torch.bfloat16):
         model = mb.load_model(GOLDEN / name, dtype=dtype)
-        given = []
+        outputs = []
         for router in routers_of(model):
-            router.register_forward_hook(lambda _, __, output, given=given: given.append(output))
+            router.register_forward_hook(lambda _, __, output, outputs=outputs: outputs.append(output))
         model(ids)
-        choices.append(torch.stack([chosen[mask.flatten().bool()].sort().values for _, chosen in given]))
-        assert all(probabilities.dtype == torch.float32 for probabilities, _ in given)
+        choices.append(torch.stack([chosen[mask.flatten().bool()].sort().values for _, chosen in outputs]))
+        assert all(probabilities.dtype == torch.float32 for probabilities, _ in outputs)
     assert torch.equal(*choices)
 
 
 @pytest.mark.parametrize("name", ["deepseek", "deepseek_norm"])
-def test_greedy_ids_are_those_of_the_reference(name):
-    """transformers has no DeepSeek-MoE; test_generate.py has Mixtral."""
+def test_greedy_ids_of_deepseek_equal_those_of_the_reference(name):
+    """transformers has no DeepSeek-MoE; test_generate.py tests Mixtral."""
     prompt = golden_example(name)[0][:1, :6]
     (ids,) = generate_ids(mb.load_model(GOLDEN / name), prompt.tolist(), Decoding(max_new_tokens=12))
     tensors = load_file(GOLDEN / name / "model.safetensors")
@@ -109,46 +111,46 @@ def test_one_expert_can_be_a_target():
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora"])
-def test_an_expert_without_a_token_has_a_gradient_of_zeros(init):
-    """So that all ranks sum the same tensors, and a checkpoint has Adam's moments of all that is trained."""
-    of = mixture("deepseek", rank=3, init=init)
-    of(torch.randn(1, 1, 24)).sum().backward()
-    gradients = [[p.grad for p in expert.parameters() if p.requires_grad] for expert in of.experts]
-    assert sum(any(g.any() for g in own) for own in gradients) == of.gate.top_k
-    assert all(g is not None and len(own) == 6 for own in gradients for g in own)
+def test_an_expert_without_tokens_has_zero_gradients(init):
+    """All ranks then sum the same tensors, and a checkpoint has Adam's moments of all trained parameters."""
+    module = mixture("deepseek", rank=3, init=init)
+    module(torch.randn(1, 1, 24)).sum().backward()
+    gradients = [[p.grad for p in expert.parameters() if p.requires_grad] for expert in module.experts]
+    assert sum(any(g.any() for g in of_expert) for of_expert in gradients) == module.gate.top_k
+    assert all(g is not None and len(of_expert) == 6 for of_expert in gradients for g in of_expert)
 
 
 @torch.no_grad()
 def test_without_autograd_only_chosen_experts_compute():
-    of, visited = mixture("deepseek"), []
-    for index, expert in enumerate(of.experts):
+    module, visited = mixture("deepseek"), []
+    for index, expert in enumerate(module.experts):
         expert.register_forward_hook(lambda *_, index=index: visited.append(index))
     x = torch.randn(1, 1, 24)
-    of(x)
-    assert visited == sorted(of.gate(x[0])[1].flatten().tolist())
+    module(x)
+    assert visited == sorted(module.gate(x[0])[1].flatten().tolist())
 
 
-def test_full_training_leaves_the_router_as_it_is():
+def test_only_routers_of_a_loaded_model_are_frozen():
     model = mb.load_model(GOLDEN / "deepseek")
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {f"model.layers.{i}.mlp.gate.weight" for i in (1, 2)}
 
 
-# Blocks.
+# Gradient checkpointing and compiling.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_checkpointing_blocks_changes_no_gradient_and_watches_each_router_once(name):
+def test_checkpointing_blocks_changes_neither_gradients_nor_load_balance(name):
     rows = random_rows(5, 2)
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
     checkpoint_blocks(checkpointed)
     for model in (plain, checkpointed):
         stretch(model)
-    expected, got = (gradients_of_a_step(model, rows, 3, BALANCED) for model in (plain, checkpointed))
-    assert torch.equal(got[0], expected[0]) and got[1:] == expected[1:]
+    expected, result = (gradients_of_a_step(model, rows, 3, BALANCED) for model in (plain, checkpointed))
+    assert torch.equal(result[0], expected[0]) and result[1:] == expected[1:]
 
 
-def test_compiling_leaves_mixtures_out():
+def test_mixtures_are_not_compiled():
     model = mb.load_model(GOLDEN / "deepseek")
     compile_blocks(model)
     dense, *sparse = [layer.mlp for layer in model.model.layers]
@@ -160,8 +162,8 @@ def test_compiling_leaves_mixtures_out():
 
 
 @pytest.mark.parametrize("name", ["mixtral", "mixtral_window"])
-def test_load_balance_is_that_of_transformers(name):
-    """Of real tokens alone, and whether the rows are packed or by themselves."""
+def test_load_balance_of_packed_rows_equals_that_of_transformers(name):
+    """transformers' value is for padded rows and counts only real tokens."""
     ids, mask, _ = golden_example(name)
     expected = load_file(GOLDEN / name / "expected.safetensors")["load_balance"]
     model, lengths = mb.load_model(GOLDEN / name), mask.sum(1).tolist()
@@ -170,14 +172,14 @@ def test_load_balance_is_that_of_transformers(name):
     assert load_balance(model).item() == pytest.approx(expected.item(), rel=1e-6)
 
 
-def test_load_balance_of_perfect_balance_is_the_number_of_choices():
+def test_balance_is_the_number_of_choices_if_perfect_and_of_experts_if_collapsed():
     chosen = torch.tensor([[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]])
     assert balance(torch.full((5, 5), 0.2), chosen) == pytest.approx(2)
     collapsed = torch.eye(5)[:1].expand(5, 5)
     assert balance(collapsed, torch.zeros(5, 1, dtype=torch.long)) == pytest.approx(5)
 
 
-def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
+def test_load_balance_adds_to_the_loss_and_to_the_gradient_of_earlier_layers():
     model, rows = mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3), random_rows(6, 1)
     without, plain_loss, plain_terms = gradients_of_a_step(model, rows, 6, NLG_RECIPES["iclr2026"])
     gradient, loss, terms = gradients_of_a_step(model, rows, 6, BALANCED)
@@ -190,12 +192,9 @@ def test_load_balance_is_a_term_of_the_step_and_moves_what_is_before_a_router():
     assert "load balance" not in nlg_formula(NLG_RECIPES["iclr2026"])
 
 
-def test_only_the_last_pass_with_gradient_counts_and_only_once():
-    model, ids, others = (
-        mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3),
-        torch.tensor([[3, 5]]),
-        torch.tensor([[7]]),
-    )
+def test_load_balance_is_of_the_last_pass_with_gradients_and_is_read_once():
+    model = mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3)
+    ids, others = torch.tensor([[3, 5]]), torch.tensor([[7]])
     keep_router_outputs(model)
     model(ids)
     expected = load_balance(model)
@@ -212,7 +211,7 @@ def test_only_the_last_pass_with_gradient_counts_and_only_once():
         load_balance(model)
 
 
-def test_a_pass_that_fails_leaves_no_router_watched():
+def test_no_router_is_watched_after_a_failed_pass():
     model = mb.load_model(GOLDEN / "mixtral")
     keep_router_outputs(model)
     with pytest.raises(IndexError):
@@ -220,8 +219,8 @@ def test_a_pass_that_fails_leaves_no_router_watched():
     assert not any(router.is_watched for router in routers_of(model))
 
 
-def test_gradient_checkpointing_leaves_nothing_in_the_routers():
-    """What it computes once more in the backward pass would hold the activations of every block."""
+def test_routers_keep_no_outputs_after_a_checkpointed_backward_pass():
+    """The recomputed outputs would keep the activations of every block alive."""
     model = mb.adapt(mb.load_model(GOLDEN / "deepseek"), rank=3)
     checkpoint_blocks(model)
     keep_router_outputs(model)
@@ -230,23 +229,23 @@ def test_gradient_checkpointing_leaves_nothing_in_the_routers():
     assert [router.outputs for router in routers_of(model)] == [None, None]
 
 
-def test_one_expert_keeps_its_probability_even_where_several_are_normalised(tmp_path):
-    """In DeepSeek's code, not in Mixtral's, where it becomes 1."""
+def test_the_probability_of_a_single_chosen_expert_is_normalised_only_in_mixtral(tmp_path):
+    """As in the published code: Mixtral's weight is then 1, DeepSeek's is the probability."""
     for name, expected in (("deepseek_norm", False), ("mixtral", True)):
         config = json.loads((GOLDEN / name / "config.json").read_text()) | {"num_experts_per_tok": 1}
         (tmp_path / "config.json").write_text(json.dumps(config))
         assert read_config(tmp_path).norm_topk_prob == expected
 
 
-def test_autocast_rounds_no_probability():
-    """--method full in bfloat16: as rounded, one token in a hundred would go to other experts."""
+def test_autocast_does_not_round_probabilities():
+    """--method full in bfloat16 uses autocast; with rounding, one token in a hundred would get other experts."""
     router = mb.load_model(GOLDEN / "mixtral").model.layers[0].block_sparse_moe.gate
     rows = torch.randn(500, 24)
     probabilities, chosen = router(rows)
     with torch.autocast("cpu", torch.bfloat16):
-        again, same = router(rows)
-        loss = balance(again, same)
-    assert torch.equal(again, probabilities) and torch.equal(same, chosen)
+        probabilities_in_autocast, chosen_in_autocast = router(rows)
+        loss = balance(probabilities_in_autocast, chosen_in_autocast)
+    assert torch.equal(probabilities_in_autocast, probabilities) and torch.equal(chosen_in_autocast, chosen)
     assert torch.equal(loss, balance(probabilities, chosen)) and loss.dtype == torch.float32
 
 
@@ -286,7 +285,7 @@ def test_an_adapter_that_changes_a_router_is_refused(tmp_path, refuses):
         ("mixtral", {"quantization_config": {"bits": 4}}, ["quantization_config"]),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(tmp_path, refuses, name, changes, parts):
+def test_settings_that_are_not_implemented_are_refused_by_name(tmp_path, refuses, name, changes, parts):
     folder = shutil.copytree(GOLDEN / name, tmp_path / name)
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
@@ -294,7 +293,7 @@ def test_what_is_not_implemented_is_refused_by_name(tmp_path, refuses, name, cha
 
 
 def test_published_settings_are_read(tmp_path):
-    """Of mistralai/Mixtral-8x7B-v0.1 and deepseek-ai/deepseek-moe-16b-base, where they matter here."""
+    """The settings are from mistralai/Mixtral-8x7B-v0.1 and deepseek-ai/deepseek-moe-16b-base."""
     mixtral = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
     mixtral |= {"model_type": "mixtral", "vocab_size": 32000, "rms_norm_eps": 1e-5, "sliding_window": None}
     deepseek = {"hidden_size": 2048, "intermediate_size": 10944, "num_hidden_layers": 28, "num_attention_heads": 16}
@@ -311,8 +310,8 @@ def test_published_settings_are_read(tmp_path):
     assert (config.expert_size, config.shared_size, config.intermediate_size) == (1408, 2 * 1408, 10944)
 
 
-def test_a_merged_checkpoint_keeps_the_code_that_transformers_runs_it_with(tmp_path):
-    """It is copied, by names that are modules of the folder, and never run."""
+def test_a_merged_checkpoint_keeps_the_python_files_that_its_config_names(tmp_path):
+    """transformers runs the model with these files. Only modules of the folder are copied, and none is run."""
     folder = shutil.copytree(GOLDEN / "deepseek", tmp_path / "base")
     path = folder / "config.json"
     code = {"AutoConfig": "configuration_deepseek.DeepseekConfig", "AutoModel": "../elsewhere.Model", "Other": 3}
@@ -325,7 +324,7 @@ def test_a_merged_checkpoint_keeps_the_code_that_transformers_runs_it_with(tmp_p
     }  # fmt: skip
 
 
-# A run.
+# Runs.
 
 
 def run(monkeypatch, *arguments) -> int:
@@ -335,7 +334,7 @@ def run(monkeypatch, *arguments) -> int:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Tiny random mixtures with the toy's tokenizer, and data."""
+    """Return a folder with tiny random mixtures that have the built-in LLaMA's tokenizer, and with data."""
     root = tmp_path_factory.mktemp("mixtures")
     vocab = json.loads((MODEL / "config.json").read_text())["vocab_size"]
     for name in ("mixtral", "deepseek"):
@@ -364,7 +363,7 @@ def folders(tmp_path_factory):
         ["--method", "full", "--router-aux-loss", "0.01"],
     ],
 )
-def test_a_run(folders, tmp_path, monkeypatch, capsys, name, flags):
+def test_train_nlg_trains_a_mixture(folders, tmp_path, monkeypatch, capsys, name, flags):
     source = ["--model", folders / name, "--data", folders / "data.jsonl", "--out", tmp_path / "run", "--device", "cpu"]
     assert run(monkeypatch, *source, "--max-steps", 3, "--batch-size", 4, "--micro-batch-size", 2, *flags) == 0
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
@@ -381,7 +380,7 @@ def test_a_run(folders, tmp_path, monkeypatch, capsys, name, flags):
         assert same - experts_without_tokens == routers and len(experts_without_tokens) < 6
 
 
-def test_the_load_balance_of_a_model_without_routers_is_refused(tmp_path, monkeypatch, refuses):
+def test_router_aux_loss_is_refused_for_a_model_without_routers(tmp_path, monkeypatch, refuses):
     flags = ["--router-aux-loss", "0.01", "--out", tmp_path / "run", "--device", "cpu"]
     refuses(lambda: run(monkeypatch, *flags), "--router-aux-loss", "no experts", "leave it out")
     assert not (tmp_path / "run").exists()

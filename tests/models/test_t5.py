@@ -1,4 +1,4 @@
-"""T5 against transformers (committed golden values), its answers packed and cached, its files, the scripts on it."""
+"""Tests of T5 against transformers' values in tests/golden/, and of packing, cache, files, tokenizer and scripts."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ MODELS = ["t5", "t5_gated"]
 
 
 def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows (B, T) padded on the right with a token of the vocabulary, and their mask."""
+    """Return rows (B, T), padded on the right with a token of the vocabulary, and their mask (B, T)."""
     width = max(map(len, rows))
     ids = torch.tensor([row + [7] * (width - len(row)) for row in rows])
     return ids, (torch.arange(width) < torch.tensor([[len(row)] for row in rows])).long()
@@ -40,15 +40,15 @@ def random_texts(*lengths: int) -> list[list[int]]:
     return [torch.randint(61, (length,)).tolist() for length in lengths]
 
 
-# transformers.
+# Against transformers.
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_logits_are_those_of_transformers(name):
+def test_logits_equal_those_of_transformers(name):
     *inputs, expected = golden_example(name)
     logits = mb.load_model(GOLDEN / name)(*inputs)
-    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()  # the bar is 1e-4; measured 5e-7
+    assert (logits - expected).abs().max() < 1e-5 * expected.abs().max()  # 1e-4 is required; measured 5e-7
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,12 +56,12 @@ def test_logits_are_those_of_transformers(name):
 def test_bfloat16_stays_near_float32(name):
     *inputs, expected = golden_example(name)
     logits = mb.load_model(GOLDEN / name, dtype=torch.bfloat16)(*inputs).float()
-    assert (logits - expected).norm() < 0.05 * expected.norm()  # 0.4 % a rounding, through four or five blocks
+    assert (logits - expected).norm() < 0.05 * expected.norm()  # each rounding: 0.4 %; 4 or 5 blocks
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_distances_are_in_the_buckets_of_transformers(name):
-    """From −300 to 300, with 32 buckets and with 8."""
+def test_buckets_of_distances_equal_those_of_transformers(name):
+    """Check the distances −300 to 300 for 32 buckets and for 8."""
     expected, config = load_file(GOLDEN / name / "expected.safetensors"), read_config(GOLDEN / name)
     distances = torch.arange(-300, 301)
     for key, is_bidirectional in (("encoder_buckets", True), ("decoder_buckets", False)):
@@ -69,12 +69,12 @@ def test_distances_are_in_the_buckets_of_transformers(name):
         assert torch.equal(bucket(distances, is_bidirectional, *sizes), expected[key])
 
 
-# What a row gives does not depend on the others.
+# Padding, packing and cache.
 
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_padding_and_later_tokens_change_nothing(name):
+def test_padding_and_later_tokens_do_not_change_logits(name):
     ids, mask, answers, _ = golden_example(name)
     model = mb.load_model(GOLDEN / name)
     other = torch.where(mask.bool(), ids, 7)
@@ -91,16 +91,15 @@ def test_left_padding_is_refused():
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("shared", [0, 1, 6])
-def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
-    """The prompt for the encoder and the answer for the decoder; one row has a prompt of what is shared, or one token
-    more, and one an answer of one token."""
+def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared):
+    """One row has a prompt of only one token after the shared ones, and one row has an answer of one token."""
     torch.manual_seed(shared)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
     stretch(model)
     (common,), prompts, answers = random_texts(shared), random_texts(9, 1, 30), random_texts(4, 6, 1)
-    own = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
-    ids = torch.tensor([*common, *sum(own, [])])
-    packed = model.packed(ids, list(map(len, own)), list(map(len, answers)), shared)
+    rows = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers, strict=True)]
+    ids = torch.tensor([*common, *sum(rows, [])])
+    packed = model.packed(ids, list(map(len, rows)), list(map(len, answers)), shared)
     alone = [
         model.hidden(torch.tensor([common + prompt]), None, torch.tensor([[0, *answer[:-1]]]))[0]
         for prompt, answer in zip(prompts, answers, strict=True)
@@ -108,13 +107,13 @@ def test_packed_rows_are_the_rows_alone_in_value_and_gradient(name, shared):
     alone = torch.cat(alone)
     assert packed.shape == alone.shape and distance(packed, alone) < 1e-6
     upstream, trained = torch.randn_like(alone), [p for p in model.parameters() if p.requires_grad]
-    got, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
-    for a, b in zip(got, expected, strict=True):
+    gradients, expected = (torch.autograd.grad((states * upstream).sum(), trained) for states in (packed, alone))
+    for a, b in zip(gradients, expected, strict=True):
         assert distance(a, b) < 1e-4
 
 
-def test_a_packed_row_is_what_data_cuts_it_into():
-    """From `Row` through `pack`: every response token has the logits that predict it, after the whole prompt."""
+def test_rows_from_pack_give_the_states_that_predict_each_response_token():
+    """`packed` on a batch from `pack` equals `hidden` on whole prompts and shifted answers."""
     model = mb.load_model(GOLDEN / "t5_gated")
     prompts, answers = [[5, *text, 1] for text in random_texts(3, 8)], random_texts(4, 2)
     rows = [Row(torch.tensor(p + a).int().numpy(), len(p), 1) for p, a in zip(prompts, answers, strict=True)]
@@ -128,8 +127,8 @@ def test_a_packed_row_is_what_data_cuts_it_into():
     assert batch.targets.tolist() == sum(answers, [])
 
 
-def test_all_of_it_can_be_trained_and_checkpointed():
-    """The numbers of the distances, too, which the first block holds and all use."""
+def test_all_parameters_get_gradients_with_and_without_checkpointing():
+    """This includes the biases of the distances, which the first block holds for all blocks."""
     gradients = []
     for is_checkpointed in (False, True):
         model = mb.load_model(GOLDEN / "t5_gated")
@@ -153,8 +152,8 @@ def test_packed_rows_do_not_see_each_other():
 
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_the_cache_gives_the_same_states(name):
-    """Prompts of 17, 9 and 1 tokens, then six tokens each, against one whole pass a row."""
+def test_states_with_a_cache_equal_states_without(name):
+    """Compare prompts of 17, 9 and 1 tokens plus six answer tokens each with one pass over each whole row."""
     model, answers = mb.load_model(GOLDEN / name), torch.randint(61, (3, 6))
     prompts = random_texts(17, 9, 1)
     ids, _ = padded(prompts)
@@ -166,15 +165,15 @@ def test_the_cache_gives_the_same_states(name):
 
 
 @torch.no_grad()
-def test_the_heads_weight_gives_the_logits():
-    """v1.0 divides states by √d before its tied head: that is in the states, so that nobody else has to know."""
+def test_head_weight_times_hidden_equals_the_logits():
+    """v1.0 divides states by √d before its tied head; `hidden` includes this factor."""
     for name in MODELS:
         *inputs, _ = golden_example(name)
         model = mb.load_model(GOLDEN / name)
         assert torch.allclose(model.hidden(*inputs) @ model.head_weight.T, model(*inputs), atol=1e-5)
 
 
-# The teacher, dropout.
+# Teacher and dropout.
 
 
 @pytest.mark.parametrize("init", ["pissa", "lora"])
@@ -204,7 +203,7 @@ def test_dropout_is_in_training_only():
 
 
 def copy_of(name: str, folder, tensors=None, **config):
-    """A golden checkpoint with more tensors, and other keys in its config.json; None takes a key away."""
+    """Copy a golden checkpoint, add tensors, and change keys of its config.json; None removes a key."""
     settings = json.loads((GOLDEN / name / "config.json").read_text()) | config
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({k: value for k, value in settings.items() if value is not None}))
@@ -213,15 +212,15 @@ def copy_of(name: str, folder, tensors=None, **config):
 
 
 @torch.no_grad()
-def test_the_older_spelling_of_an_untied_head_is_read(tmp_path):
-    """As published: transformers 5 writes scale_decoder_outputs, and tie_word_embeddings true whatever the head is."""
+def test_the_old_spelling_of_an_untied_head_is_read(tmp_path):
+    """Published files set tie_word_embeddings. transformers 5 writes it always true, and adds scale_decoder_outputs."""
     *inputs, expected = golden_example("t5_gated")
     folder = copy_of("t5_gated", tmp_path, tie_word_embeddings=False, scale_decoder_outputs=None)
     assert (mb.load_model(folder)(*inputs) - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @torch.no_grad()
-def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path, refuses):
+def test_equal_copies_of_the_embedding_are_ignored_and_others_are_refused(tmp_path, refuses):
     *inputs, expected = golden_example("t5")
     shared = load_file(GOLDEN / "t5" / "model.safetensors")["shared.weight"]
     unused = {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.ones(8, 3)}
@@ -232,13 +231,13 @@ def test_copies_of_the_embedding_are_ignored_and_refused_if_they_differ(tmp_path
     for name in names:
         copy_of("t5", tmp_path, {name: shared + 1})
         refuses(lambda: mb.load_model(tmp_path), name, "differs from the embedding")  # noqa: B023
-    mb.load_model(tmp_path, "classifier", 2)  # an untied head is no part of a classifier
+    mb.load_model(tmp_path, "classifier", 2)  # a classifier does not read the language-model head
     copy_of("t5", tmp_path, {names[0]: shared + 1})
     refuses(lambda: mb.load_model(tmp_path, "classifier", 2), names[0], "differs from the embedding")
 
 
-def test_the_embedding_may_be_stored_by_a_copys_name_alone(tmp_path):
-    """As programs do that leave out what is in a file twice."""
+def test_the_embedding_is_read_from_the_name_of_a_copy(tmp_path):
+    """Some programs store equal tensors only once."""
     *inputs, expected = golden_example("t5")
     tensors = load_file(GOLDEN / "t5" / "model.safetensors")
     tensors["decoder.embed_tokens.weight"] = tensors.pop("shared.weight")
@@ -258,25 +257,25 @@ def test_the_embedding_may_be_stored_by_a_copys_name_alone(tmp_path):
     ({"num_decoder_layers": 1 << 19}, ["hidden layers"]),
     ({"num_decoder_layers": 3}, ["lacks decoder.block.2"]),
 ])  # fmt: skip
-def test_what_is_not_implemented_or_does_not_fit_is_refused_by_name(changes, words, tmp_path, refuses):
+def test_settings_that_are_not_implemented_or_do_not_fit_are_refused_by_name(changes, words, tmp_path, refuses):
     refuses(lambda: mb.load_model(copy_of("t5", tmp_path, **changes)), *words)
 
 
 @torch.no_grad()
-def test_a_new_head_is_as_wide_as_transformers_draws_it(tmp_path):
-    """With a standard deviation of d^-1/2, biases 0."""
+def test_a_new_head_is_drawn_as_in_transformers(tmp_path):
+    """Weights have a standard deviation of d^-1/2; biases are 0."""
     torch.manual_seed(0)
     model = mb.load_model(headless("t5_classifier", tmp_path), "classifier", 5)
     dense = model.classification_head.dense
     assert dense.weight.std().item() == pytest.approx(24**-0.5, rel=0.1) and not dense.bias.any()
 
 
-# The tokenizer.
+# Tokenizer.
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A tiny random T5 v1.1 with a tokenizer like T5's: no BOS, and </s> at the end of a text."""
+    """Return the folder of a tiny random T5 v1.1 whose tokenizer adds no BOS and ends each text with </s>."""
     folder = tmp_path_factory.mktemp("t5") / "model"
     folder.mkdir()
     examples = [example_from(row, line) for line, row in enumerate(clean_problems(200, seed=1))]
@@ -294,7 +293,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_a_prompt_keeps_the_eos_that_ends_a_text_for_the_encoder(folder):
+def test_prompts_and_responses_end_with_eos(folder):
     tok = load_tokenizer(folder)
     example = example_from({"query": "What is 3 plus 4?", "response": "It is 7."}, 1)
     (row,), _, _ = encode_examples([example], tok, 500)
@@ -304,14 +303,14 @@ def test_a_prompt_keeps_the_eos_that_ends_a_text_for_the_encoder(folder):
     assert row.ids[row.prompt_length - 1] == row.ids[-1] == tok.eos_id == 1
 
 
-def test_an_answer_is_a_text_of_its_own(folder):
-    """No space before its first word, which only a text that goes on would have."""
+def test_an_answer_is_decoded_without_a_space_at_its_start(folder):
+    """The answer is a text by itself, not a continuation of the prompt."""
     tok = load_tokenizer(folder)
     (prompt,), (answer,) = tok.encode_prompts(["How many apples?"]), tok.encode_responses(["7 apples."])
     assert tok.decode_after(prompt, answer) == "7 apples."
 
 
-def test_a_tokenizer_that_does_not_end_a_text_is_refused(folder, tmp_path, refuses):
+def test_a_tokenizer_without_eos_at_the_end_is_refused(folder, tmp_path, refuses):
     tok = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tok.post_processor = processors.TemplateProcessing("$A", "$A $B", [])
     tok.save(str(tmp_path / "tokenizer.json"))
@@ -319,12 +318,12 @@ def test_a_tokenizer_that_does_not_end_a_text_is_refused(folder, tmp_path, refus
     refuses(lambda: load_tokenizer(tmp_path), "tokenizer.json", "EOS")
 
 
-# The scripts, as a user runs them.
+# Scripts.
 
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch, capsys):
-    """run(main, *flags) is the status of a program on the tiny model, and what it wrote to stdout and stderr."""
+    """Return run(main, *flags): it runs a program on the tiny model and returns its status, stdout and stderr."""
     problems = "\n".join(json.dumps(row) for row in clean_problems(12, seed=2))
     (tmp_path / "problems.jsonl").write_text(problems)
     texts = (json.dumps({"text": f"Ann has {number} apples.", "label": "ab"[number % 2]}) for number in range(12))
@@ -344,32 +343,21 @@ def run(folder, tmp_path, monkeypatch, capsys):
     return program
 
 
-NLG = [
-    "--data",
-    "problems.jsonl",
-    "--max-steps",
-    "2",
-    "--batch-size",
-    "4",
-    "--micro-batch-size",
-    "2",
-    "--device",
-    "cpu",
-]
+NLG = "--data problems.jsonl --max-steps 2 --batch-size 4 --micro-batch-size 2 --device cpu".split()
 
 
-def test_a_language_model_is_tuned_and_answers(run):
-    """The table's loss goes through `packed`, its answers through the cache."""
+def test_train_nlg_and_generate_run_on_a_t5(run):
+    """The losses in the table come from `packed`, the exact match comes from the cache."""
     Path("held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in clean_problems(2, seed=3)))
     status, out, _ = run(train_nlg.main, *NLG, "--rank", "4", "--eval", "held_out.jsonl", "--out", "tuned")
     assert status == 0 and "loss on held-out responses" in out and "exact match, all (2)" in out
     assert json.loads(Path("tuned/adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
-    asked = ["--adapter", "tuned", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "5", "--device", "cpu"]
-    status, text, _ = run(generate.main, *asked)
+    flags = ["--adapter", "tuned", "--prompt", "What is 3 plus 4?", "--max-new-tokens", "5", "--device", "cpu"]
+    status, text, _ = run(generate.main, *flags)
     assert status == 0 and text.strip()
 
 
-def test_checkpointed_blocks_and_a_cached_teacher_change_nothing(run):
+def test_grad_checkpoint_and_teacher_cache_do_not_change_losses(run):
     logs = []
     for index, flags in enumerate(([], ["--grad-checkpoint"], *2 * [["--teacher-cache", "cache"]])):
         assert run(train_nlg.main, *NLG, "--rank", "4", *flags, "--out", f"run{index}")[0] == 0
@@ -378,13 +366,13 @@ def test_checkpointed_blocks_and_a_cached_teacher_change_nothing(run):
     assert logs[1:] == [pytest.approx(logs[0], rel=1e-5)] * 3
 
 
-@pytest.mark.parametrize("way", [["--quantize", "nf4", "--rank", "4"], ["--method", "full"]])
-def test_four_bits_and_all_parameters(run, way):
-    assert run(train_nlg.main, *NLG, *way, "--out", "tuned")[0] == 0
+@pytest.mark.parametrize("flags", [["--quantize", "nf4", "--rank", "4"], ["--method", "full"]])
+def test_nf4_and_full_training_run_on_a_t5(run, flags):
+    assert run(train_nlg.main, *NLG, *flags, "--out", "tuned")[0] == 0
 
 
 @pytest.mark.parametrize("method", ["ba-lora", "full"])
-def test_a_classifier_is_tuned(run, method):
+def test_train_nlu_runs_on_a_t5(run, method):
     data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text"]
     flags = ["--label-field", "label", "--epochs", "1", "--method", method, "--device", "cpu", "--features", "states"]
     status, out, _ = run(train_nlu.main, *data, *flags, "--out", "tuned")
@@ -393,9 +381,9 @@ def test_a_classifier_is_tuned(run, method):
 
 
 @pytest.mark.parametrize("method", ["ba-lora", "full"])
-def test_a_language_model_classifies_by_its_own_words(run, method):
-    """Without a new head: the adapter is a language model's, and nothing but A and B is in it."""
-    words = ("The", "answer")  # of the corpus, so they are tokens
+def test_as_text_classifies_by_the_logits_of_the_classes_words(run, method):
+    """There is no new head: the adapter is a language model's and has only A and B."""
+    words = ("The", "answer")  # both are single tokens
     rows = (json.dumps({"text": f"Ann has {number} apples.", "label": words[number % 2]}) for number in range(12))
     Path("texts.jsonl").write_text("\n".join(rows))
     data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text", "--as-text"]
@@ -407,6 +395,6 @@ def test_a_language_model_classifies_by_its_own_words(run, method):
         assert config["task_type"] == "SEQ_2_SEQ_LM" and config["modules_to_save"] is None
 
 
-def test_the_loss_of_a_text_is_refused(run):
+def test_evaluating_the_loss_of_a_text_is_refused_for_a_t5(run):
     status, _, error = run(evaluate.main, "--task", "text", "--data", "problems.jsonl", "--out", "out")
     assert status == 2 and "--task text" in error and "is a T5" in error and len(error.splitlines()) == 1

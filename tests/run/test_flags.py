@@ -64,7 +64,17 @@ def test_plain_is_refused_where_nothing_is_lean(parse, refuses):
 
 
 def test_both_scripts_share_the_flags_that_are_common():
-    only_nlg = {"prompt_field", "response_field", "raw", "top_k", "eval_task", "quantize", "teacher_cache", "fsdp"}
+    only_nlg = {
+        "prompt_field",
+        "response_field",
+        "input_field",
+        "raw",
+        "top_k",
+        "eval_task",
+        "quantize",
+        "teacher_cache",
+        "fsdp",
+    }
     only_nlg |= {"router_aux_loss"}
     only_nlu = {"task", "as_text", "text_field", "label_field", "label_noise", "imbalance", "teacher", "features"}
     nlg_names, nlu_names = parse_nlg_flags(CPU).recorded.keys(), nlu().recorded.keys()

@@ -143,8 +143,8 @@ def test_the_pretraining_programs_write_loadable_models_of_the_built_in_shapes(p
     program.main()
     assert {path.name for path in (tmp_path / "made").iterdir()} == {path.name for path in files.iterdir()}
     head = {"head": "classifier", "num_labels": 3} if program is pretrain_bert else {}
-    made, ours = (mb.load_model(folder, **head).state_dict() for folder in (tmp_path / "made", files))
+    made, built_in = (mb.load_model(folder, **head).state_dict() for folder in (tmp_path / "made", files))
     assert {name: tensor.shape for name, tensor in made.items()} == {
-        name: tensor.shape for name, tensor in ours.items()
+        name: tensor.shape for name, tensor in built_in.items()
     }
     assert len(mb.load_tokenizer(tmp_path / "made").encode("The soup was good.")) > 4

@@ -1,9 +1,10 @@
-"""Every family of models that is implemented: a file here reads its config.json, one in `models/` has its blocks.
+"""The implemented families of models. A file here reads a family's config.json; a file in `models/` has its blocks.
 
-Whatever would change the numbers and is not implemented is refused by name; nothing is silently approximated.
+A setting that would change the results and is not implemented is refused by name; nothing is approximated silently.
 """
 
 import os
+import re
 from pathlib import Path
 
 from minibalora.base.errors import InputError
@@ -16,17 +17,32 @@ FAMILIES = {model_type: family for module in MODULES for model_type, family in m
 
 
 def read_family(folder: Path) -> tuple[Family, object]:
-    """The family that config.json names and its configuration; InputError says what is wrong or not implemented."""
+    """Return the family that config.json names, and its configuration.
+
+    Raises InputError for anything wrong or not implemented.
+    """
     path = folder / "config.json"
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
     raw = read_json_object(path)
-    name = raw.get("model_type")
+    name = raw.get("model_type") or _type_of_old_file(raw)
+    if name is None:
+        raise InputError(f"{path}: has no model_type: add it, one of {', '.join(FAMILIES)}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not implemented: there are {', '.join(FAMILIES)}")
     fields = Fields(FAMILIES[name].defaults | raw, path)
     fields.refuse("quantization_config", "quantised weights are")
     return FAMILIES[name], FAMILIES[name].read(fields)
+
+
+def _type_of_old_file(raw: dict) -> str | None:
+    """Return the model_type of a config.json from before there was one: by its architectures, or BERT by its keys."""
+    architectures = raw.get("architectures")
+    for architecture in architectures if isinstance(architectures, list) else ():
+        for name, family in FAMILIES.items():
+            if isinstance(architecture, str) and re.fullmatch(rf"{family.transformers}(For\w+|Model)", architecture):
+                return name
+    return "bert" if not architectures and raw.keys() >= encoders.BERT_KEYS else None
 
 
 def read_config(folder: Path) -> object:

@@ -84,6 +84,9 @@ BERT = {
     "type_vocab_size": 2,
     "position_embedding_type": "absolute",
 }
+# What distinguishes a BERT whose config.json has no model_type.
+BERT_KEYS = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "type_vocab_size"}
+BERT_KEYS |= {"attention_probs_dropout_prob", "max_position_embeddings"}
 DEBERTA = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
@@ -100,6 +103,18 @@ DEBERTA = {
     "pooler_dropout": 0.0,
 }
 family = partial(Family, has_language_model=False)
+roberta = partial(
+    family,
+    partial(read_bert, is_roberta=True),
+    partial(EncoderClassifier, prefix="roberta"),
+    Names(
+        "roberta",
+        "classifier",
+        "classifier.out_proj.weight",
+        ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*",
+    ),
+    defaults=BERT | {"pad_token_id": 1},
+)
 FAMILIES = {
     "bert": family(
         partial(read_bert, is_roberta=False),
@@ -110,18 +125,8 @@ FAMILIES = {
         "Bert",
         BERT,
     ),
-    "roberta": family(
-        partial(read_bert, is_roberta=True),
-        partial(EncoderClassifier, prefix="roberta"),
-        Names(
-            "roberta",
-            "classifier",
-            "classifier.out_proj.weight",
-            ignored=r"lm_head\..*|qa_outputs\..*|.*\.position_ids|roberta\.pooler\..*",
-        ),
-        "Roberta",
-        BERT | {"pad_token_id": 1},
-    ),
+    "roberta": roberta("Roberta"),
+    "xlm-roberta": roberta("XLMRoberta"),
     "deberta-v2": family(
         read_deberta,
         partial(EncoderClassifier, prefix="deberta"),

@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def read_gpt2(fields: Fields) -> GPT2Config:
-    fields.refuse("scale_attn_by_inverse_layer_idx", "scaling attention by the layer is")
+    fields.refuse("scale_attn_by_inverse_layer_idx", "scaling attention by the layer's index is")
     fields.refuse("add_cross_attention", "cross attention is")
     fields.expect(scale_attn_weights=True)
     fields.activation("activation_function", {"gelu_new": "gelu_tanh"})

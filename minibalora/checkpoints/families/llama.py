@@ -1,4 +1,4 @@
-"""config.json and tensor names of LLaMA, Yi (which says llama), Mistral, Gemma and Qwen."""
+"""config.json and tensor names of LLaMA, Yi (whose model_type is llama), Mistral, Gemma and Qwen."""
 
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ def read_mistral(fields: Fields) -> LlamaConfig:
 
 
 def same_windows(fields: Fields) -> tuple[int | None, ...]:
-    """sliding_window for every layer, none where it is null."""
+    """Return sliding_window for every layer; None if it is null."""
     window = fields.integer("sliding_window") if "sliding_window" in fields.raw else None
     return (window,) * fields.integer("num_hidden_layers")
 
@@ -30,7 +30,7 @@ def read_gemma(fields: Fields) -> LlamaConfig:
 
 
 def gemma_settings(fields: Fields) -> dict:
-    name = fields.raw["hidden_act"]  # its first releases say "gelu" and mean the tanh form
+    name = fields.raw["hidden_act"]  # the first releases say "gelu" and mean its tanh form
     fields.raw["hidden_act"] = fields.raw.get("hidden_activation", "gelu_pytorch_tanh" if name == "gelu" else name)
     settings = llama_settings(fields)
     return settings | {"norm_offset": 1.0, "embedding_scale": settings["hidden_size"] ** 0.5}
@@ -50,7 +50,7 @@ def read_gemma2(fields: Fields) -> LlamaConfig:
 
 
 def read_qwen2(fields: Fields) -> LlamaConfig:
-    """Qwen 1.5, 2 and 2.5: a bias on q, k and v alone."""
+    """Read the config of Qwen 1.5, 2 or 2.5, which have biases on q, k and v only."""
     return LlamaConfig(**llama_settings(fields) | {"qkv_bias": True, "o_bias": False, "windows": qwen_windows(fields)})
 
 
@@ -59,7 +59,7 @@ def read_qwen3(fields: Fields) -> LlamaConfig:
 
 
 def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
-    """A layer's window, as layer_types says, or else from max_window_layers on; none without use_sliding_window."""
+    """Return each layer's window, by layer_types or from max_window_layers on; None without use_sliding_window."""
     layers, first = fields.integer("num_hidden_layers"), fields.integer("max_window_layers", least=0)
     by_number = ["full_attention"] * min(first, layers) + ["sliding_attention"] * (layers - first)
     kinds = layer_kinds(fields, fields.raw.get("layer_types", by_number))
@@ -69,23 +69,22 @@ def qwen_windows(fields: Fields) -> tuple[int | None, ...]:
 
 
 def windows_of_kinds(fields: Fields, kinds: list[str]) -> tuple[int | None, ...]:
-    """A layer's window by its kind."""
+    """Return each layer's window: sliding_window, or None for full attention."""
     return tuple(fields.integer("sliding_window") if kind == "sliding_attention" else None for kind in kinds)
 
 
 def layer_kinds(fields: Fields, kinds: object) -> list[str]:
-    """ "full_attention" or "sliding_attention" of each layer; InputError for anything else."""
-    layers, known = fields.integer("num_hidden_layers"), ("full_attention", "sliding_attention")
-    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-        expected = f"it must have {' or '.join(known)} for each of {layers} layers"
+    """Check that `kinds` has "full_attention" or "sliding_attention" for each layer, and return it."""
+    layers, allowed = fields.integer("num_hidden_layers"), ("full_attention", "sliding_attention")
+    if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in allowed for kind in kinds):
+        expected = f"it must have {' or '.join(allowed)} for each of {layers} layers"
         raise InputError(f"{fields.path}: layer_types is {kinds!r}: {expected}")
     return kinds
 
 
 def llama_settings(fields: Fields) -> dict:
-    """What all of them have, with LLaMA's values where they differ."""
+    """Return the settings of LLaMA; the other families replace those that differ."""
     fields.refuse("use_bidirectional_attention", "bidirectional attention is")
-    fields.refuse("attention_dropout", "dropout in attention is")
     d, layers, heads = map(fields.integer, ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     rope, has_bias = _rope_settings(fields), fields.flag("attention_bias", False)
     kv_heads, head_dim = fields.integer("num_key_value_heads", heads), fields.integer("head_dim", d // heads)
@@ -110,18 +109,19 @@ def llama_settings(fields: Fields) -> dict:
         "norm_offset": 0.0,
         "embedding_scale": 1.0,
         "initializer_range": fields.number("initializer_range", INITIALIZER_RANGE),
+        "attention_dropout": fields.dropout("attention_dropout", 0.0),
     }
 
 
 def _rope_settings(fields: Fields) -> dict:
-    """Both spellings: rope_theta and rope_scaling at the top level, or all inside rope_parameters (transformers 5)."""
+    """Return all settings of RoPE, from the top level and rope_scaling or from rope_parameters (transformers 5)."""
     raw = fields.raw
     settings = {"rope_theta": raw.get("rope_theta", 10000.0)}  # LLaMA 2's config.json leaves the theta out
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key, {}), dict):
             raise InputError(f"{fields.path}: {key} is {raw[key]!r}: it must be an object or null")
         settings |= raw.get(key, {})
-    settings["rope_type"] = settings.get("rope_type", settings.get("type", "default"))
+    settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     return settings
 
@@ -134,15 +134,18 @@ def _rope_number(settings: dict, key: str, path: Path) -> float:
 
 
 def _rope_scaling(settings: dict, path: Path) -> dict | None:
-    """None for plain RoPE, or the four numbers of the llama3 type."""
-    if settings["rope_type"] not in ("default", "llama3") or settings["partial_rotary_factor"] != 1:
-        kind = f"{settings['rope_type']!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
-        raise InputError(f"{path}: rope_type {kind} is not implemented: there are default and llama3, both with 1")
-    if settings["rope_type"] == "default":
+    """Return the numbers of the scaling, see `models.llama.rotary_frequencies`; None for plain RoPE."""
+    kind = settings["rope_type"]
+    if kind not in ("default", "linear", "llama3") or settings["partial_rotary_factor"] != 1:
+        kind = f"{kind!r} with partial_rotary_factor {settings['partial_rotary_factor']!r}"
+        raise InputError(
+            f"{path}: rope_type {kind} is not implemented: there are default, linear and llama3, each with 1"
+        )
+    if kind == "default":
         return None
-    keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {key: _rope_number(settings, key, path) for key in keys}
-    if scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+    keys = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings") if kind == "llama3" else ()
+    scaling = {key: _rope_number(settings, key, path) for key in ("factor", *keys)}
+    if keys and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
         raise InputError(f"{path}: low_freq_factor must be below high_freq_factor: download the file again")
     return scaling
 

@@ -21,12 +21,12 @@ def read_mixtral(fields: Fields) -> MixtureConfig:
 
 
 def read_deepseek(fields: Fields) -> MixtureConfig:
-    """aux_loss_alpha, seq_aux and pretraining_tp change nothing in what the model computes."""
+    """Read the config of DeepSeek-MoE. aux_loss_alpha, seq_aux and pretraining_tp do not change the outputs."""
     fields.expect(scoring_func="softmax")
     settings = mixture_settings(fields, "n_routed_experts")
     first, every = fields.integer("first_k_dense_replace", least=0), fields.integer("moe_layer_freq")
     size, shared = fields.integer("moe_intermediate_size"), fields.integer("n_shared_experts", 0, least=0)
-    is_normalised = fields.flag("norm_topk_prob") and settings["num_experts_per_tok"] > 1  # as its own code has it
+    is_normalised = fields.flag("norm_topk_prob") and settings["num_experts_per_tok"] > 1  # as in its own code
     return MixtureConfig(
         **settings,
         expert_size=size,
@@ -37,7 +37,7 @@ def read_deepseek(fields: Fields) -> MixtureConfig:
 
 
 def mixture_settings(fields: Fields, experts: str) -> dict:
-    """What both have; experts: the key of their number."""
+    """Return the settings that both have. experts: the key of the number of experts."""
     fields.expect(hidden_act="silu")
     count, chosen = fields.integer(experts), fields.integer("num_experts_per_tok")
     if chosen > count:

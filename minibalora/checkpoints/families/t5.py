@@ -9,7 +9,7 @@ NAMES = Names(
     "transformer",
     "classification_head",
     "classification_head.out_proj.weight",
-    # Old files have a bias that none of their attention to the encoder ever used.
+    # Old files have a position bias in the attention to the encoder, where it was never used.
     ignored=rf"{COPIES}|(transformer\.)?lm_head\.weight|.*\.EncDecAttention\.relative_attention_bias\.weight",
     copies=COPIES,
 )
@@ -59,7 +59,8 @@ def read_t5(fields: Fields) -> T5Config:
 
 
 def _is_tied(fields: Fields) -> bool:
-    """Transformers 5 always writes tie_word_embeddings: true, but of v1.1 also scale_decoder_outputs: false."""
+    """Return whether head and embedding are tied. Transformers 5 writes tie_word_embeddings: true for every T5, and
+    scale_decoder_outputs: false for v1.1, which is not tied."""
     return fields.flag("scale_decoder_outputs", True) and fields.flag("tie_word_embeddings")
 
 
