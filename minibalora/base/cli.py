@@ -52,8 +52,8 @@ def _reason(error: Exception, smaller: str) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory, this machine has no more of it: {smaller}, or use a smaller model"
     if is_failed_write(error):
-        is_full = "No space left" in str(error)
-        return f"{'the disk is full' if is_full else 'writing failed'} ({error}): make room, lift the limit or use another disk"
+        failure = "the disk is full" if "No space left" in str(error) else "writing failed"
+        return f"{failure} ({error}): make room, lift the limit or use another disk"
     if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
         return "another process of this run has ended: see its message"
     return None
