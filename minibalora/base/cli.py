@@ -1,4 +1,4 @@
-"""What all commands share: the exit status, errors in one line, and the types of flags."""
+"""The parts that all commands share: the exit status, errors in one line, and the types of flags."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def run_script(
             sys.exit(main())
     except InputError as error:
         _exit_with_line(2, error)
-    except BrokenPipeError:  # the reader, for instance `head`, has what it wanted
+    except BrokenPipeError:  # the reader, for instance `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         sys.exit(141)
     except KeyboardInterrupt:
@@ -126,7 +126,7 @@ def path(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """A folder; one of the Hub's cache is entered at its snapshot."""
+    """Return a folder; for a folder of the Hub's cache, its snapshot."""
     try:
         return entered(path(text))
     except InputError as error:
