@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-r"""Final answers of mathematical problems in a model's text, and whether two are equal. Needs no package: copy it.
+r"""Find the final answer of a mathematical text, and compare two answers. This file works copied alone.
 
 `same_number` is for GSM8K, `same_answer` for MATH. Both compare what is written, with numbers as exact fractions, and
-never calculate: 2+3 is not 5, and where the text leaves a doubt the verdict is False.
+never calculate: 2+3 is not 5. If the text leaves a doubt, the answers are not the same.
 """
 
 import re
@@ -13,7 +13,7 @@ __all__ = ["final_answer", "normalize", "number", "same_answer", "same_number"]
 
 MARKER, HASHES, BOXES = "The answer is:", "####", (r"\boxed", r"\fbox")  # MetaMathQA, GSM8K, MATH
 FRAME = " \t\r\n*`"  # around an answer, Markdown's included
-LONGEST, BRACKETS = 500, 60  # characters and opening brackets; beyond them an answer is compared as it stands
+LONGEST, BRACKETS = 500, 60  # characters and opening brackets; a longer answer is compared as it stands
 
 CHARACTERS = str.maketrans(
     {"−": "-", "–": "-", "－": "-", "，": ",", "．": ".", "％": "%", "＄": "$", "°": r"\degree ", "×": r"\times "}
@@ -58,7 +58,7 @@ REWRITES = [
 ]
 REWRITES = [(re.compile(pattern), replacement) for pattern, replacement, reason in REWRITES]
 
-# Between two bars stand the words of one unit. No other word is taken for a unit: 5 million or 5 less is not 5.
+# Bars separate the units, each with its words. No other word counts as a unit: 5 million or 5 less is not 5.
 UNITS = """percent | degrees degree | radians radian | dollars dollar | cents cent | inches inch in | feet foot ft
 | yards yard yd | miles mile mi | mph | millimeters millimeter mm | centimeters centimeter cm | meters meter metres
 | kilometers kilometer km | grams gram | kilograms kilogram kg | pounds pound lbs lb | ounces ounce oz | tons ton
@@ -71,7 +71,7 @@ UNIT = re.compile(rf"(?<![A-Za-z\\])(?:(?:{'|'.join(UNITS)})(?![A-Za-z])(?: *\^\
 QUANTITY = re.compile(r"(?=.*(?:[0-9]|\\pi))(?:[-0-9.,+/^{}() ]|\\(?:frac|sqrt|pi|cdot|pm)(?![A-Za-z]))+")
 LABEL = re.compile(r" *((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w\})?(?: *\( *[A-Za-z] *\))?) *(?:=|\\in(?![A-Za-z]))([^=<>]+)")
 THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
-SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9.] (?=[0-9.]))| ")  # the first two are not the same without it
+SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9.] (?=[0-9.]))| ")  # the first two need their space
 OPENING, CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
 MATRIX = re.compile(r"\\begin\{[pb]matrix\}((?:(?!\\begin|\\end).)*)\\end\{[pb]matrix\}")
 SYMBOL = r"\\pi|\\sqrt\{[0-9]+\}|[A-Za-z]"
@@ -87,13 +87,13 @@ CALCULATION = re.compile(r"[+*^<>\\]|(?<![A-Za-z])-|-(?![A-Za-z])|/ *[A-Za-z](?!
 
 
 def final_answer(text: str) -> str | None:
-    r"""What follows the last "The answer is:" or, without one, the last "####" or \boxed{}, whichever is later.
+    r"""Return what follows the last "The answer is:" or, without one, the last "####" or \boxed{}, whichever is later.
 
     The answer ends with its line, or with a matrix that begins there; a box is replaced by its content, and a full stop
     and dollar signs are removed. None if there is no marker or the box does not end, "" if nothing follows.
     """
-    _, found, tail = text.rpartition(MARKER)
-    if not found:
+    _, marker, tail = text.rpartition(MARKER)
+    if not marker:
         start = max(map(text.rfind, (HASHES, *BOXES)))
         if start < 0:
             return None
@@ -120,7 +120,7 @@ def _first_line(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""The content of the \boxed{...} or \boxed ... that text begins with."""
+    r"""Return the content of the \boxed{...} or \boxed ... that text begins with, None if it does not end."""
     text = re.sub(r"^\\[a-z]+\s*", "", text)
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
@@ -133,11 +133,10 @@ def _boxed(text: str) -> str | None:
 
 
 def number(answer: str) -> Fraction | None:
-    r"""The one number in a short text: 1,234, -$5.50, 3/4, \frac{3}{4}, 1 1/2, 12 apples, 5%, 2.5 million, 6 * 3 = 18.
+    r"""Return the number in a text such as 1,234, -$5.50, \frac{3}{4}, 1 1/2, 12 apples, 5%, 2.5 million, 6 * 3 = 18.
 
-    None if there is no number, or a calculation, or several numbers without "=" before the last. MetaMath's
-    eval_gsm8k.py, which measured PiSSA and BA-LoRA, rounds the first match of [-+]?\d*[.,/]?\d+ instead: it takes 3.6
-    for 4, 10 - 4 for 10, and 2,520,000, one of GSM8K's answers, for 2520. Like it, we ignore the percent sign.
+    None if there is no number, or a calculation, or several numbers without "=" before the last. A percent sign is
+    ignored, as in the published scripts, see `benchmarks.judge_rounded`.
     """
     text = _rewritten(answer)
     if text is None:
@@ -155,13 +154,13 @@ def number(answer: str) -> Fraction | None:
 
 
 def same_number(answer: str | None, reference: str | None) -> bool:
-    """Whether both have a number and it is the same, exactly."""
-    found, expected = (None if text is None else number(text) for text in (answer, reference))
-    return found is not None and found == expected
+    """Return whether both texts have a number and the two numbers are exactly equal."""
+    ours, expected = (None if text is None else number(text) for text in (answer, reference))
+    return ours is not None and ours == expected
 
 
 def normalize(latex: str) -> str:
-    """One spelling for answers that are spelt differently, without `x =` in front and without the unit.
+    """Return one spelling for answers that are spelt differently, without `x =` in front and without the unit.
 
     Fractions are reduced, decimals become fractions, sets and unions are sorted, elements of brackets and cells of
     matrices are normalised too. An answer longer than LONGEST or with more than BRACKETS brackets stays as it is.
@@ -170,7 +169,7 @@ def normalize(latex: str) -> str:
 
 
 def same_answer(answer: str | None, reference: str | None) -> bool:
-    """Whether two answers have the same normal form and no different units or names: 5 cm is 5, but not 5 in."""
+    """Return whether two answers have one normal form and no different units or names: 5 cm is 5, but not 5 in."""
     if answer is None or reference is None:
         return False
     (form, *marks), (other, *other_marks) = _parts(answer), _parts(reference)
@@ -187,12 +186,12 @@ def _rewritten(answer: str) -> str | None:
 
 
 def _joined(text: str) -> str:
-    """1,234 without its comma; inside brackets, (1,234) is a pair."""
+    """Remove the comma of 1,234, but not inside brackets, where (1,234) is a pair."""
     return text if re.search(r"[(\[]|\\\{", text) else THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
 def _parts(latex: str) -> tuple[str, str, str]:
-    r"""Normal form, name and unit: `x = 0.5 cm` has \frac{1}{2}, x and centimeters."""
+    r"""Return normal form, name and unit: `x = 0.5 cm` has \frac{1}{2}, x and centimeters."""
     text = _rewritten(latex)
     if text is None:
         return " ".join(latex.split()), "", ""
@@ -225,7 +224,7 @@ def _form(text: str) -> str:
 
 
 def _brackets(text: str) -> tuple[str, str, str]:
-    """Opening bracket, inside and closing bracket if they enclose all of text, else nothing, text and nothing."""
+    """Return opening bracket, content and closing bracket if they enclose all of text, else "", text and ""."""
     tokens, depths = _tokens(text)
     if len(tokens) > 1 and tokens[0] in ("(", "[", r"\{") and min(depths[:-1]) == 1 and depths[-1] == 0:
         return tokens[0], "".join(tokens[1:-1]), tokens[-1]
@@ -233,7 +232,7 @@ def _brackets(text: str) -> tuple[str, str, str]:
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """Parts of text between separators outside of all brackets."""
+    """Split a text at the separators that are outside of all brackets."""
     parts = [""]
     for token, depth in zip(*_tokens(text), strict=True):
         if token == separator and depth == 0:
@@ -254,7 +253,7 @@ def _element(text: str) -> str:
 
 
 def _term(text: str) -> tuple[Fraction, str] | None:
-    r"""Coefficient and symbol, "" for a number, of 1.50, 2\pi, 3x/4, \frac{\sqrt{3}}{2}, \frac{1}{2}i, 1\frac{1}{2}."""
+    r"""Return coefficient and symbol, "" for a number, of 1.50, 2\pi, 3x/4, \frac{\sqrt{3}}{2} or 1\frac{1}{2}."""
     if slash := SLASH.fullmatch(text):
         text = rf"{slash[1]}\frac{{{slash[2]}}}{{{slash[3]}}}"
     if (term := TERM.fullmatch(text)) and (term[2] or term[3]):
@@ -276,6 +275,6 @@ def _term(text: str) -> tuple[Fraction, str] | None:
 
 
 def _tokens(text: str) -> tuple[list[str], list[int]]:
-    """Commands and characters, and how many brackets of any kind are open after each (intervals mix the kinds)."""
+    """Return commands and characters, and the number of open brackets after each (intervals mix the kinds)."""
     tokens = re.findall(r"\\[A-Za-z]+|\\.|.", text, re.DOTALL)
     return tokens, list(accumulate((token in OPENING) - (token in CLOSING) for token in tokens))

@@ -1,8 +1,9 @@
-"""What a benchmark asks and what is right: GSM8K and MATH by their final answers, HumanEval and MBPP by their tests."""
+"""Prompts and verdicts of benchmarks: GSM8K and MATH by final answers, HumanEval(+) and MBPP(+) by running tests."""
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,106 +12,112 @@ from minibalora.base.errors import InputError
 from minibalora.data.files import read_rows
 from minibalora.data.prompts import PROMPT, Example, example_from
 from minibalora.evaluation.answers import final_answer, number, same_answer, same_number
+from minibalora.evaluation.decoding import before_stop
+from minibalora.evaluation.programs import END_MARKS, code_of, defined_names, program_of, without_thoughts
 from minibalora.evaluation.sandbox import Limits, run_program
 
-THINK = " Let's think step by step."  # what the paper's evaluations append to the training prompt
+THINK = " Let's think step by step."  # appended to the training prompt
 RIGHT = ("right", "passed")  # verdicts
 HUMAN_EVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-# As published for base models (arXiv 2107.03374, 2108.07732), with --raw; otherwise Alpaca's template is around it.
+# The published stops (arXiv 2107.03374) of a text that continues the prompt.
 HUMAN_EVAL_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
 )
-# What a model adds to show that its code works, which is not measured.
-OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)
-FENCED = re.compile(r"```(?:python|py)?[ \t]*\r?\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Item:
     """A problem. The program that tests a completion is before + code + after."""
 
-    name: str  # the benchmark's own, or the line
-    line: int  # where it stands in its file, from 1
+    name: str  # the benchmark's name for it, or the line
+    line: int  # its line in the file, from 1
     prompt: str  # the whole prompt, template included
     response: str  # the file's own solution
     kind: str = ""  # the row's "type"
     before: str = ""
     after: str = ""
+    defines: tuple[str, ...] = ()  # what the tests call
 
 
-# (item, completion, limits of programs) -> (what was parsed, verdict, what a program said)
+# (item, completion, limits of programs) -> (parsed answer, verdict, output of the program)
 Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    item: Callable[[object, int, str, bool], Item | None]  # (row, line, where it stands, raw); None: leave it out
+    name: str
+    item: Callable[[object, int, str, bool], Item | None]  # (row, line, position in the file, raw); None: left out
     judge: Judge
     max_new_tokens: int
-    stop: tuple[str, ...] = ()
-    raw_stop: tuple[str, ...] = ()  # with --raw, of programs
+    stop: tuple[str, ...]
+    raw_stop: tuple[str, ...] = ()  # of a text that continues the prompt, as with --raw
     runs_code: bool = False
 
 
-def read_items(name: str, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
-    """The first `limit` problems of a benchmark's file, JSON Lines or a JSON array.
+def read_items(benchmark: Benchmark, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
+    """Read the first `limit` problems of a benchmark's file.
 
-    raw: the prompt published for base models. InputError names a line that is not of this benchmark, or the second of
-    two problems with one name.
+    raw: ask in the prompt published for base models. Raises InputError for a line that is not of this benchmark, and
+    for the second of two problems with one name.
     """
     rows = islice(read_rows(path), limit)
-    found = [BENCHMARKS[name].item(row, line, where, raw) for line, where, row in rows]
-    items = [item for item in found if item is not None]
+    items = [benchmark.item(row, line, where, raw) for line, where, row in rows]
+    items = [item for item in items if item is not None]
     if not items:
-        raise InputError(f"{path}: has no problems: give the file of --task {name}")
+        raise InputError(f"{path}: has no problems: give the file of --task {benchmark.name}")
     seen = set()
     for item in items:
         if item.name in seen:
-            raise InputError(f"{path}, line {item.line}: {item.name} is there twice: take one away")
+            raise InputError(f"{path}, line {item.line}: the name {item.name} is there twice: remove one of the two")
         seen.add(item.name)
     return items
 
 
 def as_items(examples: list[Example]) -> list[Item]:
-    """Problems whose prompts are those of training."""
+    """Return the examples as problems, asked in the prompts of training."""
     return [Item(str(e.line), e.line, e.prompt, e.response, e.kind) for e in examples]
 
 
-def _math_item(row: object, line: int, where: str, raw: bool) -> Item | None:
+def _math_item(row: object, line: int, where: str, raw: bool, ending: str = THINK) -> Item | None:
     example = example_from(row, line, where)
     if example is None:
         return None
     if final_answer(example.response) is None:
         raise InputError(f"{where}: its solution has no final answer: is it for another --task?")
-    return replace(*as_items([example]), prompt=example.prompt + THINK)
+    return replace(*as_items([example]), prompt=example.prompt + ending)
 
 
-def _gsm8k_item(row: object, line: int, where: str, raw: bool) -> Item | None:
-    item = _math_item(row, line, where, raw)
+def _gsm8k_item(row: object, line: int, where: str, raw: bool, ending: str = THINK) -> Item | None:
+    item = _math_item(row, line, where, raw, ending)
     if item is not None and number(answer := final_answer(item.response)) is None:
         raise InputError(f"{where}: its answer {answer!r} is not a number: is it for --task math?")
     return item
 
 
 def _human_eval_item(row: object, line: int, where: str, raw: bool) -> Item:
+    """HumanEval and HumanEval+, whose columns are the same."""
     task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
     request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
     asked = prompt if raw else PROMPT.format(instruction=request)
-    return Item(task_id, line, asked, solution, before=prompt, after=f"\n{test}\ncheck({entry_point})\n")
+    after = f"\n{test}\ncheck({entry_point})\n"
+    return Item(task_id, line, asked, solution, before=prompt, after=after, defines=(entry_point,))
 
 
 def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
-    """Both published forms: mbpp.jsonl, and the sanitized one, whose text is called prompt and whose setup imports."""
+    """All published forms: mbpp.jsonl; the sanitized one, with a `prompt` and imports; MBPP+, with more tests."""
     text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
     tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
     if not tests:
         raise InputError(f"{where}: has no test_list: give the file of --task mbpp")
+    (more_tests,) = _texts(row, ("test",), where) if row.get("test") is not None else ("",)
     listed = "\n".join(tests)
     asked = MBPP_PROMPT.format(text=text) + listed
     asked = f"{asked}\n[BEGIN]\n" if raw else PROMPT.format(instruction=asked)
-    before, after = "".join(f"{text}\n" for text in imports), f"\n{row.get('test_setup_code') or ''}\n{listed}\n"
-    return Item(str(row.get("task_id", line)), line, asked, code, before=before, after=after)
+    before = "".join(f"{text}\n" for text in imports)
+    after = f"\n{row.get('test_setup_code') or ''}\n{listed}\n{more_tests}\n"
+    called = tuple(sorted(name for name in defined_names(code) if re.search(rf"\b{name}\b", listed)))
+    return Item(str(row.get("task_id", line)), line, asked, code, before=before, after=after, defines=called)
 
 
 def _texts(row: object, names: tuple[str, ...], where: str) -> list[str]:
@@ -130,31 +137,61 @@ def _list_of_texts(row: dict, name: str, where: str) -> list[str]:
 def judge_answer(
     item: Item, completion: str, limits: Limits | None = None, same: Callable[[str, str], bool] = same_answer
 ) -> tuple[str | None, str, str]:
-    answer, gold = final_answer(completion), final_answer(item.response)
+    """Judge the final answer of a completion, thoughts left out, by that of the item's response."""
+    answer, gold = final_answer(without_thoughts(completion)), final_answer(item.response)
     if answer is None or gold is None:
         return answer, "no answer", ""
     return answer, "right" if same(answer, gold) else "wrong", ""
 
 
+def judge_rounded(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
+    """Judge as the scripts of BA-LoRA and PiSSA do: the first number after the last "The answer is: ", rounded.
+
+    Like them, finds 2520 in 2,520,000, 10 in 10 - 4, and no answer without this marker.
+    """
+    _, marker, tail = without_thoughts(completion).rpartition("The answer is: ")
+    match = re.search(r"[-+]?\d*[.,/]?\d+", tail.strip()) if marker else None
+    numerator, _, denominator = match[0].replace(",", "").partition("/") if match else ("", "", "")
+    if not numerator.strip("+-") or len(numerator + denominator) > 300:  # more digits are infinite in float64
+        return None, "no answer", ""
+    value = round(Fraction(numerator) / (Fraction(denominator or 1) or 1))  # n/0 counts as n
+    return match[0], "right" if value == number(final_answer(item.response)) else "wrong", ""
+
+
 def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str, str]:
-    """Runs the completion's code with the problem's tests, after the item's `before`: a completion that has the whole
-    function redefines what `before` begins, and the imports and helpers there stay."""
-    code = code_of(completion)
-    outcome = run_program(f"{item.before}{code}\n{item.after}", limits)
+    """Run the completion's code with the problem's tests.
+
+    The code follows the item's `before`: a completion with the whole function redefines the one that `before` begins
+    and still has its imports and helpers.
+    """
+    code = code_of(completion, item.defines, item.before)
+    outcome = run_program(program_of(item.before, code, item.after), limits)
     return code, outcome.verdict, outcome.output[-2000:]
 
 
-def code_of(completion: str) -> str:
-    """The first code block of a completion, or all of it if it has none, up to the model's own tests."""
-    fenced = FENCED.search(completion)
-    code = fenced[1] if fenced else completion
-    return code[: found.start()] if (found := OWN_TESTS.search(code)) else code
+def as_generated(completion: str, benchmark: Benchmark) -> str:
+    """Return a given completion up to where `evaluate` would have ended it: a stop or an end-of-text mark.
+
+    The stops of a text that continues the prompt apply to one that begins with indented code.
+    """
+    continues = completion.lstrip("\r\n")[:1] in (" ", "\t")
+    return before_stop(completion, benchmark.stop + END_MARKS + (benchmark.raw_stop if continues else ()))
 
 
-MATH_STOP = ("### Instruction",)  # where a base model that does not stop begins the next problem
+NEXT = ("### Instruction",)  # where a base model that does not stop begins the next problem
+GSM8K = Benchmark("gsm8k", _gsm8k_item, partial(judge_answer, same=same_number), 512, NEXT)
 BENCHMARKS = {
-    "gsm8k": Benchmark(_gsm8k_item, partial(judge_answer, same=same_number), 512, stop=MATH_STOP),
-    "math": Benchmark(_math_item, judge_answer, 1024, stop=MATH_STOP),
-    "humaneval": Benchmark(_human_eval_item, judge_program, 512, raw_stop=HUMAN_EVAL_ENDS, runs_code=True),
-    "mbpp": Benchmark(_mbpp_item, judge_program, 512, raw_stop=("[DONE]",), runs_code=True),
+    "gsm8k": GSM8K,
+    "math": Benchmark("math", _math_item, judge_answer, 1024, NEXT),
+    "humaneval": Benchmark("humaneval", _human_eval_item, judge_program, 512, NEXT, HUMAN_EVAL_ENDS, runs_code=True),
+    "mbpp": Benchmark("mbpp", _mbpp_item, judge_program, 512, (*NEXT, "[DONE]"), runs_code=True),
+}
+# GSM8K asked with or without THINK, and answers compared exactly or as published. github.com/llm172/BA-LoRA has both
+# "rounded" protocols: inference/gsm8k_inference.py (steps), utils/gen_vllm.py with utils/test_acc.py (plain).
+_PLAIN = partial(_gsm8k_item, ending="")
+PROTOCOLS = {
+    "steps-exact": GSM8K,
+    "steps-rounded": replace(GSM8K, judge=judge_rounded, max_new_tokens=1024, stop=("Instruction", "Response")),
+    "plain-exact": replace(GSM8K, item=_PLAIN),
+    "plain-rounded": replace(GSM8K, item=_PLAIN, judge=judge_rounded, max_new_tokens=1024, stop=()),
 }

@@ -1,4 +1,4 @@
-"""What a classifier answers to labelled texts, and how good the answers are."""
+"""The answers of a classifier to labelled texts, and their scores."""
 
 import json
 import math
@@ -28,32 +28,32 @@ from minibalora.run.settings import ClassSource, Hardware
 def answers(
     model: nn.Module, rows: list[ClassRow], batch_size: int, device: torch.device | str, part: Callable | None = None
 ) -> Tensor:
-    """The logits (N, D) of all rows, in their order, on the CPU in float32, without dropout.
+    """Return the logits (N, D) of all rows, in their order, on the CPU in float32, without dropout.
 
-    part: what to call in place of the model, as `model.features` for the states (N, d) that the head reads. Raises
+    part: called instead of the model, for instance `model.features` for the states (N, d) that the head reads. Raises
     InputError if the answers are not finite, as after a step that was too large.
     """
-    # Rows of similar length share a batch: less padding.
+    # Rows of similar length share a batch, which needs less padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
-    found = []
+    parts = []
     with evaluating(model):
         for start in progress.over(range(0, len(rows), batch_size), "answers", "batch", delay=2):
             inputs, _ = padded([rows[index] for index in order[start : start + batch_size]], model, device)
-            found.append((part or model)(*inputs).float().cpu())
-    found = torch.cat(found)[torch.tensor(order).argsort()]
-    if not found.isfinite().all():
+            parts.append((part or model)(*inputs).float().cpu())
+    logits = torch.cat(parts)[torch.tensor(order).argsort()]
+    if not logits.isfinite().all():
         raise InputError("the model's answers are not finite: lower --lr, or use --dtype float32")
-    return found
+    return logits
 
 
 def class_scores(
     logits: Tensor, rows: list[ClassRow], task: Task, is_folded: bool, batch_size: int
 ) -> dict[str, float]:
-    """What GLUE reports for the task, accuracy, each class's recall, and the ranks of batches of logits.
+    """Return GLUE's metrics of the task, accuracy, each class's recall, and the ranks of batches of logits.
 
-    is_folded: the labels only tell class 0 from all others, so predictions are folded, too (`glue.fold`). Rank and
-    effective rank (`metrics.effective_rank`) are means over the (batch_size, D) logits of rows that follow each other.
-    NaN where a correlation is not defined and where a class has no example.
+    is_folded: the labels distinguish only class 0 from all others, so predictions are folded too (`glue.fold`). Rank
+    and effective rank (`metrics.effective_rank`) are means over the (batch_size, D) logits of consecutive rows. An
+    undefined correlation is NaN, and so is the recall of a class without examples.
     """
     gold = np.array([row.label for row in rows])
     if task.labels is None:
@@ -61,27 +61,27 @@ def class_scores(
     predicted, labels, names = logits.argmax(1).numpy(), task.labels, dict.fromkeys((*task.metrics, "accuracy"))
     if is_folded:
         predicted, labels, names = np.array(fold(predicted.tolist())), (labels[0], f"not {labels[0]}"), ["accuracy"]
-    found = {name: getattr(metrics, name)(predicted, gold) for name in names}
+    scores = {name: getattr(metrics, name)(predicted, gold) for name in names}
     recalls = metrics.recalls(predicted, gold, len(labels))
-    found |= {
+    scores |= {
         f"recall of {label}": math.nan if recall is None else recall
         for label, recall in zip(labels, recalls, strict=True)
     }
     batches = logits.split(batch_size)
-    found["rank of batch logits"] = float(np.mean([torch.linalg.matrix_rank(batch) for batch in batches]))
-    found["effective rank of them"] = float(np.mean([metrics.effective_rank(batch) for batch in batches]))
-    return found
+    scores["rank of batch logits"] = float(np.mean([torch.linalg.matrix_rank(batch) for batch in batches]))
+    scores["effective rank of them"] = float(np.mean([metrics.effective_rank(batch) for batch in batches]))
+    return scores
 
 
-def dev_metric(found: dict[str, float], task: Task) -> float:
-    """The number that chooses the best epoch: the mean of what GLUE reports for the task, as in GLUE's own score."""
-    return float(np.mean([found[name] for name in task.metrics]))
+def dev_metric(scores: dict[str, float], task: Task) -> float:
+    """Return the number that chooses the best epoch: the mean of the task's metrics, as in GLUE's own score."""
+    return float(np.mean([scores[name] for name in task.metrics]))
 
 
 def scores_of_sets(
     answer: Callable[[list[ClassRow]], Tensor], task: Task, batch_size: int, eval_sets: list[EvalSet]
 ) -> dict[str, dict[str, float]]:
-    """Name of an evaluation set -> its `class_scores`. answer: rows -> logits, see `answers`."""
+    """Return the `class_scores` of each evaluation set by its name. answer: rows -> logits, see `answers`."""
     return {
         each.name: class_scores(answer(each.rows), each.rows, task, each.is_folded, batch_size) for each in eval_sets
     }
@@ -91,7 +91,7 @@ def scores_of_sets(
 
 
 def teacher_digest(folder: str | None) -> str | None:
-    """Which fine-tuned checkpoint --teacher names, None if it names none. InputError if there is no such folder."""
+    """Return the digest of the fine-tuned checkpoint that --teacher names, None if it names none."""
     if folder in (None, "pretrained"):
         return None
     if not Path(folder).is_dir():
@@ -134,23 +134,25 @@ def teacher_in_words(folder: str, logits: Tensor, rows: list[ClassRow], task: Ta
     return f"teacher {folder}: right on {share:.1%} of the training rows{doubt}"
 
 
-# What a run leaves of its measurements.
+# Files of a run's measurements.
 
 
 def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float], names: Sequence[str]) -> None:
-    """The states (N, d) that the head reads, of the dev set before and after training, and its labels (N,); the names
-    of the classes are in the metadata."""
+    """Write the states (N, d) that the head reads, of the dev set before and after training, and its labels (N,).
+
+    The names of the classes are in the metadata.
+    """
     tensors = {"before": before, "after": after, "labels": torch.tensor(labels)}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"classes": json.dumps(list(names))})
 
 
 def write_report(out: Path, task: Task, best_step: int, before: dict, after: dict) -> None:
-    """report.json: every score of every evaluation set, and the dev metric after each epoch."""
+    """Write report.json: every score of every evaluation set, and the dev metric after each epoch."""
     entries = [json.loads(line) for line in (out / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     epochs = [{"step": entry["step"], "dev": entry["dev"]} for entry in entries if "dev" in entry]
     before, after = (
-        {name: {key: finite(value) for key, value in found.items()} for name, found in column.items()}
+        {name: {key: finite(value) for key, value in scores.items()} for name, scores in column.items()}
         for column in (before, after)
     )
     report = {"task": task.name, "dev_metric": task.metrics, "best_step": best_step, "epochs": epochs}
@@ -158,10 +160,10 @@ def write_report(out: Path, task: Task, best_step: int, before: dict, after: dic
 
 
 def flat(column: dict[str, dict[str, float]]) -> dict[str, float]:
-    """The scores of several sets as one column of a table."""
-    return {f"{name}: {key}": value for name, found in column.items() for key, value in found.items()}
+    """Return the scores of several sets as one column of a table."""
+    return {f"{name}: {key}": value for name, scores in column.items() for key, value in scores.items()}
 
 
 def finite(value: float) -> float | None:
-    """JSON has no NaN."""
+    """Return None for NaN and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None

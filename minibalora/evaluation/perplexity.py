@@ -1,4 +1,4 @@
-"""How well a model predicts text, and how far tuning moved its predictions: what it learned, what it forgot."""
+"""Loss and perplexity of a model on text, and how far tuning moved its predictions."""
 
 import math
 from dataclasses import replace
@@ -20,7 +20,7 @@ from minibalora.regularizers import consistency_kl
 
 @torch.no_grad()
 def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
-    """Mean cross-entropy of the rows' response tokens, in nats."""
+    """Return the mean cross-entropy of the rows' response tokens, in nats."""
     device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
         batch = pack(batch, device)
@@ -31,20 +31,20 @@ def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
 
 
 def whole_text(rows: list[Row]) -> list[Row]:
-    """The same rows, in which every token but the first is predicted, as in pre-training."""
+    """Return the rows with every token but the first to be predicted, as in pre-training."""
     return [replace(row, prompt_length=1) for row in rows]
 
 
 def text_windows(
     path: Path, tok: Tokenizer, config: object, length: int | None = None, limit: int | None = None
 ) -> list[list[int]]:
-    """The ids of a text file, cut into windows of `length` ids, a BOS among them; the first `limit` windows.
+    """Return the first `limit` windows of a text file's ids, each of `length` ids including a BOS.
 
-    config: the model's; length: 1024 by default, or what the model has. A window's first tokens are predicted without
-    those of the window before, so longer windows give a lower loss. InputError if the model can't predict them.
+    config: the model's; length: at most 1024 by default. Tokens at the start of a window are predicted without those of
+    the window before, so longer windows give a lower loss. Raises InputError if the model cannot predict them.
     """
     if tok.is_encoder_decoder:
-        raise InputError("--task text: the model is a T5, which predicts answers and not the text: give a decoder")
+        raise InputError("--task text: the model is a T5, which does not predict its input: give a decoder")
     longest = config.max_position_embeddings
     length = length or min(1024, longest)
     if not 2 <= length <= longest:
@@ -60,54 +60,54 @@ def text_windows(
     windows = [bos + ids[start : start + step] for start in range(0, len(ids), step)]
     windows = [window for window in windows if len(window) > 1][:limit]
     if not windows:
-        raise InputError(f"{path}: has no two tokens, so none can be predicted: give a longer text")
+        raise InputError(f"{path}: has fewer than two tokens, so none can be predicted: give a longer text")
     for number, window in enumerate(windows, start=1):
         check_ids(window, f"{path}, window {number}", config)
     return windows
 
 
 def predict_each(model: Decoder, windows: list[list[int]], path: Path) -> list[dict[str, float]]:
-    """`predict` of each window, which has its number from 1: those that `path` holds, and new ones, appended to it."""
-    done = {record["window"]: record for record in keep_lines(path, lambda record: type(record.get("window")) is int)}
+    """Return `predict` of each window: those that `path` has, and new ones, which it gets. Windows count from 1."""
+    records = {record["window"]: record for record in keep_lines(path, lambda row: type(row.get("window")) is int)}
     with appending(path) as append:
         for number, ids in enumerate(progress.over(windows, "text", "window"), start=1):
-            if number not in done:
-                done[number] = {"window": number} | predict(model, ids)
-                append(done[number])
-    return list(done.values())
+            if number not in records:
+                records[number] = {"window": number} | predict(model, ids)
+                append(records[number])
+    return list(records.values())
 
 
 @torch.no_grad()
 def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
-    """Sums over the T - 1 predicted tokens of a window of T ids: `tokens`, how many, and `loss` in nats.
+    """Return sums over the T - 1 predicted tokens of a window of T ids: their number `tokens`, and `loss` in nats.
 
-    Of an adapted model also `base_loss`, the pre-trained model's, and `kl`, KL(base ‖ tuned) of the predictions.
+    For an adapted model also `base_loss`, of the pre-trained model, and `kl`, KL(base ‖ tuned) of the predictions.
     """
     input_ids = torch.tensor([ids], device=model.embedding.weight.device)
     logits, targets = model(input_ids)[0, :-1].float(), input_ids[0, 1:]  # (T - 1, V)
-    found = {"tokens": len(targets), "loss": F.cross_entropy(logits, targets, reduction="sum").item()}
+    sums = {"tokens": len(targets), "loss": F.cross_entropy(logits, targets, reduction="sum").item()}
     if adapted_layers(model):
         with pretrained(model):
             base = model(input_ids)[0, :-1].float()
-        found["base_loss"] = F.cross_entropy(base, targets, reduction="sum").item()
-        found["kl"] = len(targets) * consistency_kl(logits, base).item()
-    return found
+        sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum").item()
+        sums["kl"] = len(targets) * consistency_kl(logits, base).item()
+    return sums
 
 
-def mean_predictions(found: list[dict[str, float]]) -> dict[str, float]:
-    """What `predict` gave for the windows as means a token, and perplexities, e to the loss; `tokens`: how many."""
-    tokens = sum(window["tokens"] for window in found)
-    names = [name for name in ("loss", "base_loss", "kl") if name in found[0]]
-    means = {name: sum(window[name] for window in found) / tokens for name in names}
+def mean_predictions(windows: list[dict[str, float]]) -> dict[str, float]:
+    """Return the results of `predict` as means per token, the perplexities, and the number of tokens."""
+    tokens = sum(window["tokens"] for window in windows)
+    names = [name for name in ("loss", "base_loss", "kl") if name in windows[0]]
+    means = {name: sum(window[name] for window in windows) / tokens for name in names}
     for name in names[:2]:
         means[name.replace("loss", "perplexity")] = math.exp(min(means[name], 700))  # more is beyond float64
     return {"tokens": tokens} | means
 
 
-def in_words(found: dict[str, float]) -> str:
-    """What `mean_predictions` found, in a line."""
-    text = f"loss {found['loss']:.4f}, perplexity {found['perplexity']:,.2f}"
-    if "kl" in found:
-        text += f"; of the base: loss {found['base_loss']:.4f}, perplexity {found['base_perplexity']:,.2f}"
-        text += f"; KL(base ‖ tuned) {found['kl']:.4f} nats a token"
-    return f"{text}; tokens: {found['tokens']:,}"
+def in_words(means: dict[str, float]) -> str:
+    """Return the result of `mean_predictions` as a line."""
+    text = f"loss {means['loss']:.4f}, perplexity {means['perplexity']:,.2f}"
+    if "kl" in means:
+        text += f"; base: loss {means['base_loss']:.4f}, perplexity {means['base_perplexity']:,.2f}"
+        text += f"; KL(base ‖ tuned) {means['kl']:.4f} nats per token"
+    return f"{text}; tokens: {means['tokens']:,}"

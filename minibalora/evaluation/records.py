@@ -1,5 +1,7 @@
-"""Answers to a benchmark's problems and what they amount to. Each is kept in a file as soon as it is judged, so that a
-stopped evaluation goes on where it was and every verdict can be looked up.
+"""Records of a benchmark's answers and their summary.
+
+Each answer is appended to a file as soon as it is judged, so that a stopped evaluation can be continued and every
+verdict can be looked up.
 """
 
 import os
@@ -33,7 +35,7 @@ from minibalora.evaluation.sandbox import Limits
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
 
-# (items, keys) -> (index of an item, completion) in any order; a key makes an item's random numbers its own.
+# (items, keys) -> (index of an item, completion) in any order; a key seeds the random numbers of its item.
 Complete = Callable[[list[Item], list[int]], Iterable[tuple[int, str]]]
 
 
@@ -44,7 +46,7 @@ def by_model(model: LanguageModel, tok: Tokenizer, decoding: Decoding, batch_siz
 
 
 def by_list(texts: list[str]) -> Complete:
-    """Of completions that are there already: the one at each key, of the first sample of all items, then the second."""
+    """Complete from a list of texts: those of the first sample of all items, then of the second. A key is an index."""
     return lambda items, keys: enumerate([texts[key] for key in keys])
 
 
@@ -57,10 +59,10 @@ def answer(
     complete: Complete,
     limits: Limits | None = None,
 ) -> list[dict]:
-    """A record of every sample of every item: those that `path` has, and new ones, each appended once it is judged.
+    """Return a record of every sample of every item: those that `path` has, and new ones, which it gets once judged.
 
-    measured: names the model and settings that give these answers; records of any other are removed from the file.
-    Programs are judged on all cores while the next answers are generated. Raises what judging raises.
+    measured: names the model and settings of these answers; records with another name are removed from the file.
+    Programs are judged on all cores while the next answers are generated. Errors of a judge are raised.
     """
     wanted = {(item.name, sample): item for sample in range(samples) for item in items}
 
@@ -91,7 +93,7 @@ def answer(
             for future in progress.over(waiting, "judge", "answer", delay=2):
                 future.result()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C need not wait for a thousand programs
+            pool.shutdown(wait=False, cancel_futures=True)  # so that Ctrl-C does not wait for a thousand programs
             raise
     return [records[name] for name in wanted]
 
@@ -99,40 +101,41 @@ def answer(
 def record_of(
     item: Item, sample: int, measured: str, completion: str, judged: tuple[str | None, str, str]
 ) -> dict[str, object]:
-    parsed, verdict, said = judged
+    parsed, verdict, output = judged
     record = {"item": item.name, "sample": sample, "kind": item.kind, "measured": measured}
     record |= {"prompt": item.prompt, "completion": completion, "answer": parsed}
-    return record | {"reference": item.response, "verdict": verdict} | ({"output": said} if said else {})
+    return record | {"reference": item.response, "verdict": verdict} | ({"output": output} if output else {})
 
 
 def summarize(records: list[dict], ks: list[int]) -> dict:
-    """pass@k for each k, with Wilson's interval of 95 %. With one sample pass@1 is the share of right answers.
+    """Return pass@k for each k, with Wilson's interval of 95 %. With one sample, pass@1 is the share of right answers.
 
-    The interval counts problems, not samples, since the samples of one problem are not independent: with several
+    The interval counts problems and not samples, because the samples of a problem are not independent. With several
     samples it is too wide rather than too narrow.
     """
     samples, right = Counter(record["item"] for record in records), Counter()
     for record in records:
         right[record["item"]] += record["verdict"] in RIGHT
-    found = {"problems": len(samples), "samples": len(records)}
+    summary = {"problems": len(samples), "samples": len(records)}
     for k in ks:
         share = sum(pass_at_k(samples[item], right[item], k) for item in samples) / len(samples)
         low, high = wilson(share, len(samples))
-        found[f"pass@{k}"] = {"share": share, "low": low, "high": high}
-    return found | {"verdicts": dict(Counter(record["verdict"] for record in records).most_common())}
+        summary[f"pass@{k}"] = {"share": share, "low": low, "high": high}
+    return summary | {"verdicts": dict(Counter(record["verdict"] for record in records).most_common())}
 
 
-def in_words(found: dict) -> str:
-    """What `summarize` found, in a line."""
+def in_words(summary: dict) -> str:
+    """Return the result of `summarize` as a line."""
 
     def share(k: str) -> str:
-        percent = {name: 100 * value for name, value in found[k].items()}
+        percent = {name: 100 * value for name, value in summary[k].items()}
         return f"{k} {percent['share']:.1f} % (95 % Wilson interval {percent['low']:.1f} to {percent['high']:.1f})"
 
-    shares = ", ".join(share(name) for name in found if name.startswith("pass@"))
-    samples = f" x {found['samples'] // found['problems']} samples" if found["samples"] > found["problems"] else ""
-    verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in found["verdicts"].items())
-    return f"{shares}, {found['problems']:,} problems{samples}: {verdicts}"
+    shares = ", ".join(share(name) for name in summary if name.startswith("pass@"))
+    per_problem = summary["samples"] // summary["problems"]
+    samples = f" x {per_problem} samples" if per_problem > 1 else ""
+    verdicts = ", ".join(f"{count:,} {verdict}" for verdict, count in summary["verdicts"].items())
+    return f"{shares}, {summary['problems']:,} problems{samples}: {verdicts}"
 
 
 # The before / after tables of the training scripts.
@@ -140,22 +143,23 @@ def in_words(found: dict) -> str:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What a training script measures before and after."""
+    """The held-out data that a training script measures on before and after."""
 
     items: list[Item]
-    pretraining: list[Example]  # text of the kind that the model was pre-trained on
-    benchmark: Benchmark | None  # None: items are asked as in training, where their response has a final answer
+    pretraining: list[Example]  # text like that of pre-training
+    benchmark: Benchmark | None  # None: items with a final answer are asked as in training
     batch_size: int
 
 
 def read_held_out(
     path: str | None, benchmark: str | None, fields: tuple[str | None, ...], raw: bool, batch_size: int
 ) -> HeldOut:
-    """What is in a file, or nothing without one. benchmark: whose problems they are; fields: of `read_examples`."""
+    """Read the held-out rows or problems of a file; nothing without a file. benchmark: the task of its problems;
+    fields: of prompt, response and input."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
-        return HeldOut(read_items(benchmark, path), [], BENCHMARKS[benchmark], batch_size)
+        return HeldOut(read_items(BENCHMARKS[benchmark], path), [], BENCHMARKS[benchmark], batch_size)
     examples, _ = read_examples(path, *fields, raw=raw)
     return HeldOut(as_items(examples), [], None, batch_size)
 
@@ -163,14 +167,14 @@ def read_held_out(
 def measure(
     model: LanguageModel, tok: Tokenizer, held_out: HeldOut, path: Path, measured: str
 ) -> tuple[dict[str, float], list[dict]]:
-    """A column of the table, exact match of each kind in percent and losses in nats; and the records of `answer`.
+    """Return a column of the table, with exact match by kind in percent and losses in nats, and `answer`'s records.
 
     path and measured: see `answer`.
     """
     items, benchmark, batch_size = held_out.items, held_out.benchmark, held_out.batch_size
     rows, _, _ = encode_examples(items, tok, sys.maxsize)
     if benchmark is None:
-        # A text twice as long as the longest reference counts as one without an answer.
+        # An output longer than twice the longest reference counts as no answer.
         longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
         judge, decoding = judge_answer, Decoding(max_new_tokens=2 * longest)
     else:
@@ -183,7 +187,7 @@ def measure(
         for kind in sorted({item.kind for item in asked} - {""})
     }
     groups |= {", all": records} if records else {}
-    column = {f"exact match{name} ({len(found)})": 100 * share_right(found) for name, found in groups.items()}
+    column = {f"exact match{name} ({len(group)})": 100 * share_right(group) for name, group in groups.items()}
     with evaluating(model):
         if rows:
             column["loss on held-out responses"] = mean_loss(model, rows, batch_size)
@@ -198,7 +202,7 @@ def share_right(records: list[dict]) -> float:
 
 
 def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[dict]]) -> str:
-    """The table of two results of `measure`, and how sure the exact match is."""
+    """Return the table of two results of `measure`, and the intervals of the exact match."""
     text = side_by_side(before[0], after[0])
     if not after[1]:
         return text
@@ -208,7 +212,7 @@ def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[di
 
 
 def side_by_side(before: dict[str, float], after: dict[str, float]) -> str:
-    """Two columns with the same names, as a table."""
+    """Return two columns with the same names as a table."""
     width = max(map(len, before))
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
     lines += [f"{name:{width}}  {before[name]:8.3f}  {after[name]:8.3f}" for name in before]

@@ -1,20 +1,20 @@
-"""Runs Python programs that a language model wrote: on Linux, without privileges, and without trusting them.
+"""Run Python programs that a language model wrote: on Linux, without privileges, and without trusting them.
 
-A program gets an interpreter of its own, in a process that this file, run as a script, encloses first:
+Each program runs in an interpreter of its own, in a process that this file, run as a script, first encloses:
 
-- Landlock: it may only read the Python installation and /usr, and only write an empty temporary folder.
-- seccomp: no processes, sockets, signals to others, tracing or shared memory; no chmod, chown, utime or truncate, which
-  Landlock does not know, or not in its first version.
-- rlimits: CPU time, memory, open files, size of a file. Root's capabilities are dropped; no_new_privs is set.
+- Landlock: the program may read only the Python installation and /usr, and write only an empty temporary folder.
+- seccomp: it may not start processes, open sockets, signal others, trace or share memory; nor call chmod, chown, utime
+  or truncate, which Landlock does not cover, or not in its first version.
+- rlimits: CPU time, memory, open files and file size are limited. Root's capabilities are dropped; no_new_privs is set.
 
-The caller watches the clock, the output, the threads and the temporary folder, and kills at the first excess. The
-program sees none of our environment variables. It may start threads. A program that needs folders, subprocesses or
-asyncio (which needs sockets) fails.
+The caller watches the clock, the output, the threads and the temporary folder, and kills the program when it exceeds a
+limit. The program sees none of our environment variables. It may start threads. A program that needs folders,
+subprocesses or asyncio (which needs sockets) fails.
 
-Not protected: what stands in the Python installation and /usr; whether other paths exist, how large they are, where a
-link leads; until the time is up, disk space (files that are deleted but still open or mapped are not counted); the
-machine's speed; anything behind a bug of the kernel. And a program that means to cheat can, since "passed" rests on a
-secret that stands in its own source.
+Not protected: the contents of the Python installation and /usr; whether other paths exist, their sizes, and the targets
+of links; disk space until the time is up (files that are deleted but still open or mapped are not counted); the speed
+of the machine; anything that a bug of the kernel exposes. A program that means to cheat can do so, because "passed"
+depends on a secret in the program's own source.
 """
 
 import ctypes
@@ -28,19 +28,19 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-if __name__ != "__main__":  # as a script this file runs alone and should start fast: the package would import torch
+if __name__ != "__main__":  # the script must start fast, and the package would import torch
     import subprocess
     import tempfile
 
     from minibalora.base.errors import InputError
 
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the tables below, AUDIT_ARCH_*
-# What the program may not call, unless ALLOWED_IF says more: name: (number on x86_64, on aarch64).
+# Calls refused to the program, except as ALLOWED_IF says: name: (number on x86_64, on aarch64).
 # fmt: off
 REFUSED = {
-    # what encloses it, and could make it survive its parent
+    # the enclosure itself, and calls that could let the program survive its parent
     "prctl": (157, 167), "capset": (126, 91),
     "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     # processes and signals; fcntl and tkill send signals too
@@ -59,11 +59,11 @@ REFUSED = {
     "semget": (64, 190), "semctl": (66, 191), "semop": (65, 193), "semtimedop": (220, 192), "msgget": (68, 186),
     "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # memory that no limit counts, and large parts of the kernel that no solution of an exercise needs
+    # memory that no limit counts, and large parts of the kernel that no exercise needs
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "userfaultfd": (323, 282), "bpf": (321, 280),
     "perf_event_open": (298, 241), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # what can be done to files without opening them, or in a way that Landlock or this filter does not see
+    # changes of files without opening them, or in a way that Landlock or this filter does not see
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "fchown": (93, 55),
     "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
@@ -72,18 +72,18 @@ REFUSED = {
     "ioctl": (16, 29), "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262),
 }
 # fmt: on
-NEWEST = 451  # cachestat of Linux 6.5: later calls, and x86_64's x32 numbers, are said not to exist
+NEWEST = 451  # cachestat of Linux 6.5; later calls, and x86_64's x32 numbers, get "no such call"
 CLONE_THREAD, OWN_PID = 0x10000, "own pid"
-# name: (argument, mask, values): allowed if the argument, masked, is one of the values. The filter looks at 32 bits; so
-# does the kernel in these calls.
+# name: (argument, mask, values): allowed if the argument, masked, is one of the values. The filter looks at 32 bits, as
+# the kernel does in these calls.
 ALLOWED_IF = {
     "clone": (0, CLONE_THREAD, [CLONE_THREAD]),
     "kill": (0, 0xFFFFFFFF, [OWN_PID]),
     "tgkill": (0, 0xFFFFFFFF, [OWN_PID]),
     "prlimit64": (0, 0xFFFFFFFF, [0, OWN_PID]),
-    # F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC; but not F_SETOWN, which makes the kernel signal any process
+    # F_DUPFD to F_SETLKW, F_DUPFD_CLOEXEC; not F_SETOWN, which makes the kernel signal any process
     "fcntl": (1, 0xFFFFFFFF, [*range(8), 1030]),
-    # is it a terminal, how large, how much to read, do not wait, close on exec or not; but not a file's attributes
+    # is it a terminal, its size, bytes to read, do not wait, close on exec or not; not a file's attributes
     "ioctl": (1, 0xFFFFFFFF, [0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451]),
     # Every access mode with and without O_TRUNC, except O_RDONLY | O_TRUNC, which early Landlock takes for reading
     "open": (1, 0o1003, [0, 1, 2, 0o1001, 0o1002]),
@@ -94,16 +94,16 @@ SYSTEM = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime"
 # Landlock's rights to files, in the order of their bits
 EXECUTE, WRITE, READ, LIST, REMOVE, MAKE, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 8, 14))
 OPEN_FILES = 64
-ENTERED = b"entered"  # what the script says last before it becomes the program
+ENTERED = b"entered"  # the script's last words before it becomes the program
 TICK = 20  # milliseconds between two looks at the temporary folder
 
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 10  # on the clock; CPU time of all threads too, rounded up
+    seconds: float = 10  # by the clock; also CPU time of all threads, rounded up
     memory_bytes: int = 1 << 30  # address space
     output_bytes: int = 1 << 16  # stdout and stderr together
-    file_bytes: int = 1 << 20  # all files of the temporary folder together, the program itself among them
+    file_bytes: int = 1 << 20  # all files in the temporary folder together, except the program itself
     files: int = 64
     threads: int = 64
 
@@ -113,9 +113,11 @@ DEFAULT_LIMITS = Limits()
 
 @dataclass(frozen=True)
 class Outcome:
-    """verdict: "passed": it ran to its end; "failed": an exception (a MemoryError, too), an early exit, a signal, or
-    source that is not Python; otherwise the limit that it exceeded: "timed out", "too much output", "too many files"
-    (or bytes in them), "too many threads".
+    """The result of a program.
+
+    verdict: "passed": the program ran to its end; "failed": an exception (also MemoryError), an early exit, a signal,
+    or source that is not Python; or the limit that it exceeded: "timed out", "too much output", "too many files" (or
+    bytes in them), "too many threads".
     """
 
     verdict: str
@@ -123,7 +125,7 @@ class Outcome:
 
 
 def check_sandbox() -> None:
-    """InputError names every part of the sandbox that this system cannot give."""
+    """Check that this system has all parts of the sandbox. Raises InputError with the missing ones."""
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         machine = os.uname().machine if hasattr(os, "uname") else ""
         raise InputError(f"sandbox: this is {sys.platform} {machine}: run it on Linux, on x86_64 or aarch64")
@@ -133,13 +135,13 @@ def check_sandbox() -> None:
         "pidfd_open (a Python built on Linux 5.3 or newer)": hasattr(os, "pidfd_open"),
         "/proc": os.path.exists("/proc/self/task"),
     }
-    missing = [part for part, there in parts.items() if not there]
+    missing = [part for part, is_there in parts.items() if not is_there]
     if missing:
         raise InputError(f"sandbox: missing {', '.join(missing)}: use a newer system, or a container that allows it")
     outcome = run_program("")
     if outcome.verdict != "passed":
-        said = " ".join(outcome.output.split())
-        raise InputError(f"sandbox: an empty program {outcome.verdict} ({said}): use a Python that needs only /usr")
+        output = " ".join(outcome.output.split())
+        raise InputError(f"sandbox: an empty program {outcome.verdict} ({output}): use a Python that needs only /usr")
 
 
 def can(name: str, *arguments: int | None) -> bool:
@@ -150,30 +152,30 @@ def can(name: str, *arguments: int | None) -> bool:
 
 
 def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Runs a program in a sandbox. Several threads may do so at once.
+    """Run a program in the sandbox and remove all that it leaves behind. Several threads may do so at once.
 
-    Whatever the program does is an Outcome; InputError if the sandbox cannot be set up. What the program leaves behind
-    is removed. A line added at its end says through a pipe that it was reached, since a program may have exit status 0
-    and the right output without that. This guards against accidents such as sys.exit(0), not against a program that
-    reads its own source.
+    Whatever the program does becomes an Outcome. A line added at the program's end reports through a pipe that it was
+    reached, because a program may exit with status 0 before. This guards against accidents such as sys.exit(0), not
+    against a program that reads its own source. Raises InputError if the sandbox cannot be set up.
     """
-    if "\0" in source:  # before 3.11.4 Python ignores the rest of such a line
+    if "\0" in source:  # before 3.11.4, Python ignores the rest of such a line
         return Outcome("failed", "SyntaxError: source code cannot contain null bytes\n")
     with tempfile.TemporaryDirectory(prefix="minibalora-") as folder, pipe() as output, pipe() as steps, pipe() as end:
         nonce = os.urandom(16).hex()
-        # The empty line ends a line that ends in a backslash.
+        # The empty line completes a last line that ends in a backslash.
         ended = source + f'\n\n__import__("os").write({end[1]}, b"{nonce}")\n'
         with open(os.path.join(folder, "program.py"), "wb") as file:
-            file.write(ended.encode("utf-8", "surrogatepass"))  # lone surrogates are for Python to refuse
+            size = file.write(ended.encode("utf-8", "surrogatepass"))  # Python itself refuses lone surrogates
         process = start(folder, output[1], steps[1], end[1], limits)
         try:
-            excess, said = watch(process.pid, output[0], folder, limits)
+            with_program = replace(limits, file_bytes=limits.file_bytes + size)
+            excess, written = watch(process.pid, output[0], folder, with_program)
         finally:
             os.killpg(process.pid, signal.SIGKILL)  # before wait(), after which another process may get its number
             status = process.wait()
         step = drain(steps[0], 4096)
         reached_end = drain(end[0], 4096) == nonce.encode()
-    output = said.decode(errors="replace")
+    output = written.decode(errors="replace")
     if excess:
         return Outcome(excess, output)
     if step != ENTERED:
@@ -186,7 +188,7 @@ def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
 
 @contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
-    """(end to read, which never waits, end to write). Both stay open here, so the program can't close the pipe."""
+    """Yield (end to read, without waiting, end to write). Both stay open here, so the program cannot close the pipe."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     try:
@@ -197,14 +199,14 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def drain(reader: int, most: int) -> bytes:
-    """What is in a pipe now, up to `most` bytes."""
-    found = b""
+    """Return what is in a pipe now, up to `most` bytes."""
+    content = b""
     try:
-        while len(found) < most:
-            found += os.read(reader, most - len(found))
+        while len(content) < most:
+            content += os.read(reader, most - len(content))
     except BlockingIOError:
         pass
-    return found
+    return content
 
 
 def start(folder: str, output: int, steps: int, end: int, limits: Limits) -> "subprocess.Popen":
@@ -217,14 +219,14 @@ def start(folder: str, output: int, steps: int, end: int, limits: Limits) -> "su
         pass_fds=(steps, end),
         cwd=folder,
         env={"PATH": "/usr/bin:/bin", "HOME": folder, "TMPDIR": folder, "LANG": "C.UTF-8"}
-        | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},  # so that a verdict does not depend on the order of a set
+        | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"},  # so that no verdict depends on the order of a set
         start_new_session=True,  # so that Ctrl-C reaches only us
     )
 
 
 def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, bytes]:
-    """Waits for the end or the first excess: the verdict on that excess, or "", and the output."""
-    said = b""
+    """Wait for the program's end or its first excess. Returns the verdict on the excess, or "", and the output."""
+    output = b""
     deadline = time.monotonic() + limits.seconds
     poller = select.poll()
     pidfd = os.pidfd_open(pid)
@@ -233,24 +235,24 @@ def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, byte
         poller.register(reader, select.POLLIN)
         while True:
             ended = pidfd in dict(poller.poll(TICK))
-            said += drain(reader, limits.output_bytes + 1 - len(said))
-            if len(said) > limits.output_bytes:
-                return "too much output", said[: limits.output_bytes]
+            output += drain(reader, limits.output_bytes + 1 - len(output))
+            if len(output) > limits.output_bytes:
+                return "too much output", output[: limits.output_bytes]
             sizes = file_sizes(folder)
-            if len(sizes) > limits.files or sum(sizes) > limits.file_bytes:
-                return "too many files", said
+            if len(sizes) > limits.files or sum(sizes) >= limits.file_bytes:
+                return "too many files", output
             if os.stat(f"/proc/{pid}/task").st_nlink - 2 > limits.threads:
-                return "too many threads", said
+                return "too many threads", output
             if ended:
-                return "", said
+                return "", output
             if time.monotonic() > deadline:
-                return "timed out", said
+                return "timed out", output
     finally:
         os.close(pidfd)
 
 
 def file_sizes(folder: str) -> list[int]:
-    """The size of each file in a folder that changes meanwhile. It has no folders inside: the sandbox allows none."""
+    """Return the size of each file in a folder that may change meanwhile. The sandbox allows no folders in it."""
     sizes = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -259,12 +261,12 @@ def file_sizes(folder: str) -> list[int]:
     return sizes
 
 
-# What runs in the child, before the program.
+# In the child, before the program.
 
 
 def enclose(parent: int, steps: int, seconds: int, memory_bytes: int, file_bytes: int, readable: list[str]) -> None:
-    """Becomes the program in the current folder, or writes what went wrong to `steps` and exits."""
-    os.set_inheritable(steps, False)  # so that the program can't write to it
+    """Become the program in the current folder, or write what went wrong to `steps` and exit."""
+    os.set_inheritable(steps, False)  # so that the program cannot write to it
     try:
         call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
@@ -281,11 +283,11 @@ def enclose(parent: int, steps: int, seconds: int, memory_bytes: int, file_bytes
 
 
 def call(name: str, *arguments: int | bytes | None) -> int:
-    """Makes a system call; OSError that names it if it fails."""
+    """Make a system call. Raises OSError with the call's name if it fails."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.syscall.restype = ctypes.c_long
     number = REFUSED[name][MACHINES[os.uname().machine][0]]
-    # prctl wants its unused arguments to be 0; a plain int would leave half of a register as it was.
+    # prctl requires unused arguments to be 0; a plain int would leave half of a register unchanged.
     padded = [*arguments, 0, 0, 0, 0, 0, 0][:6]
     longs = [ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in padded]
     result = libc.syscall(ctypes.c_long(number), *longs)
@@ -302,7 +304,7 @@ def set_limits(seconds: int, memory_bytes: int, file_bytes: int) -> None:
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
         (resource.RLIMIT_FSIZE, file_bytes, file_bytes),
         (resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES),
-        (resource.RLIMIT_CORE, 1, 1),  # with 0 a crash is still reported to a program that collects core dumps
+        (resource.RLIMIT_CORE, 1, 1),  # with 0, the kernel would still report a crash to a core dump collector
     ):
         ours = resource.getrlimit(kind)[1]
         most = sys.maxsize if ours == resource.RLIM_INFINITY else ours
@@ -310,7 +312,7 @@ def set_limits(seconds: int, memory_bytes: int, file_bytes: int) -> None:
 
 
 def drop_privileges() -> None:
-    """For good: after no_new_privs a program that is executed has no more than the one before it."""
+    """Drop all capabilities for good: after no_new_privs, an executed program gets no more than its caller has."""
     with suppress(OSError):  # raised after the last capability that this kernel knows; at once if we are not root
         for capability in range(64):
             call("prctl", 24, capability)  # PR_CAPBSET_DROP
@@ -319,7 +321,7 @@ def drop_privileges() -> None:
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Landlock: forbids all that this kernel's version knows, except these rights beneath these paths."""
+    """Forbid, by Landlock, all access that this kernel's version covers, except these rights beneath these paths."""
     abi = call("landlock_create_ruleset", None, 0, 1)
     known = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
     ruleset = call("landlock_create_ruleset", struct.pack("Q", known), 8, 0)
@@ -346,7 +348,7 @@ def restrict_calls() -> None:
 
 
 def filter_code(column: int, architecture: int, pid: int) -> bytes:
-    """The seccomp filter, in BPF: each line is (operation, lines to skip if true, if false, value)."""
+    """Return the seccomp filter in BPF. A line is (operation, lines to skip if true, if false, value)."""
     load, mask, equal, at_least, answer = 0x20, 0x54, 0x15, 0x35, 0x06
     allow, kill, refuse, unknown = 0x7FFF0000, 0x80000000, 0x50000 | errno.EPERM, 0x50000 | errno.ENOSYS
     lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, kill)]  # another ABI has other numbers

@@ -5,7 +5,16 @@ import json
 
 import pytest
 
-from minibalora.evaluation.benchmarks import BENCHMARKS, MBPP_PROMPT, RIGHT, THINK, code_of, read_items
+from minibalora.evaluation.benchmarks import (
+    BENCHMARKS,
+    MBPP_PROMPT,
+    PROTOCOLS,
+    RIGHT,
+    THINK,
+    as_generated,
+    judge_rounded,
+    read_items,
+)
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 
 GSM8K = [
@@ -58,7 +67,7 @@ def items(tmp_path):
     def read(task: str, rows: list | None = None, raw: bool = False):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[task] if rows is None else rows)))
-        return read_items(task, path, raw)
+        return read_items(BENCHMARKS[task], path, raw)
 
     return read
 
@@ -99,6 +108,60 @@ def test_the_solutions_of_the_file_are_right(items, task):
 )
 def test_answers_are_judged(items, task, index, completion, expected):
     assert verdict(task, items(task)[index], completion) == expected
+
+
+@pytest.mark.parametrize("task, right", [("gsm8k", "The answer is: 4"), ("math", "The answer is: 0.5")])
+def test_a_draft_in_the_thoughts_is_no_answer(items, task, right):
+    item = items(task)[0]
+    for thoughts in ("<think>The answer is: 9</think>", "The answer is: 9</think>", "[THINK]The answer is: 9[/THINK]"):
+        assert verdict(task, item, f"{thoughts}\n{right}") == "right"
+        assert verdict(task, item, thoughts) == "no answer"
+    assert verdict(task, item, f"<think>{right}") == "no answer"
+
+
+@pytest.mark.parametrize("protocol, thinks, rounds", [
+    ("steps-exact", True, False), ("steps-rounded", True, True),
+    ("plain-exact", False, False), ("plain-rounded", False, True),
+])  # fmt: skip
+def test_protocols_of_gsm8k_differ_in_prompt_and_rounding(tmp_path, protocol, thinks, rounds):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(GSM8K[0]))
+    (item,) = read_items(PROTOCOLS[protocol], path)
+    assert item.prompt.endswith("### Response:" + THINK * thinks)
+    for completion, exact, rounded in [
+        ("The answer is: 4", "right", "right"),
+        ("The answer is: 3.6", "wrong", "right"),
+        ("The answer is: 9/2", "wrong", "right"),  # 4.5, and Python rounds to even
+        ("The answer is: 4 - 1 = 3", "wrong", "right"),
+        ("#### 4", "right", "no answer"),
+        ("<think>The answer is: 3</think>The answer is: 4", "right", "right"),
+    ]:
+        verdict = PROTOCOLS[protocol].judge(item, completion, None)[1]
+        assert verdict == (rounded if rounds else exact), completion
+
+
+@pytest.mark.parametrize("answer, verdict", [
+    ("4,000", "wrong"), ("-4", "wrong"), ("$4.", "right"), (".4e1", "wrong"), ("4/0", "right"), ("/4", "no answer"),
+    ("-/4", "no answer"), ("four", "no answer"), ("", "no answer"), ("4" * 5000, "no answer"),
+])  # fmt: skip
+def test_rounded_protocols_read_as_the_published_scripts(items, answer, verdict):
+    assert judge_rounded(items("gsm8k")[0], f"The answer is: {answer}")[1] == verdict
+
+
+@pytest.mark.parametrize("task, completion, kept", [
+    ("gsm8k", "It is 4. The answer is: 4\n\n### Instruction:\nNext?", "It is 4. The answer is: 4\n\n"),
+    ("math", "The answer is: 4</s><s>The answer is: 5", "The answer is: 4"),
+    ("gsm8k", "4<|eot_id|><|start_header_id|>", "4"),
+    ("gsm8k", "4<end_of_turn>\n", "4"),
+    ("gsm8k", "4<|im_end|>\n<|endoftext|>", "4"),
+    ("mbpp", "x = 1\n[DONE]\nmore", "x = 1\n"),
+    ("humaneval", "    return 1\n\ndef other():\n    pass", "    return 1\n"),
+    ("humaneval", "\n    return 1\n# Test\n", "\n    return 1"),
+    ("humaneval", "import re\n\ndef root(x):\n    return 1\n", "import re\n\ndef root(x):\n    return 1\n"),
+    ("humaneval", "def root(x):\n    return 1\n<|endoftext|>import", "def root(x):\n    return 1\n"),
+])  # fmt: skip
+def test_given_completions_end_where_a_generated_one_would(task, completion, kept):
+    assert as_generated(completion, BENCHMARKS[task]) == kept
 
 
 # Programs.
@@ -153,11 +216,21 @@ def test_programs_are_judged_by_the_tests(items, completion, expected, sandbox):
     assert BENCHMARKS["humaneval"].judge(item, completion, Limits(seconds=1))[1] == expected
 
 
-def test_code_is_the_first_block_up_to_the_models_own_tests():
-    assert code_of("no block") == "no block"
-    assert code_of("a\n```py\nx = 1\n```\n```python\ny = 2\n```") == "x = 1\n"
-    assert code_of("x = 1\n# Example usage:\nprint(x)") == "x = 1\n"
-    assert code_of("def f():\n    assert True\n") == "def f():\n    assert True\n"
+def test_mbpp_plus_runs_both_columns_of_tests(items, sandbox, refuses):
+    more = "import math\nfor inp, exp in zip([[[1, 2], 1]], [[2, 3]]):\n    assert add(*inp) == exp\n"
+    plus = {"prompt": "Add.", "test_imports": [], "test": more} | {key: MBPP[0][key] for key in ("code", "test_list")}
+    (item,) = items("mbpp", [plus | {"test_list": ["assert add([1], 2) == [3]"]}])
+    assert verdict("mbpp", item, item.response) == "passed"
+    assert verdict("mbpp", item, "def add(numbers, n):\n    return [m + n for m in numbers[:1]]") == "failed"
+    refuses(lambda: items("mbpp", [MBPP[0] | {"test": 3}]), "line 1", "test")
+
+
+def test_large_tests_of_human_eval_plus_are_run(items, sandbox):
+    inputs = "inputs = " + repr([[16.0]] * 150_000)  # 1.3 MB
+    test = f"def check(candidate):\n    {inputs}\n    for x in inputs[:9]:\n        assert candidate(*x) == 2\n"
+    (item,) = items("humaneval", [HUMAN_EVAL[0] | {"test": test}])
+    assert verdict("humaneval", item, WHOLE) == "passed"
+    assert verdict("humaneval", item, "    return x") == "failed"
 
 
 def test_setup_and_imports_of_mbpp_are_there(items, sandbox):
@@ -200,12 +273,13 @@ def test_compressed_files_and_arrays_are_read(tmp_path, refuses):
     with gzip.open(tmp_path / "rows.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in MBPP))
     (tmp_path / "rows.json").write_text(json.dumps(MBPP))
-    assert read_items("mbpp", tmp_path / "rows.jsonl.gz") == read_items("mbpp", tmp_path / "rows.json")[:2]
-    assert len(read_items("mbpp", tmp_path / "rows.json", limit=1)) == 1
+    mbpp = BENCHMARKS["mbpp"]
+    assert read_items(mbpp, tmp_path / "rows.jsonl.gz") == read_items(mbpp, tmp_path / "rows.json")[:2]
+    assert len(read_items(mbpp, tmp_path / "rows.json", limit=1)) == 1
     whole = (tmp_path / "rows.jsonl.gz").read_bytes()
     for damaged in (whole[:-20], b"no gzip", whole[:30] + b"\xff" * 30 + whole[60:]):
         (tmp_path / "rows.jsonl.gz").write_bytes(damaged)
-        refuses(lambda: read_items("mbpp", tmp_path / "rows.jsonl.gz"), "rows.jsonl.gz")
+        refuses(lambda: read_items(mbpp, tmp_path / "rows.jsonl.gz"), "rows.jsonl.gz")
 
 
 def test_verdicts_that_count_are_those_of_answers_and_programs():

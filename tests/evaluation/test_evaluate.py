@@ -140,7 +140,7 @@ def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, t
     assert status == 0, error
     shares = [float(share) for share in re.findall(r"pass@\d ([0-9.]+) %", out)]
     assert shares == [37.5, pytest.approx(100 * ((1 - 1 / 6) + (1 - 3 / 6)) / 2, abs=0.05)]
-    assert "2 problems x 4 samples: 5 failed, 3 passed" in out
+    assert "2 problems x 4 samples: 5 failed, 3 passed" in out and out.startswith("0 of 8 completions cut")
     status, _, error = run(*flags[:-1], 3, "--out", tmp_path / "other")
     assert status == 2 and "4 completions of problem 1, not 3" in error
     path.write_text(json.dumps({"completion": 3}))
@@ -149,6 +149,20 @@ def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, t
     path.write_text(json.dumps({"completion": "x", "task_id": 7}))
     status, _, error = run(*flags, "--out", tmp_path / "other")
     assert status == 2 and "problem 7, which" in error
+
+
+def test_given_completions_are_cut_and_judged_by_the_protocol(run, problems, tmp_path):
+    path = tmp_path / "completions.jsonl"
+    answers = [row["response"].rpartition("The answer is: ")[2] for row in PROBLEMS]
+    rows = [{"completion": f"The answer is: {answer}.2</s>The answer is: 9999"} for answer in answers]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path)
+    for protocol, verdict in [("steps-exact", "wrong"), ("plain-rounded", "right")]:
+        status, out, error = run(*flags, "--protocol", protocol, "--out", tmp_path / protocol)
+        assert status == 0, error
+        assert out.startswith("12 of 12 completions cut") and f"12 {verdict}" in out
+    status, _, error = run(*flags, "--protocol", "plain-rounded", "--out", tmp_path / "steps-exact")
+    assert status == 2 and "--protocol is plain-rounded" in error
 
 
 def test_another_adapter_with_the_same_factors_is_another_evaluation(run, problems, tmp_path):
@@ -217,6 +231,8 @@ def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problem
         (("--task", "humaneval"), "--allow-code-execution"),
         (("--task", "gsm8k", "--allow-code-execution"), "--allow-code-execution has no meaning"),
         (("--task", "gsm8k", "--raw"), "--raw has no meaning"),
+        (("--task", "math", "--protocol", "plain-exact"), "--protocol has no meaning with --task math"),
+        (("--task", "gsm8k", "--protocol", "plain-exact", "--gold"), "--protocol has no meaning with --gold"),
         (("--task", "gsm8k", "--max-length", "9"), "--max-length has no meaning"),
         (("--task", "text", "--gold"), "--gold has no meaning"),
         (("--task", "gsm8k", "--samples", "2"), "add --temperature"),

@@ -85,7 +85,7 @@ def test_means_are_weighted_by_tokens():
 
 def test_texts_that_are_none_are_refused(toy, tmp_path, refuses):
     model, tok = toy
-    for content, words in [(b"", "no two tokens"), (b"\xff\xfe\x00", "not valid UTF-8")]:
+    for content, words in [(b"", "fewer than two tokens"), (b"\xff\xfe\x00", "not valid UTF-8")]:
         (tmp_path / "text.txt").write_bytes(content)
         refuses(lambda: text_windows(tmp_path / "text.txt", tok, model.config, 100), "text.txt", words)
     refuses(lambda: text_windows(tmp_path / "nowhere", tok, model.config, 100), "nowhere")

@@ -264,6 +264,10 @@ def test_output_up_to_the_limit_is_not_too_much():
     assert run("print('x' * 100)", output_bytes=100) == Outcome("too much output", "x" * 100)
 
 
+def test_a_program_larger_than_its_files_may_be_runs():
+    assert run(f"open('x', 'w').write('y' * 99)\nx = {'a' * 2000!r}", file_bytes=100).verdict == "passed"
+
+
 @pytest.mark.parametrize(
     "source",
     [
@@ -271,7 +275,7 @@ def test_output_up_to_the_limit_is_not_too_much():
         "for n in range(65): open(str(n), 'w').close()",
         "import os\nfor n in range(65): os.link('program.py', str(n))",
         "file = open('x', 'wb')\nwhile True: file.write(bytes(1000))",
-        "open('x', 'wb').truncate(99_999)",
+        "open('x', 'wb').truncate(99_999); open('y', 'w').write('zz')",
         "for n in range(4): open(str(n), 'wb').write(bytes(30_000))",
         "import os\nfor n in range(65): open(b'\\xff\\n ' + str(n).encode() + b'x' * 200, 'w').close()",
     ],

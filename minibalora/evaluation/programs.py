@@ -1,0 +1,159 @@
+"""The program in a completion: what a model wrote as its answer, without drafts, prose and other code blocks."""
+
+import ast
+import re
+import textwrap
+import warnings
+from threading import Lock
+
+# Where a chat model's turn or a text ends. `generate` never writes these; other programs leave them in.
+END_MARKS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<eos>")
+END_MARKS += ("<end_of_turn>", "<|EOT|>", "<｜end▁of▁sentence｜>", "<|return|>")
+
+THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL | re.IGNORECASE)
+THOUGHTS_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]", re.IGNORECASE)
+THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought)>|\[THINK\]", re.IGNORECASE)
+
+# Demonstrations that a model adds. They are not measured, and one that is wrong must not fail a right function.
+OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)
+FUTURE = re.compile(r"^from __future__ import +(?:\([^)]*\)|[^\n(]*)", re.MULTILINE)
+
+# ``` may follow prose on its line; ~~~ may not. What follows the fence is its info string: python, {.python}, ...
+OPENING = re.compile(r"^(?P<before>(?:(?!```).)*?)(?P<fence>`{3,}|(?<![^\s>])~{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
+BULLET = re.compile(r"\s*(?:(?:[-*+]|[0-9]+[.)])\s+)?")
+SENTENCE = re.compile(r"^[A-Z*>-]", re.MULTILINE)
+STATEMENT = re.compile(r"^(?:from|import|async def|def|class|@)\b", re.MULTILINE)
+HELPERS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+
+PARSING = Lock()  # catch_warnings is not safe in several threads
+
+
+def without_thoughts(completion: str) -> str:
+    """Return a completion without what stands between <think> and </think>.
+
+    A closing tag alone ends thoughts that the prompt began; an opening tag alone begins thoughts that never ended.
+    """
+    text = THOUGHTS.sub("", completion)
+    text = text[max((match.end() for match in THOUGHTS_END.finditer(text)), default=0) :]
+    return THOUGHTS_BEGIN.split(text, maxsplit=1)[0]
+
+
+def code_of(completion: str, names: tuple[str, ...] = (), before: str = "") -> str:
+    """Return the code of a completion: of its Markdown blocks, those that define one of `names` and their helpers.
+
+    Blocks with only imports, definitions and constants are helpers. If no block defines a name, returns the first
+    block that continues `before`, the prompt's own code, or else the first block. A completion without fences is code
+    as a whole; one whose first fence only closes begins with code. Each piece ends where the model's own tests begin.
+    """
+    text = without_thoughts(completion).removeprefix("\ufeff")
+    fence = OPENING.search(text)
+    if fence is None or _is_code(text, names, before):  # a docstring may have fences
+        return _without_tests(_without_prose(text, names, before))
+    head = text[: fence.start("fence")]
+    if not fence["info"].strip() and _is_code(head, names, before):  # the prompt opened this fence
+        blocks = [head, *_blocks(text[fence.end() :])]
+    else:
+        blocks = _blocks(text)
+    blocks = [_without_tests(_without_prose(_unindented(block, names), names, before)) for block in blocks]
+    definitions = [block for block in blocks if defines(block, names)]
+    complete = [block for block in definitions if _parsed(block)] or definitions
+    if complete:
+        return "\n".join(block for block in blocks if block in complete or _is_helper(block, names))
+    if defines(head, names):
+        return _without_tests(_without_prose(head, names, before))
+    return next((block for block in blocks if block.strip() and _parsed(before + block)), blocks[0])
+
+
+def program_of(before: str, code: str, after: str) -> str:
+    """Return before + code + after with all __future__ imports at the top, where Python wants them."""
+    body = f"{before}{code}"
+    imports = "".join(f"{match[0].rstrip()}\n" for match in FUTURE.finditer(body))
+    return f"{imports}{FUTURE.sub('', body)}\n{after}"
+
+
+def defined_names(code: str) -> set[str]:
+    """Return the names of functions, classes and variables that code defines at its top level."""
+    tree = _parsed(code)
+    if tree is None:
+        return set(re.findall(r"^(?:(?:async +)?def|class) +(\w+)", code, re.MULTILINE))
+    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
+    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
+    return names | {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def defines(code: str, names: tuple[str, ...]) -> bool:
+    return not defined_names(code).isdisjoint(names)
+
+
+def _parsed(code: str) -> ast.Module | None:
+    try:
+        with PARSING, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of invalid escapes
+            return ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def _blocks(text: str) -> list[str]:
+    """Return the contents of a Markdown text's fenced blocks; the last one may lack its closing fence.
+
+    As in CommonMark, a block ends at a fence as long as its own that is indented by at most three more columns, and its
+    lines lose the indentation of its opening fence. A fence with an info string ends an open block, too.
+    """
+    blocks, fence, indent = [], "", 0
+    for line in text.split("\n"):
+        opening = OPENING.match(line)
+        if not fence:
+            if opening:
+                fence, blocks = opening["fence"], [*blocks, []]
+                indent = len(opening["before"]) if BULLET.fullmatch(opening["before"]) else 0
+            continue
+        content = line[min(indent, len(line) - len(line.lstrip(" \t"))) :]
+        column = len(content) - len(content.lstrip(" \t"))
+        if column <= 3 and content.strip().strip(fence[0]) == "" and content.strip().startswith(fence):
+            fence = ""
+        elif column <= 3 and opening and opening["info"].strip() and content.strip().startswith(fence):
+            fence, blocks = opening["fence"], [*blocks, []]
+        elif content.rstrip().endswith(fence) and content.strip() != fence:  # code and fence on one line
+            blocks[-1].append(content.rstrip().removesuffix(fence))
+            fence = ""
+        else:
+            blocks[-1].append(content)
+    return ["".join(f"{line}\n" for line in lines) for lines in blocks]
+
+
+def _is_code(text: str, names: tuple[str, ...], before: str) -> bool:
+    """Whether a text defines one of `names` or, indented, continues `before`, and is Python to its end."""
+    if text.lstrip("\r\n")[:1] in (" ", "\t"):
+        return bool(text.strip()) and _parsed(before + text) is not None
+    return defines(text, names) and _parsed(text) is not None
+
+
+def _is_helper(block: str, names: tuple[str, ...]) -> bool:
+    """Whether a block only imports and defines, and no variable in it is made by a call of `names`."""
+    tree = _parsed(block)
+    if tree is None or not tree.body or not all(isinstance(node, HELPERS) for node in tree.body):
+        return False
+    values = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
+    used = {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)}
+    return used.isdisjoint(names)
+
+
+def _unindented(block: str, names: tuple[str, ...]) -> str:
+    dedented = textwrap.dedent(block)
+    return dedented if defines(dedented, names) and not _parsed(block) else block
+
+
+def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
+    """Remove sentences around code that lacks a fence. A text that is code, or has no code, stays as it is."""
+    if _is_code(text, names, before):
+        return text
+    statement = STATEMENT.search(text)
+    start = statement.start() if statement and SENTENCE.match(text.lstrip()) else 0
+    ends = [len(text), *(match.start() for match in reversed([*SENTENCE.finditer(text, start + 1)]))]
+    return next((text[start:end] for end in ends if _is_code(text[start:end], names, before)), text)
+
+
+def _without_tests(code: str) -> str:
+    tests = OWN_TESTS.search(code)
+    return code[: tests.start()] if tests else code
