@@ -130,6 +130,14 @@ def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, run_export, t
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "merged"}  # nothing temporary
 
 
+def test_a_config_without_model_type_gets_one(tmp_path):
+    base = shutil.copytree(GOLDEN / "bert", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "model_type"}))
+    mb.save_model(mb.load_model(base, "classifier"), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "bert"
+
+
 def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
     base, merged = shutil.copytree(GOLDEN / "t5", tmp_path / "base"), tmp_path / "merged"
     names = ["spiece.model", "tokenizer.model", "sentencepiece.bpe.model", "chat_template.jinja"]
