@@ -46,7 +46,7 @@ def main() -> int:
     # Load: data, tokenizer, model.
     if source.data is None:
         examples = problems.examples_of(problems.clean_problems(source.max_rows, optimisation.seed))
-        left_out, held_out = None, {}, problems.held_out_problems(rows_at_once)
+        left_out, held_out = {}, problems.held_out_problems(rows_at_once)
     else:
         fields = source.prompt_field, source.response_field, source.input_field
         examples, left_out = prompts.read_examples(source.data, *fields, source.max_rows, source.raw)

@@ -1,11 +1,17 @@
 """Fixtures that several tests need."""
 
-import sys
+import os
 
 import pytest
+import torch
+from helpers import status_of, with_toy_tokenizer
 
-from minibalora.base import cli
 from minibalora.base.errors import InputError
+
+# Tests multiply small matrices: threads would cost more than they save, and much more on a machine that is busy.
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -24,13 +30,12 @@ def refuses():
 
 
 @pytest.fixture
-def in_command(monkeypatch, capsys):
+def in_command(capsys):
     """in_command(main, *flags) -> status, standard output, standard error of a command, run in this process."""
+    return lambda main, *flags: (status_of(main, *flags), *capsys.readouterr())
 
-    def call(main, *flags) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", [main.__module__.rpartition(".")[2], *map(str, flags)])
-        with pytest.raises(SystemExit) as stopped:
-            cli.run_script(main)
-        return stopped.value.code, *capsys.readouterr()
 
-    return call
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random LLaMA of two blocks, 24 numbers wide, that reads text: for what does not depend on the weights."""
+    return with_toy_tokenizer("llama3", tmp_path_factory.mktemp("models") / "tiny")

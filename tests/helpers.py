@@ -1,7 +1,12 @@
 """What several tests, and the program that makes the golden values, share."""
 
+import json
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minibalora.base import cli
 from minibalora.data.batches import Row, micro_batches, pack
 from minibalora.lowrank import adapted_layers
 from minibalora.models.mixture import keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
 from minibalora.run.teacher import teacher_states
+from minibalora.toy import MODEL
 
 GOLDEN = Path(__file__).with_name("golden")
 # The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
@@ -21,7 +28,7 @@ LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_wi
 LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window", "deepseek", "deepseek_norm")
 SEQ2SEQ = ("t5", "t5_gated")
 CLASSIFIERS = ("bert", "bert_relu", "roberta", "deberta", "deberta_tanh", "gpt2_classifier", "llama_classifier")
-CLASSIFIERS += ("t5_classifier",)
+CLASSIFIERS += ("t5_classifier", "xlm_roberta")
 
 
 def golden_example(name: str) -> list[torch.Tensor]:
@@ -52,6 +59,73 @@ def headless(name: str, folder: Path) -> Path:
     save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(GOLDEN / name / "config.json", folder)
     return folder
+
+
+def with_toy_tokenizer(name: str, folder: Path) -> Path:
+    """Make a golden language model that reads text: with the built-in LLaMA's tokenizer and vocabulary."""
+    shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((GOLDEN / name / "config.json").read_text())
+    toy = json.loads((MODEL / "config.json").read_text())
+    config |= {key: toy[key] for key in ("vocab_size", "bos_token_id", "eos_token_id", "max_position_embeddings")}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {}
+    for file in (GOLDEN / name).glob("model*.safetensors"):
+        tensors |= load_file(file)
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        generator = torch.Generator().manual_seed(0)
+        tensors[key] = 0.3 * torch.randn(toy["vocab_size"], config["hidden_size"], generator=generator)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def status_of(main, *flags) -> int:
+    """Run a command in this process. Returns its exit status."""
+    argv, handler = sys.argv, signal.getsignal(signal.SIGTERM)
+    sys.argv = [main.__module__.rpartition(".")[2], *map(str, flags)]
+    try:
+        cli.run_script(main)
+    except SystemExit as end:
+        return end.code
+    finally:
+        sys.argv = argv
+        signal.signal(signal.SIGTERM, handler)
+
+
+def stop_within(monkeypatch, script, step: int, number: int) -> None:
+    """Let a script, a module, send this process a signal in the middle of a step, counted from 0."""
+    lambdas = script.lambdas
+
+    def stop(objective, at, *rest):
+        if at == step:
+            os.kill(os.getpid(), number)
+        return lambdas(objective, at, *rest)
+
+    monkeypatch.setattr(script, "lambdas", stop)
+
+
+KILLED = """
+import os, runpy, signal, sys
+from pathlib import Path
+step, script, *flags = sys.argv[1:]
+sys.path.insert(0, str(Path(script).parent))
+from minibalora.run import loop
+
+def kill(seed, at, seed_step=loop.seed_step):
+    if at == int(step):
+        os.kill(os.getpid(), signal.SIGKILL)
+    seed_step(seed, at)
+
+loop.seed_step = kill
+sys.argv[:] = [script, *flags]
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def kill_before(step: int, script: Path, *flags) -> None:
+    """Run a script in a process of its own, which SIGKILL ends before a step, counted from 0."""
+    command = [sys.executable, "-c", KILLED, str(step), str(script), *map(str, flags)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
 
 
 IGNORED = -100  # in labels: nothing is predicted there

@@ -33,6 +33,7 @@ from transformers import (
     Qwen3Config,
     RobertaConfig,
     T5Config,
+    XLMRobertaConfig,
 )
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Moe
 
@@ -160,6 +161,9 @@ CLASSIFIERS = {
     ),
     "roberta": RobertaConfig(
         **SIZE, num_attention_heads=4, max_position_embeddings=22, type_vocab_size=1, pad_token_id=1, num_labels=2
+    ),
+    "xlm_roberta": XLMRobertaConfig(
+        **SIZE, num_attention_heads=3, max_position_embeddings=22, type_vocab_size=1, pad_token_id=1, num_labels=3
     ),
     "deberta": DebertaV2Config(**SIZE, num_attention_heads=3, **DEBERTA_V3, num_labels=2),
     "deberta_tanh": DebertaV2Config(

@@ -7,21 +7,30 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import GOLDEN, distance, gradients_of_a_step, padded_rows, predicted_rows, random_rows, stretch
+from helpers import (
+    GOLDEN,
+    distance,
+    gradients_of_a_step,
+    kill_before,
+    padded_rows,
+    predicted_rows,
+    random_rows,
+    status_of,
+    stop_within,
+    stretch,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.data.batches import micro_batches
 from minibalora.objective import NLG_RECIPES, lambdas, nlg_loss
 from minibalora.run import checkpoint, init_cache, loop
@@ -34,7 +43,7 @@ from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "train_nlg.py")
+SCRIPT = ROOT / "train_nlg.py"
 sys.path.insert(0, str(ROOT))
 import train_nlg  # noqa: E402
 
@@ -171,20 +180,26 @@ def small_data(tmp_path_factory) -> str:
     return str(path)
 
 
-def command(data: str, out: Path, *flags: str) -> list[str]:
-    flags = ("--rank", "4", "--batch-size", "8", "--micro-batch-size", "4", "--lr", "1e-3", *flags)
-    return [sys.executable, SCRIPT, "--model", str(MODEL), "--data", data, "--out", str(out), "--device", "cpu", *flags]
+@pytest.fixture(scope="module")
+def flags_of(tiny, small_data):
+    """flags_of(out, *more): of a run on `tiny`; a later --model takes the place of the first."""
+    fixed = ["--model", tiny, "--data", small_data, "--device", "cpu", "--rank", 4, "--lr", 1e-3]
+    return lambda out, *more: [*fixed, "--batch-size", 8, "--micro-batch-size", 4, "--out", out, *more]
 
 
-def run(data: str, out: Path, *flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(data, out, *flags), capture_output=True, text=True)
+@pytest.fixture
+def train(in_command, flags_of):
+    """train(out, *flags) -> status, standard output, standard error of train_nlg.py, run in this process."""
+    return lambda out, *flags: in_command(train_nlg.main, *flags_of(out, *flags))
+
+
+RESUMABLE = ("--epochs", 2, "--save-every", 2)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(small_data, tmp_path_factory) -> Path:
+def uninterrupted(flags_of, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    result = run(small_data, out, "--epochs", "2", "--save-every", "2")
-    assert result.returncode == 0, result.stderr
+    assert status_of(train_nlg.main, *flags_of(out, *RESUMABLE)) == 0
     return out
 
 
@@ -204,53 +219,63 @@ def test_a_run_leaves_exactly_the_promised_files(uninterrupted):
     assert record["versions"]["torch"] == str(torch.__version__)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(number, small_data, uninterrupted, tmp_path):
+@pytest.fixture
+def set_torch():
+    """set_torch(threads, flushes): how torch computes, until the test ends; flushes: denormal numbers become 0."""
+    threads, flushed = torch.get_num_threads(), (torch.tensor(1e-310, dtype=torch.float64) * 1).item() == 0
+
+    def apply(threads: int, flushes: bool) -> None:
+        torch.set_num_threads(threads)
+        torch.set_flush_denormal(flushes)
+
+    yield apply
+    apply(threads, flushed)
+
+
+@pytest.mark.parametrize(("number", "threads", "flushes"), [
+    (signal.SIGINT, 1, False), (signal.SIGTERM, 2, False), (signal.SIGTERM, 4, True),
+])  # fmt: skip
+def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
+    number, threads, flushes, train, tmp_path, monkeypatch, set_torch
+):
+    """With any number of threads: both runs do the same operations in the same order."""
+    set_torch(threads, flushes)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert train(whole, *RESUMABLE)[0] == 0
+    with monkeypatch.context() as patch:
+        stop_within(patch, train_nlg, 5, number)
+        assert train(parts, *RESUMABLE)[0] == 128 + number
+    assert len(logged(parts)) == 5 and {path.name for path in parts.iterdir()} == FILES
+    assert train(parts, *RESUMABLE, "--resume")[0] == 0
+    assert (parts / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes() and logged(parts) == logged(whole)
+    assert {path.name for path in parts.iterdir()} == FILES
+
+
+def test_killed_and_resumed_ends_byte_for_byte_like_uninterrupted(train, flags_of, uninterrupted, tmp_path):
     out = tmp_path / "out"
-    flags = ("--epochs", "2", "--save-every", "2")
-    process = subprocess.Popen(command(small_data, out, *flags), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 5:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(number)
-    process.communicate()
-    if number == signal.SIGKILL:
-        assert not (out / ADAPTER).exists()
-    else:
-        assert process.returncode == 128 + number and {path.name for path in out.iterdir()} == FILES
-    result = run(small_data, out, *flags, "--resume")
-    assert result.returncode == 0, result.stderr
+    kill_before(5, SCRIPT, *flags_of(out, *RESUMABLE))
+    assert not (out / ADAPTER).exists() and len(logged(out)) == 5
+    assert train(out, *RESUMABLE, "--resume")[0] == 0
     assert (out / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
     assert logged(out) == logged(uninterrupted)
     assert {path.name for path in out.iterdir()} == FILES
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_over(small_data, uninterrupted, tmp_path):
-    out = tmp_path / "out"
-    assert run(small_data, out, "--epochs", "2", "--save-every", "2").returncode == 0
+def test_a_run_killed_before_its_first_checkpoint_starts_over(train, uninterrupted, tmp_path):
+    out = shutil.copytree(uninterrupted, tmp_path / "out")
     for file in (out / "checkpoint").iterdir():
         file.unlink()
-    assert run(small_data, out, "--epochs", "2", "--save-every", "2", "--resume").returncode == 0
+    (out / ADAPTER).unlink()
+    assert train(out, *RESUMABLE, "--resume")[0] == 0
     assert (out / ADAPTER).read_bytes() == (uninterrupted / ADAPTER).read_bytes()
 
 
-def in_process(monkeypatch, capsys, argv: list[str]) -> tuple[int, str]:
-    """Exit status and standard error of the script, without the cost of a new process."""
-    monkeypatch.setattr(sys, "argv", argv[1:])
-    with pytest.raises(SystemExit) as exit:
-        cli.run_script(train_nlg.main)
-    return exit.value.code, capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", ["full", "lora", "pissa", "ba-lora"])
-def test_every_method_trains(method, small_data, tmp_path, monkeypatch, capsys):
-    flags = ["--method", method, "--epochs", "3", "--lr", "5e-3"]
-    argv = command(small_data, tmp_path / "out", *flags)
+def test_every_method_trains(method, in_command, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "out", "--method", method, "--epochs", 3, "--lr", 1e-2)
     if method == "full":
-        del argv[argv.index("--rank") : argv.index("--rank") + 2]
-    status, _ = in_process(monkeypatch, capsys, argv)
-    assert status == 0
+        del flags[flags.index("--rank") : flags.index("--rank") + 2]
+    assert in_command(train_nlg.main, *flags)[0] == 0
     tasks = [entry["task"] for entry in logged(tmp_path / "out")]
     assert sum(tasks[-4:]) < sum(tasks[:4])
     regularized = [key for key in ("consistency", "diversity", "svd") if logged(tmp_path / "out")[-1][key] is not None]
@@ -270,17 +295,17 @@ def test_every_method_trains(method, small_data, tmp_path, monkeypatch, capsys):
         ["--adaptive-lambda1", "--alpha", "7", "--top-k", "0", "--dtype", "bfloat16"],
     ],
 )
-def test_flags_that_change_the_method_run(flags, small_data, tmp_path, monkeypatch, capsys):
-    status, _ = in_process(monkeypatch, capsys, command(small_data, tmp_path / "out", "--max-steps", "3", *flags))
+def test_flags_that_change_the_method_run(flags, train, tmp_path):
+    status, *_ = train(tmp_path / "out", "--max-steps", "3", *flags)
     assert status == 0 and len(logged(tmp_path / "out")) == 3
     assert all(np.isfinite(entry["loss"]) for entry in logged(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
-def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, small_data, tmp_path, monkeypatch, capsys):
+def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, train, tmp_path):
     flags = ("--max-steps", "4", "--seed", "3", "--recipe", recipe, "--adaptive-lambda1", "--non-target-kl", "0.1")
     for name, more in (("lean", ()), ("plain", ("--plain",))):
-        assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *flags, *more))[0] == 0
+        assert train(tmp_path / name, *flags, *more)[0] == 0
     lean, plain = (logged(tmp_path / name) for name in ("lean", "plain"))
     for entry, expected in zip(lean, plain, strict=True):
         known = {name: value for name, value in expected.items() if value is not None}
@@ -290,19 +315,19 @@ def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, small_da
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_krylov_1"])
-def test_a_sweep_with_a_cache_computes_its_start_once(init, small_data, tmp_path, monkeypatch, capsys):
+def test_a_sweep_with_a_cache_computes_its_start_once(init, train, tmp_path, monkeypatch):
     flags = ("--max-steps", "1", "--alpha", "7", "--init", init)
     cached = (*flags, "--init-cache", str(tmp_path / "init"))
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "plain", *flags))[0] == 0
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "first", *cached))[0] == 0
+    assert train(tmp_path / "plain", *flags)[0] == 0
+    assert train(tmp_path / "first", *cached)[0] == 0
     monkeypatch.setattr(init_cache, "factors_of", None)
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "second", *cached))[0] == 0
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "third", *cached, "--seed", "1"))[0] == 0
+    assert train(tmp_path / "second", *cached)[0] == 0
+    assert train(tmp_path / "third", *cached, "--seed", "1")[0] == 0
     first, *others = ((tmp_path / run / ADAPTER).read_bytes() for run in ("plain", "first", "second"))
     assert others == [first, first]
 
 
-def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_path, monkeypatch, capsys):
+def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(train, tmp_path, monkeypatch):
     """To the last bit in the first epoch, which computes what it would have. In the second a row's states are those of
     the first, where it stood in another micro-batch: a matrix product of another height may round otherwise, by some
     2^-24 a number, and Adam's two steps divide what is near 0 by its own size.
@@ -313,7 +338,7 @@ def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_p
     write = Cache.write
     monkeypatch.setattr(Cache, "write", lambda self, tensors: written.append(len(tensors)) or write(self, tensors))
     for name, run_flags in (("plain", flags), ("first", cached), ("second", (*cached, "--rank", "5"))):
-        assert in_process(monkeypatch, capsys, command(small_data, tmp_path / name, *run_flags))[0] == 0
+        assert train(tmp_path / name, *run_flags)[0] == 0
     plain, first = ([entry["loss"] for entry in logged(tmp_path / name)] for name in ("plain", "first"))
     assert plain[:6] == first[:6]
     np.testing.assert_allclose(first[6:], plain[6:], rtol=1e-5)
@@ -323,31 +348,27 @@ def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(small_data, tmp_p
 
 
 @pytest.mark.parametrize("flags", [["--quantize", "nf4"], ["--quantize", "nf4", "--method", "lora"]])
-def test_a_quantised_run_learns_and_resumes_exactly(flags, small_data, tmp_path, monkeypatch, capsys):
-    flags = [*flags, "--epochs", "2", "--save-every", "2", "--dtype", "bfloat16", "--seed", "5"]
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "whole", *flags))[0] == 0
+def test_a_quantised_run_learns_and_resumes_exactly(flags, train, tiny, tmp_path, monkeypatch):
+    more = "--epochs 2 --save-every 2 --dtype bfloat16 --lr 1e-2 --micro-batch-size 8"
+    flags = [*flags, *more.split()]
+    assert train(tmp_path / "whole", *flags)[0] == 0
     tasks = [entry["task"] for entry in logged(tmp_path / "whole")]
     assert sum(tasks[-4:]) < sum(tasks[:4])
 
-    rate = loop.learning_rate
-    monkeypatch.setattr(
-        loop,
-        "learning_rate",
-        lambda step, *more: (step == 4 and signal.raise_signal(signal.SIGTERM)) or rate(step, *more),
-    )
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "parts", *flags))[0] == 128 + signal.SIGTERM
-    monkeypatch.setattr(loop, "learning_rate", rate)
+    with monkeypatch.context() as patch:
+        stop_within(patch, train_nlg, 5, signal.SIGTERM)
+        assert train(tmp_path / "parts", *flags)[0] == 128 + signal.SIGTERM
     assert len(logged(tmp_path / "parts")) == 5
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path / "parts", *flags, "--resume"))[0] == 0
+    assert train(tmp_path / "parts", *flags, "--resume")[0] == 0
     assert (tmp_path / "parts" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
-    mb.load_adapter(mb.load_model(MODEL), tmp_path / "parts")  # it is one of the original base
+    mb.load_adapter(mb.load_model(tiny), tmp_path / "parts")  # it is one of the original base
 
 
-def test_a_bfloat16_run_learns_what_a_float32_run_learns(small_data, tmp_path, monkeypatch, capsys):
+def test_a_bfloat16_run_learns_what_a_float32_run_learns(train, tmp_path):
     """The factors stay float32 and the weights are not rounded anew: PEFT 0.21, which rounds both, learns less."""
     for dtype in ("float32", "bfloat16"):
-        flags = ("--epochs", "2", "--lr", "5e-4", "--dtype", dtype)
-        assert in_process(monkeypatch, capsys, command(small_data, tmp_path / dtype, *flags))[0] == 0
+        flags = ("--model", MODEL, "--micro-batch-size", "8", "--epochs", "2", "--lr", "5e-4", "--dtype", dtype)
+        assert train(tmp_path / dtype, *flags)[0] == 0
     exact, rounded = (
         np.array([entry["task"] for entry in logged(tmp_path / dtype)]) for dtype in ("float32", "bfloat16")
     )
@@ -357,12 +378,10 @@ def test_a_bfloat16_run_learns_what_a_float32_run_learns(small_data, tmp_path, m
     assert abs(exact[epoch:].mean() - rounded[epoch:].mean()) < 0.05 * gained
 
 
-def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, capsys):
-    argv = command(small_data, tmp_path / "out", "--max-steps", "1", "--eval", small_data)
-    monkeypatch.setattr(sys, "argv", argv[1:])
-    with pytest.raises(SystemExit):
-        cli.run_script(train_nlg.main)
-    printed = capsys.readouterr().out
+def test_eval_adds_a_before_and_after_table(train, small_data, tmp_path):
+    at_once = ("--batch-size", "48", "--micro-batch-size", "48")
+    status, printed, _ = train(tmp_path / "out", "--max-steps", "1", "--eval", small_data, *at_once)
+    assert status == 0
     assert "before     after" in printed and "exact match, addition (12)" in printed
     assert "95 % Wilson interval of the exact match of all: " in printed
     for moment in ("before", "after"):
@@ -370,51 +389,46 @@ def test_eval_adds_a_before_and_after_table(small_data, tmp_path, monkeypatch, c
         assert len(lines) == 48 and json.loads(lines[0])["prompt"].endswith("### Response:")
 
 
-def test_an_eval_task_asks_and_judges_as_the_paper_and_a_resumed_evaluation_goes_on(
-    small_data, tmp_path, monkeypatch, capsys
-):
+def test_an_eval_task_asks_and_judges_as_the_paper_and_a_resumed_evaluation_goes_on(train, tmp_path):
     held_out = tmp_path / "gsm8k.jsonl"
     rows = [
         {"question": f"What is {n} + 2?", "answer": f"{n} + 2 = <<{n}+2={n + 2}>>{n + 2}\n#### {n + 2}"}
         for n in range(5)
     ]
     held_out.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ("--max-steps", "1", "--eval", str(held_out), "--eval-task", "gsm8k")
-    argv = command(small_data, tmp_path / "out", *flags)
-    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    flags = ("--model", MODEL, "--max-steps", "1", "--eval", held_out, "--eval-task", "gsm8k")
+    assert train(tmp_path / "out", *flags)[0] == 0
     path = tmp_path / "out" / "eval-after.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     records = [json.loads(line) for line in lines]
     assert len(records) == 5 and all(record["prompt"].endswith("Let's think step by step.") for record in records)
     path.write_text("".join(lines[:3]))  # killed during the evaluation after training
-    assert in_process(monkeypatch, capsys, [*argv, "--resume"])[0] == 0
+    assert train(tmp_path / "out", *flags, "--resume")[0] == 0
     again = path.read_text().splitlines(keepends=True)
-    assert again[:3] == lines[:3] and sorted(again) == sorted(lines)
+    assert again[:3] == lines[:3]
+    assert sorted(json.loads(line)["prompt"] for line in again) == sorted(record["prompt"] for record in records)
 
 
 @pytest.mark.parametrize("rank", ["3", "50"])
-def test_the_adapter_is_saved_with_the_rank_asked_for(rank, small_data, tmp_path, monkeypatch, capsys):
-    argv = command(small_data, tmp_path / "out", "--max-steps", "2", "--adapter-rank", rank)
-    assert in_process(monkeypatch, capsys, argv)[0] == 0
+def test_the_adapter_is_saved_with_the_rank_asked_for(rank, train, tiny, tmp_path):
+    assert train(tmp_path / "out", "--max-steps", "2", "--adapter-rank", rank)[0] == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == min(int(rank), 2 * 4)
-    mb.load_adapter(mb.load_model(MODEL), tmp_path / "out")
+    mb.load_adapter(mb.load_model(tiny), tmp_path / "out")
 
 
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])  # with the spectral term from the first step on, and without
-def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(
-    recipe, small_data, tmp_path, monkeypatch, capsys
-):
+def test_a_loss_that_is_not_finite_stops_with_step_and_rows_and_keeps_the_checkpoint(recipe, train, tmp_path):
     out = tmp_path / "out"
-    argv = command(small_data, out, "--save-every", "1", "--lr", "1e30", "--grad-clip", "1e30", "--recipe", recipe)
-    status, error = in_process(monkeypatch, capsys, argv)
+    flags = ("--save-every", "1", "--lr", "1e30", "--grad-clip", "1e30", "--recipe", recipe)
+    status, _, error = train(out, *flags)
     assert status == 2
     last = error.splitlines()[-1]
     assert last.startswith("error: step 2: the loss is not finite (data lines ") and "--lr" in last
     assert load_file(out / "checkpoint" / "state.safetensors") and not (out / ADAPTER).exists()
 
 
-def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
     out = tmp_path / "out"
     real, calls = checkpoint.save_file, []
 
@@ -426,35 +440,33 @@ def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(small_data, tmp_p
         real(tensors, path, **kwargs)
 
     monkeypatch.setattr(checkpoint, "save_file", save_file)
-    status, error = in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2"))
+    status, _, error = train(out, "--save-every", "2")
     assert status == 1 and "the disk is full" in error.splitlines()[-1]
     assert {path.name for path in (out / "checkpoint").iterdir()} == {"initial.safetensors", "state.safetensors"}
     monkeypatch.setattr(checkpoint, "save_file", real)
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--save-every", "2", "--resume"))[0] == 0
+    assert train(out, "--save-every", "2", "--resume")[0] == 0
 
 
 def test_no_argument_trains_the_built_in_model(tmp_path):
-    """The README's command, three steps of it."""
-    result = subprocess.run([sys.executable, SCRIPT, "--max-steps", "3"], cwd=tmp_path, capture_output=True, text=True)
+    """The README's command, one step of it."""
+    result = subprocess.run([sys.executable, SCRIPT, "--max-steps", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (out,) = (tmp_path / "runs").iterdir()
     assert {path.name for path in out.iterdir()} == FILES | {"eval-before.jsonl", "eval-after.jsonl"}
     assert "loss on pre-training text" in result.stdout
 
 
-def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(small_data, tmp_path, monkeypatch, capsys):
+def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(train, tmp_path):
     adapters = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        argv = command(small_data, tmp_path / name, "--max-steps", "2", "--method", "lora", "--seed", seed)
-        assert in_process(monkeypatch, capsys, argv)[0] == 0
+        assert train(tmp_path / name, "--max-steps", "2", "--method", "lora", "--seed", seed)[0] == 0
         adapters.append((tmp_path / name / ADAPTER).read_bytes())
     assert adapters[0] == adapters[1] != adapters[2]
 
 
-def test_a_pad_token_beyond_the_vocabulary_is_harmless(small_data, tmp_path, monkeypatch, capsys):
+def test_a_pad_token_beyond_the_vocabulary_is_harmless(train, tiny, small_data, tmp_path):
     """Copies of LLaMA-2 with an added <pad> = 32000 and 32000 embeddings are about."""
-    model = tmp_path / "model"
-    shutil.copytree(MODEL, model)
+    model = shutil.copytree(tiny, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))
     tokenizer = json.loads((model / "tokenizer.json").read_text())
@@ -466,55 +478,53 @@ def test_a_pad_token_beyond_the_vocabulary_is_harmless(small_data, tmp_path, mon
     ]
     (model / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert mb.load_tokenizer(model).pad_id == 512
-    argv = command(small_data, tmp_path / "out", "--model", str(model), "--max-steps", "2", "--eval", small_data)
-    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(Path(small_data).read_text().splitlines(keepends=True)[:4]))
+    assert train(tmp_path / "out", "--model", model, "--max-steps", "2", "--eval", held_out)[0] == 0
 
 
-def test_a_resumed_run_may_take_smaller_micro_batches_and_needs_no_second_svd(
-    small_data, tmp_path, monkeypatch, capsys
-):
+def test_a_resumed_run_may_take_smaller_micro_batches_and_needs_no_second_svd(train, tmp_path, monkeypatch):
     def small_svd(matrix, full_matrices):
         assert min(matrix.shape) <= 4, "the checkpoint has the factors"
         return real(matrix, full_matrices=full_matrices)
 
     real = torch.linalg.svd
     out = tmp_path / "out"
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--recipe", "2024"))[0] == 0
+    assert train(out, "--recipe", "2024")[0] == 0
     monkeypatch.setattr(torch.linalg, "svd", small_svd)
-    argv = command(small_data, out, "--recipe", "2024", "--micro-batch-size", "2", "--resume")
     before = (out / ADAPTER).read_bytes()
-    assert in_process(monkeypatch, capsys, argv)[0] == 0
+    assert train(out, "--recipe", "2024", "--micro-batch-size", "2", "--resume")[0] == 0
     assert (out / ADAPTER).read_bytes() == before  # it had ended; its adapter is written once more
 
 
-def test_a_damaged_log_is_cut_back_on_resume(small_data, tmp_path, monkeypatch, capsys):
+def test_a_damaged_log_is_cut_back_on_resume(train, tmp_path):
     out = tmp_path / "out"
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "3"))[0] == 0
+    assert train(out, "--max-steps", "3")[0] == 0
     expected = logged(out)
     with open(out / "log.jsonl", "ab") as file:
         file.write(b'3\n\xff\n{"a": 1}\n{"step": 9, "lo')
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "3", "--resume"))[0] == 0
+    assert train(out, "--max-steps", "3", "--resume")[0] == 0
     assert logged(out) == expected
 
 
-def test_resuming_without_the_rest_of_the_command_says_so(small_data, tmp_path, monkeypatch, capsys):
+def test_resuming_without_the_rest_of_the_command_says_so(train, in_command, tmp_path):
     out = tmp_path / "out"
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1"))[0] == 0
-    status, error = in_process(monkeypatch, capsys, ["python", SCRIPT, "--out", str(out), "--resume"])
+    assert train(out, "--max-steps", "1")[0] == 0
+    status, _, error = in_command(train_nlg.main, "--out", out, "--resume")
     assert status == 2 and "had --model and --data" in error and len(error.splitlines()) == 1
 
 
-def test_a_checkpoint_beyond_the_run_is_refused(small_data, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_beyond_the_run_is_refused(train, tmp_path):
     out = tmp_path / "out"
-    assert in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1"))[0] == 0
+    assert train(out, "--max-steps", "1")[0] == 0
     state = out / "checkpoint" / "state.safetensors"
     save_file(load_file(state), state, metadata={"step": "400"})
-    status, error = in_process(monkeypatch, capsys, command(small_data, out, "--max-steps", "1", "--resume"))
+    status, _, error = train(out, "--max-steps", "1", "--resume")
     assert status == 2 and "step 400" in error and len(error.splitlines()) == 1
 
 
-def test_files_that_are_not_ours_are_left_alone(small_data, tmp_path, monkeypatch, capsys):
+def test_files_that_are_not_ours_are_left_alone(train, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    assert in_process(monkeypatch, capsys, command(small_data, tmp_path, "--max-steps", "1"))[0] == 0
+    assert train(tmp_path, "--max-steps", "1")[0] == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert os.listdir(tmp_path / "checkpoint")

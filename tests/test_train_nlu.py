@@ -2,18 +2,16 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import GOLDEN, headless
+from helpers import GOLDEN, headless, kill_before, status_of, stop_within
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -21,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.data import labelled
 from minibalora.data.batches import micro_batches
 from minibalora.data.glue import TASKS, read_labelled
@@ -31,7 +28,7 @@ from minibalora.objective import NLU_RECIPES, entropy_share, lambdas, nlu_loss
 from minibalora.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = str(ROOT / "train_nlu.py")
+SCRIPT = ROOT / "train_nlu.py"
 sys.path.insert(0, str(ROOT))
 import train_nlu  # noqa: E402
 
@@ -115,20 +112,9 @@ def flags_of(model: Path, data: object, out: Path, *flags: str, task: str = "sst
 
 
 @pytest.fixture
-def train(monkeypatch, capsys):
-    """train(flags) runs train_nlu.py in this process and gives its status and what it wrote to stdout and stderr."""
-
-    def run(flags: list[str]) -> tuple[int, str, str]:
-        handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["train_nlu.py", *map(str, flags)])
-        try:
-            with pytest.raises(SystemExit) as caught:
-                cli.run_script(train_nlu.main)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return caught.value.code, *capsys.readouterr()
-
-    return run
+def train(in_command):
+    """train(flags) -> status, standard output, standard error of train_nlu.py, run in this process."""
+    return lambda flags: in_command(train_nlu.main, *flags)
 
 
 def entries_of(out: Path) -> list[dict]:
@@ -233,13 +219,12 @@ def test_the_terms_of_a_micro_batch_are_averaged_by_rows(name):
 
 @pytest.fixture(scope="module")
 def whole_runs(bert, data, tmp_path_factory) -> dict[str, Path]:
-    """A run of three epochs by each method, never stopped, in processes of their own."""
+    """A run of three epochs by each method, never stopped."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
     for method in ("ba-lora", "pissa", "full"):
         out = runs[method] = folder / method
         flags = flags_of(bert, data, out, "--method", method, "--epochs", "3", "--save-every", "5")
-        result = subprocess.run([sys.executable, SCRIPT, *flags], capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr
+        assert status_of(train_nlu.main, *flags) == 0
     return runs
 
 
@@ -311,18 +296,6 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
 # Stopped and resumed
 
 
-def stop_after(step: int, number: int, monkeypatch):
-    """Send this process a signal in the middle of the step that follows `step` others."""
-    real = train_nlu.lambdas
-
-    def lambdas(objective, at, *rest):
-        if at == step:
-            os.kill(os.getpid(), number)
-        return real(objective, at, *rest)
-
-    monkeypatch.setattr(train_nlu, "lambdas", lambdas)
-
-
 @pytest.mark.parametrize(("method", "number", "step"), [
     ("ba-lora", signal.SIGINT, STEPS + 3), ("full", signal.SIGTERM, 2 * STEPS), ("pissa", signal.SIGTERM, 3),
 ])  # fmt: skip
@@ -333,7 +306,7 @@ def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     out, whole = tmp_path / "out", whole_runs[method]
     flags = flags_of(bert, data, out, "--method", method, "--epochs", "3", "--save-every", "5")
     with monkeypatch.context() as patch:
-        stop_after(step, number, patch)
+        stop_within(patch, train_nlu, step, number)
         status, printed, _ = train(flags)
     assert status == 128 + number and f"stopped after step {step} of {3 * STEPS}" in printed
     assert not (out / "report.json").exists() and len(entries_of(out)) == step
@@ -343,19 +316,12 @@ def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     assert {path.name for path in out.iterdir()} == {path.name for path in whole.iterdir()}
 
 
-def test_killed_and_resumed_ends_byte_for_byte_like_uninterrupted(whole_runs, bert, data, tmp_path):
+def test_killed_and_resumed_ends_byte_for_byte_like_uninterrupted(whole_runs, bert, data, tmp_path, train):
     out, whole = tmp_path / "out", whole_runs["ba-lora"]
-    command = [sys.executable, SCRIPT, *flags_of(bert, data, out, "--epochs", "3", "--save-every", "5")]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < STEPS + 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    assert not (out / ADAPTER).exists()
-    result = subprocess.run([*command, "--resume"], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    flags = flags_of(bert, data, out, "--epochs", "3", "--save-every", "5")
+    kill_before(STEPS + 2, SCRIPT, *flags)
+    assert not (out / ADAPTER).exists() and len(entries_of(out)) == STEPS + 2
+    assert train([*flags, "--resume"])[0] == 0
     assert result_of(out) == result_of(whole)
     assert logged(out) == logged(whole) and report_of(out) == report_of(whole)
 
@@ -368,7 +334,7 @@ def test_killed_between_the_best_epochs_file_and_the_checkpoint_changes_nothing(
     out, whole = tmp_path / "out", whole_runs["ba-lora"]
     flags = flags_of(bert, data, out, "--epochs", "3", "--save-every", "5")
     with monkeypatch.context() as patch:
-        stop_after(3, signal.SIGTERM, patch)
+        stop_within(patch, train_nlu, 3, signal.SIGTERM)
         assert train(flags)[0] == 128 + signal.SIGTERM
     best = load_file(whole / "checkpoint" / "best.safetensors")
     best = {name: torch.zeros_like(tensor) for name, tensor in best.items()}
@@ -410,7 +376,7 @@ def test_the_best_epoch_is_kept_across_a_stop(bert, data, tmp_path, train, monke
     flags = flags_of(bert, data, tmp_path / "out", "--epochs", "3")
     with monkeypatch.context() as patch:
         heads = falling(patch, [0.9])
-        stop_after(STEPS + 3, signal.SIGINT, patch)
+        stop_within(patch, train_nlu, STEPS + 3, signal.SIGINT)
         assert train(flags)[0] == 128 + signal.SIGINT
     falling(monkeypatch, [0.5, 0.1])
     assert train([*flags, "--resume"])[0] == 0
@@ -597,16 +563,6 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
 
 
-@pytest.mark.parametrize("names", [{"0": "POSITIVE", "1": "NEGATIVE"}, {"1": "negative", "0": "odd"}])
-def test_a_head_whose_classes_stand_in_another_order_is_refused(names, bert, data, tmp_path, train):
-    """As teacher and as the model itself; names that the task does not know say nothing."""
-    tuned = configure(write_tokenizer(Path(shutil.copytree(GOLDEN / "roberta", tmp_path / "tuned"))), id2label=names)
-    for flags in (flags_of(bert, data, tmp_path / "a", "--teacher", tuned), flags_of(tuned, data, tmp_path / "b")):
-        refused(train(flags), "config.json", "of sst2", "order")
-    configure(tuned, id2label={"0": "LABEL_0", "1": "positive"})
-    assert train(flags_of(tuned, data, tmp_path / "c", "--max-steps", "1"))[0] == 0
-
-
 def test_a_base_checkpoints_label_names_say_nothing(bert, data, tmp_path, train):
     base = configure(Path(shutil.copytree(bert, tmp_path / "base")), id2label={"0": "positive", "1": "negative"})
     assert train(flags_of(base, data, tmp_path / "out", "--max-steps", "1"))[0] == 0
@@ -722,7 +678,6 @@ def place(tmp_path, data, bert, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(("flags", "parts"), [
-    (["--model", "three_classes"], ["three_classes/model.safetensors", "3 classes", "2 are asked for"]),
     (["--data", "label.tsv"], ["label.tsv, line 3", "'7'", "sst2"]),
     (["--data", "short.tsv"], ["short.tsv, line 3", "1 columns, not 2"]),
     (["--non-target-kl", "0.1"], ["--non-target-kl", "three classes"]),

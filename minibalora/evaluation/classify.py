@@ -110,12 +110,13 @@ def fine_tuned_logits(
     teacher = load_model(folder, "classifier", None, hardware.dtype, hardware.device)
     if new := teacher.checkpoint.new_modules:
         raise InputError(f"--teacher {folder}: has no trained {new[0]}: give a fine-tuned model")
+    if teacher.num_labels != classes:
+        counts = f"has {teacher.num_labels} classes, but {task.name} has {classes}"
+        raise InputError(f"--teacher {folder}: {counts}: give a model fine-tuned on {task.name}")
     order = class_order(folder, task)
-    if teacher.num_labels != classes or order is None:
-        which = f"{teacher.num_labels} classes" + (" with other names (id2label)" if order is None else "")
-        raise InputError(
-            f"--teacher {folder}: has {which}, but {task.name} has {classes}: give a model fine-tuned on it"
-        )
+    if order is None:
+        names = f"config.json names other classes (id2label) than {task.name}"
+        raise InputError(f"--teacher {folder}: {names}: give a model fine-tuned on {task.name}, or correct the names")
     tok = load_tokenizer(folder)
     rows, _ = encode(examples, tok, source.max_length)
     check_fits(rows, source.data, teacher.config, source.max_length, folder)

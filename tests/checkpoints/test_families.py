@@ -58,6 +58,7 @@ REFUSED = [
     ("t5", {"feed_forward_proj": "gated-silu"}, ["gated-silu"]),
     ("bert", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
     ("roberta", {"is_decoder": True}, ["is_decoder"]),
+    ("xlm_roberta", {"position_embedding_type": "relative_key"}, ["position_embedding_type"]),
     ("deberta", {"conv_kernel_size": 3}, ["conv_kernel_size"]),
 ]
 
@@ -117,3 +118,17 @@ def test_a_training_step_gives_gradients_to_the_factors(name, recipe):
     gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert sum(gradient.norm() > 0 for gradient in gradients) > 0.9 * len(gradients)  # an expert may get no token
+
+
+@pytest.mark.parametrize("changes", [{"model_type": None}, {"model_type": None, "architectures": None}])
+def test_a_bert_without_model_type_is_known_by_its_architectures_or_its_keys(changes, tmp_path):
+    """As files are that were written before 2020."""
+    (tmp_path / "bert").mkdir()
+    for path in (GOLDEN / "bert").iterdir():
+        (tmp_path / "bert" / path.name).write_bytes(path.read_bytes())
+    config = json.loads((GOLDEN / "bert" / "config.json").read_text()) | changes
+    (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
+    *inputs, logits = golden_example("bert")
+    with torch.no_grad():
+        ours = mb.load_model(tmp_path / "bert", head="classifier")(*inputs)
+    assert torch.allclose(ours, logits, atol=1e-5 * logits.abs().max())

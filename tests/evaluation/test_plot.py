@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 import xml.etree.ElementTree
 from pathlib import Path
@@ -551,18 +550,11 @@ def test_a_missing_library_is_told_with_how_to_get_it(missing, monkeypatch, tmp_
     assert not os.listdir(tmp_path)
 
 
-def test_help_and_errors_as_a_user_sees_them(tmp_path):
-    """In a Python that has neither library."""
-    (tmp_path / "sitecustomize.py").write_text("import sys; sys.modules |= {'matplotlib': None, 'sklearn': None}")
-    paths = [str(tmp_path), str(Path(__file__).parents[2])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-
-    def run(*flags: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "minibalora", "plot", *flags]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
-
-    helped = run("--help")
-    assert helped.returncode == 0 and "--features" in helped.stdout and helped.stderr == ""
-    refused = run(".", "-o", "a.png")
-    assert refused.returncode == 2 and refused.stdout == "" and len(refused.stderr.splitlines()) == 1
-    assert "pip install 'minibalora[plots]'" in refused.stderr
+def test_help_and_errors_in_a_python_that_has_neither_library(in_command, tmp_path, monkeypatch):
+    for library in ("matplotlib", "sklearn"):
+        monkeypatch.setitem(sys.modules, library, None)
+    status, printed, error = in_command(main, "--help")
+    assert status == 0 and "--features" in printed and error == ""
+    status, printed, error = in_command(main, tmp_path, "-o", tmp_path / "a.png")
+    assert status == 2 and printed == "" and len(error.splitlines()) == 1
+    assert "pip install 'minibalora[plots]'" in error

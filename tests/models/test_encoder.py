@@ -14,7 +14,7 @@ import minibalora as mb
 from minibalora.lowrank import initial_values
 from minibalora.models.encoder import bucket
 
-ENCODERS = ["bert", "bert_relu", "roberta", "deberta", "deberta_tanh"]
+ENCODERS = ["bert", "bert_relu", "roberta", "xlm_roberta", "deberta", "deberta_tanh"]
 BACKBONES = {"bert": "bert", "roberta": "roberta", "deberta": "deberta", "gpt2_classifier": "transformer"}
 BACKBONES |= {"t5_classifier": "transformer"}
 OTHER_HEADS = {
@@ -170,9 +170,14 @@ def test_a_checkpoint_with_half_a_head_is_refused(tmp_path, refuses):
 @pytest.mark.parametrize(
     ("name", "classes"), [("bert", 3), ("roberta", 2), ("deberta", 2), ("gpt2_classifier", 3), ("t5_classifier", 3)]
 )
-def test_another_number_of_classes_than_the_stored_heads_is_refused(name, classes, refuses):
+def test_a_stored_head_of_another_number_of_classes_is_replaced_by_a_new_one(name, classes):
     assert classifier(name).num_labels == classifier(name, num_labels=classes).num_labels == classes
-    refuses(lambda: classifier(name, num_labels=classes + 1), f"{classes} classes, but {classes + 1}")
+    assert classifier(name, num_labels=classes).checkpoint.new_modules == []
+    other = classifier(name, num_labels=classes + 1)
+    assert other.checkpoint.new_modules == [other.checkpoint.family.names.head] == other.own_head
+    stored = classifier(name).state_dict()
+    body = {key: value for key, value in other.state_dict().items() if not key.startswith(other.own_head[0])}
+    assert other.num_labels == classes + 1 and all(torch.equal(value, stored[key]) for key, value in body.items())
 
 
 def test_a_new_head_has_two_classes_by_default(tmp_path):

@@ -7,17 +7,17 @@ many tests.
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import GOLDEN, distance
+from helpers import GOLDEN, distance, status_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -32,7 +32,6 @@ from minibalora.run import flags, loop
 from minibalora.run.adapting import adapt_model
 from minibalora.run.settings import Adaptation, Hardware
 from minibalora.run.sharded import load_sharded, own_rows
-from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
 
 ROOT = Path(__file__).parents[2]
@@ -59,19 +58,18 @@ GOLDENS |= dict.fromkeys(("gpt2", "t5_gated", "mixtral_window", "deepseek"), tor
 
 
 def command(folder: Path, name: str, *more: str) -> list[str]:
-    """The arguments of a run whose --out is folder / name."""
+    """The arguments of a run whose --out is folder / name; the model is a tiny one beside the folders."""
     rank = [] if "full" in more else COMMON[:2]
-    source = ["--model", str(MODEL), "--data", str(folder / "data.jsonl")]
+    source = ["--model", str(folder.parent / "tiny"), "--data", str(folder / "data.jsonl")]
     return [*source, *rank, *COMMON[2:], "--out", str(folder / name), *more]
 
 
-def in_one_process(monkeypatch, *arguments: str) -> int:
+def in_one_process(*arguments: str) -> int:
     """In one thread, as torchrun gives each of its processes: Adam's first steps make much of a rounding."""
-    monkeypatch.setattr(sys, "argv", ["train_nlg.py", *arguments])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return train_nlg.main()
+        return status_of(train_nlg.main, *arguments)
     finally:
         torch.set_num_threads(threads)
 
@@ -99,26 +97,24 @@ def as_a_rank(folder: Path) -> None:
     distributed.join, distributed.leave = lambda: None, dist.barrier  # torch's processes can't meet a second time
     report, seed_step = {}, loop.seed_step
     for name, more in RUNS.items():
-        report[name] = status_of(command(folder / "two", name, *more))
-    report["refused"] = status_of(command(folder / "two", WHOLE))  # which rank 0 finds out
-    report["wrong flag"] = status_of(command(folder / "two", "new", "--rank", "129"))  # which every rank finds out
+        report[name] = status_of(train_nlg.main, *command(folder / "two", name, *more))
+    # Rank 0 refuses a used --out, and every rank a rank that is too high.
+    report["refused"] = status_of(train_nlg.main, *command(folder / "two", WHOLE))
+    report["wrong flag"] = status_of(train_nlg.main, *command(folder / "two", "new", "--rank", "129"))
     loop.seed_step = stopping(seed_step, stopped_rank=1)
-    report["stopped by two"] = status_of(command(folder / "two", "stopped"))
+    report["stopped by two"] = status_of(train_nlg.main, *command(folder / "two", "stopped"))
     loop.seed_step = seed_step
     with reading() as sizes:
-        report["resumed by two"] = status_of(command(folder / "one", "stopped", *SHARDED, "--resume"))
+        resumed = command(folder / "one", "stopped", *SHARDED, "--resume")
+        report["resumed by two"] = status_of(train_nlg.main, *resumed)
     report["read"] = sizes
     report["golden"] = {name: distance_from_whole(name, dtype) for name, dtype in GOLDENS.items() if CAN_SHARD}
     (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))
-    distributed.leave()
-
-
-def status_of(arguments: list[str]) -> int:
-    sys.argv = ["train_nlg.py", *arguments]
-    try:
+    if CAN_SHARD:  # the last of all, because it ends both ranks
+        damaged = command(folder / "two", "damaged", "--model", str(folder / "damaged"), "--method", "lora", "--fsdp")
+        sys.argv = ["train_nlg.py", *damaged]
         cli.run_script(train_nlg.main)
-    except SystemExit as end:
-        return end.code
+    distributed.leave()
 
 
 class reading:
@@ -165,10 +161,16 @@ def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tiny, tmp_path_factory) -> Path:
     """one/ has the runs of this process, two/ those of two ranks, whose reports are beside; one/stopped was stopped by
-    this process and resumed by two ranks, two/stopped was stopped by one of two ranks."""
+    this process and resumed by two ranks, two/stopped was stopped by one of two ranks. tiny/ is the model; in damaged/,
+    a number that only rank 1 reads is NaN."""
     folder = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny, folder / "tiny")
+    shutil.copytree(tiny, folder / "damaged")
+    tensors = load_file(tiny / "model.safetensors")
+    tensors["model.layers.1.input_layernorm.weight"][-1] = torch.nan
+    save_file(tensors, folder / "damaged" / "model.safetensors", metadata={"format": "pt"})
     rows = "".join(json.dumps(row) + "\n" for row in clean_problems(45, seed=0))
     for name in ("one", "two"):
         (folder / name).mkdir()
@@ -176,12 +178,12 @@ def folder(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as monkeypatch:
         for name, more in RUNS.items():
             arguments = command(folder / "one", name, *(flag for flag in more if flag != "--fsdp"))
-            assert in_one_process(monkeypatch, *arguments) == 0
+            assert in_one_process(*arguments) == 0
         monkeypatch.setattr(loop, "seed_step", stopping(loop.seed_step, stopped_rank=0))
-        assert in_one_process(monkeypatch, *command(folder / "one", "stopped")) == 128 + signal.SIGTERM
+        assert in_one_process(*command(folder / "one", "stopped")) == 128 + signal.SIGTERM
     found_by = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the package, and helpers
     result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True, env=os.environ | found_by)
-    assert result.returncode == 0, result.stderr
+    assert (folder / "report1.json").exists() and (result.returncode != 0) == CAN_SHARD, result.stderr
     (folder / "stderr").write_text(result.stderr)
     (folder / "stdout").write_text(result.stdout)
     return folder
@@ -205,9 +207,15 @@ def assert_same_run(a: Path, b: Path, tolerance: float = 1e-5) -> None:
         torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=tolerance, msg=name)
 
 
+def errors_of(folder: Path) -> list[str]:
+    return [line for line in (folder / "stderr").read_text().splitlines() if line.startswith("error: ")]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports):
-    """To 1e-5; measured: at most 1e-6, from another order in the sum of the gradients."""
+    """To 1e-5. Two ranks add gradients in another order, which changes them by some 1e-7 (float32) of their usual size.
+    Adam divides each by its own size, the smallest of 5,000 by a 5,000th of the usual one: 5e-4 of a step of 1e-3.
+    """
     assert [report[name] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / name, folder / "two" / name)
     entries = (folder / "two" / name / "log.jsonl").read_text().splitlines()
@@ -219,17 +227,17 @@ def test_a_run_stopped_by_one_process_goes_on_with_two_that_share_its_weights(fo
     assert_same_run(folder / "one" / WHOLE, folder / "one" / "stopped")
 
 
-def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports, monkeypatch):
+def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports):
     assert [report["stopped by two"] for report in reports] == [128 + signal.SIGTERM] * 2
     out = folder / "two" / "stopped"
     assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT
-    assert in_one_process(monkeypatch, *command(folder / "two", "stopped", "--resume")) == 0
+    assert in_one_process(*command(folder / "two", "stopped", "--resume")) == 0
     assert_same_run(folder / "one" / WHOLE, out)
 
 
 @needs_shards
-def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports):
-    stored = {tensor.name: tensor for tensor in weights.stored_tensors(MODEL).values()}
+def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports, tiny):
+    stored = {tensor.name: tensor for tensor in weights.stored_tensors(tiny).values()}
     for report in reports:
         assert report["read"].keys() == stored.keys()
         for name, tensor in stored.items():
@@ -251,8 +259,8 @@ def test_a_sharded_model_computes_what_the_whole_one_computes(name, reports):
 
 def test_what_ranks_refuse_is_said_once(folder, reports):
     assert [report["refused"] for report in reports] == [report["wrong flag"] for report in reports] == [2, 2]
-    errors = [line for line in (folder / "stderr").read_text().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 2 and "holds a run already" in errors[0] and "rank 129" in errors[1]
+    refused = [line for line in errors_of(folder) if "holds a run already" in line or "rank 129" in line]
+    assert len(refused) == 2 and refused == errors_of(folder)[:2]
 
 
 def test_only_one_rank_speaks(folder):
@@ -261,33 +269,36 @@ def test_only_one_rank_speaks(folder):
 
 
 @needs_shards
-def test_what_one_rank_alone_finds_wrong_ends_both(folder, tmp_path):
+def test_what_one_rank_alone_finds_wrong_ends_both(folder):
     """Rank 1 reads the last rows of a weight, rank 0 does not."""
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in MODEL.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(model / "model.safetensors")
-    tensors["model.layers.1.input_layernorm.weight"][-1] = torch.nan
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
-    arguments = command(folder / "two", "damaged", "--model", str(model), "--method", "lora", "--fsdp")
-    result = subprocess.run(torchrun(SCRIPT, *arguments), capture_output=True, text=True, timeout=120)
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert result.returncode != 0 and "model.layers.1.input_layernorm.weight has NaN" in errors[0]
-    assert all("another process of this run has ended" in line for line in errors[1:])
-    assert "[rank" not in result.stderr  # as torch begins the lines of a traceback
+    wrong, *others = errors_of(folder)[2:]
+    assert "model.layers.1.input_layernorm.weight has NaN" in wrong
+    assert all("another process of this run has ended" in line for line in others)
+    assert "[rank" not in (folder / "stderr").read_text()  # as torch begins the lines of a traceback
 
 
-def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(folder):
+STOPPED = """
+import os, signal, sys
+from minibalora.base import distributed
+from minibalora.run import loop
+
+def stop(seed, at, seed_step=loop.seed_step):
+    if at == 2 and distributed.rank() == 0:
+        os.kill(os.getppid(), signal.SIGTERM)
+    seed_step(seed, at)
+
+loop.seed_step = stop
+"""
+
+
+def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(folder, tmp_path):
+    """SIGTERM goes to torchrun, from one of its ranks, and torchrun hands it on to all."""
     out = folder / "two" / "terminated"
-    arguments = command(folder / "two", "terminated", "--epochs", "50", "--recipe", "2024")
-    process = subprocess.Popen(torchrun(SCRIPT, *arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (out / "log.jsonl").exists() or len((out / "log.jsonl").read_text().splitlines()) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
+    (tmp_path / "train.py").write_text(f"{STOPPED}\n{SCRIPT.read_text()}")
+    arguments = command(folder / "two", "terminated", "--epochs", "1000", "--recipe", "2024")
+    found_by = {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(torchrun(tmp_path / "train.py", *arguments), capture_output=True, env=os.environ | found_by)
+    assert ended.returncode != 0
     steps = len((out / "log.jsonl").read_text().splitlines())
     with weights.safe_open(out / "checkpoint" / "state.safetensors", "pt") as state:
         assert int(state.metadata()["step"]) == steps >= 2

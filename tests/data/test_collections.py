@@ -1,0 +1,149 @@
+"""Published collections in their own form, as small files: which text is asked, which is learned, what is left out."""
+
+import json
+
+import pytest
+
+from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, read_examples
+
+# name -> a row as the collection has it, the instruction, the input and the response that it gives
+COLLECTIONS = {
+    "Alpaca": (
+        {"instruction": "Sort.", "input": "b, a", "output": "a, b", "text": "Below is an instruction ..."},
+        ("Sort.", "b, a", "a, b"),
+    ),
+    "Aya": ({"inputs": "Habari?", "targets": "Nzuri.", "language": "Swahili"}, ("Habari?", "", "Nzuri.")),
+    "CodeAlpaca": ({"instruction": "Add.", "input": "", "output": "a + b"}, ("Add.", "", "a + b")),
+    "CodeFeedback": ({"query": "Add.", "answer": "a + b", "resource": "evol", "lang": "py"}, ("Add.", "", "a + b")),
+    "Dolly": (
+        {"instruction": "When?", "context": "It opened in 1990.", "response": "In 1990.", "category": "closed_qa"},
+        ("When?", "It opened in 1990.", "In 1990."),
+    ),
+    "Evol-Instruct": ({"instruction": "Explain.", "output": "So."}, ("Explain.", "", "So.")),
+    "FLAN": (
+        {"inputs": "Translate: a", "targets": "b", "task": "wmt", "_template_idx": 3},
+        ("Translate: a", "", "b"),
+    ),
+    "GPTeacher": ({"instruction": "Say.", "input": "hi", "response": "hi"}, ("Say.", "hi", "hi")),
+    "GSM8K": ({"question": "2 + 3?", "answer": "2 + 3 = 5\n#### 5"}, ("2 + 3?", "", "2 + 3 = 5\n#### 5")),
+    "LaMini": (
+        {"instruction": "Say.", "response": "hi", "instruction_source": "alpaca"},
+        ("Say.", "", "hi"),
+    ),
+    "Magicoder": ({"lang": "py", "problem": "Add.", "solution": "a + b", "seed": "x"}, ("Add.", "", "a + b")),
+    "MATH": (
+        {"problem": "1 + 1?", "level": "Level 1", "type": "Algebra", "solution": "\\boxed{2}"},
+        ("1 + 1?", "", "\\boxed{2}"),
+    ),
+    "MetaMathQA": (
+        {"type": "GSM_Rephrased", "query": "q", "original_question": "o", "response": "r"},
+        ("q", "", "r"),
+    ),
+    "No Robots": (
+        {
+            "prompt": "q",
+            "prompt_id": "1",
+            "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}],
+            "category": "Chat",
+        },
+        ("q", "", "a"),
+    ),
+    "NuminaMath": (
+        {"source": "olympiads", "problem": "p", "solution": "s", "messages": None},
+        ("p", "", "s"),
+    ),
+    "OpenMathInstruct": (
+        {"problem": "p", "generated_solution": "g", "expected_answer": "5", "problem_source": "math"},
+        ("p", "", "g"),
+    ),
+    "OpenOrca": (
+        {"id": "niv.1", "system_prompt": "You are an assistant.", "question": "q", "response": "r"},
+        ("You are an assistant.\n\nq", "", "r"),
+    ),
+    "OpenOrca without a system prompt": (
+        {"id": "niv.1", "system_prompt": "", "question": "q", "response": "r"},
+        ("q", "", "r"),
+    ),
+    "sql-create-context": (
+        {"question": "How many?", "context": "CREATE TABLE t (n INT)", "answer": "SELECT COUNT(*) FROM t"},
+        ("How many?", "CREATE TABLE t (n INT)", "SELECT COUNT(*) FROM t"),
+    ),
+    "Orca-Math": ({"question": "2 + 3?", "answer": "5"}, ("2 + 3?", "", "5")),
+    "numbers": ({"question": "2 + 3?", "answer": 5}, ("2 + 3?", "", "5")),
+    "zero": ({"question": 3, "answer": 0, "input": 0}, ("3", "0", "0")),
+    "fractions": ({"question": "1 / 2?", "answer": 0.5}, ("1 / 2?", "", "0.5")),
+}
+
+
+def prompt_of(instruction, context):
+    template = PROMPT_WITH_INPUT if context else PROMPT
+    return template.format(instruction=instruction, input=context)
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_a_collection_is_read_in_its_own_form(name):
+    row, (instruction, context, response) = COLLECTIONS[name]
+    example = example_from(row, 1)
+    assert (example.prompt, example.response) == (prompt_of(instruction, context), response)
+
+
+@pytest.mark.parametrize("name", COLLECTIONS)
+def test_null_columns_of_a_concatenated_set_are_absent(name):
+    columns = {column for row, _ in COLLECTIONS.values() for column in row}
+    row = COLLECTIONS[name][0]
+    assert example_from(dict.fromkeys(columns | {"conversations"}) | row, 1) == example_from(row, 1)
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"text": "### Human: a ### Assistant: b"}, ["text"]),  # Guanaco
+        (
+            {"message_id": "1", "parent_id": None, "text": "a", "role": "prompter"},
+            ["parent_id (null)", "text"],
+        ),  # OASST
+        ({"prompt": "q", "chosen": "a", "rejected": "b"}, ["chosen, rejected"]),  # preferences
+        (
+            {"question": "q", "context": {"contexts": ["c"]}, "long_answer": "l", "final_decision": "yes"},
+            ["long_answer"],
+        ),
+        ({"question": "q", "context": {"title": ["t"]}, "answer": "a"}, ["'context' is dict"]),  # HotpotQA
+        ({"question": "q", "answers": {"text": ["a"]}}, ["answers"]),  # SQuAD
+        ({"instruction": None, "output": None}, ["instruction (null), output (null)"]),
+        ({"instruction": "q", "output": True}, ["'output' is bool"]),
+        ({"instruction": "q", "output": ["a"]}, ["'output' is list"]),
+    ],
+)
+def test_a_collection_of_another_kind_is_refused(row, parts, refuses):
+    refuses(lambda: example_from(row, 1, "file, line 1"), "file, line 1", *parts)
+
+
+def test_fields_named_by_hand_keep_the_context():
+    """PubMedQA's context is no text: it is named as one, or left out in so many words."""
+    dolly = COLLECTIONS["Dolly"][0]
+    assert example_from(dolly, 1, "", "instruction", "response") == example_from(dolly, 1)
+    assert example_from(dolly, 1, "", "instruction", "response", "category").prompt == prompt_of("When?", "closed_qa")
+    assert example_from(dolly, 1, "", "instruction", "response", "").prompt == prompt_of("When?", "")
+    assert example_from(dolly, 1, "", "context", "response").prompt == prompt_of("It opened in 1990.", "")
+    pubmed = {"question": "q", "context": {"contexts": ["c"]}, "final_decision": "yes"}
+    assert example_from(pubmed, 1, "", "question", "final_decision", "").response == "yes"
+
+
+def test_a_named_input_may_be_null_but_not_missing(refuses):
+    row = {"query": "q", "response": "r", "about": None}
+    assert example_from(row, 1, "", input_field="about").prompt == prompt_of("q", "")
+    refuses(lambda: example_from({"query": "q", "response": "r"}, 1, "here", input_field="about"), "here", "'about'")
+
+
+def test_empty_responses_are_left_out_and_counted(tmp_path):
+    responses = ["", "  \n", None, "he", 0]
+    rows = [{"instruction": "Say", "input": "", "output": response} for response in responses]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, left_out = read_examples(tmp_path / "data.jsonl")
+    assert [(example.line, example.response) for example in examples] == [(4, "he"), (5, "0")]
+    assert left_out["empty responses"] == 3
+
+
+def test_a_file_of_empty_responses_only_is_refused(tmp_path, refuses):
+    (tmp_path / "data.jsonl").write_text('{"query": "q", "response": ""}\n')
+    refuses(lambda: read_examples(tmp_path / "data.jsonl"), "data.jsonl", "no rows with a response")

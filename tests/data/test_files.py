@@ -1,0 +1,212 @@
+"""Files of rows: Parquet, shards, folders, the Hub's cache, gzip and pointers; an error names the file and the row."""
+
+import gzip
+import json
+
+import pytest
+
+import minibalora as mb
+from minibalora.base.files import entered
+from minibalora.data.files import named, read_rows, shards
+from minibalora.data.glue import TASKS, glue_files, read_labelled
+from minibalora.data.prompts import read_examples
+from minibalora.evaluation.benchmarks import BENCHMARKS, read_items
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+ROWS = [{"query": f"q{index}", "response": f"r{index}"} for index in range(5)]
+
+
+def json_lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write_parquet(path, rows):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = {name: None for row in rows for name in row}
+    parquet.write_table(pyarrow.Table.from_pylist([columns | row for row in rows]), path, row_group_size=2)
+    return path
+
+
+def texts(source):
+    return [example.response for example in read_examples(source)[0]]
+
+
+# Parquet.
+
+
+def test_parquet_rows_are_those_of_json_lines(tmp_path):
+    conversation = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    rows = [*ROWS, conversation, {"query": "q", "response": None, "number": 3}]
+    (tmp_path / "rows.jsonl").write_text(json_lines(*rows))
+    path = write_parquet(tmp_path / "rows.parquet", rows)
+    assert read_examples(path) == read_examples(tmp_path / "rows.jsonl")
+    assert read_examples(path)[1] == {"conversations without a reply": 0, "empty responses": 1}
+    assert [where for _, where, _ in read_rows(path)][-1] == f"{path}, row 7"
+    (tmp_path / "rows.parquet.gz").write_bytes(gzip.compress(path.read_bytes()))
+    assert read_examples(tmp_path / "rows.parquet.gz") == read_examples(path)
+
+
+@pytest.mark.parametrize("keep", [4, 40, -30, -9])
+def test_a_parquet_file_that_is_cut_is_refused(tmp_path, refuses, keep):
+    path = write_parquet(tmp_path / "rows.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:keep])
+    refuses(lambda: read_examples(path), path, "a Parquet file", "row 0", "download it again")
+
+
+def test_a_parquet_file_with_damaged_rows_names_the_last_good_one(tmp_path, refuses):
+    pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = write_parquet(tmp_path / "rows.parquet", ROWS)
+    start = parquet.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 30] = b"\xff" * 30
+    path.write_bytes(content)
+    refuses(lambda: list(read_rows(path)), path, "a Parquet file that is damaged after row")
+
+
+@pytest.mark.parametrize("value", [True, ["a"], {"a": 1}, b"bytes"])
+def test_a_parquet_column_of_another_type_is_refused_with_its_row(tmp_path, refuses, value):
+    path = write_parquet(tmp_path / "rows.parquet", [{"query": "q", "response": value}])
+    refuses(lambda: read_examples(path), path, "row 1", "'response'", type(value).__name__)
+
+
+def test_without_pyarrow_one_line_says_what_to_install(tmp_path, refuses, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    (tmp_path / "rows.parquet").write_bytes(b"PAR1 and so on")
+    for read in (read_examples, lambda path: read_labelled(path, TASKS["sst2"])):
+        refuses(lambda read=read: read(tmp_path / "rows.parquet"), "a Parquet file", "pip install '.[parquet]'")
+
+
+GLUE_PARQUET = {
+    "cola": ({"sentence": "a", "label": 1, "idx": 0}, (("a",), 1)),
+    "sst2": ({"sentence": "a", "label": 1, "idx": 0}, (("a",), 1)),
+    "mrpc": ({"sentence1": "a", "sentence2": "b", "label": 0, "idx": 0}, (("a", "b"), 0)),
+    "stsb": ({"sentence1": "a", "sentence2": "b", "label": 3.5, "idx": 0}, (("a", "b"), 3.5)),
+    "qqp": ({"question1": "a", "question2": "b", "label": 1, "idx": 0}, (("a", "b"), 1)),
+    "mnli": ({"premise": "a", "hypothesis": "b", "label": 2, "idx": 0}, (("a", "b"), 2)),
+    "qnli": ({"question": "a", "sentence": "b", "label": 0, "idx": 0}, (("a", "b"), 0)),
+    "rte": ({"sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}, (("a", "b"), 1)),
+    "wnli": ({"sentence1": "a", "sentence2": "b", "label": 1, "idx": 0}, (("a", "b"), 1)),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_glue_as_the_hub_has_it_is_read_from_its_folder(tmp_path, name):
+    row, expected = GLUE_PARQUET[name]
+    hidden = row | {"label": -1.0 if name == "stsb" else -1}
+    folder = tmp_path / "datasets--nyu-mll--glue" / "snapshots" / "abc" / name
+    write_parquet(folder / "train-00000-of-00002.parquet", [row, hidden])
+    write_parquet(folder / "train-00001-of-00002.parquet", [row])
+    write_parquet(folder / "test-00000-of-00001.parquet", [hidden])
+    for split in ("validation_matched", "validation_mismatched") if name == "mnli" else ("validation",):
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", [row])
+    train, dev = glue_files(tmp_path / "datasets--nyu-mll--glue", TASKS[name])
+    examples, skipped, _ = read_labelled(train, TASKS[name])
+    assert [((example.texts, example.label), example.line) for example in examples] == [(expected, 1), (expected, 3)]
+    assert skipped == 1 and len(dev) == (2 if name == "mnli" else 1)
+    assert all(len(read_labelled(path, TASKS[name])[0]) == 1 for path in dev)
+
+
+def test_benchmarks_are_read_from_parquet(tmp_path):
+    rows = [{"question": "2 + 3?", "answer": "#### 5"}, {"question": "2 + 4?", "answer": "#### 6"}]
+    write_parquet(tmp_path / "main" / "test-00000-of-00001.parquet", rows)
+    assert [item.response for item in read_items(BENCHMARKS["gsm8k"], tmp_path / "main")] == ["#### 5", "#### 6"]
+
+
+# Shards, folders and the Hub's cache.
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three shards of two, two and one rows, and files that are no data."""
+    for index in range(3):
+        (tmp_path / f"train-0000{index}-of-00003.jsonl").write_text("\n" + json_lines(*ROWS[2 * index : 2 * index + 2]))
+    (tmp_path / "README.md").write_text("# a data set")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    return tmp_path
+
+
+def test_shards_are_read_in_order_from_a_pattern_or_a_folder(folder):
+    for source in (folder, str(folder), folder / "train-*.jsonl", str(folder / "train-0000?-of-*")):
+        examples, _ = read_examples(source)
+        assert [example.response for example in examples] == ["r0", "r1", "r2", "r3", "r4"]
+        assert [example.line for example in examples] == [2, 3, 5, 6, 8]  # as in one file after the other
+        assert named(source) == f"{source} (train-00000-of-00003.jsonl to train-00002-of-00003.jsonl, 3 files)"
+    assert texts(folder / "train-00001-of-00003.jsonl") == ["r2", "r3"]
+    assert len(read_examples(folder, limit=3)[0]) == 3
+
+
+def test_an_error_in_a_shard_names_the_file_and_its_line(folder, refuses):
+    (folder / "train-00001-of-00003.jsonl").write_text(json_lines(ROWS[0]) + "{broken\n")
+    refuses(lambda: read_examples(folder), "train-00001-of-00003.jsonl, line 2", "broken JSON")
+
+
+def test_of_several_sets_the_training_set_is_read_or_none(folder, refuses):
+    (folder / "test-00000-of-00001.jsonl").write_text(json_lines(ROWS[0]))
+    assert len(texts(folder)) == 5
+    (folder / "train_gen-00000-of-00001.jsonl").write_text(json_lines(ROWS[0]))
+    refuses(lambda: shards(folder), folder, "3 sets", "train-*.jsonl", "test-*.jsonl", "train_gen-*.jsonl")
+
+
+def test_a_folder_or_a_pattern_without_files_is_refused(tmp_path, refuses):
+    refuses(lambda: shards(tmp_path), tmp_path, "without data files")
+    refuses(lambda: shards(tmp_path / "train-*.jsonl"), "train-*.jsonl", "no file matches")
+
+
+def test_tsv_shards_have_a_header_each(tmp_path):
+    for index in range(2):
+        (tmp_path / f"train-{index}.tsv").write_text(f"sentence\tlabel\ntext {index}\t{index}\n")
+    examples, _, _ = read_labelled(tmp_path / "train-*.tsv", TASKS["sst2"])
+    assert [(example.texts[0], example.label, example.line) for example in examples] == [
+        ("text 0", 0, 2),
+        ("text 1", 1, 4),
+    ]
+
+
+@pytest.mark.parametrize("name", ["models--org--name", "datasets--org--name"])
+def test_a_folder_of_the_hub_s_cache_is_entered_at_its_snapshot(tmp_path, refuses, name):
+    cache = tmp_path / name
+    (cache / "snapshots" / "aaa").mkdir(parents=True)
+    (cache / "snapshots" / "aaa" / "data.json").write_text(json.dumps(ROWS))
+    assert entered(cache) == cache / "snapshots" / "aaa" and texts(cache) == [f"r{index}" for index in range(5)]
+    (cache / "snapshots" / "bbb").mkdir()
+    refuses(lambda: entered(cache), cache, "2 snapshots (aaa, bbb)")
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("bbb")
+    assert entered(cache) == cache / "snapshots" / "bbb"
+    assert entered(tmp_path) == tmp_path
+
+
+# gzip and git-lfs.
+
+
+def test_every_reader_reads_gzip(tmp_path):
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(json_lines(*ROWS).encode()))
+    assert len(texts(tmp_path / "rows.jsonl.gz")) == 5
+    (tmp_path / "dev.tsv.gz").write_bytes(gzip.compress(b"sentence\tlabel\na\t1\n"))
+    assert read_labelled(tmp_path / "dev.tsv.gz", TASKS["sst2"])[0][0].texts == ("a",)
+
+
+def test_a_damaged_gzip_file_is_refused(tmp_path, refuses):
+    whole = gzip.compress(json_lines(*ROWS * 100).encode())
+    (tmp_path / "rows.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    refuses(lambda: read_examples(tmp_path / "rows.tsv.gz"), "rows.tsv.gz")
+    refuses(lambda: read_labelled(tmp_path / "rows.tsv.gz", TASKS["sst2"]), "rows.tsv.gz")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "data.jsonl", "train.tsv"])
+def test_a_git_lfs_pointer_is_recognised_in_any_file(tmp_path, refuses, name):
+    toy = mb.checkpoints.BUILT_IN / "bert"
+    for path in toy.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / name).write_bytes(POINTER)
+    read = {
+        "data.jsonl": lambda: read_examples(tmp_path / name),
+        "train.tsv": lambda: read_labelled(tmp_path / name, TASKS["sst2"]),
+        "tokenizer.json": lambda: mb.load_tokenizer(tmp_path),
+    }.get(name, lambda: mb.load_model(tmp_path, head="classifier"))
+    refuses(read, tmp_path / name, "a git-lfs pointer", "git lfs pull")
