@@ -71,7 +71,7 @@ def measure_benchmark(args: argparse.Namespace, benchmark: Benchmark, start: Cal
         model, tok = load(args.model, args.adapter, args.dtype, args.device)
         names = [f"{args.data}, line {item.line}: the prompt" for item in items]
         encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses prompts that are too long
-        stop = benchmark.raw_stop if args.raw else benchmark.stop
+        stop = benchmark.stop + (benchmark.raw_stop if args.raw else ())
         decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
         complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
     start()

@@ -130,6 +130,25 @@ def test_gold_answers_are_all_right(run, problems, programs, tmp_path):
         assert status == 0 and out.startswith(f"{task}: pass@1 100.0 %")
 
 
+@pytest.mark.parametrize("flags, stops, more", [
+    ((), {"### Instruction", "[DONE]"}, 512), (("--raw",), {"### Instruction", "[DONE]"}, 512),
+    (("--max-new-tokens", 7), {"### Instruction", "[DONE]"}, 7),
+])  # fmt: skip
+def test_programs_end_at_the_tasks_stops(run, programs, tmp_path, monkeypatch, flags, stops, more):
+    decodings = []
+
+    def by_model(model, tok, decoding, batch_size, desc):
+        decodings.append(decoding)
+        return records.by_list([ADD["code"], NEGATE["code"]])
+
+    monkeypatch.setattr(records, "by_model", by_model)
+    status, out, error = run(
+        "--task", "mbpp", "--data", programs, "--allow-code-execution", "--out", tmp_path / "out", *flags
+    )
+    assert status == 0 and "2 passed" in out, error
+    assert (set(decodings[0].stop), decodings[0].max_new_tokens) == (stops, more)
+
+
 def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
     rows = [{"task_id": 1, "completion": code} for code in (ADD["code"], "x", ADD["code"], "x")]
     rows += [{"task_id": 2, "completion": code} for code in ("x", "x", NEGATE["code"], "x")]
