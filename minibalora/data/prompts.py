@@ -8,7 +8,8 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.data.files import read_rows, text_of
+from minibalora.data.files import read_rows
+from minibalora.data.pairs import field_text, pair_fields, read_pair
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -21,23 +22,6 @@ PROMPT_WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
-
-# The fields of prompt and response. The first pair of which a row has both counts; null fields count as absent.
-FIELDS = [
-    ("query", "response"),  # MetaMathQA
-    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set
-    ("instruction", "response"),  # Dolly, GPTeacher, Magicoder
-    ("query", "answer"),  # CodeFeedback
-    ("question", "answer"),  # GSM8K
-    ("question", "response"),  # OpenOrca
-    ("problem", "solution"),  # MATH, NuminaMath
-    ("problem", "generated_solution"),  # OpenMathInstruct
-    ("prompt", "completion"),
-    ("inputs", "targets"),  # FLAN, Aya
-]
-INPUTS = ("input", "context")  # what the prompt is about: Alpaca's, Dolly's
-EMPTY = (None, "", [], {})
-SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
 CONVERSATIONS = ("conversations", "messages")  # first user turn, first reply; ShareGPT's and OpenAI's spelling
 
@@ -97,54 +81,21 @@ def example_from(
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
-    pairs = [pair for pair in FIELDS if row.get(pair[0]) is not None and pair[1] in row]
-    pair = max(pairs, key=lambda pair: row[pair[1]] is not None, default=(None, None))
-    key = next((key for key in CONVERSATIONS if row.get(key) is not None and (row[key] or not pairs)), None)
+    has_pair = pair_fields(row) is not None
+    key = next((key for key in CONVERSATIONS if row.get(key) is not None and (row[key] or not has_pair)), None)
     if key is not None and not (prompt_field or response_field):
         turns = _first_turns(row[key], f"{where}: {key}")
         if turns is None:
             return None
-        question, context, response = _text(turns, "user", where), "", _text(turns, "reply", where)
+        question, context, response = field_text(turns, "user", where), "", field_text(turns, "reply", where)
     else:
-        fields = prompt_field or pair[0], response_field or pair[1]
-        if None in fields:
-            raise InputError(_no_pair(row, where))
-        question, context = _question_and_input(row, fields, input_field, where)
-        # Programs write an empty cell as null.
-        response = "" if row.get(fields[1], "") is None else _text(row, fields[1], where)
+        question, context, response = read_pair(row, where, prompt_field, response_field, input_field)
     if raw:
         prompt = f"{question}\n{context}" if context else question
     else:
         prompt = (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context)
     kind = row.get("type")
     return Example(prompt, response, kind if isinstance(kind, str) else "", line)
-
-
-def _question_and_input(row: dict, fields: tuple[str, str], input_field: str | None, where: str) -> tuple[str, str]:
-    """Return the prompt, with a system prompt before it, and the text that it is about, "" without one."""
-    names = INPUTS if input_field is None else (input_field,) if input_field else ()
-    system, inputs = (
-        [_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]
-        for group, absent in ((SYSTEMS, None), (names, input_field))  # a row without the named field is refused
-    )
-    question = "\n\n".join([*filter(str.strip, system), _text(row, fields[0], where)])
-    return question, "\n".join(filter(str.strip, inputs))
-
-
-def _no_pair(row: dict, where: str) -> str:
-    pairs = ", ".join("/".join(pair) for pair in FIELDS)
-    fields = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
-    return (
-        f"{where}: has fields {fields}, none of {pairs}: rename yours, or name them to train_nlg.py "
-        "with --prompt-field, --response-field"
-    )
-
-
-def _text(row: dict, field: str, where: str) -> str:
-    """Return a field that is a text, or a number as a text. Raises InputError for anything else."""
-    if field not in row:
-        raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
-    return text_of(row[field], f"the field {field!r}", where)
 
 
 def _first_turns(turns: object, where: str) -> dict | None:

@@ -16,7 +16,8 @@ from minibalora.checkpoints.adapters import load_adapter
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
 from minibalora.data.files import opened, read_rows
-from minibalora.data.prompts import FIELDS, example_from
+from minibalora.data.pairs import FIELDS
+from minibalora.data.prompts import example_from
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
 from minibalora.lowrank import merge
 from minibalora.models import LanguageModel

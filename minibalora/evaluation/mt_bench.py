@@ -18,6 +18,7 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import appending, keep_lines, replacing
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.files import read_rows
+from minibalora.data.prompts import PROMPT
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate
 from minibalora.evaluation.programs import without_thoughts
 from minibalora.models import LanguageModel
@@ -51,6 +52,19 @@ class Match:
     prompt_name: str  # of judge_prompts.jsonl
     system_prompt: str
     user_prompt: str
+
+
+def alpaca_prompt(messages: list[dict], where: str) -> str:
+    """Return a conversation in Alpaca's template, whose instructions and responses go on in turns.
+
+    A system message comes before the first question.
+    """
+    first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+    text = PROMPT.format(instruction="\n\n".join(message["content"] for message in messages[: first + 1]))
+    for message in messages[first + 1 :]:
+        form = " {}\n\n" if message["role"] == "assistant" else "### Instruction:\n{}\n\n### Response:"
+        text += form.format(message["content"])
+    return text
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
@@ -98,7 +112,7 @@ def answer_questions(
         for start in range(0, len(group), batch_size)
     ]
     with appending(path) as append:
-        for temperature, batch in progress.over(batches, "mt-bench", "batch"):
+        for temperature, batch in progress.over(batches, "mt-bench", "batch") if batches else ():
             keys = [places[question.id] for question in batch]
             turns = _conversations(batch, ask, model, tok, replace(decoding, temperature=temperature), keys)
             for question, answers in zip(batch, turns, strict=True):
@@ -229,7 +243,7 @@ def grade(
     missing = [index for index, match in enumerate(matches) if (match.question.id, match.turn) not in judgments]
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     with appending(path) as append:
-        for batch in progress.over(batches, "judge", "batch"):
+        for batch in progress.over(batches, "judge", "batch") if batches else ():
             decoding = Decoding(max_new_tokens=JUDGE_TOKENS)
             texts = generate(judge, tok, [prompts[index] for index in batch], decoding)
             for match, text in zip((matches[index] for index in batch), texts, strict=True):

@@ -10,7 +10,7 @@ from minibalora.base.files import entered
 from minibalora.data.files import named, read_rows, shards
 from minibalora.data.glue import TASKS, glue_files, read_labelled
 from minibalora.data.prompts import read_examples
-from minibalora.evaluation.benchmarks import read_items
+from minibalora.evaluation.benchmarks import BENCHMARKS, read_items
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 ROWS = [{"query": f"q{index}", "response": f"r{index}"} for index in range(5)]
@@ -114,7 +114,7 @@ def test_glue_as_the_hub_has_it_is_read_from_its_folder(tmp_path, name):
 def test_benchmarks_are_read_from_parquet(tmp_path):
     rows = [{"question": "2 + 3?", "answer": "#### 5"}, {"question": "2 + 4?", "answer": "#### 6"}]
     write_parquet(tmp_path / "main" / "test-00000-of-00001.parquet", rows)
-    assert [item.response for item in read_items("gsm8k", tmp_path / "main")] == ["#### 5", "#### 6"]
+    assert [item.response for item in read_items(BENCHMARKS["gsm8k"], tmp_path / "main")] == ["#### 5", "#### 6"]
 
 
 # Shards, folders and the Hub's cache.

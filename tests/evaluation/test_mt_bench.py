@@ -5,6 +5,7 @@ import json
 import pytest
 
 import minibalora as mb
+from minibalora.data.prompts import PROMPT
 from minibalora.evaluation import mt_bench
 from minibalora.evaluation.decoding import Decoding
 from minibalora.toy import MODEL
@@ -98,6 +99,14 @@ def test_all_categories_have_fastchats_temperature():
         "writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0, "stem": 0.1,
         "humanities": 0.1,
     }  # fmt: skip
+
+
+def test_a_conversation_goes_on_in_alpacas_template():
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A?"}]
+    first = mt_bench.alpaca_prompt(messages, "")
+    assert first == PROMPT.format(instruction="Be kind.\n\nA?")
+    messages += [{"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
+    assert mt_bench.alpaca_prompt(messages, "") == f"{first} B.\n\n### Instruction:\nC?\n\n### Response:"
 
 
 def test_answers_that_a_file_has_are_kept(questions, toy, generated, tmp_path):

@@ -1,0 +1,68 @@
+"""The prompt and the response of a row, and the text that the prompt is about, by the names that collections give them.
+
+A null field counts as absent: concatenated sets have null wherever a row lacks a column.
+"""
+
+from minibalora.base.errors import InputError
+from minibalora.data.files import text_of
+
+# The fields of prompt and response. The first pair of which a row has both counts.
+FIELDS = [
+    ("query", "response"),  # MetaMathQA
+    ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set
+    ("instruction", "response"),  # Dolly, GPTeacher, Magicoder
+    ("query", "answer"),  # CodeFeedback
+    ("question", "answer"),  # GSM8K
+    ("question", "response"),  # OpenOrca
+    ("problem", "solution"),  # MATH, NuminaMath
+    ("problem", "generated_solution"),  # OpenMathInstruct
+    ("prompt", "completion"),
+    ("inputs", "targets"),  # FLAN, Aya
+]
+INPUTS = ("input", "context")  # what the prompt is about: Alpaca's, Dolly's
+EMPTY = (None, "", [], {})
+SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
+
+
+def pair_fields(row: dict) -> tuple[str, str] | None:
+    """Return the first pair of FIELDS that the row has, or else has with a null response; None if there is none."""
+    pairs = [pair for pair in FIELDS if row.get(pair[0]) is not None and pair[1] in row]
+    return max(pairs, key=lambda pair: row[pair[1]] is not None, default=None)
+
+
+def read_pair(
+    row: dict,
+    where: str,
+    prompt_field: str | None = None,
+    response_field: str | None = None,
+    input_field: str | None = None,
+) -> tuple[str, str, str]:
+    """Return the prompt, with a system prompt before it, the text that it is about ("": none), and the response.
+
+    A field that is not named is recognised: FIELDS, INPUTS. input_field "": none. Raises InputError, which begins with
+    `where`, if a field is missing or is not a text.
+    """
+    recognised = pair_fields(row) or (None, None)
+    fields = prompt_field or recognised[0], response_field or recognised[1]
+    if None in fields:
+        pairs = ", ".join("/".join(pair) for pair in FIELDS)
+        present = ", ".join(f"{name} (null)" if value is None else str(name) for name, value in row.items()) or "none"
+        raise InputError(
+            f"{where}: has fields {present}, none of {pairs}: rename yours, or name them to train_nlg.py "
+            "with --prompt-field, --response-field"
+        )
+    names = INPUTS if input_field is None else (input_field,) if input_field else ()
+    system, inputs = (
+        [field_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]
+        for group, absent in ((SYSTEMS, None), (names, input_field))  # a row without the named field is refused
+    )
+    question = "\n\n".join([*filter(str.strip, system), field_text(row, fields[0], where)])
+    response = "" if row.get(fields[1], "") is None else field_text(row, fields[1], where)  # null: an empty cell
+    return question, "\n".join(filter(str.strip, inputs)), response
+
+
+def field_text(row: dict, field: str, where: str) -> str:
+    """Return a field that is a text, or a number as text. Raises InputError for anything else."""
+    if field not in row:
+        raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
+    return text_of(row[field], f"the field {field!r}", where)
