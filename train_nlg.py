@@ -86,6 +86,8 @@ def main() -> int:
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data))]
     data.append(", ".join(f"{count:,} {what}" for what, count in left_out.items()))
+    if any(held_out.left_out.values()):
+        data.append(f"of {source.eval} " + ", ".join(f"{count:,} {what}" for what, count in held_out.left_out.items()))
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.

@@ -90,7 +90,6 @@ SPECIALS = b"".join(b"\x0a\x0c\x0a\x05%s\x15\x00\x00\x00\x00" % text for text in
         (b"\x12\x00\x1a\x00", "[CLS]"),
         (SPECIALS + b"\x12\x00\x1a\x00", "not in list"),  # no unknown piece
         (b'{"model": {"type": "Unigram"}}', ""),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2464616\n", ""),
     ],
 )
 def test_a_file_that_is_not_a_unigram_model_is_refused(folder, refuses, content, part):
