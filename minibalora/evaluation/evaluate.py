@@ -3,17 +3,19 @@
 import argparse
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
+from minibalora.checkpoints.template import ALPACA, RAW, add_template_flags, choose_template, trained_template
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.files import read_rows, shards
 from minibalora.evaluation import perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, PROTOCOLS, Benchmark, Item, as_generated, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
-from minibalora.evaluation.generate import add_decoding_flags, add_model_flags, load, parse
+from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
@@ -28,7 +30,11 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    settings = plain_settings(vars(args)) | {"data_digest": file_digest(*shards(args.data)), **digests}
+    asks_nothing = benchmark is None or args.gold or args.completions
+    name = "alpaca" if asks_nothing else args.template or trained_template(args.model, args.adapter)
+    template = choose_template(name, args.model, args.adapter)
+    settings = plain_settings(vars(args)) | {"template": template.name}
+    settings |= {"data_digest": file_digest(*shards(args.data)), **digests}
     is_new = not os.path.exists(args.out / "run.json")
     if is_new:
         check_out(args.out, resume=False)
@@ -43,7 +49,7 @@ def main() -> int:
         summary = perplexity.mean_predictions(perplexity.predict_each(model, windows, file))
         words = perplexity.in_words(summary)
     else:
-        items = read_items(benchmark, args.data, args.raw, args.max_rows)
+        items = read_items(benchmark, args.data, template, args.max_rows)
         if args.gold:
             complete = records.by_list([item.response for item in items])
         elif args.completions is not None:
@@ -53,10 +59,12 @@ def main() -> int:
             print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
             complete = records.by_list(ended)
         else:
-            model, tok = load(args.model, args.adapter, args.dtype, args.device)
+            if args.template is None and template != ALPACA:
+                print(f"template: {template}", file=sys.stderr)
+            model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
             names = [f"{args.data}, line {item.line}: the prompt" for item in items]
             encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses what the model can't take
-            stop = benchmark.raw_stop if args.raw else benchmark.stop
+            stop = benchmark.raw_stop if template == RAW and benchmark.runs_code else benchmark.stop
             decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
             complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
         if is_new:
@@ -93,10 +101,10 @@ def parse_flags() -> argparse.Namespace:
         "model's maximum)")  # fmt: skip
     add("--protocol", choices=tuple(PROTOCOLS), help="gsm8k: steps ends the prompt with \"Let's think step by step.\"; "
         "exact compares numbers exactly, rounded as BA-LoRA's published scripts do (default: steps-exact)")  # fmt: skip
-    add("--raw", action="store_true", help="humaneval, mbpp: the prompt published for base models, without a template")
     add("--gold", action="store_true", help="judge the file's own solutions, without a model: all should be right")
     add("--completions", metavar="FILE", type=cli.path, help="judge the completions in this JSON Lines file, without "
         "a model; rows have completion and, unless they are in the data's order, task_id")  # fmt: skip
+    add_template_flags(parser.add_argument_group("template"), f"{DEFAULT}; raw: humaneval's and mbpp's as published")
     add_decoding_flags(parser)
     add = parser.add_argument_group("samples and programs").add_argument
     add("--samples", type=cli.positive_int, metavar="N", help="answers per problem (default: 1)")
@@ -125,12 +133,12 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
     if given >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
-    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", *decoding}
-    unused |= set() if runs_code else {"raw", "allow_code_execution", "timeout"}
+    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", "template", *decoding}
+    unused |= set() if runs_code else {"allow_code_execution", "timeout"}
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
     if "gold" in given or "completions" in given:
-        unused, where = unused | decoding | {"adapter", "raw"}, "--gold" if "gold" in given else "--completions"
+        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in given else "--completions"
     if "gold" in given:
         unused |= {"samples", "k", "protocol"}  # solutions end in "####", which the rounded protocols do not read
     for name in sorted(unused & given):

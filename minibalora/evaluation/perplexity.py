@@ -26,15 +26,14 @@ def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
     device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
         batch = pack(batch, device)
-        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
-        total += F.cross_entropy(model.head(states).float(), batch.targets, reduction="sum").item()
+        total += F.cross_entropy(model.head(batch.states(model)).float(), batch.targets, reduction="sum").item()
         tokens += len(batch.targets)
     return total / tokens
 
 
 def whole_text(rows: list[Row]) -> list[Row]:
     """Return the rows with every token but the first to be predicted, as in pre-training."""
-    return [replace(row, prompt_length=1) for row in rows]
+    return [replace(row, prompt_length=1, learned=None) for row in rows]
 
 
 def text_windows(

@@ -9,6 +9,7 @@ import minibalora as mb
 from minibalora.base.files import entered
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.sentencepiece import read_sentencepiece
+from minibalora.checkpoints.template import ALPACA
 from minibalora.data.files import named, read_rows, shards
 from minibalora.data.glue import TASKS, glue_files, read_labelled
 from minibalora.data.prompts import read_examples
@@ -123,7 +124,7 @@ def test_benchmarks_are_read_from_parquet(tmp_path):
 
 def test_prompts_are_read_from_parquet(tmp_path):
     path = write_parquet(tmp_path / "prompts.parquet", [{"question": "2 + 3?", "answer": None}, {"question": "why?"}])
-    assert [asked for _, asked, _ in read_prompts(None, path, True)] == ["2 + 3?", "why?"]
+    assert [asked for _, asked, _ in read_prompts(None, path, ALPACA)] == ["2 + 3?", "why?"]
 
 
 # Shards, folders and the Hub's cache.
@@ -199,7 +200,7 @@ def test_every_reader_reads_gzip(tmp_path):
     (tmp_path / "dev.tsv.gz").write_bytes(gzip.compress(b"sentence\tlabel\na\t1\n"))
     assert read_labelled(tmp_path / "dev.tsv.gz", TASKS["sst2"])[0][0].texts == ("a",)
     (tmp_path / "prompts.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
-    assert [asked for _, asked, _ in read_prompts(None, tmp_path / "prompts.txt.gz", True)] == ["one", "two"]
+    assert [asked for _, asked, _ in read_prompts(None, tmp_path / "prompts.txt.gz", ALPACA)] == ["one", "two"]
     tok, model = mb.load_tokenizer(mb.checkpoints.BUILT_IN / "llama"), read_config(mb.checkpoints.BUILT_IN / "llama")
     (tmp_path / "text.txt").write_bytes(b"one two three")
     (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"one two three"))

@@ -68,7 +68,7 @@ def test_both_scripts_share_the_flags_that_are_common():
         "prompt_field",
         "response_field",
         "input_field",
-        "raw",
+        "template",
         "top_k",
         "eval_task",
         "quantize",
