@@ -14,6 +14,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from minibalora.base.errors import InputError
+from minibalora.base.files import refuse_pointer
 
 # Field numbers and enumeration values in sentencepiece_model.proto.
 PIECES, TRAINER, NORMALIZER = 1, 2, 3
@@ -92,5 +93,6 @@ def read_sentencepiece(path: Path, settings: dict) -> Tokenizer:
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
     except Exception as error:  # a file that is not protobuf can fail anywhere, and tokenizers raises plain Exception
+        refuse_pointer(path)
         cause = f"{type(error).__name__}: {error}"
         raise InputError(f"{path}: not a readable SentencePiece model ({cause}): {MEND}") from None

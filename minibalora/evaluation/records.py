@@ -7,9 +7,9 @@ verdict can be looked up.
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -150,19 +150,19 @@ class HeldOut:
     pretraining: list[Example]  # text like that of pre-training
     benchmark: Benchmark | None  # None: items with a final answer are asked as in training
     batch_size: int
+    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of the file, by the reason
 
 
 def read_held_out(
     path: str | None, benchmark: str | None, fields: tuple[str | None, ...], template: Template, batch_size: int
 ) -> HeldOut:
-    """Read the held-out rows or problems of a file; nothing without a file. benchmark: the task of its problems;
-    fields: of prompt, response and input."""
+    """Read the held-out rows or problems of a file; nothing without a file. fields: of `read_examples`."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
         return HeldOut(read_items(BENCHMARKS[benchmark], path, template), [], BENCHMARKS[benchmark], batch_size)
-    examples, _ = read_examples(path, *fields, template=template)
-    return HeldOut(as_items(examples), [], None, batch_size)
+    examples, left_out = read_examples(path, *fields, template=template)
+    return HeldOut(as_items(examples), [], None, batch_size, left_out)
 
 
 def measure(

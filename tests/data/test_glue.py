@@ -211,6 +211,82 @@ def test_folded_and_exact_labels_do_not_mix(write, refuses, exact, order):
     refuses(lambda: read_labelled(path, TASKS["mnli"]), path, "line 4", "'non-entailment'")
 
 
+# Labels as other programs write them.
+
+
+def test_snli_rows_of_five_annotators_have_their_label_last(write, refuses):
+    """GLUE's SNLI: the header names one annotator's label, and gold_label after it."""
+    start = "0\tc\tp\t( a\t( b\t(ROOT\t(ROOT\tA.\tB.\t"
+    header = MNLI_HEADER.replace("promptID pairID genre", "captionID pairID").replace(" ", "\t")
+    labels = ["neutral\tentailment", "neutral\tneutral\t-\tneutral\tentailment\tcontradiction"]
+    path = write(header + "\n" + "".join(f"{start}{label}\n" for label in labels))
+    assert [example.label for example in read_labelled(path, TASKS["mnli"])[0]] == [0, 2]
+    path = write(header + "\n" + f"{start}neutral\tneutral\n{start}a tab\tin the text\tneutral\n")
+    refuses(lambda: read_labelled(path, TASKS["mnli"]), path, "line 3", "has 12 columns, not 11")
+
+
+@pytest.mark.parametrize("name", sorted(TASKS.keys() - {"stsb"}))
+def test_integer_labels_are_the_classes_in_tsv_as_in_json(write, name):
+    *texts, label = next(columns for columns in TASKS[name].columns if columns[-1] == "label")
+    classes = range(len(TASKS[name].labels))
+    header = "\t".join([*texts, label, "idx"])
+    tsv = write(header + "\n" + "".join("\t".join(["a"] * len(texts) + [str(k), "7"]) + "\n" for k in classes))
+    assert [example.label for example in read_labelled(tsv, TASKS[name])[0]] == list(classes)
+    path = write(json_lines(*(dict.fromkeys(texts, "a") | {label: k} for k in classes)), "data.jsonl")
+    assert [example.label for example in read_labelled(path, TASKS[name])[0]] == list(classes)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_hidden_labels_are_left_out_and_counted_in_every_task(write, refuses, name):
+    columns = TASKS[name].columns[-1]
+    right = "1.5" if name == "stsb" else "1"
+    for hidden in ("-1", "-1.0", "-1.000") if name == "stsb" else ("-1", "-"):
+        lines = ["\t".join(columns), *("\t".join(["a"] * (len(columns) - 1) + [label]) for label in (right, hidden))]
+        examples, skipped, _ = read_labelled(write("\n".join(lines)), TASKS[name])
+        assert (len(examples), skipped) == (1, 1)
+        path = write("\n".join([lines[0], lines[2]]))
+        refuses(lambda path=path: read_labelled(path, TASKS[name]), path, "no rows with a label", "1 without", name)
+    for hidden in (-1, -1.0):
+        row = dict.fromkeys(columns[:-1], "a")
+        rows = [row | {columns[-1]: float(right) if name == "stsb" else 1}, row | {columns[-1]: hidden}]
+        assert read_labelled(write(json_lines(*rows)), TASKS[name])[1] == 1
+
+
+def test_minus_one_may_be_a_custom_class(write):
+    task = custom_task(write("t\ty\na\t-1\nb\t0\nc\t1\n"), ["t"], "y")
+    assert task.labels == ("-1", "0", "1")
+    assert [example.label for example in read_labelled(write("t\ty\na\t-1\n"), task)[0]] == [0]
+    task = custom_task(write("t\ty\nb\t0\nc\t1\n"), ["t"], "y")
+    assert read_labelled(write("t\ty\na\t-1\nb\t1\n"), task)[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "label"),
+    [
+        ("mnli", {"uid": "x", "context": "a", "hypothesis": "b", "label": "c", "reason": "r"}, 2),  # ANLI, as published
+        ("mnli", {"uid": "x", "premise": "a", "hypothesis": "b", "label": 1, "reason": ""}, 1),  # and on the Hub
+        ("cola", {"sentence": "a", "label": "unacceptable"}, 0),
+        ("sst2", {"text": "a", "label": "neg"}, 0),
+        ("mrpc", {"sentence1": "a", "sentence2": "b", "label": "equivalent"}, 1),
+        ("qqp", {"question1": "a", "question2": "b", "label": "not_duplicate"}, 0),
+        ("wnli", {"sentence1": "a", "sentence2": "b", "label": "entailment"}, 1),
+        ("sst2", {"sentence": None, "text": 5, "label": 1, "other": None}, 1),  # of concatenated sets
+    ],
+)
+def test_other_published_labels_are_read(write, name, row, label):
+    (example,), skipped, _ = read_labelled(write(json_lines(row)), TASKS[name])
+    assert (example.label, skipped) == (label, 0)
+    assert name != "sst2" or example.texts in (("a",), ("5",))
+
+
+@pytest.mark.parametrize("labels", [["0.5", "3"], ["1.0", "0.0"], ["2.5e-1", ".5"]])
+def test_scores_in_a_custom_task_are_refused_in_tsv_as_in_json(write, refuses, labels):
+    tsv = write("t\ty\n" + "".join(f"a\t{label}\n" for label in labels))
+    refuses(lambda: custom_task(tsv, ["t"], "y"), tsv, "'y'", "fraction", "scores", "--task stsb")
+    path = write(json_lines(*({"t": "a", "y": float(label)} for label in labels)), "data.jsonl")
+    refuses(lambda: custom_task(path, ["t"], "y"), path, "line 1", "float", "--task stsb")
+
+
 # Data of one's own.
 
 
