@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from minibalora.checkpoints.families import read_family
 from minibalora.data.batches import Row, micro_batches, pack
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of, lambdas, nlu_loss
-from minibalora.run import bench, memory
+from minibalora.run import memory, workload
 from minibalora.run.adapting import adapt_model
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
@@ -151,15 +151,15 @@ def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
     with torch.device("meta"):
         model = family.build(config, 3 if is_encoder(shape) else None)
     model.own_head = [family.names.head] if is_encoder(shape) else []
-    return bench.fill(model.to(dtype).to_empty(device="cpu")).requires_grad_(False)
+    return workload.fill(model.to(dtype).to_empty(device="cpu")).requires_grad_(False)
 
 
 def nlg_step(model: nn.Module, method: str, length: int, micro: int, is_plain: bool):
     """Return the objective, the amount of a micro-batch, and a function that adds the gradients of all of them."""
     objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
     random = np.random.default_rng(0)
-    shared = random.integers(model.config.vocab_size, size=bench.SHARED)
-    ids = [np.concatenate([shared, random.integers(500, size=length - bench.SHARED)]) for _ in range(ROWS * micro)]
+    shared = random.integers(model.config.vocab_size, size=workload.SHARED)
+    ids = [np.concatenate([shared, random.integers(500, size=length - workload.SHARED)]) for _ in range(ROWS * micro)]
     parts = micro_batches([Row(row_ids, length // 2, line) for line, row_ids in enumerate(ids)], ROWS)
     head, weights = head_of(model, is_plain), lambdas(objective, 50, 100)
 

@@ -30,11 +30,11 @@ from minibalora import regularizers as R
 from minibalora.base import cli
 from minibalora.data.batches import Row
 from minibalora.objective import NLG_RECIPES, Objective, lambdas
-from minibalora.run import bench
-from minibalora.run.bench import LEARNING_RATE, STEPS, Contender, Load, Step
+from minibalora.run import bench, workload
 from minibalora.run.settings import Hardware
+from minibalora.run.workload import LEARNING_RATE, STEPS, Contender, Load, Step
 
-SHAPE = bench.SMALL
+SHAPE = workload.SMALL
 
 
 def main() -> None:
@@ -83,7 +83,7 @@ def peak_memory(name: str, load: Load) -> int:
 
 
 def ours(contender: Contender, load: Load) -> Step:
-    return bench.steps_of(load, [contender])[contender]
+    return workload.steps_of(load, [contender])[contender]
 
 
 def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load) -> Step:
@@ -100,7 +100,7 @@ def peft(loss_of: Callable[..., Tensor], objective: Objective | None, load: Load
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)  # Trainer's default
 
     def step(index: int) -> float:
-        batch = padded(bench.rows_of_step(SHAPE.vocab_size, index, load.rows), load.hardware.device)
+        batch = padded(workload.rows_of_step(SHAPE.vocab_size, index, load.rows), load.hardware.device)
         loss = loss_of(student, teacher, batch, objective)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -126,7 +126,7 @@ def hugging_face(hardware: Hardware) -> nn.Module:
     names += ("num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
     config = LlamaConfig(use_cache=False, **{name: getattr(SHAPE, name) for name in names})
     model = LlamaForCausalLM._from_config(config, dtype=hardware.dtype, attn_implementation="sdpa")
-    return bench.fill(model.to(hardware.device))
+    return workload.fill(model.to(hardware.device))
 
 
 def lora_loss(student: nn.Module, teacher: None, batch: dict[str, Tensor], objective: None) -> Tensor:

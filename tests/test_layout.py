@@ -1,6 +1,7 @@
 """Files that can be copied away, and imports that only go up the design's table."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -135,3 +136,15 @@ def test_nothing_imports_transformers_or_peft_and_nothing_reads_a_pickle():
         assert not any(word in source for word in ("import transformers", "import peft", "torch.load(", "pickle.")), (
             path
         )
+
+
+def test_the_readme_is_short_and_its_file_lengths_and_links_are_right():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 200 and lines.index("## The method in four lines") < 40
+    text = "\n".join(lines)
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / link).exists(), link
+    lengths = re.findall(r"^\| \[`\S+`\]\((\S+)\) \| (\d+) \|", text, flags=re.M)
+    assert len(lengths) == 4
+    for name, said in lengths:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(said), rel=0.1), name

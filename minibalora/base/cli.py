@@ -1,4 +1,4 @@
-"""What all commands share: the exit status, errors in one line, and the types of flags."""
+"""The parts that all commands share: the exit status, errors in one line, and the types of flags."""
 
 import argparse
 import math
@@ -33,7 +33,7 @@ def run_script(
             sys.exit(main())
     except InputError as error:
         _exit_with_line(2, error)
-    except BrokenPipeError:  # the reader, for instance `head`, has what it wanted
+    except BrokenPipeError:  # the reader, for instance `head`, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it exits
         sys.exit(141)
     except KeyboardInterrupt:
@@ -52,8 +52,8 @@ def _reason(error: Exception, smaller: str) -> str | None:
     if is_out_of_memory(error):
         return f"out of memory, this machine has no more of it: {smaller}, or use a smaller model"
     if is_failed_write(error):
-        is_full = "No space left" in str(error)
-        return f"{'the disk is full' if is_full else 'writing failed'} ({error}): make room or use another disk"
+        failure = "the disk is full" if "No space left" in str(error) else "writing failed"
+        return f"{failure} ({error}): make room, lift the limit or use another disk"
     if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
         return "another process of this run has ended: see its message"
     return None
@@ -126,7 +126,7 @@ def path(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """A folder; one of the Hub's cache is entered at its snapshot."""
+    """Return a folder; for a folder of the Hub's cache, its snapshot."""
     try:
         return entered(path(text))
     except InputError as error:

@@ -23,9 +23,7 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 
 T = TypeVar("T")
-PATIENCE = timedelta(
-    days=7
-)  # ranks wait for each other, for instance while rank 0 evaluates; torchrun notices dead ranks
+PATIENCE = timedelta(days=7)  # ranks wait for each other, for instance in evaluation; torchrun notices dead ones
 
 
 def is_torchrun() -> bool:

@@ -8,7 +8,7 @@ WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno
 
 
 class InputError(ValueError):
-    """The user gave something wrong. The message says in one line what, where, and how to mend it.
+    """An error in the user's input. The message says in one line what, where, and how to mend it.
 
     The scripts print the line and end with status 2.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minibalora.base.errors import InputError
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how the file begins that stands in for a large one
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # the first bytes of a git-lfs pointer
 
 
 def refuse_pointer(path: Path) -> None:

@@ -59,7 +59,7 @@ class Progress:
         print(self.line(self.last_line - self.started), file=sys.stderr, flush=True)
 
     def line(self, seconds: float) -> str:
-        """The count, the rate and the time left, when `seconds` have passed since the start."""
+        """Return the count, the rate and the time left, `seconds` after the start."""
         parts = [f"{self.name}: {self.count:,} of {self.total:,}"]
         finished, left = self.count - self.first, self.total - self.count
         if finished > 0 and seconds > 0:
@@ -78,7 +78,7 @@ def over(items: Iterable, name: str, unit: str, delay: float = 0, is_shown: bool
 
 
 def in_words(seconds: float) -> str:
-    """A duration in the unit that suits it: "40 seconds", "3 minutes", "2.5 hours"."""
+    """Return a duration in a suitable unit: "40 seconds", "3 minutes", "2.5 hours"."""
     if seconds < 90:
         return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 90 * 60 else f"{seconds / 3600:.1f} hours"

@@ -83,10 +83,13 @@ def checked_whole(model: nn.Module, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _check_repeated(model: nn.Module, adapter: Adapter) -> None:
-    """Raise InputError unless the base's weights that the adapter repeats are the model's, where no factors were
-    subtracted from them."""
-    for name, value in adapter.repeated.items() if init_of(adapter.config) not in SUBTRACTED_INITS else ():
-        if not _is_same(value, base_value(model, _own_name(model, name))):
+    """Raise InputError unless the base's weights that the adapter repeats are the model's. Two kinds are not compared:
+    a classifier's head, which may be new, and weights from which PiSSA or OLoRA subtracted factors."""
+    head = tuple(f"{module}." for module in getattr(model, "own_head", ()))
+    is_subtracted = init_of(adapter.config) in SUBTRACTED_INITS
+    for stored_name, value in adapter.repeated.items():
+        name = _own_name(model, stored_name)
+        if not is_subtracted and not name.startswith(head) and not _is_same(value, base_value(model, name)):
             raise InputError(f"{adapter.file}: stores the base's {name}, and this model's differs: give the base that "
                              "the adapter was trained on, or merge it in PEFT")  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, replacing, write_json
+from minibalora.checkpoints.families import FAMILIES
 from minibalora.checkpoints.weights import is_stored_transposed, read
 from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values
 
@@ -60,6 +61,7 @@ def save_model(
         write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
+    config["model_type"] = next(name for name, family in FAMILIES.items() if family is model.checkpoint.family)
     write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
     for name in (*TOKENIZER_FILES, *_code_files(config)):
         if (source / name).exists():

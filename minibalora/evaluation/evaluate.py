@@ -1,19 +1,28 @@
-"""Measure a model on GSM8K, MATH, HumanEval, MBPP and how it predicts text: `python -m minibalora evaluate`."""
+"""Measure a model on GSM8K, MATH, HumanEval, MBPP, MT-Bench or a text: `python -m minibalora evaluate`."""
 
 import argparse
 import hashlib
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
-from minibalora.checkpoints.template import ALPACA, RAW, add_template_flags, choose_template, trained_template
+from minibalora.checkpoints.template import (
+    ALPACA,
+    RAW,
+    Template,
+    add_template_flags,
+    choose_template,
+    trained_template,
+)
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.files import read_rows, shards
-from minibalora.evaluation import perplexity, records
-from minibalora.evaluation.benchmarks import BENCHMARKS, PROTOCOLS, Benchmark, Item, as_generated, read_items
+from minibalora.evaluation import mt_bench, perplexity, records
+from minibalora.evaluation.benchmarks import BENCHMARKS, NEXT, PROTOCOLS, Benchmark, Item, as_generated, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
 from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
@@ -22,15 +31,16 @@ from minibalora.run.run_folder import check_out, check_settings, plain_settings,
 # A stopped evaluation may be continued with other values of these flags. Digests tell whether a file is the same; the
 # other flags change no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
+MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is kept with what it judges
 
 
 def main() -> int:
     args = parse_flags()
-    benchmark = benchmark_of(args.task, args.protocol)  # None: --task text
+    benchmark = benchmark_of(args.task, args.protocol)
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    asks_nothing = benchmark is None or args.gold or args.completions
+    asks_nothing = args.task == "text" or args.gold or args.completions
     name = "alpaca" if asks_nothing else args.template or trained_template(args.model, args.adapter)
     template = choose_template(name, args.model, args.adapter)
     settings = plain_settings(vars(args)) | {"template": template.name}
@@ -40,46 +50,89 @@ def main() -> int:
         check_out(args.out, resume=False)
     else:
         check_settings(args.out, settings, MAY_CHANGE)
-    file = args.out / "records.jsonl"
-    if benchmark is None:
-        model, tok = load(args.model, args.adapter, args.dtype, args.device)
-        windows = perplexity.text_windows(args.data, tok, model.config, args.max_length, args.max_rows)
-        if is_new:
-            start_run(args.out, settings)
-        summary = perplexity.mean_predictions(perplexity.predict_each(model, windows, file))
-        words = perplexity.in_words(summary)
+    start = partial(start_run, args.out, settings) if is_new else lambda: None  # once the input is known to be good
+    if args.template is None and template != ALPACA:
+        print(f"template: {template}", file=sys.stderr)
+    if args.task == "text":
+        summary, words = measure_text(args, start)
+    elif args.task == "mt-bench":
+        summary, words = measure_mt_bench(args, template, start)
     else:
-        items = read_items(benchmark, args.data, template, args.max_rows)
-        if args.gold:
-            complete = records.by_list([item.response for item in items])
-        elif args.completions is not None:
-            texts = read_completions(args.completions, args.data, items, args.samples)
-            ended = [as_generated(text, benchmark) for text in texts]
-            cut = sum(len(end) < len(text) for end, text in zip(ended, texts, strict=True))
-            print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
-            complete = records.by_list(ended)
-        else:
-            if args.template is None and template != ALPACA:
-                print(f"template: {template}", file=sys.stderr)
-            model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
-            names = [f"{args.data}, line {item.line}: the prompt" for item in items]
-            encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses what the model can't take
-            stop = benchmark.raw_stop if template == RAW and benchmark.runs_code else benchmark.stop
-            decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
-            complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
-        if is_new:
-            start_run(args.out, settings)
-        limits = Limits(seconds=args.timeout)
-        judged = records.answer(items, args.samples, benchmark.judge, file, args.task, complete, limits)
-        summary = records.summarize(judged, args.k)
-        words = records.in_words(summary)
+        summary, words = measure_benchmark(args, benchmark, template, start)
     write_json(args.out / "summary.json", {"task": args.task} | summary)
     print(f"{args.task}: {words}")
     return 0
 
 
+def measure_text(args: argparse.Namespace, start: Callable[[], None]) -> tuple[dict, str]:
+    model, tok = load(args.model, args.adapter, args.dtype, args.device)
+    windows = perplexity.text_windows(args.data, tok, model.config, args.max_length, args.max_rows)
+    start()
+    summary = perplexity.mean_predictions(perplexity.predict_each(model, windows, args.out / "records.jsonl"))
+    return summary, perplexity.in_words(summary)
+
+
+def measure_benchmark(
+    args: argparse.Namespace, benchmark: Benchmark, template: Template, start: Callable[[], None]
+) -> tuple[dict, str]:
+    items = read_items(benchmark, args.data, template, args.max_rows)
+    if args.gold:
+        complete = records.by_list([item.response for item in items])
+    elif args.completions is not None:
+        texts = read_completions(args.completions, args.data, items, args.samples)
+        ended = [as_generated(text, benchmark) for text in texts]
+        cut = sum(len(end) < len(text) for end, text in zip(ended, texts, strict=True))
+        print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
+        complete = records.by_list(ended)
+    else:
+        model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
+        names = [f"{args.data}, line {item.line}: the prompt" for item in items]
+        encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses prompts that are too long
+        stop = benchmark.stop + (benchmark.raw_stop if template == RAW else ())
+        decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
+        complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
+    start()
+    limits, file = Limits(seconds=args.timeout), args.out / "records.jsonl"
+    judged = records.answer(items, args.samples, benchmark.judge, file, args.task, complete, limits)
+    summary = records.summarize(judged, args.k)
+    return summary, records.in_words(summary)
+
+
+def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callable[[], None]) -> tuple[dict, str]:
+    questions = mt_bench.read_questions(args.data, args.max_rows)
+    references = mt_bench.read_references(args.references)
+    if args.judge is not None:  # check the judge's files before hours of answers
+        blank = [{"choices": [{"turns": [""] * len(question.turns)}]} for question in questions]
+        mt_bench.matches_of(questions, blank, args.judge_prompts, references)
+        judge_digest, judge_template = weights_digest(args.judge), choose_template(None, args.judge)
+    model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
+    ask = partial(mt_bench.prompt_of, template)
+    mt_bench.check_first_turns(questions, ask, model, tok)
+    start()
+    names = [folder.resolve().name for folder in (args.model, args.adapter) if folder is not None]
+    file = new_file(args.out / "model_answer" / f"{'-'.join(names)}.jsonl")
+    decoding = Decoding(args.max_new_tokens, seed=args.seed, stop=() if template.chat else NEXT)
+    answers = mt_bench.answer_questions(questions, ask, model, tok, decoding, args.batch_size, file)
+    judgments = []
+    if args.judge is not None:
+        del model  # so that the judge has its memory
+        judge, tok = load(args.judge, None, args.dtype, args.device, judge_template.chat)
+        matches = mt_bench.matches_of(questions, answers, args.judge_prompts, references)
+        names = {"model": file.stem, "judge": args.judge.resolve().name, "judge_digest": judge_digest}
+        path = new_file(args.out / "model_judgment" / f"{names['judge']}_single.jsonl")
+        ask = partial(mt_bench.prompt_of, judge_template)
+        judgments = mt_bench.grade(matches, ask, judge, tok, args.batch_size, path, names)
+    summary = mt_bench.summarize(questions, answers, judgments)
+    return summary, mt_bench.in_words(summary, file)
+
+
+def new_file(path: Path) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    return path
+
+
 def benchmark_of(task: str, protocol: str | None) -> Benchmark | None:
-    """Return the task's benchmark, or None for the task "text". protocol: for GSM8K; None for the default."""
+    """Return the task's benchmark, None for text and MT-Bench. protocol: for GSM8K; None for the default."""
     return PROTOCOLS[protocol] if protocol else BENCHMARKS.get(task)
 
 
@@ -90,8 +143,9 @@ def parse_flags() -> argparse.Namespace:
     )
     add_model_flags(parser)
     add = parser.add_argument_group("what to measure").add_argument
-    add("--task", choices=(*BENCHMARKS, "text"), required=True, help="gsm8k, math: the final answer; humaneval, mbpp: "
-        "tests; text: loss and perplexity, with --adapter also of the base, and KL(base ‖ tuned)")  # fmt: skip
+    add("--task", choices=(*BENCHMARKS, "mt-bench", "text"), required=True, help="gsm8k, math: the final answer; "
+        "humaneval, mbpp: tests; mt-bench: two turns, rated by --judge; text: loss and perplexity, with --adapter also "
+        "of the base, and KL(base ‖ tuned)")  # fmt: skip
     add("--data", metavar="FILE", type=cli.path, required=True, help="the benchmark's file: JSON Lines, an array or "
         "Parquet, .gz too; any text file for --task text")  # fmt: skip
     add("--out", metavar="DIR", type=cli.path, required=True, help="folder for records.jsonl (every prompt, "
@@ -112,11 +166,23 @@ def parse_flags() -> argparse.Namespace:
     add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run the model's programs in a sandbox "
         "(see minibalora/evaluation/sandbox.py)")  # fmt: skip
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds per program (default: 10)")
+    add = parser.add_argument_group("judge of mt-bench").add_argument
+    add("--judge", metavar="DIR", type=cli.path, help="checkpoint folder of the model that rates the answers (default: "
+        "none)")  # fmt: skip
+    add("--judge-prompts", metavar="FILE", type=cli.path, help="FastChat's judge_prompts.jsonl")
+    add("--references", metavar="FILE", type=cli.path, help="FastChat's reference_answer/gpt-4.jsonl (default: the "
+        "references in the question file)")  # fmt: skip
     args = parser.parse_args()
     given = {name for name, value in vars(args).items() if value is not None and value is not False}
     refuse_contradictions(args.task, given)
     benchmark = benchmark_of(args.task, args.protocol)
-    args = parse(parser, samples=1, k=[1], timeout=10.0, max_new_tokens=benchmark and benchmark.max_new_tokens)
+    args = parse(
+        parser,
+        samples=1,
+        k=[1],
+        timeout=10.0,
+        max_new_tokens=mt_bench.MAX_NEW_TOKENS if benchmark is None else benchmark.max_new_tokens,
+    )
     if args.samples > 1 and args.temperature == 0 and args.completions is None:
         raise InputError(f"--samples {args.samples} would all be the same: add --temperature")
     if max(args.k) > args.samples:
@@ -133,8 +199,13 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
     if given >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
-    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions", "template", *decoding}
+    judging = {"judge", "judge_prompts", "references"}
+    unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions"}
+    unused |= {"text": {"template", *decoding}, "mt-bench": {"max_length", "temperature", "top_p"}}.get(task, set())
+    unused |= set() if task == "mt-bench" else judging
     unused |= set() if runs_code else {"allow_code_execution", "timeout"}
+    if given & judging and not given >= {"judge", "judge_prompts"} and task == "mt-bench":
+        raise InputError("--judge and --judge-prompts belong together: give both, or neither")
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
     if "gold" in given or "completions" in given:

@@ -1,7 +1,6 @@
 """Labels of new texts: `python -m minibalora classify`."""
 
 import json
-import re
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
-from minibalora.base.files import check_writable, entered, read_json_object, recorded_settings, replacing
+from minibalora.base.files import check_writable, read_json_object, recorded_settings
 from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import Adapter, put_adapter, read_adapter
 from minibalora.checkpoints.families import read_family
@@ -21,21 +20,15 @@ from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
 from minibalora.data import as_text
 from minibalora.data.batches import check_fits
-from minibalora.data.files import Row, counted_on, has_objects, opened, rows_of_file, shards, text_of
 from minibalora.data.glue import TASKS, LabelledText, Task
 from minibalora.data.labelled import encode
+from minibalora.data.texts import columns_of, lines, read_texts, table
 from minibalora.evaluation.classify import answers
+from minibalora.evaluation.submission import check_task, files_to_submit, write_submission
 from minibalora.lowrank import merge
 from minibalora.models.t5 import AsText
 
-ONE_TEXT = ("text",), ("sentence",)  # the columns of a task that is not known
-INDICES = ("index", "idx", "id")  # GLUE's, Hugging Face's, QQP's
 WINDOW = 64  # batches of which the answers are written together
-# The test files of GLUE and Hugging Face -> the files that the server takes, see gluebenchmark.com.
-SUBMISSIONS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "qnli": "QNLI"}
-SUBMISSIONS |= {"rte": "RTE", "wnli": "WNLI"}
-SUBMISSIONS = {name: {"test": file} for name, file in SUBMISSIONS.items()}
-SUBMISSIONS["mnli"] = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
 
 
 @dataclass(frozen=True)
@@ -76,7 +69,12 @@ def main() -> int:
     longest = classifier.model.config.max_position_embeddings or 128
     length = args.max_length or recorded.get("max_length") or min(128, longest)
     if args.glue_submission is not None:
-        write_submissions(args, classifier, columns, length)
+        check_task(classifier.task, classifier.labels)
+        for path, name in files_to_submit(args.data, classifier.task):
+            texts = read_texts(table(path), columns, str(path))
+            logits = torch.cat([*classifier.logits([text for text, _ in texts], str(path), length, args.batch_size)])
+            indices, file = [index for _, index in texts], args.glue_submission / f"{name}.tsv"
+            print(write_submission(file, indices, logits, classifier.labels, classifier.task))
         return 0
     is_stdin = args.data in (None, Path("-"))
     source, rows = ("standard input", lines(columns)) if is_stdin else (str(args.data), table(args.data))
@@ -174,88 +172,6 @@ def labels_of(count: int, names: list[str], folders: list[Path | None]) -> list[
     return [f"LABEL_{index}" for index in range(count)]
 
 
-# Texts.
-
-
-def columns_of(task: Task | None) -> list[tuple[str, ...]]:
-    """Return the alternatives for the columns of the texts, best first."""
-    known = [columns[:-1] for each in ([task] if task else TASKS.values()) for columns in each.columns]
-    return known if task else [*ONE_TEXT, *known]
-
-
-def table(source: Path) -> Iterator[Row]:
-    """Yield the rows of TSV, JSON or Parquet files as objects."""
-    return counted_on(rows_of_file(path) if has_objects(path) else _tsv_rows(path) for path in shards(source))
-
-
-def _tsv_rows(path: Path) -> Iterator[Row]:
-    """Read cells between tabs, quotes as ordinary text. Files of CoLA without a header get one."""
-    header = None
-    with opened(path) as file:
-        for line, raw in enumerate(file, start=1):
-            where = f"{path}, line {line}"
-            cells = _decoded(raw, where).split("\t")
-            if cells == [""]:
-                continue
-            if header is None:
-                is_cola = len(cells) == 4 and "sentence" not in cells and cells[1] in ("0", "1")
-                header = TASKS["cola"].header if is_cola else cells
-                if not is_cola:
-                    continue
-            while len(cells) > len(header) and not cells[-1]:
-                cells.pop()
-            if len(cells) != len(header):
-                raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
-            yield line, where, dict(zip(header, cells, strict=True))
-
-
-def lines(columns: list[tuple[str, ...]]) -> Iterator[Row]:
-    """Yield the lines of standard input as objects with the first of the columns."""
-    for line, raw in enumerate(sys.stdin.buffer, start=1):
-        where = f"standard input, line {line}"
-        text = _decoded(raw, where)
-        if re.match(r'\{\s*"', text):
-            try:
-                yield line, where, json.loads(text)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: broken JSON ({error}): correct the line") from None
-        elif text.strip():
-            texts = text.split("\t") if len(columns[0]) == 2 else [text]
-            if len(texts) != len(columns[0]):
-                raise InputError(f"{where}: has {len(texts)} texts between tabs, not a pair: correct the line")
-            yield line, where, dict(zip(columns[0], texts, strict=True))
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
-
-
-def read_texts(rows: Iterator[Row], columns: list[tuple[str, ...]], source: str) -> list[tuple[LabelledText, object]]:
-    """Return the texts of each row in the first of the columns that it has, with label 0, and the row's own index.
-
-    The index is that of a column INDICES, or else the row's number, from 0. Raises InputError for a row without texts.
-    """
-    texts = []
-    for line, where, row in rows:
-        fields = next((names for names in columns if isinstance(row, dict) and set(names) <= set(row)), None)
-        if fields is None:
-            present = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
-            needed = " or ".join(", ".join(names) for names in columns)
-            raise InputError(f"{where}: has the columns {present or 'none'}, not {needed}: name them with --text-field")
-        values = tuple(text_of(row[name], f"the field {name!r}", where) for name in fields)
-        index = next((row[name] for name in INDICES if name in row), len(texts))
-        texts.append((LabelledText(values, 0, line), index))
-    if not texts:
-        raise InputError(f"{source}: has no texts: give a file with a text per row")
-    return texts
-
-
-# Output.
-
-
 def as_line(line: int, logits: Tensor, labels: list[str] | None, form: str) -> str:
     """Return an answer as a line of JSON or TSV. logits (D,)."""
     if labels is None:
@@ -267,56 +183,3 @@ def as_line(line: int, logits: Tensor, labels: list[str] | None, form: str) -> s
         return "\t".join(map(str, [line, label, *shares]))
     row = {"line": line, "label": label, "probabilities": dict(zip(labels, shares, strict=True))}
     return json.dumps(row, ensure_ascii=False)
-
-
-def write_submissions(args: Namespace, classifier: Classifier, columns: list[tuple[str, ...]], max_length: int) -> None:
-    """Write index and prediction of every row of the test files, one file of GLUE's server per test file."""
-    task = classifier.task
-    if task is None or task.name not in SUBMISSIONS:
-        raise InputError("--glue-submission: the model's run names no task of GLUE: name it with --task")
-    if task.labels is None and classifier.labels is not None:
-        raise InputError(
-            f"--glue-submission: the model has classes, but {task.name} has scores: give a model of that task"
-        )
-    names = None if task.labels is None else class_names(classifier.labels, task)
-    args.glue_submission.mkdir(parents=True, exist_ok=True)
-    for path, name in test_files(args.data, task):
-        texts = read_texts(table(path), columns, str(path))
-        logits = torch.cat([*classifier.logits([text for text, _ in texts], str(path), max_length, args.batch_size)])
-        if names is None:
-            predictions = [
-                f"{score:.3f}" for score in logits[:, 0].clamp(0, 5).tolist()
-            ]  # the range of the gold scores
-        else:
-            predictions = [names[index] for index in logits.argmax(1).tolist()]
-        rows = [f"{index}\t{label}\n" for (_, index), label in zip(texts, predictions, strict=True)]
-        with replacing(args.glue_submission / f"{name}.tsv") as temporary:
-            temporary.write_text("".join(["index\tprediction\n", *rows]), encoding="utf-8")
-        print(f"{args.glue_submission / name}.tsv: {len(rows):,} predictions")
-
-
-def class_names(labels: list[str] | None, task: Task) -> list[str]:
-    """Return the task's name for each of the model's classes; those that the task does not know are in its order."""
-    if len(labels or [""]) != len(task.labels):
-        has = f"the model has {len(labels or [''])} classes, but {task.name} has {len(task.labels)}"
-        raise InputError(f"--glue-submission: {has}: give a model of that task")
-    spellings = {str(name).lower().replace("-", "_"): index for name, index in task.spellings.items()}
-    indices = [spellings.get(name.lower().replace("-", "_"), index) for index, name in enumerate(labels)]
-    if len(set(indices)) < len(indices):
-        raise InputError(f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}")
-    return [task.labels[index] for index in indices]
-
-
-def test_files(data: Path, task: Task) -> list[tuple[Path, str]]:
-    """Return the task's test files in a folder, or the one file given, each with its name at GLUE's server."""
-    names = SUBMISSIONS[task.name]
-    if data.is_dir():
-        folder = entered(data)
-        folder = folder / task.name if (folder / task.name).is_dir() else folder
-        shards_of = {stem: folder / f"{stem}-*.parquet" for stem in names if any(folder.glob(f"{stem}-*.parquet"))}
-        files = [(shards_of.get(stem, folder / f"{stem}.tsv"), stem) for stem in names]
-        return [(path, names[stem]) for path, stem in files if stem != "diagnostic" or path.exists()]
-    stem = next((stem for stem in names if data.name.startswith(stem)), None) if len(names) > 1 else "test"
-    if stem is None:
-        raise InputError(f"{data}: the name of the file does not begin with {', '.join(names)}: rename it")
-    return [(data, names[stem])]

@@ -156,8 +156,7 @@ class HeldOut:
 def read_held_out(
     path: str | None, benchmark: str | None, fields: tuple[str | None, ...], template: Template, batch_size: int
 ) -> HeldOut:
-    """Read the held-out rows or problems of a file; nothing without a file. benchmark: the task of its problems;
-    fields: of prompt, response and input."""
+    """Read the held-out rows or problems of a file; nothing without a file. fields: of `read_examples`."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:

@@ -1,1 +1,1 @@
-"""What a training run needs around its loop."""
+"""The machinery of a training run, around its loop."""

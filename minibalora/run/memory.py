@@ -134,9 +134,8 @@ def stacks(model: nn.Module, amount: Amount) -> list[tuple[list[nn.Module], Amou
     answer = amount.wanted / amount.seen
     prompts, answers = amount.seen - amount.wanted, amount.wanted
     of_prompts = replace(amount, tokens=prompts, seen=prompts, wanted=prompts, pairs=amount.pairs * (1 - answer) ** 2)
-    of_answers = replace(
-        amount, tokens=answers, seen=answers, pairs=amount.pairs * answer
-    )  # with its own tokens and with the prompt's
+    pairs = amount.pairs * answer  # each answer token attends to the answer and to the prompt
+    of_answers = replace(amount, tokens=answers, seen=answers, pairs=pairs)
     return [(lists[0], of_prompts), (lists[1], of_answers)]
 
 

@@ -33,7 +33,7 @@ def end_of(capsys):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EIO])
 @pytest.mark.parametrize("is_rust", [True, False])
-def test_a_disk_that_does_not_take_more_is_status_1_and_a_line_that_says_why(number, is_rust, end_of):
+def test_a_failed_write_ends_with_status_1_and_a_line_that_says_why(number, is_rust, end_of):
     reason = os.strerror(number)
     error = SafetensorError(f"I/O error: {reason} (os error {number})") if is_rust else OSError(number, reason)
     status, line = end_of(error)
@@ -52,13 +52,13 @@ def test_a_disk_that_does_not_take_more_is_status_1_and_a_line_that_says_why(num
     ],
     ids=["torch", "torch on Windows", "numpy", "system", "GPU"],
 )
-def test_exhausted_memory_is_status_1_and_a_line_that_says_what_needs_less(error, end_of):
+def test_exhausted_memory_ends_with_status_1_and_a_line_that_says_what_to_do(error, end_of):
     status, line = end_of(error)
     assert status == 1 and len(line.splitlines()) == 1
     assert "memory" in line and "lower --batch-size" in line and TO_RESUME in line
 
 
-def test_an_interrupt_is_status_130_and_a_line(end_of):
+def test_an_interrupt_ends_with_status_130_and_a_line(end_of):
     assert end_of(KeyboardInterrupt()) == (130, f"error: interrupted; {TO_RESUME}\n")
 
 
@@ -68,7 +68,7 @@ def test_a_defect_of_ours_keeps_its_traceback(error):
         cli.run_script(lambda: (_ for _ in ()).throw(error))
 
 
-def test_an_empty_path_is_said_to_be_empty(refuses):
+def test_an_empty_path_is_refused_as_empty(refuses):
     parser = cli.OneLineParser("prog", "")
     parser.add_argument("--model", type=cli.path_text)
     parser.add_argument("-o", "--out", type=cli.path)

@@ -21,7 +21,7 @@ def restored():
 
 
 @pytest.mark.parametrize("name", ["-m", "/usr/bin/minibalora", "train_nlg.py", "./train_nlu.py"])
-def test_a_command_dies_quietly_until_it_runs_and_again_afterwards(name, monkeypatch):
+def test_a_command_dies_quietly_before_and_after_its_main(name, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupts.die_quietly()
@@ -36,7 +36,7 @@ def test_a_command_dies_quietly_until_it_runs_and_again_afterwards(name, monkeyp
     [("own_program.py", signal.default_int_handler), ("train_nlg.py", signal.SIG_IGN)],
     ids=["a program that imports the package", "a command in the background"],
 )
-def test_nobody_else_loses_a_handler(name, handler, monkeypatch):
+def test_other_programs_keep_their_handler(name, handler, monkeypatch):
     monkeypatch.setattr(sys, "argv", [name])
     signal.signal(signal.SIGINT, handler)
     interrupts.die_quietly()
@@ -47,7 +47,7 @@ def test_nobody_else_loses_a_handler(name, handler, monkeypatch):
 
 @pytest.mark.parametrize("command", [["train_nlg.py"], ["train_nlu.py"], ["-m", "minibalora", "plan"]])
 def test_an_interrupt_during_the_imports_leaves_no_traceback(command, tmp_path):
-    """In the place of torch stands a package that is interrupted while it is imported."""
+    """A fake torch interrupts the process while it is imported."""
     (tmp_path / "torch").mkdir()
     interrupted = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     (tmp_path / "torch" / "__init__.py").write_text(interrupted)

@@ -1,4 +1,4 @@
-"""What a command shows of its progress on a terminal, and what it writes to a file or a pipe. The clock is faked."""
+"""Progress on a terminal, and in a file or a pipe. The clock is fake."""
 
 import io
 import sys
@@ -61,7 +61,7 @@ def test_in_a_file_there_is_a_line_every_30_seconds_and_one_at_the_end(stderr, c
     assert "\r" not in file.getvalue()
 
 
-def test_a_line_has_the_note_and_counts_the_rate_without_what_was_finished_before(stderr, clock):
+def test_a_line_has_the_note_and_the_rate_of_this_run(stderr, clock):
     file = stderr(is_terminal=False)
     with Progress("steps", 1000, "step", first=900) as bar:
         clock.now += 20
@@ -77,7 +77,7 @@ def test_a_failure_leaves_a_line_with_the_count(stderr, clock):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_nothing_is_shown_by_other_ranks_or_before_the_delay(is_terminal, stderr, clock):
+def test_other_ranks_and_short_work_show_nothing(is_terminal, stderr, clock):
     stream = stderr(is_terminal)
     for _ in progress.over(range(3), "answers", "batch", delay=2):
         clock.now += 0.1
@@ -87,8 +87,8 @@ def test_nothing_is_shown_by_other_ranks_or_before_the_delay(is_terminal, stderr
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_the_rate_is_that_since_the_start_however_often_the_bar_is_refreshed_between(is_terminal, stderr, clock):
-    """As generation does it: 8 prompts end together after 170 steps of 0.1 s. tqdm's own rate was 80 prompts/s."""
+def test_the_rate_is_the_average_however_often_the_bar_is_refreshed(is_terminal, stderr, clock):
+    """As in generation: 8 prompts end together after 170 steps of 0.1 s. tqdm's own estimate was 80 prompts/s."""
     stream = stderr(is_terminal)
     with Progress("generate", 16, "prompt") as bar:
         for step in range(170):
@@ -101,5 +101,5 @@ def test_the_rate_is_that_since_the_start_however_often_the_bar_is_refreshed_bet
 
 
 @pytest.mark.parametrize("seconds, text", [(1, "1 second"), (89, "89 seconds"), (90, "2 minutes"), (9000, "2.5 hours")])
-def test_a_duration_is_told_in_the_unit_that_suits_it(seconds, text):
+def test_a_duration_is_in_a_suitable_unit(seconds, text):
     assert progress.in_words(seconds) == text

@@ -537,6 +537,18 @@ def test_a_base_without_a_head_needs_an_adapter_with_one(adapter, refuses, tmp_p
     refuses(lambda: mb.load_adapter(model, without), "lacks classifier.dense.weight", "modules_to_save")
 
 
+def test_the_untrained_head_that_a_state_dict_holds_is_not_compared(adapter, tmp_path):
+    stored = load_file(GOLDEN / "peft_roberta" / "adapter_model.safetensors")
+    heads = {name: tensor for name, tensor in stored.items() if "classifier" in name}
+    untrained = {
+        name.replace("classifier.", "classifier.original_module."): tensor + 1 for name, tensor in heads.items()
+    }
+    model = mb.load_model(headless("roberta", tmp_path / "base"), "classifier", 2)
+    mb.load_adapter(model, adapter("peft_roberta", tensors=untrained))
+    for name, tensor in heads.items():
+        assert torch.equal(model.get_parameter(name.removeprefix("base_model.model.")), tensor)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_factors_that_are_not_finite_are_refused(adapter, refused, value):
     refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.full((3, 24), value)}), "q_proj.lora_A", "finite")

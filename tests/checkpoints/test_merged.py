@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.checkpoints import export
 from minibalora.checkpoints import merged as checkpoint_io
 from minibalora.checkpoints.families import read_family
@@ -86,11 +86,10 @@ def test_saving_gpt2_gives_its_transposed_bits_back(tmp_path):
 # python -m minibalora export
 
 
-def run_export(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run_script(export.main)
-    return stopped.value.code, *capsys.readouterr()
+@pytest.fixture
+def run_export(in_command):
+    """run_export(*flags) -> status, standard output, standard error of python -m minibalora export."""
+    return partial(in_command, export.main)
 
 
 EXPORTS = {  # adapter: base, whether the base is without a head
@@ -115,13 +114,13 @@ EXPORTS = {  # adapter: base, whether the base is without a head
 @pytest.mark.parametrize("name", EXPORTS)
 @pytest.mark.parametrize("shard_bytes", [10**9, 4000])
 @torch.no_grad()
-def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, tmp_path, monkeypatch, capsys):
+def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, run_export, tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint_io, "SHARD_BYTES", shard_bytes)
     base, is_headless = EXPORTS[name]
     *inputs, base_logits = golden_example(base)
     path = headless(base, tmp_path / "base") if is_headless else GOLDEN / base
     arguments = ("--model", path, "--adapter", GOLDEN / name, "--out", tmp_path / "merged")
-    assert run_export(monkeypatch, capsys, *arguments)[0] == 0
+    assert run_export(*arguments)[0] == 0
     is_classifier = base_logits.ndim == 2
     expected = load_file(GOLDEN / name / "expected.safetensors")["logits"]
     merged = mb.load_model(tmp_path / "merged", "classifier" if is_classifier else "lm")
@@ -129,6 +128,14 @@ def test_base_and_adapter_become_one_checkpoint(name, shard_bytes, tmp_path, mon
     stored_in_bfloat16 = 0.02  # as the base is: W + ΔW is rounded to 3 digits
     assert distance(merged(*inputs)[real], expected[real]) < stored_in_bfloat16 < distance(base_logits, expected)
     assert {path.name for path in tmp_path.iterdir()} <= {"base", "merged"}  # nothing temporary
+
+
+def test_a_config_without_model_type_gets_one(tmp_path):
+    base = shutil.copytree(GOLDEN / "bert", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({key: config[key] for key in config if key != "model_type"}))
+    mb.save_model(mb.load_model(base, "classifier"), tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["model_type"] == "bert"
 
 
 def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
@@ -162,12 +169,10 @@ def test_the_tensors_of_a_mixed_base_keep_their_dtypes(tmp_path):
     assert all(merged[name].dtype == (torch.float32 if name in norms else torch.bfloat16) for name in tensors)
 
 
-def test_a_trained_classifier_keeps_its_labels(tmp_path, monkeypatch, capsys):
+def test_a_trained_classifier_keeps_its_labels(run_export, tmp_path):
     shutil.copytree(GOLDEN / "adapter_bert", tmp_path / "run")
     (tmp_path / "run" / "run.json").write_text(json.dumps({"settings": {"labels": ["bad", "so so", "good"]}}))
-    run_export(
-        monkeypatch, capsys, "--model", GOLDEN / "bert", "--adapter", tmp_path / "run", "--out", tmp_path / "out"
-    )
+    run_export("--model", GOLDEN / "bert", "--adapter", tmp_path / "run", "--out", tmp_path / "out")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["id2label"]["1"] == "so so"
 
 
@@ -179,7 +184,7 @@ def test_a_model_is_not_saved_over_its_own_source(tmp_path, refuses):
     assert (tmp_path / "base" / "model.safetensors").read_bytes() == before
 
 
-def test_a_classifiers_adapter_without_a_head_is_made_smaller_with_the_bases(tmp_path, monkeypatch, capsys):
+def test_a_classifiers_adapter_without_a_head_is_made_smaller_with_the_bases(run_export, tmp_path):
     shutil.copytree(GOLDEN / "peft_roberta", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text()) | {"modules_to_save": None}
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
@@ -187,15 +192,15 @@ def test_a_classifiers_adapter_without_a_head_is_made_smaller_with_the_bases(tmp
     kept = {name: tensor for name, tensor in tensors.items() if "classifier" not in name}
     save_file(kept, tmp_path / "adapter" / "adapter_model.safetensors")
     arguments = ("--model", GOLDEN / "roberta", "--adapter", tmp_path / "adapter", "--out", tmp_path / "small")
-    assert run_export(monkeypatch, capsys, *arguments, "--adapter-rank", 1)[0] == 0
+    assert run_export(*arguments, "--adapter-rank", 1)[0] == 0
     model = mb.load_adapter(mb.load_model(GOLDEN / "roberta", "classifier"), tmp_path / "small")
     base = mb.load_model(GOLDEN / "roberta", "classifier")
     assert torch.equal(model.classifier.dense.weight, base.classifier.dense.weight)
 
 
-def test_an_adapter_is_made_smaller(tmp_path, monkeypatch, capsys):
+def test_an_adapter_is_made_smaller(run_export, tmp_path):
     arguments = ("--model", GOLDEN / "llama3", "--adapter", GOLDEN / "adapter_pissa", "--out", tmp_path / "small")
-    status, out, _ = run_export(monkeypatch, capsys, *arguments, "--adapter-rank", 5)
+    status, out, _ = run_export(*arguments, "--adapter-rank", 5)
     assert status == 0 and "rank 5: relative error" in out
     assert {path.name for path in (tmp_path / "small").iterdir()} == {
         "adapter_config.json",
@@ -212,7 +217,7 @@ def test_an_adapter_is_made_smaller(tmp_path, monkeypatch, capsys):
     assert error == pytest.approx((lost / total).sqrt().item(), rel=0.01)
 
 
-def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_exported_leaves_nothing_behind(run_export, tmp_path, monkeypatch):
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine.txt").write_text("mine")
@@ -228,12 +233,12 @@ def test_what_cannot_be_exported_leaves_nothing_behind(tmp_path, monkeypatch, ca
         ("llama3", GOLDEN / "adapter_pissa", ".", "exists already"),
         ("llama3", GOLDEN / "adapter_pissa", used / "mine.txt" / "out", "can't write there"),
     ]:
-        status, _, error = run_export(monkeypatch, capsys, "--model", GOLDEN / base, "--adapter", adapter, "--out", out)
+        status, _, error = run_export("--model", GOLDEN / base, "--adapter", adapter, "--out", out)
         assert status == 2 and words in error and len(error.splitlines()) == 1
     assert {path.name for path in tmp_path.rglob("*")} == {"used", "mine.txt", "empty", "link"}
 
 
-def test_a_merge_that_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
+def test_a_merge_that_fails_half_way_leaves_nothing_behind(run_export, tmp_path, monkeypatch):
     """The fourth shard of a base whose numbers are damaged."""
     monkeypatch.setattr(checkpoint_io, "SHARD_BYTES", 4000)
     shutil.copytree(GOLDEN / "llama2", tmp_path / "base")
@@ -241,7 +246,7 @@ def test_a_merge_that_fails_half_way_leaves_nothing_behind(tmp_path, monkeypatch
     tensors["model.layers.1.mlp.down_proj.weight"][3, 3] = float("nan")
     save_file(tensors, tmp_path / "base" / "model.safetensors")
     arguments = ("--model", tmp_path / "base", "--adapter", GOLDEN / "peft_last_block", "--out", tmp_path / "out")
-    status, _, error = run_export(monkeypatch, capsys, *arguments)
+    status, _, error = run_export(*arguments)
     assert status == 2 and "down_proj" in error.splitlines()[-1]
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 

@@ -97,6 +97,11 @@ def test_a_file_that_is_not_a_unigram_model_is_refused(folder, refuses, content,
     refuses(lambda: mb.load_tokenizer(folder), folder / "spm.model", part, "save_pretrained")
 
 
+def test_a_git_lfs_pointer_is_refused_with_the_cure(folder, refuses):
+    (folder / "spm.model").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2464616\n")
+    refuses(lambda: mb.load_tokenizer(folder), folder / "spm.model", "git lfs pull")
+
+
 def test_a_folder_called_spm_model_is_refused(folder, refuses):
     (folder / "spm.model").unlink()
     (folder / "spm.model").mkdir()

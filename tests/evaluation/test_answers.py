@@ -1,4 +1,4 @@
-"""Final answers: where they stand in a text, and which of them are equal."""
+"""Final answers: finding them in a text, and which of them are equal."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from minibalora.evaluation import answers
 from minibalora.evaluation.answers import final_answer, normalize, number, same_answer, same_number
 
 PAIRS = [json.loads(line) for line in (GOLDEN / "math_pairs.jsonl").read_text("utf8").splitlines()]
-# Pieces of answers, so that hypothesis meets the rows of the tables and not only letters.
+# Pieces of answers, so that hypothesis tries the rows of the tables and not only letters.
 PIECES = (
     r"""\frac \dfrac \sqrt \text{ \mbox{ \left( \right) \left[ \boxed{ \fbox \begin{pmatrix} \end{pmatrix} \\ \cup \{ \}
 \pi \infty \cdot \times \pm ^ _ ^\circ { } ( ) [ ] , {,} \! \, \% % \$ $ = x= & / - + . 0 1 2 12 1,000 0.5 .5 e9 1e99 cm
@@ -28,7 +28,7 @@ fractions = st.fractions(max_denominator=10**6)
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair['answer']} | {pair['reference']}")
-def test_answers_of_math_are_equal_or_not_in_both_orders(pair):
+def test_same_answer_does_not_depend_on_the_order(pair):
     answer, reference, equal = pair["answer"], pair["reference"], pair["equal"]
     assert same_answer(answer, reference) is equal, (normalize(answer), normalize(reference))
     assert same_answer(reference, answer) is equal
@@ -76,7 +76,7 @@ def test_answers_of_math_are_equal_or_not_in_both_orders(pair):
             "The answer is: \\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}.\nDone.",
             "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}",
         ),
-        ("The answer is 5", None),  # as in the paper: without its colon the sentence may stand anywhere
+        ("The answer is 5", None),  # as in the paper: without the colon, the sentence may be anywhere
         ("the answer is: 5", None),
         ("twelve", None),
         ("", None),
@@ -200,7 +200,7 @@ def test_any_text_gets_a_verdict_that_is_symmetric_and_reflexive(one, other):
 
 
 @given(texts)
-def test_final_answers_come_back_out_of_any_text_before_them(text):
+def test_final_answer_finds_an_answer_after_any_text(text):
     assert final_answer(text + "\nThe answer is: 12") == "12"
 
 
@@ -213,7 +213,7 @@ def test_numbers_are_equal_if_and_only_if_their_values_are(a, b):
 
 
 @given(st.integers(-(10**9), 10**9), st.integers(0, 4))
-def test_decimals_with_commas_are_the_numbers_they_stand_for(digits, places):
+def test_decimals_with_commas_have_their_value(digits, places):
     value = Fraction(digits, 10**places)
     spelt = f"{abs(digits) // 10**places:,}"
     if places:
@@ -251,9 +251,9 @@ def test_the_order_counts_in_tuples_and_not_in_sets(values, random):
         "9",
     ],
 )
-def test_long_texts_take_no_time(piece):
+def test_long_texts_are_compared_quickly(piece):
     long = piece * (100_000 // len(piece))
-    most = piece * (490 // len(piece))  # the longest that is still read
+    most = piece * (490 // len(piece))  # the longest text that is read
     start = time.perf_counter()
     for text in (long, most, most + "!", "The answer is: " + long, "5" + most, r"\boxed{" + long):
         final_answer(text)

@@ -1,4 +1,4 @@
-"""What the benchmarks ask, and that their own solutions are right and others are not."""
+"""Prompts and verdicts of the benchmarks: their own solutions are right, and wrong ones are not."""
 
 import gzip
 import json
@@ -63,7 +63,7 @@ ROWS = {"gsm8k": GSM8K, "math": MATH, "humaneval": HUMAN_EVAL, "mbpp": MBPP}
 
 @pytest.fixture
 def items(tmp_path):
-    """items(task, rows) as read from a file."""
+    """items(task, rows) -> the problems read from a file of these rows."""
 
     def read(task: str, rows: list | None = None, template: Template = ALPACA):
         path = tmp_path / "rows.jsonl"
@@ -77,7 +77,7 @@ def verdict(task: str, item, completion: str) -> str:
     return BENCHMARKS[task].judge(item, completion, Limits(seconds=5))[1]
 
 
-def test_mathematical_prompts_are_the_trainings_and_the_papers_ending(items):
+def test_mathematical_prompts_are_those_of_training_with_the_papers_ending(items):
     for task, question in [("gsm8k", GSM8K[0]["question"]), ("math", MATH[0]["problem"])]:
         prompt = items(task)[0].prompt
         assert prompt.startswith("Below is an instruction") and f"### Instruction:\n{question}\n\n" in prompt
@@ -85,7 +85,7 @@ def test_mathematical_prompts_are_the_trainings_and_the_papers_ending(items):
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "math"])
-def test_the_solutions_of_the_file_are_right(items, task):
+def test_solutions_in_the_file_are_right(items, task):
     for item in items(task):
         assert BENCHMARKS[task].judge(item, item.response, None)[1] == "right"
 
@@ -176,7 +176,7 @@ def sandbox():
         pytest.skip(str(error))
 
 
-def test_prompts_of_code_are_alpacas_or_the_published_ones(items):
+def test_prompts_for_code_are_in_the_template_or_as_published(items):
     (item,) = items("humaneval")
     assert HUMAN_EVAL[0]["prompt"] in item.prompt and item.prompt.endswith("### Response:")
     (item,) = items("humaneval", template=RAW)
@@ -187,7 +187,7 @@ def test_prompts_of_code_are_alpacas_or_the_published_ones(items):
 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
-def test_the_code_of_the_file_passes(items, task, sandbox):
+def test_code_in_the_file_passes(items, task, sandbox):
     for item in items(task):
         assert verdict(task, item, item.response) == "passed"
 
@@ -203,7 +203,7 @@ WHOLE = "def root(x):\n    return half(sqrt(x))\n"
         (f"Here you are:\n\n```python\n{WHOLE}```\nIt halves the root.", "passed"),
         (f"```\n{WHOLE}", "passed"),  # never closed
         (f"```python\r\n{WHOLE}```", "passed"),
-        (f"{WHOLE}\nassert root(16) == 5\n", "passed"),  # its own tests are not what is measured
+        (f"{WHOLE}\nassert root(16) == 5\n", "passed"),  # the model's own tests do not count
         (f'{WHOLE}\nif __name__ == "__main__":\n    print(root(input()))\n', "passed"),
         ("    return sqrt(x)", "failed"),
         ("    return half(sqrt(x)", "failed"),
@@ -234,7 +234,7 @@ def test_large_tests_of_human_eval_plus_are_run(items, sandbox):
     assert verdict("humaneval", item, "    return x") == "failed"
 
 
-def test_setup_and_imports_of_mbpp_are_there(items, sandbox):
+def test_setup_and_imports_of_mbpp_are_run(items, sandbox):
     first, second = items("mbpp")
     assert verdict("mbpp", first, "def add(numbers, n):\n    return numbers") == "failed"
     assert verdict("mbpp", second, "def root(x):\n    return x") == "failed"
@@ -246,13 +246,13 @@ def test_setup_and_imports_of_mbpp_are_there(items, sandbox):
 @pytest.mark.parametrize("task", ROWS)
 def test_a_file_of_another_task_is_refused(items, refuses, task):
     for other, rows in ROWS.items():
-        if other != task and (task, other) != ("math", "gsm8k"):  # GSM8K's answers are answers
+        if other != task and (task, other) != ("math", "gsm8k"):  # GSM8K's answers are valid for MATH
             refuses(lambda rows=rows: items(task, rows), "rows.jsonl, line")
 
 
 @pytest.mark.parametrize("task", ROWS)
 @pytest.mark.parametrize("rows", [[], [7], [{}], [{"question": "q", "answer": 3}], [[]]])
-def test_rows_that_are_none_are_refused(items, refuses, task, rows):
+def test_rows_without_a_problem_are_refused(items, refuses, task, rows):
     refuses(lambda: items(task, rows), "rows.jsonl")
 
 
@@ -261,7 +261,7 @@ def test_damaged_rows_of_mbpp_are_refused_by_their_line(items, refuses, change):
     refuses(lambda: items("mbpp", [MBPP[0], MBPP[1] | change]), "line 2")
 
 
-def test_an_answer_that_is_no_number_is_refused(items, refuses):
+def test_an_answer_without_a_number_is_refused(items, refuses):
     refuses(lambda: items("gsm8k", [GSM8K[0], {"question": "q", "answer": "#### many"}]), "line 2", "'many'")
     refuses(lambda: items("math", [{"problem": "q", "solution": "2"}]), "line 1", "no final answer")
 
@@ -283,5 +283,5 @@ def test_compressed_files_and_arrays_are_read(tmp_path, refuses):
         refuses(lambda: read_items(mbpp, tmp_path / "rows.jsonl.gz"), "rows.jsonl.gz")
 
 
-def test_verdicts_that_count_are_those_of_answers_and_programs():
+def test_right_verdicts_are_those_of_answers_and_programs():
     assert RIGHT == ("right", "passed")

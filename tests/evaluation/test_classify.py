@@ -1,4 +1,4 @@
-"""Rows of a classifier: padding, answers in the rows' order, and every number of the table."""
+"""Classifiers: padding, answers in the order of the rows, and every number of the table."""
 
 import math
 from dataclasses import replace
@@ -71,7 +71,7 @@ def test_labels_are_integers_for_classes_and_floats_for_scores(bert):
     assert labelled.padded(rows_of_labels([2.0, 0.5]), bert, "cpu")[1].is_floating_point()
 
 
-def test_rows_keep_order_texts_labels_and_lines_and_tell_how_many_were_cut():
+def test_rows_keep_order_texts_labels_and_lines_and_cut_texts_are_counted():
     class Words:
         def encode_labelled(self, texts, max_length):
             ids = [[len(word) for text in pair for word in text.split()] for pair in texts]
@@ -88,7 +88,7 @@ def test_rows_keep_order_texts_labels_and_lines_and_tell_how_many_were_cut():
 @settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), size=st.integers(1, 10), seed=st.integers(0, 9))
 def test_answers_come_in_the_rows_order_whatever_the_batch_size(bert, lengths, size, seed):
-    """To float32's rounding: what pads a row changes only how its sums are cut."""
+    """Up to float32's rounding: padding changes only the order of summation."""
     rows = random_rows(lengths, seed=seed)
     for part, width in ((None, 3), (bert.features, 24)):
         expected = torch.cat([(part or bert)(*labelled.padded([row], bert, "cpu")[0]) for row in rows]).detach()
@@ -124,7 +124,7 @@ def test_the_metric_of_a_task_is_that_of_metrics_py():
     assert list(found)[:2] == ["matthews", "accuracy"]
 
 
-def test_ranks_are_means_over_batches_of_rows_that_follow_each_other():
+def test_ranks_are_means_over_batches_of_consecutive_rows():
     """Two batches: rank 1 with one singular value, rank 2 with two equal ones."""
     logits = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
     found = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=2)
@@ -166,7 +166,7 @@ def test_a_constant_regression_has_no_correlation_and_no_dev_metric():
     ("cola", {"matthews": -0.5, "accuracy": 1.0}, -0.5),
     ("mnli", {"accuracy": 0.75, "recall of neutral": 0.0}, 0.75),
 ])  # fmt: skip
-def test_the_best_epoch_is_chosen_by_the_mean_of_what_glue_reports(task, found, expected):
+def test_the_best_epoch_is_chosen_by_the_mean_of_glues_metrics(task, found, expected):
     assert classify.dev_metric(found, TASKS[task]) == pytest.approx(expected)
 
 

@@ -1,4 +1,4 @@
-"""Evaluations as a user runs them: what is written, what is said, and that a stopped one goes on where it was."""
+"""Evaluations as a user runs them: files, output, and continuing a stopped evaluation."""
 
 import json
 import re
@@ -56,7 +56,7 @@ def records_of(out) -> list[dict]:
 # The command.
 
 
-def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, problems, tmp_path):
+def test_an_evaluation_writes_every_answer_and_prints_its_result_in_a_line(run, problems, tmp_path):
     flags = ("--task", "gsm8k", "--data", problems, "--out", tmp_path / "out", "--max-new-tokens", 60)
     status, out, error = run(*flags)
     assert status == 0, error
@@ -76,13 +76,13 @@ def test_an_evaluation_writes_every_answer_and_says_its_result_in_a_line(run, pr
     assert settings["task"] == "gsm8k" and len(settings["model_digest"]) == len(settings["data_digest"]) == 64
 
 
-def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monkeypatch):
+def test_a_stopped_evaluation_is_continued(run, problems, tmp_path, monkeypatch):
     flags = ("--task", "gsm8k", "--data", problems, "--max-new-tokens", 60, "--temperature", 1, "--batch-size", 3)
     assert run(*flags, "--out", tmp_path / "whole")[0] == 0
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
     path = tmp_path / "out" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while it wrote
+    path.write_text("".join(lines[:5]) + lines[5][:40])  # killed while writing
     asked = []
     generate_each = records.generate_each
     monkeypatch.setattr(
@@ -96,11 +96,11 @@ def test_a_stopped_evaluation_goes_on_where_it_was(run, problems, tmp_path, monk
     def by_item(name):
         return sorted(records_of(tmp_path / name), key=lambda record: int(record["item"]))
 
-    assert by_item("out") == by_item("whole")  # what each draws is its own
-    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete: nothing is asked
+    assert by_item("out") == by_item("whole")  # random numbers belong to the item
+    assert run(*flags, "--out", tmp_path / "out")[0] == 0 and len(asked) == 7  # complete, so nothing is asked
 
 
-def test_a_folder_of_anything_else_is_refused_and_left_alone(run, problems, tmp_path):
+def test_a_folder_of_another_run_is_refused_and_left_alone(run, problems, tmp_path):
     flags = ("--task", "gsm8k", "--data", problems, "--gold")
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
@@ -128,6 +128,25 @@ def test_gold_answers_are_all_right(run, problems, programs, tmp_path):
     ]:
         status, out, _ = run("--task", task, "--data", path, "--gold", "--out", tmp_path / task, *allowed)
         assert status == 0 and out.startswith(f"{task}: pass@1 100.0 %")
+
+
+@pytest.mark.parametrize("flags, stops, more", [
+    ((), {"### Instruction", "[DONE]"}, 512), (("--raw",), {"### Instruction", "[DONE]"}, 512),
+    (("--max-new-tokens", 7), {"### Instruction", "[DONE]"}, 7),
+])  # fmt: skip
+def test_programs_end_at_the_tasks_stops(run, programs, tmp_path, monkeypatch, flags, stops, more):
+    decodings = []
+
+    def by_model(model, tok, decoding, batch_size, desc):
+        decodings.append(decoding)
+        return records.by_list([ADD["code"], NEGATE["code"]])
+
+    monkeypatch.setattr(records, "by_model", by_model)
+    status, out, error = run(
+        "--task", "mbpp", "--data", programs, "--allow-code-execution", "--out", tmp_path / "out", *flags
+    )
+    assert status == 0 and "2 passed" in out, error
+    assert (set(decodings[0].stop), decodings[0].max_new_tokens) == (stops, more)
 
 
 def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
@@ -165,6 +184,65 @@ def test_given_completions_are_cut_and_judged_by_the_protocol(run, problems, tmp
     assert status == 2 and "--protocol is plain-rounded" in error
 
 
+@pytest.fixture
+def mt_bench_files(tmp_path):
+    """(questions, judge prompts) in FastChat's formats."""
+    turns = ["What is 7 times 8?", "And 7 times 9?"]
+    rows = [
+        {"question_id": 81, "category": "writing", "turns": turns},
+        {"question_id": 4, "category": "x", "turns": turns},
+    ]
+    forms = {
+        "single-v1": "{question} {answer}",
+        "single-v1-multi-turn": "{question_1} {answer_1} {question_2} {answer_2}",
+    }
+    prompts = [
+        {"name": name, "system_prompt": "Judge.", "prompt_template": form, "output_format": "[[rating]]"}
+        for name, form in forms.items()
+    ]
+    for name, values in (("question.jsonl", rows), ("judge_prompts.jsonl", prompts)):
+        (tmp_path / name).write_text("".join(json.dumps(value) + "\n" for value in values))
+    return tmp_path / "question.jsonl", tmp_path / "judge_prompts.jsonl"
+
+
+def test_mt_bench_is_answered_and_then_judged(run, mt_bench_files, tmp_path):
+    questions, prompts = mt_bench_files
+    out = tmp_path / "out"
+    flags = ("--task", "mt-bench", "--data", questions, "--out", out, "--max-new-tokens", 9)
+    status, said, error = run(*flags)
+    assert status == 0 and said.startswith("mt-bench: 2 questions answered in"), error
+    answers = (out / "model_answer" / "llama.jsonl").read_text()
+    assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers.splitlines()] == [2, 2]
+    status, said, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
+    assert status == 0 and "4 judgments without one" in said, error
+    assert (out / "model_answer" / "llama.jsonl").read_text() == answers
+    judgments = [json.loads(line) for line in (out / "model_judgment" / "llama_single.jsonl").read_text().splitlines()]
+    first = json.loads(answers.splitlines()[0])["choices"][0]["turns"]
+    assert [(row["question_id"], row["turn"], row["score"]) for row in judgments] == [
+        (81, 1, -1), (81, 2, -1), (4, 1, -1), (4, 2, -1)
+    ]  # fmt: skip
+    assert judgments[1]["user_prompt"] == f"What is 7 times 8? {first[0]} And 7 times 9? {first[1]}"
+    assert json.loads((out / "summary.json").read_text())["without rating"] == 4
+    status, _, error = run(*flags[:-1], 8)
+    assert status == 2 and "--max-new-tokens is 8" in error
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--judge", "x"), "--judge and --judge-prompts belong together"),
+    (("--references", "x"), "--judge and --judge-prompts belong together"),
+    (("--judge", MODEL, "--judge-prompts", "nowhere"), "nowhere"),
+    (("--temperature", "1"), "--temperature has no meaning with --task mt-bench"),
+    (("--samples", "2"), "--samples has no meaning"), (("--gold",), "--gold has no meaning"),
+    (("--data", "judge_prompts.jsonl"), "judge_prompts.jsonl, line 1: has no question_id"),
+    (("--task", "gsm8k", "--judge", "x"), "--judge has no meaning with --task gsm8k"),
+])  # fmt: skip
+def test_bad_input_of_mt_bench_is_one_line(run, mt_bench_files, tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    status, out, error = run("--task", "mt-bench", "--data", mt_bench_files[0], "--out", "out", *flags)
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_adapter_with_the_same_factors_is_another_evaluation(run, problems, tmp_path):
     model = mb.adapt(mb.load_model(MODEL), rank=2)
     stretch(model)
@@ -182,7 +260,7 @@ def test_another_adapter_with_the_same_factors_is_another_evaluation(run, proble
         tmp_path / "adapter",
     )
     assert run(*flags, "--out", tmp_path / "out")[0] == 0
-    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # what it was anyway
+    assert run(*flags, "--dtype", "float32", "--out", tmp_path / "out")[0] == 0  # the default here
     config = tmp_path / "adapter" / "adapter_config.json"
     config.write_text(config.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
     status, _, error = run(*flags, "--out", tmp_path / "out")

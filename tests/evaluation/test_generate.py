@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,6 @@ from tokenizers import decoders, models
 from torch import nn
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from
 from minibalora.evaluation import decoding as decoder
@@ -75,6 +73,7 @@ def test_every_language_model_has_greedy_texts_of_transformers():
 
 @pytest.mark.parametrize("name", GREEDY)
 def test_greedy_ids_are_those_of_transformers(name):
+    """Each token leads the second by 1.6e-3 or more, where float32 rounds by some 1e-6."""
     model, expected = restless(mb.load_model(GOLDEN / name)), GREEDY[name]
     decoding = Decoding(max_new_tokens=24, eos_ids=frozenset([expected["eos_id"]]))
     assert generate_ids(model, expected["prompts"], decoding) == expected["continuations"]
@@ -88,6 +87,9 @@ def test_greedy_ids_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=40), SAMPLING])
 def test_a_batch_gives_each_prompt_the_text_that_it_gives_alone(toy, decoding):
+    """The texts are equal, although float32 rounds a batch otherwise, by some 1e-5: each greedy token leads the second
+    by 0.07 or more, and no number drawn is nearer than 8e-4 to where another token begins.
+    """
     model, tok = toy
     assert len({len(ids) for ids in tok.encode_prompts(PROMPTS)}) > 3
     together = generate(*toy, PROMPTS, decoding)
@@ -404,7 +406,7 @@ def test_progress_counts_tokens_and_rows(gpt2):
 def test_the_bar_shows_prompts_and_tokens_per_second(toy, capsys):
     list(generate_each(*toy, PROMPTS, Decoding(80), batch_size=1, desc="asking"))
     shown = capsys.readouterr().err
-    assert "asking" in shown and "tokens/s" in shown and "/12 [" in shown and "prompts" in shown
+    assert "asking: 12 of 12, " in shown and "tokens/s" in shown  # not a terminal: a line at the end
 
 
 # The command line.
@@ -413,21 +415,14 @@ ASK = "Ada has 3 bags with 4 apples each. How many apples does Ada have?"
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
-    """command(*flags, stdin=b"") runs the program in this process: its status, standard output and error."""
+def command(in_command, monkeypatch):
+    """command(*flags, stdin=b"") -> status, standard output, standard error of the program, run in this process."""
 
     def run(*flags, stdin=None):
-        handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["generate.py", "--device", "cpu", *flags])
         stream = io.TextIOWrapper(io.BytesIO(stdin or b""))
         stream.isatty = lambda: stdin is None
         monkeypatch.setattr(sys, "stdin", stream)
-        try:
-            with pytest.raises(SystemExit) as caught:
-                cli.run_script(program.main, "lower --batch-size")
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return caught.value.code, *capsys.readouterr()
+        return in_command(program.main, "--device", "cpu", *flags)
 
     return run
 

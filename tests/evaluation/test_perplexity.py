@@ -1,4 +1,4 @@
-"""Loss, perplexity and KL of text, against plain sums over the logits of the built-in model."""
+"""Loss, perplexity and KL on text, compared with plain sums over the logits of the built-in model."""
 
 import math
 from dataclasses import replace
@@ -38,7 +38,7 @@ def test_mean_loss_is_per_token_whatever_the_batch(toy):
             assert mean_loss(model, taken, batch_size) == pytest.approx(sum(picked) / len(picked), rel=1e-4)
 
 
-def test_windows_hold_the_whole_text_once_each_with_a_bos(toy, tmp_path):
+def test_windows_cover_the_text_once_and_begin_with_bos(toy, tmp_path):
     model, tok = toy
     config = replace(model.config, max_position_embeddings=10_000)
     (tmp_path / "text.txt").write_text(TEXT)
@@ -50,7 +50,7 @@ def test_windows_hold_the_whole_text_once_each_with_a_bos(toy, tmp_path):
     assert len(text_windows(tmp_path / "text.txt", tok, config, 100, limit=3)) == 3
 
 
-def test_predictions_are_those_of_base_and_tuned_model(toy):
+def test_predictions_are_those_of_the_base_and_of_the_tuned_model(toy):
     _, tok = toy
     base, model = mb.load_model(MODEL), mb.adapt(mb.load_model(MODEL), rank=4)
     stretch(model)
@@ -66,7 +66,7 @@ def test_predictions_are_those_of_base_and_tuned_model(toy):
     assert predict(base, ids) == pytest.approx({"tokens": len(ids) - 1, "loss": found["base_loss"]})
 
 
-def test_what_learned_nothing_forgot_nothing(toy):
+def test_an_untrained_adapter_has_no_kl(toy):
     found = predict(mb.adapt(mb.load_model(MODEL), rank=4), toy[1].encode("Ada has 3 apples."))
     assert found["kl"] == 0 and found["loss"] == found["base_loss"]
 
@@ -83,7 +83,7 @@ def test_means_are_weighted_by_tokens():
     assert math.isfinite(mean_predictions([{"tokens": 1, "loss": 1e6}])["perplexity"])
 
 
-def test_texts_that_are_none_are_refused(toy, tmp_path, refuses):
+def test_unreadable_texts_are_refused(toy, tmp_path, refuses):
     model, tok = toy
     for content, words in [(b"", "fewer than two tokens"), (b"\xff\xfe\x00", "not valid UTF-8")]:
         (tmp_path / "text.txt").write_bytes(content)

@@ -237,8 +237,8 @@ SUBMIT = ("--adapter", "mine", "--glue-submission", "out")
     ((*SUBMIT,), "x", "needs --data"),
     ((*SUBMIT, "--data", "file"), "", "name it with --task"),
     ((*SUBMIT, "--data", "file", "--format", "tsv"), "", "takes no --format"),
-    ((*SUBMIT, "--data", "file", "--task", "rte"), "", "has 3 classes, but rte has 2"),
-    ((*SUBMIT, "--data", "file", "--task", "stsb"), "", "but stsb has scores"),
+    ((*SUBMIT, "--data", "file", "--task", "rte"), "", "has 3 classes, but rte has 2 classes"),
+    ((*SUBMIT, "--data", "file", "--task", "stsb"), "", "has 3 classes, but stsb has scores"),
     ((*SUBMIT, "--data", "file", "--task", "mnli"), "", "does not begin with test_matched"),
 ])  # fmt: skip
 def test_bad_input_is_one_line(run, adapters, tmp_path, monkeypatch, flags, stdin, words):

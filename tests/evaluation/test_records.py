@@ -1,4 +1,4 @@
-"""Records of answers: each is kept once it is judged, belongs to what gave it, and adds up to the tables."""
+"""Records of answers: written once judged, tied to their model and settings, and summed in the tables."""
 
 import json
 import time
@@ -24,7 +24,7 @@ def toy():
 
 @pytest.fixture
 def ask(tmp_path):
-    """ask(items, measured) -> the prompts that were asked, all answered by 5, with records in one file."""
+    """ask(items, measured) -> the prompts that were asked. All are answered by 5, with records in one file."""
 
     def call(items: list[Item], measured: str = "this") -> list[str]:
         asked = []
@@ -39,7 +39,7 @@ def ask(tmp_path):
     return call
 
 
-def test_only_what_has_no_record_is_asked(ask):
+def test_only_items_without_a_record_are_asked(ask):
     items = [Item(name, 1, f"prompt {name}", "#### 5") for name in "abc"]
     assert ask(items[:2]) == ["prompt a", "prompt b"]
     assert ask(items) == ["prompt c"]
@@ -52,7 +52,7 @@ def test_records_of_another_prompt_reference_or_model_are_asked_again(ask, tmp_p
     assert ask([items[0], Item("b", 1, "another", "#### 5")]) == ["another"]
     assert ask([items[0], Item("b", 1, "another", "#### 6")]) == ["another"]
     assert ask([items[0]], "another model") == ["prompt a"]
-    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1  # what is of something else is gone
+    assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 1  # records of another model are gone
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_damaged_records_are_removed_and_asked_again(ask, tmp_path, line):
     assert ask(items) == [] and (tmp_path / "r.jsonl").read_text() == whole
 
 
-def test_what_judging_raises_is_raised_before_all_is_generated(tmp_path):
+def test_errors_of_a_judge_are_raised_before_generation_ends(tmp_path):
     def judge(item, completion, limits):
         raise OSError("no space")
 
@@ -84,7 +84,7 @@ def test_what_judging_raises_is_raised_before_all_is_generated(tmp_path):
     assert len(asked) < 50
 
 
-def test_an_interruption_waits_for_no_program_that_has_not_begun(tmp_path):
+def test_an_interruption_does_not_wait_for_programs_that_have_not_begun(tmp_path):
     judged = []
 
     def judge(item, completion, limits):
@@ -122,7 +122,7 @@ def test_exact_match_counts_right_answers_by_kind(toy, tmp_path, monkeypatch):
     assert "95 % Wilson interval of the exact match of all: 15.0 to 85.0 before, " in before_and_after(found, found)
 
 
-def test_a_task_is_asked_with_its_own_length_and_stop_strings(toy, tmp_path, monkeypatch):
+def test_a_task_has_its_own_length_and_stop_strings(toy, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(records, "generate_each", lambda *arguments: asked.append(arguments[3]) or enumerate(["5"] * 2))
     items = as_items(EXAMPLES[:2])
@@ -132,7 +132,7 @@ def test_a_task_is_asked_with_its_own_length_and_stop_strings(toy, tmp_path, mon
     assert asked[1].max_new_tokens < 200 and asked[1].stop == ()
 
 
-def test_measuring_restores_every_mode_and_name_every_kind(toy, tmp_path):
+def test_measuring_restores_every_mode_and_names_every_kind(toy, tmp_path):
     model, tok = toy
     model.train()
     model.model.layers[0].eval()
@@ -143,7 +143,7 @@ def test_measuring_restores_every_mode_and_name_every_kind(toy, tmp_path):
     assert list(column)[-1] == "loss on pre-training text"
 
 
-def test_measuring_records_no_gradients_and_drops_nothing_out(toy, tmp_path, monkeypatch):
+def test_measuring_uses_neither_gradients_nor_dropout(toy, tmp_path, monkeypatch):
     model, tok = toy
     seen = set()
     hidden = model.hidden

@@ -1,4 +1,4 @@
-"""Hostile programs, run for real: what they end as, and that outside nothing has changed."""
+"""Hostile programs, run for real: their verdicts, and that nothing outside has changed."""
 
 import multiprocessing
 import os
@@ -23,7 +23,7 @@ except InputError as error:
     pytest.skip(f"no sandbox here: {error}", allow_module_level=True)
 
 SECRET = "the quick brown fox"
-# A program that begins so tries one thing after the other with `attempt`, which prints what is not refused.
+# The start of programs that try one thing after another with `attempt`, which prints what is not refused.
 ATTEMPTS = """
 import ctypes, errno, fcntl, os, resource, signal, socket, struct, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)
@@ -43,7 +43,7 @@ def attempt(source):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """Where the sandbox makes its folders; whatever a test runs leaves no file and no process there."""
+    """The folder for the sandbox's own. Checks that a test leaves no file and no process there."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -54,7 +54,7 @@ def temporary(tmp_path, monkeypatch):
 
 @pytest.fixture
 def outside(tmp_path):
-    """A file that is none of the program's business."""
+    """A file that the program must not reach."""
     path = tmp_path / "outside" / "file.txt"
     path.parent.mkdir()
     path.write_text(SECRET)
@@ -74,7 +74,7 @@ def processes_in(folder: Path) -> list[int]:
         try:
             if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(f"{folder}/"):
                 found.append(int(entry.name))
-        except OSError:  # it has ended, or is not ours
+        except OSError:  # the process has ended, or is not ours
             continue
     return found
 
@@ -91,12 +91,12 @@ def run(source, **limits) -> Outcome:
 
 
 def run_attempts(*sources, setup="") -> Outcome:
-    """What a program ends as that makes these attempts and prints those that succeed."""
+    """Run a program that makes these attempts and prints those that succeed."""
     return run(ATTEMPTS + setup + "".join(f"\nattempt({source!r})" for source in sources))
 
 
 def number(name: str) -> int:
-    """Of a system call here; -1 where this machine has none of that name."""
+    """Return the number of a system call on this machine; -1 if it has none of that name."""
     found = sandbox.REFUSED[name][sandbox.MACHINES[os.uname().machine][0]]
     return -1 if found is None else found
 
@@ -104,7 +104,7 @@ def number(name: str) -> int:
 ALL_REFUSED = Outcome("passed", "")
 
 
-# Programs that are as they should be
+# Honest programs
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_a_program_that_ends_early_fails(source):
         "x y",
     ],
 )
-def test_what_does_not_compile_fails_with_pythons_message(source):
+def test_source_that_does_not_compile_fails_with_pythons_message(source):
     outcome = run(source)
     assert outcome.verdict == "failed" and "Error" in outcome.output
 
@@ -235,7 +235,7 @@ def test_standard_input_is_empty():
     assert "EOFError" in run("input()").output
 
 
-def test_the_kernel_knows_the_limits():
+def test_the_kernel_enforces_the_limits():
     program = "from resource import *\nprint([getrlimit(kind) for kind in (RLIMIT_CPU, RLIMIT_AS, RLIMIT_FSIZE)])"
     outcome = run(program, seconds=1.5, memory_bytes=1 << 29, file_bytes=12345)
     assert outcome.output == f"[(2, 3), {(1 << 29, 1 << 29)}, (12345, 12345)]\n"
@@ -264,7 +264,7 @@ def test_output_up_to_the_limit_is_not_too_much():
     assert run("print('x' * 100)", output_bytes=100) == Outcome("too much output", "x" * 100)
 
 
-def test_a_program_larger_than_its_files_may_be_runs():
+def test_a_program_may_be_larger_than_the_limit_of_its_files():
     assert run(f"open('x', 'w').write('y' * 99)\nx = {'a' * 2000!r}", file_bytes=100).verdict == "passed"
 
 
@@ -284,20 +284,20 @@ def test_many_files_and_many_bytes_are_too_many(source):
     assert run(source, file_bytes=100_000).verdict == "too many files"
 
 
-def test_a_threads_bomb_is_stopped():
+def test_a_thread_bomb_is_stopped():
     bomb = "import threading, time\nthreading.stack_size(32768)\nwhile True: "
     assert run(bomb + "threading.Thread(target=time.sleep, args=(60,)).start()").verdict == "too many threads"
 
 
-# Programs that reach out
+# Programs that try to get out
 
 
-def test_a_fork_bomb_makes_no_process():
+def test_a_fork_bomb_starts_no_process():
     outcome = run("import os\nwhile True: os.fork()")
     assert outcome.verdict == "failed" and "PermissionError" in outcome.output
 
 
-def test_no_process_is_made_by_any_call(outside):
+def test_no_call_starts_a_process(outside):
     touch = ["touch", str(outside.parent / "made")]
     sources = [
         "os.fork()",
@@ -315,7 +315,7 @@ def test_no_process_is_made_by_any_call(outside):
     assert os.listdir(outside.parent) == ["file.txt"]
 
 
-def test_a_shell_in_the_programs_place_is_enclosed_as_well(outside):
+def test_a_shell_in_place_of_the_program_is_enclosed_too(outside):
     made = outside.parent / "made"
     assert run(f"import os\nos.execv('/bin/sh', ['sh', '-c', 'echo > {made}; cat {outside}'])").verdict == "failed"
     assert not made.exists()
@@ -323,7 +323,7 @@ def test_a_shell_in_the_programs_place_is_enclosed_as_well(outside):
     assert outcome.output.startswith("here\n") and "root" not in outcome.output
 
 
-def test_what_a_program_wrote_cannot_be_executed():
+def test_a_file_that_the_program_wrote_cannot_be_executed():
     program = "import os, shutil, sys\nshutil.copyfile('/bin/true', 'x')\nos.execv('x', ['x'])"
     outcome = run(program, file_bytes=1 << 24)
     assert outcome.verdict == "failed" and "PermissionError" in outcome.output
@@ -352,13 +352,13 @@ def signal_by_pipe(pid, command=fcntl.F_SETOWN):
             f"signal_by_pipe({pid})",
             f"signal_by_pipe({pid}, 15)",  # F_SETOWN_EX
         ]
-    # The first attempt that is not refused ends the program, so kill(-1) comes only when all others were.
+    # The first attempt that succeeds ends the program, so kill(-1) is reached only if all others are refused.
     stop = by_pipe + "\nprint = lambda *said: os._exit(os.write(1, repr(said).encode()))\n"
     assert run_attempts(*sources, "os.kill(0, 9)", "os.kill(-1, 9)", setup=stop) == ALL_REFUSED
     assert bystander.poll() is None
 
 
-def test_no_other_process_is_read_or_steered(bystander):
+def test_no_other_process_can_be_read_or_controlled(bystander):
     limits = resource_limits(bystander.pid)
     sources = []
     for pid in (bystander.pid, "os.getppid()"):
@@ -410,7 +410,7 @@ def test_files_outside_cannot_be_read(outside):
     assert run_attempts(*sources) == ALL_REFUSED
 
 
-def test_our_environment_is_not_seen(monkeypatch):
+def test_our_environment_variables_are_hidden(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", SECRET)
     monkeypatch.setenv("PYTHONSTARTUP", SECRET)
     monkeypatch.setenv("PYTHONPATH", SECRET)
@@ -452,8 +452,8 @@ def test_files_outside_cannot_be_changed(outside):
     )
 
 
-def test_what_can_be_read_cannot_be_changed():
-    # None of them would change anything if it were allowed: this is the Python that runs the tests.
+def test_readable_files_cannot_be_changed():
+    # None would change anything even if allowed, because these files belong to the Python that runs the tests.
     opened = "os.open(os.__file__, os.O_RDONLY)"
     sources = [
         f"os.fchmod({opened}, os.stat(os.__file__).st_mode)",
@@ -471,7 +471,7 @@ def test_the_folder_stays_flat():
     assert run_attempts(*sources, "os.mknod('x', 0o140600)") == ALL_REFUSED
 
 
-def test_no_connection_leaves(tmp_path):
+def test_no_connection_can_be_made(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
         with socket.socket(socket.AF_UNIX) as unix:
             udp.bind(("127.0.0.1", 0))
@@ -493,7 +493,7 @@ def test_no_connection_leaves(tmp_path):
 
 def test_every_call_of_the_table_is_refused():
     names = [name for name in sandbox.REFUSED if name not in sandbox.ALLOWED_IF and number(name) != -1]
-    # -1 everywhere is an error in itself, but another one
+    # -1 as every argument is an error too, but another one
     outcome = run(
         "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
         f"for number in {[number(name) for name in names]}:\n"
@@ -526,11 +526,11 @@ def test_the_program_dies_with_its_caller(temporary):
     caller.kill()
     caller.join()
     wait_for(lambda: not processes_in(temporary))
-    for folder in temporary.iterdir():  # nobody was left to remove it
+    for folder in temporary.iterdir():  # the caller that would remove it is dead
         shutil.rmtree(folder)
 
 
-# The caller's side
+# The caller
 
 
 def test_eight_threads_get_their_own_outcomes():
@@ -547,15 +547,15 @@ def test_eight_threads_get_their_own_outcomes():
 
 
 def test_nothing_leaks():
-    children = Path(f"/proc/self/task/{os.getpid()}/children")  # other tests' are there, too
+    children = Path(f"/proc/self/task/{os.getpid()}/children")  # including children of other tests
     before, born_before = os.listdir("/proc/self/fd"), children.read_text()
     for source in ["pass", "1 / 0", "while True: print()", "'\ud800'"] * 3:
         run(source)
     assert len(os.listdir("/proc/self/fd")) == len(before)
-    assert children.read_text() == born_before  # no child is left, not even a dead one
+    assert children.read_text() == born_before  # no child is left, not even a zombie
 
 
-def test_a_sandbox_that_cannot_be_set_up_is_no_verdict(refuses, monkeypatch):
+def test_a_sandbox_that_cannot_be_set_up_gives_no_verdict(refuses, monkeypatch):
     monkeypatch.setattr(sandbox, "SYSTEM", ["/usr/share"])
     monkeypatch.setattr(sys, "prefix", "/usr/share")
     monkeypatch.setattr(sys, "base_prefix", "/usr/share")

@@ -8,9 +8,8 @@ import sys
 import deepseek_reference
 import pytest
 import torch
-from helpers import GOLDEN, distance, golden_example, gradients_of_a_step, stretch
+from helpers import GOLDEN, distance, golden_example, gradients_of_a_step, random_rows, stretch, with_toy_tokenizer
 from safetensors.torch import load_file, save_file
-from test_train_nlg import random_rows
 
 import minibalora as mb
 from minibalora.checkpoints.families import read_config
@@ -20,7 +19,6 @@ from minibalora.models.mixture import Mixture, Router, balance, keep_router_outp
 from minibalora.objective import NLG_RECIPES
 from minibalora.run.hardware import checkpoint_blocks, compile_blocks
 from minibalora.run.plan import nlg_formula
-from minibalora.toy import MODEL
 
 import train_nlg  # isort: skip  # test_train_nlg has put it on the path
 
@@ -336,19 +334,8 @@ def run(monkeypatch, *arguments) -> int:
 def folders(tmp_path_factory):
     """Return a folder with tiny random mixtures that have the built-in LLaMA's tokenizer, and with data."""
     root = tmp_path_factory.mktemp("mixtures")
-    vocab = json.loads((MODEL / "config.json").read_text())["vocab_size"]
     for name in ("mixtral", "deepseek"):
-        (root / name).mkdir()
-        config = json.loads((GOLDEN / name / "config.json").read_text())
-        config |= {"vocab_size": vocab, "max_position_embeddings": 512}
-        tensors = load_file(GOLDEN / name / "model.safetensors")
-        for tensor in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensors[tensor] = 0.3 * torch.randn(vocab, 24, generator=torch.Generator().manual_seed(0))
-        save_file(tensors, root / name / "model.safetensors")
-        (root / name / "config.json").write_text(json.dumps(config))
-        for file in ("tokenizer.json", "tokenizer_config.json"):
-            if (MODEL / file).exists():
-                shutil.copy(MODEL / file, root / name)
+        with_toy_tokenizer(name, root / name)
     rows = [{"query": f"What is {i} + {i}?", "response": f"The answer is: {2 * i}"} for i in range(12)]
     (root / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

@@ -1,7 +1,6 @@
 """Tests of T5 against transformers' values in tests/golden/, and of packing, cache, files, tokenizer and scripts."""
 
 import json
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 import minibalora as mb
-from minibalora.base import cli
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.data.batches import Row, encode_examples, pack
@@ -322,7 +320,7 @@ def test_a_tokenizer_without_eos_at_the_end_is_refused(folder, tmp_path, refuses
 
 
 @pytest.fixture
-def run(folder, tmp_path, monkeypatch, capsys):
+def run(folder, tmp_path, monkeypatch, in_command):
     """Return run(main, *flags): it runs a program on the tiny model and returns its status, stdout and stderr."""
     problems = "\n".join(json.dumps(row) for row in clean_problems(12, seed=2))
     (tmp_path / "problems.jsonl").write_text(problems)
@@ -330,17 +328,7 @@ def run(folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "texts.jsonl").write_text("\n".join(texts))
     monkeypatch.chdir(tmp_path)
 
-    def program(main, *flags):
-        handler = signal.getsignal(signal.SIGTERM)
-        monkeypatch.setattr(sys, "argv", ["program", "--model", str(folder), *flags])
-        try:
-            with pytest.raises(SystemExit) as stopped:
-                cli.run_script(main)
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return stopped.value.code, *capsys.readouterr()
-
-    return program
+    return lambda main, *flags: in_command(main, "--model", folder, *flags)
 
 
 NLG = "--data problems.jsonl --max-steps 2 --batch-size 4 --micro-batch-size 2 --device cpu".split()

@@ -1,4 +1,4 @@
-"""A checkpoint that lacks a file is not mistaken for a run without one."""
+"""A checkpoint that lacks a file is told apart from a run without a checkpoint."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from minibalora.run.run_folder import check_features, check_out
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """The folder of a run that was stopped at step 1, after it had looked at the dev set."""
+    """The folder of a run that was stopped after step 1 and an evaluation on the dev set."""
     model = mb.adapt(nn.Sequential(nn.Linear(4, 3)), rank=2)
     optimizer = torch.optim.AdamW(trained_parameters(model).values())
     save_checkpoint(tmp_path, model, optimizer, 0)
@@ -56,12 +56,12 @@ def test_a_run_killed_within_its_first_checkpoint_starts_over(out):
     assert resumed_step(out, {}, 10) is None
 
 
-def test_a_lost_run_json_is_told_apart_from_a_folder_without_a_run(out, refuses):
+def test_a_lost_run_json_is_named(out, refuses):
     refuses(lambda: check_out(out, resume=True), out, "run.json missing", "put it back")
     refuses(lambda: check_out(out / "new", resume=True), "holds no run to resume")
 
 
-def test_features_in_a_folder_that_is_not_there_yet_need_a_name_that_fits(tmp_path, refuses):
+def test_the_name_of_features_in_a_new_folder_is_checked(tmp_path, refuses):
     check_features(tmp_path / "out" / "states.safetensors", tmp_path / "out", resume=False)
     refuses(
         lambda: check_features(tmp_path / "out" / ("x" * 253), tmp_path / "out", resume=False), "File name too long"

@@ -1,4 +1,4 @@
-"""The command lines of both scripts: what is filled in, and what can't be meant."""
+"""The command lines of both scripts: defaults and refused combinations."""
 
 import dataclasses
 from pathlib import Path
@@ -48,7 +48,7 @@ def test_micro_batches_are_whole_batches_unless_asked_for():
     assert nlu(*GLUE, "--batch-size", "6", "--micro-batch-size", "9").optimisation.micro_batch_size == 6
 
 
-def test_the_built_in_classifier_takes_what_any_task_takes():
+def test_the_built_in_classifier_has_the_flags_of_any_task():
     args = nlu("--label-noise", "0.2", "--imbalance", "10", "--teacher", "tuned", "--features", "f.safetensors")
     assert args.recorded["is_toy"] and args.source.task is None and args.source.data is None
     assert Path(args.source.model).is_absolute()
@@ -58,12 +58,12 @@ def test_the_built_in_classifier_takes_what_any_task_takes():
 
 
 @pytest.mark.parametrize("parse", [parse_nlg_flags, parse_nlu_flags])
-def test_plain_is_refused_where_nothing_is_lean(parse, refuses):
+def test_plain_is_refused_with_method_full(parse, refuses):
     refuses(lambda: parse([*CPU, "--method", "full", "--plain"]), "--plain", "--method full")
     assert parse([*CPU, "--plain"]).adaptation.is_plain and not parse(CPU).adaptation.is_plain
 
 
-def test_both_scripts_share_the_flags_that_are_common():
+def test_both_scripts_have_the_common_flags():
     only_nlg = {
         "prompt_field",
         "response_field",
@@ -100,7 +100,7 @@ def test_top_k_0_is_the_whole_vocabulary(top_k, expected):
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "pissa"])
-def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
+def test_the_teacher_is_set_only_for_terms_that_need_one(method):
     assert nlu(*GLUE, "--method", method).source.teacher is None
     if method != "full":
         flags = [*GLUE, "--method", method, "--non-target-kl", "1"]
@@ -152,7 +152,7 @@ def test_a_teacher_is_named_only_where_something_is_compared_with_it(method):
     ],
     ids=lambda value: " ".join(value),
 )
-def test_what_a_classification_can_not_mean_is_refused_in_one_line(flags, parts, refuses):
+def test_contradicting_flags_are_refused_in_one_line(flags, parts, refuses):
     refuses(lambda: nlu(*flags), *parts)
 
 

@@ -1,4 +1,4 @@
-"""That the memory said before a run is what its steps hold; and the command that says it by config.json alone."""
+"""The estimate of memory against the tensors that steps hold, and the command that prints it from config.json."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from minibalora.run import plan
 from minibalora.run.memory import held
 
 CONFIGS = Path(__file__).with_name("configs")
-# As published. Of encoders, which have no head of their own: BertModel, and the other two without a pooler.
+# Published numbers of parameters. Encoders are counted without a head: BertModel, and the others without a pooler.
 PUBLISHED = {
     "llama-2-7b": 6_738_415_616,
     "llama-2-13b": 13_015_864_320,
@@ -41,7 +41,7 @@ PUBLISHED = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """folder(name) -> a folder with that config.json and nothing else."""
+    """folder(name) -> a folder that has only the config.json of that model."""
 
     def make(name: str) -> Path:
         (tmp_path / name).mkdir()
@@ -84,7 +84,7 @@ def run(in_command):
         "toy pissa bfloat16 formulas",
     ],
 )
-def test_what_is_said_is_within_a_tenth_of_what_a_step_holds(case):
+def test_the_estimate_is_within_a_tenth_of_what_a_step_holds(case):
     shape, method, dtype, kind = case.split()
     predicted, measured = compare(
         shape, method, dtype, {"plain": "", "one": "one micro-batch", "formulas": "plain form"}.get(kind, kind), 96
@@ -92,25 +92,25 @@ def test_what_is_said_is_within_a_tenth_of_what_a_step_holds(case):
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-def test_live_bytes_counts_what_is_alive_at_once_and_views_as_nothing():
+def test_live_bytes_counts_tensors_that_live_at_once_and_no_views():
     kept = torch.zeros(10)
     with LiveBytes(kept) as live:
         view = kept[2:]
         for _ in range(3):
-            passing = view.repeat(5)  # 160 bytes; the next one is made while the last is there
+            passing = view.repeat(5)  # 160 bytes; the next one is made while the last one is alive
         del passing
     assert (live.peak, live.now) == (40 + 2 * 160, 40)
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 100_000}, {"num_local_experts": 100_000}])
-def test_numbers_that_no_model_has_are_refused_before_they_are_built(changes, tmp_path, monkeypatch, refuses):
+def test_too_many_layers_or_experts_are_refused_before_they_are_built(changes, tmp_path, monkeypatch, refuses):
     config = json.loads((CONFIGS / "mixtral-8x7b.json").read_text()) | changes
     (tmp_path / "config.json").write_text(json.dumps(config))
     monkeypatch.setattr(sys, "argv", ["plan", "--model", str(tmp_path)])
     refuses(plan.main, tmp_path, "layers", "experts")
 
 
-def test_four_bits_on_meta_are_as_many_bytes_as_four_bits():
+def test_an_empty_nf4_weight_has_the_shapes_of_a_real_one():
     layer = LowRankLinear.from_linear(nn.Linear(61, 37), rank=3)
     room = plan.room_in_four_bits(layer)
     quantize(layer)
@@ -118,7 +118,7 @@ def test_four_bits_on_meta_are_as_many_bytes_as_four_bits():
     assert shapes[0] == shapes[1] and layer.W.shape == room.shape
 
 
-def test_ranks_share_what_is_frozen_in_the_blocks_alone():
+def test_ranks_share_only_the_frozen_weights_of_blocks():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()
@@ -129,7 +129,7 @@ def test_ranks_share_what_is_frozen_in_the_blocks_alone():
     model = adapt(Model(), rank=2, init="lora")
     factors = sum(layer.A.nbytes + layer.B.nbytes for _, layer in adapted_layers(model))
     assert held(model) == 10 * 16 * 4 + 12 * 16 * 16 * 4 + factors
-    assert held(model, ranks=4) == 10 * 16 * 4 + (12 // 4 + 3) * 16 * 16 * 4 + factors  # 3: those gathered
+    assert held(model, ranks=4) == 10 * 16 * 4 + (12 // 4 + 3) * 16 * 16 * 4 + factors  # 3: gathered blocks
 
 
 # Published models.
@@ -151,7 +151,7 @@ def test_every_config_is_in_the_table():
 # The command.
 
 
-def test_the_command_says_what_llama_2_7b_takes(run, folder):
+def test_the_plan_of_llama_2_7b(run, folder):
     path = folder("llama-2-7b")
     status, out, error = run("--model", path)
     assert status == 0 and error == ""
@@ -189,7 +189,7 @@ def test_an_encoder_is_planned_as_train_nlu_trains_it(run, folder):
         (["--response-share", 1.5], ["--response-share", "share"]),
     ],
 )
-def test_what_does_not_fit_the_model_is_refused_in_a_line(run, folder, flags, words):
+def test_flags_that_do_not_fit_the_model_are_refused_in_one_line(run, folder, flags, words):
     status, out, error = run("--model", folder("llama-2-7b"), *flags)
     assert status == 2 and len(error.splitlines()) == 1 and all(word in error for word in words), error
 
@@ -200,7 +200,7 @@ def test_rows_beyond_learned_positions_are_refused(run, folder):
 
 
 @pytest.mark.parametrize("text", [None, "{", '{"model_type": "mamba"}', '{"model_type": "llama"}'])
-def test_a_config_that_can_not_be_read_is_refused_as_read_config_does(run, tmp_path, text):
+def test_an_unreadable_config_is_refused_with_the_message_of_read_config(run, tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
     with pytest.raises(InputError) as caught:

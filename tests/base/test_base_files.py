@@ -34,7 +34,7 @@ def place(tmp_path, monkeypatch) -> Path:
     ],
     ids=["a file", "in a file", "long", "long below", "link", "below a link", "proc"],
 )
-def test_a_folder_that_can_not_be_made_is_refused_with_the_reason_and_nothing_is_left(path, reason, place, refuses):
+def test_a_folder_that_can_not_be_made_is_refused_with_the_reason(path, reason, place, refuses):
     refuses(lambda: check_writable(Path(path), "--out"), f"--out {path}", reason)
     assert sorted(file.name for file in place.iterdir()) == ["file", "link"]
 
@@ -47,7 +47,7 @@ def test_a_folder_that_can_be_made_is_accepted_and_not_made(path, place):
 
 @pytest.mark.parametrize("path", [".", "file/plot.png", LONG, "x" * 253, "absent/plot.png", "/proc/plot.png"])
 def test_a_file_that_can_not_be_written_is_refused(path, place, refuses):
-    """253 characters fit, but not with the dot and .tmp of the temporary name."""
+    """A name of 253 characters is allowed, but its temporary name is longer."""
     refuses(lambda: check_file(Path(path), "--features"), f"--features {path}")
     check_file(Path("plot.png"), "--features")
     assert sorted(file.name for file in place.iterdir()) == ["file", "link"]
@@ -55,14 +55,14 @@ def test_a_file_that_can_not_be_written_is_refused(path, place, refuses):
 
 @pytest.fixture
 def small_files():
-    """No file may grow beyond 2 kB: as `ulimit -f`, which Python answers with an error and not with a signal."""
+    """Limit files to 2 kB, as `ulimit -f` does. Python ignores the signal, so writing raises an error."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_file_that_gets_too_large_leaves_the_last_one_whole(tmp_path, small_files):
+def test_a_file_that_grows_too_large_leaves_the_previous_one_whole(tmp_path, small_files):
     path = tmp_path / "state.safetensors"
     for numbers in (10, 1000):
         try:
@@ -73,7 +73,7 @@ def test_a_file_that_gets_too_large_leaves_the_last_one_whole(tmp_path, small_fi
     assert len(load_file(path)["A"]) == 10 and list(tmp_path.iterdir()) == [path]
 
 
-def test_a_log_that_gets_too_large_is_a_failed_write(tmp_path, small_files):
+def test_a_log_that_grows_too_large_is_a_failed_write(tmp_path, small_files):
     with pytest.raises(OSError) as caught, appending(tmp_path / "log.jsonl") as append:
         for step in range(100):
             append({"step": step, "text": "x" * 50})

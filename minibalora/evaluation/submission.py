@@ -1,0 +1,75 @@
+"""The files that GLUE's server takes: index and prediction of every row of a test file, see gluebenchmark.com."""
+
+import re
+from pathlib import Path
+
+from torch import Tensor
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import entered, replacing
+from minibalora.data.glue import Task
+
+# The test files of GLUE and Hugging Face -> the files that the server takes.
+SUBMISSIONS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "qnli": "QNLI"}
+SUBMISSIONS |= {"rte": "RTE", "wnli": "WNLI"}
+SUBMISSIONS = {name: {"test": file} for name, file in SUBMISSIONS.items()}
+SUBMISSIONS["mnli"] = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "diagnostic": "AX"}
+
+
+def check_task(task: Task | None, labels: list[str] | None) -> None:
+    """Check that a model with these labels (None: scores) is of a task of GLUE. Raises InputError if it is not."""
+    if task is None or task.name not in SUBMISSIONS:
+        raise InputError("--glue-submission: the model's run names no task of GLUE: name it with --task")
+    ours, expected = ("scores" if names is None else f"{len(names)} classes" for names in (labels, task.labels))
+    if ours != expected:
+        raise InputError(f"--glue-submission: the model has {ours}, but {task.name} has {expected}: "
+                         "give a model of that task")  # fmt: skip
+    if labels is not None:
+        class_names(labels, task)
+
+
+def write_submission(path: Path, indices: list, logits: Tensor, labels: list[str] | None, task: Task) -> str:
+    """Write the file of a task with the predictions of logits (N, D), and return a line on it.
+
+    Scores are clipped to the range of STS-B's gold scores, 0 to 5.
+    """
+    if labels is None:
+        scores = logits[:, 0].clamp(0, 5)
+        predictions = [f"{score:.3f}" for score in scores.tolist()]
+        clipped = f", {int((scores != logits[:, 0]).sum()):,} clipped to 0 to 5"
+    else:
+        names, clipped = class_names(labels, task), ""
+        predictions = [names[index] for index in logits.argmax(1).tolist()]
+    rows = [f"{index}\t{prediction}\n" for index, prediction in zip(indices, predictions, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text("".join(["index\tprediction\n", *rows]), encoding="utf-8")
+    return f"{path}: {len(rows):,} predictions{clipped}"
+
+
+def class_names(labels: list[str], task: Task) -> list[str]:
+    """Return the task's name for each of the model's classes; those that the task does not know are in its order."""
+    spellings = {_plain(str(name)): index for name, index in task.spellings.items()}
+    indices = [spellings.get(_plain(name), index) for index, name in enumerate(labels)]
+    if len(set(indices)) < len(indices):
+        raise InputError(f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}")
+    return [task.labels[index] for index in indices]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", "_", name.lower())
+
+
+def files_to_submit(data: Path, task: Task) -> list[tuple[Path, str]]:
+    """Return the task's test files in a folder, or the one file given, each with its name at GLUE's server."""
+    names = SUBMISSIONS[task.name]
+    if data.is_dir():
+        folder = entered(data)
+        folder = folder / task.name if (folder / task.name).is_dir() else folder
+        shards_of = {stem: folder / f"{stem}-*.parquet" for stem in names if any(folder.glob(f"{stem}-*.parquet"))}
+        files = [(shards_of.get(stem, folder / f"{stem}.tsv"), stem) for stem in names]
+        return [(path, names[stem]) for path, stem in files if stem != "diagnostic" or path.exists()]
+    stem = next((stem for stem in names if data.name.startswith(stem)), None) if len(names) > 1 else "test"
+    if stem is None:
+        raise InputError(f"{data}: the name of the file does not begin with {', '.join(names)}: rename it")
+    return [(data, names[stem])]
