@@ -91,6 +91,8 @@ def main() -> int:
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data))]
     data += [", ".join(f"{count:,} {what}" for what, count in left_out.items()), f"template {template}"]
+    if any(held_out.left_out.values()):
+        data.append(f"of {source.eval} " + ", ".join(f"{count:,} {what}" for what, count in held_out.left_out.items()))
     if not tok.eos_ids:
         data.append("no EOS: none of the model's files names one, so responses have no end, and none will be learned")
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)

@@ -11,15 +11,17 @@ from minibalora.base.files import read_json_object
 
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # leave the base as it is
 SUBTRACTED_INITS = ("pissa", "olora")  # train against W − s A₀B₀, where A₀ and B₀ follow from W alone
-# Keys that do not change what a trained adapter computes.
-HARMLESS = {"peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"}
-HARMLESS |= {"inference_mode", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config"}
-HARMLESS |= {"lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}  # matter in training only
-HARMLESS |= {"ensure_weight_tying"}  # an adapter that changes tied weights is refused in any case
+# Keys that do not change what a trained adapter computes. An adapter that changes tied weights is refused in any case.
+HARMLESS = set(
+    "peft_type peft_version task_type auto_mapping base_model_name_or_path revision inference_mode fan_in_fan_out "
+    "lora_dropout loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size runtime_config "
+    "ensure_weight_tying".split()
+)
 # PEFT's keys for features that are not implemented; each is harmless as long as it is off.
-FEATURES = {"alora_invocation_tokens", "arrow_config", "enable_lora", "kasa_config", "layer_replication", "lora_bias"}
-FEATURES |= {"megatron_config", "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora"}
-FEATURES |= {"use_dora", "use_qalora", "velora_config"}
+FEATURES = set(
+    "alora_invocation_tokens arrow_config bias enable_lora kasa_config layer_replication lora_bias megatron_config "
+    "monteclora_config target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config".split()
+)
 
 
 def _is_number(value: object) -> bool:
@@ -47,7 +49,7 @@ def _is_pattern(value: object, accepts: Callable[[object], bool]) -> bool:
 
 def _is_off(value: object) -> bool:
     """Whether a setting has the value of a feature that is not used."""
-    return not value or (isinstance(value, dict) and all(map(_is_off, value.values())))
+    return not value or value == "none" or (isinstance(value, dict) and all(map(_is_off, value.values())))
 
 
 CONFIG = {  # the keys that are read, and what their values must be
@@ -61,7 +63,6 @@ CONFIG = {  # the keys that are read, and what their values must be
     "rank_pattern": ("positive integers by name", lambda value: _is_pattern(value, _is_rank)),
     "alpha_pattern": ("numbers by name", lambda value: _is_pattern(value, _is_number)),
     "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
-    "bias": ('"none", the only form that is implemented', lambda value: value == "none"),
     "init_lora_weights": ("a name or true or false", lambda value: isinstance(value, bool | str)),
 }
 REQUIRED = ("r", "lora_alpha", "target_modules")

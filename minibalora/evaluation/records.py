@@ -7,9 +7,9 @@ verdict can be looked up.
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
@@ -150,6 +150,7 @@ class HeldOut:
     pretraining: list[Example]  # text like that of pre-training
     benchmark: Benchmark | None  # None: items with a final answer are asked as in training
     batch_size: int
+    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of the file, by the reason
 
 
 def read_held_out(
@@ -160,8 +161,8 @@ def read_held_out(
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
         return HeldOut(read_items(BENCHMARKS[benchmark], path, template), [], BENCHMARKS[benchmark], batch_size)
-    examples, _ = read_examples(path, *fields, template=template)
-    return HeldOut(as_items(examples), [], None, batch_size)
+    examples, left_out = read_examples(path, *fields, template=template)
+    return HeldOut(as_items(examples), [], None, batch_size, left_out)
 
 
 def measure(

@@ -1,4 +1,4 @@
-"""config.json and tensor names of BERT, RoBERTa and DeBERTa-v3."""
+"""config.json and tensor names of BERT, RoBERTa, XLM-RoBERTa and DeBERTa-v3."""
 
 from functools import partial
 
@@ -7,7 +7,7 @@ from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Nam
 from minibalora.models.encoder import EncoderClassifier, EncoderConfig
 
 PLAIN = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
-# The only form of DeBERTa that is here: v3's, which is v2's without the convolution.
+# The only implemented form of DeBERTa: v3, which is v2 without its convolution.
 DEBERTA_V3 = {
     "relative_attention": True,
     "position_biased_input": False,
@@ -20,11 +20,11 @@ DEBERTA_V3 = {
 
 
 def read_bert(fields: Fields, is_roberta: bool) -> EncoderConfig:
-    """BERT and RoBERTa."""
-    fields.refuse("is_decoder", "a decoder made of an encoder is")
+    """Read the config of BERT, RoBERTa or XLM-RoBERTa."""
+    fields.refuse("is_decoder", "a decoder with an encoder's blocks is")
     fields.expect(position_embedding_type="absolute")
     rows = fields.integer("max_position_embeddings")
-    # RoBERTa counts positions from the padding index + 1; the rows of its table below that are not used.
+    # RoBERTa counts positions from the padding index + 1 and does not use the rows of its table below that.
     padding = fields.raw["pad_token_id"] if is_roberta else -1
     if type(padding) is not int or not -1 <= padding < rows - 1:
         raise InputError(f"{fields.path}: pad_token_id is {padding!r}: it must be a position, below {rows - 1}")
@@ -47,21 +47,21 @@ def read_deberta(fields: Fields) -> EncoderConfig:
     for key in ("embedding_size", "pooler_hidden_size"):
         fields.expect(**{key: fields.raw.get(key) and settings["hidden_size"]})
     is_default = fields.raw.get("max_relative_positions", -1) == -1
-    furthest = fields.integer("max_position_embeddings" if is_default else "max_relative_positions")
+    largest = fields.integer("max_position_embeddings" if is_default else "max_relative_positions")
     buckets = fields.integer("position_buckets")
-    if not 1 <= buckets // 2 < furthest - 1:
-        raise InputError(f"{fields.path}: {buckets} position_buckets do not fit {furthest} positions: download again")
+    if not 1 <= buckets // 2 < largest - 1:
+        raise InputError(f"{fields.path}: {buckets} position_buckets do not fit {largest} positions: download it again")
     return EncoderConfig(
         **settings,
         pooler="gelu",
         position_buckets=buckets,
-        max_relative_positions=furthest,
+        max_relative_positions=largest,
         pooler_dropout=fields.dropout("pooler_dropout"),
     )
 
 
 def _encoder_settings(fields: Fields, classifier_dropout: str) -> dict:
-    """What all encoders have."""
+    """Return the settings that all encoders have."""
     check_heads(fields, fields.integer("hidden_size"), fields.integer("num_attention_heads"))
     hidden_dropout = fields.dropout("hidden_dropout_prob")
     return {
@@ -75,7 +75,7 @@ def _encoder_settings(fields: Fields, classifier_dropout: str) -> dict:
     }
 
 
-# What a config.json of each family may leave out, as that family's own code fills it in.
+# Keys that a family's config.json may leave out, with the values of the family's own code.
 BERT = {
     "hidden_act": "gelu",
     "hidden_dropout_prob": 0.1,
@@ -84,7 +84,7 @@ BERT = {
     "type_vocab_size": 2,
     "position_embedding_type": "absolute",
 }
-# What distinguishes a BERT whose config.json has no model_type.
+# Keys by which a BERT is recognised if its config.json has no model_type.
 BERT_KEYS = {"hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "type_vocab_size"}
 BERT_KEYS |= {"attention_probs_dropout_prob", "max_position_embeddings"}
 DEBERTA = {

@@ -29,13 +29,13 @@ def read_t5(fields: Fields) -> T5Config:
     fields.refuse("is_decoder", "a decoder without its encoder is")
     fields.expect(is_encoder_decoder=True)
     kind = fields.activation("feed_forward_proj", {"relu": "relu", "gated-gelu": "gated-gelu"})
-    buckets, furthest = map(fields.integer, ("relative_attention_num_buckets", "relative_attention_max_distance"))
-    if buckets < 4 or furthest <= buckets // 2:
-        raise InputError(f"{fields.path}: {buckets} buckets do not fit distances up to {furthest}: download it again")
+    buckets, largest = map(fields.integer, ("relative_attention_num_buckets", "relative_attention_max_distance"))
+    if buckets < 4 or largest <= buckets // 2:
+        raise InputError(f"{fields.path}: {buckets} buckets do not fit distances up to {largest}: download it again")
     vocabulary, start = fields.integer("vocab_size"), fields.integer("decoder_start_token_id", least=0)
     if start >= vocabulary:
         raise InputError(
-            f"{fields.path}: decoder_start_token_id is {start}, but vocab_size {vocabulary}: download again"
+            f"{fields.path}: decoder_start_token_id is {start}, but vocab_size {vocabulary}: download it again"
         )
     d, layers = fields.integer("d_model"), fields.integer("num_layers")
     return T5Config(
@@ -47,7 +47,7 @@ def read_t5(fields: Fields) -> T5Config:
         num_attention_heads=fields.integer("num_heads"),
         head_dim=fields.integer("d_kv"),
         relative_attention_num_buckets=buckets,
-        relative_attention_max_distance=furthest,
+        relative_attention_max_distance=largest,
         layer_norm_epsilon=fields.number("layer_norm_epsilon"),
         is_gated=kind == "gated-gelu",
         dropout_rate=fields.dropout("dropout_rate"),
