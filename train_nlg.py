@@ -14,8 +14,9 @@ import torch
 
 from minibalora.base import cli, distributed
 from minibalora.base.errors import InputError
-from minibalora.base.files import check_writable
+from minibalora.base.files import check_writable, recorded_settings
 from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.template import ALPACA, choose_template, save_template
 from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data import batches, files, prompts
 from minibalora.evaluation import records
@@ -46,12 +47,16 @@ def main() -> int:
     # Load: data, tokenizer, model.
     if source.data is None:
         examples = problems.examples_of(problems.clean_problems(source.max_rows, optimisation.seed))
-        left_out, held_out = {}, problems.held_out_problems(rows_at_once)
+        template, left_out, held_out = ALPACA, {}, problems.held_out_problems(rows_at_once)
     else:
+        is_chat = prompts.has_conversations(source.data)  # then the model's own template, if it has one
+        template = choose_template(source.template or (None if is_chat else "alpaca"), Path(source.model))
+        if output.resume:
+            template.resume(recorded_settings(out))
         fields = source.prompt_field, source.response_field, source.input_field
-        examples, left_out = prompts.read_examples(source.data, *fields, source.max_rows, source.raw)
-        held_out = records.read_held_out(source.eval, source.eval_task, fields, source.raw, rows_at_once)
-    tok, config = mb.load_tokenizer(source.model), read_config(Path(source.model))
+        examples, left_out = prompts.read_examples(source.data, *fields, source.max_rows, template)
+        held_out = records.read_held_out(source.eval, source.eval_task, fields, template, rows_at_once)
+    tok, config = mb.load_tokenizer(source.model, template.chat), read_config(Path(source.model))
     rows, truncated, dropped = batches.encode_examples(examples, tok, source.max_length)
     if not rows:
         raise InputError(f"--max-length {source.max_length} leaves no room for a response in any row: raise it")
@@ -61,7 +66,7 @@ def main() -> int:
     measured_rows, _, _ = batches.encode_examples(held_out.items, tok, sys.maxsize)
     batches.check_fits(measured_rows, source.eval, config, source.max_length, source.model)
     digests = {"data_digest": prompts.examples_digest(examples), "model_digest": weights_digest(source.model)}
-    recorded, steps = settings.recorded | digests, steps_of_run(optimisation, len(rows))
+    recorded, steps = settings.recorded | digests | template.settings, steps_of_run(optimisation, len(rows))
     resumed = distributed.on_main(checkpoint.resumed_step, out, recorded, steps) if output.resume else None
     cache = None
     if output.teacher_cache is not None:
@@ -85,7 +90,11 @@ def main() -> int:
     memory = expected_memory(model, hardware, amount, objective, *whole)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data))]
-    data.append(", ".join(f"{count:,} {what}" for what, count in left_out.items()))
+    data += [", ".join(f"{count:,} {what}" for what, count in left_out.items()), f"template {template}"]
+    if any(held_out.left_out.values()):
+        data.append(f"of {source.eval} " + ", ".join(f"{count:,} {what}" for what, count in held_out.left_out.items()))
+    if not tok.eos_ids:
+        data.append("no EOS: none of the model's files names one, so responses have no end, and none will be learned")
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
@@ -112,7 +121,7 @@ def main() -> int:
 
             for part, batch, teacher in zip(parts, packed, teachers, strict=True):
                 with run.autocast():
-                    student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
+                    student = batch.states(model)  # (M, d)
                     loss, terms = head.loss(student, teacher, batch.targets, objective, weights)
                     if objective.router_aux > 0:
                         terms["router_aux"] = load_balance(model)
@@ -127,6 +136,7 @@ def main() -> int:
     else:
         truncate_adapter(model, output.adapter_rank)
         distributed.on_main(mb.save_adapter, model, out)
+    distributed.on_main(save_template, template, out / "model" if is_full else out)
     status = run.say_end()
     if (held_out.items or held_out.pretraining) and not run.signal:
         after = distributed.on_main(measure, out / "eval-after.jsonl", checkpoint.trained_digest(model))

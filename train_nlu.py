@@ -67,8 +67,8 @@ def main() -> int:
     rows, cut = labelled.encode(examples, tok, source.max_length)
     unknown = labelled.unknown_share(rows, tok, source.data, source.model)
     eval_sets = [each.encoded(tok, source.max_length) for each in eval_sets]
-    for name, found in [(source.data, rows), *((each.name, each.rows) for each in eval_sets)]:
-        batches.check_fits(found, name, config, source.max_length, source.model)
+    for name, measured in [(source.data, rows), *((each.name, each.rows) for each in eval_sets)]:
+        batches.check_fits(measured, name, config, source.max_length, source.model)
     dev = eval_sets[0]
     recorded = settings.recorded | {
         "labels": list(task.labels or []),
@@ -139,10 +139,10 @@ def main() -> int:
                 unsure = float(entropy_share(asked, objective.temperature).mean())
             weights = lambdas(objective, step, steps, unsure)
             for part in parts:
-                known = None if teacher is None else teacher[[row.index for row in part.rows]].to(device)
+                asked = None if teacher is None else teacher[[row.index for row in part.rows]].to(device)
                 inputs, labels = labelled.padded(part.rows, model, device)
                 with run.autocast():
-                    loss, terms = nlu_loss(forward(*inputs), known, labels, objective, weights)
+                    loss, terms = nlu_loss(forward(*inputs), asked, labels, objective, weights)
                 (part.share * loss).backward()
                 run.note(part, loss, terms)
             run.update()

@@ -255,7 +255,7 @@ def test_the_script_itself_ends_with_status_2_and_one_line(place):
 
 def test_an_eval_task_needs_eval_and_its_own_kind_of_file(place, train):
     assert_refused(*train(*given("--eval-task", "gsm8k")), "--eval-task goes with --eval")
-    assert_refused(*train("--raw"), "--raw has no meaning")
+    assert_refused(*train("--raw"), "--template goes with --model and --data")
     (place / "eval.jsonl").write_text(json.dumps({"question": "q", "answer": "no final answer"}) + "\n")
     assert_refused(*train(*given("--eval", "eval.jsonl", "--eval-task", "gsm8k")), "eval.jsonl, line 1", "final answer")
     assert not (place / "runs").exists()

@@ -13,6 +13,7 @@ from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.merged import save_model
+from minibalora.checkpoints.template import copy_template
 from minibalora.checkpoints.weights import skeleton
 from minibalora.truncate import truncate
 
@@ -34,6 +35,7 @@ def main() -> int:
         else:
             bar = partial(progress.over, name="merge", unit="shard")
             save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)
+        copy_template(args.adapter, folder)
     print(f"saved to {args.out}")
     return 0
 

@@ -1,14 +1,19 @@
 """A checkpoint's own tokenizer, from its own file, adding the special tokens that it adds by itself."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import Sequence, TemplateProcessing
+from tokenizers import processors
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, refuse_pointer
+from minibalora.checkpoints.chat_template import ChatTemplate, special_tokens
 from minibalora.checkpoints.sentencepiece import read_sentencepiece
+
+CHUNK = 1000  # texts
 
 
 class Tokenizer:
@@ -17,12 +22,15 @@ class Tokenizer:
     That file alone decides, as in transformers 5, but for DeepSeek-MoE's like (see `_with_bos`): `add_bos_token` in
     tokenizer_config.json is the slow tokenizers'.
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
+    eos_ids: all tokens that end a text, of which eos_id is the one that a response is trained to end with.
     is_encoder_decoder: the model reads a prompt as a whole text, EOS included, and writes its response as another.
+    is_chat: prompts come from a chat template, which has written all special tokens: none is added.
     """
 
     def __init__(self, backend: Backend, settings: dict, where: Path, is_encoder_decoder: bool = False):
-        self.backend, self.is_encoder_decoder = backend, is_encoder_decoder
+        self.backend, self.is_encoder_decoder, self.is_chat = backend, is_encoder_decoder, False
         self.bos_id, self.eos_id = (self._special(settings, name, where) for name in ("bos_token", "eos_token"))
+        self.eos_ids = frozenset() if self.eos_id is None else frozenset([self.eos_id])
         pad_id = self._special(settings, "pad_token", where)
         self.pad_id = pad_id if pad_id is not None else self.eos_id or 0
 
@@ -60,8 +68,8 @@ class Tokenizer:
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
         """`encode` of each, on all cores, but without the EOS that some tokenizers add if the response is to follow."""
-        encoded = [encoding.ids for encoding in self.backend.encode_batch_fast(texts)]
-        if self.is_encoder_decoder:
+        encoded = [ids.ids for ids in self.backend.encode_batch_fast(texts, add_special_tokens=not self.is_chat)]
+        if self.is_encoder_decoder or self.is_chat:
             return encoded
         return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
 
@@ -69,10 +77,27 @@ class Tokenizer:
         """Ids of texts that continue a sequence: no special token."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def encode_spans(
+        self, texts: list[str], spans: list[Sequence[tuple[int, int]]]
+    ) -> Iterator[tuple[list[int], np.ndarray]]:
+        """The ids of each text that a chat template wrote, and which of them reach into one of its spans of characters.
+
+        Text and spans are in order; a token is in a span if a character of it is.
+        """
+        for first in range(0, len(texts), CHUNK):  # what says where a token stands takes 200 bytes a token
+            chunk = slice(first, first + CHUNK)
+            encoded = self.backend.encode_batch(texts[chunk], add_special_tokens=False)
+            for encoding, parts in zip(encoded, spans[chunk], strict=True):
+                starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+                inside = np.zeros(len(starts), dtype=bool)
+                for start, end in parts:
+                    inside |= (ends > start) & (starts < end)
+                yield encoding.ids, inside
+
     def decode_after(self, before: list[int], ids: list[int]) -> str:
         """The text that `ids` add to that of `before`. Decoded alone, they would lose a space in front, and the first
         line of a Python function its indentation: tokenizers that mark the start of a word drop it there."""
-        if before[-1:] == [self.eos_id]:
+        if before and before[-1] in self.eos_ids:
             return self.decode(ids)  # they are a text of their own
         context = before[-8:]  # enough for the last character to be whole
         return self.decode(context + ids)[len(self.decode(context)) :]
@@ -82,10 +107,12 @@ class Tokenizer:
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokenizer:
     """The tokenizer in the folder `path`, from tokenizer.json or DeBERTa's spm.model; InputError if missing or broken.
 
-    Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, or else of config.json.
+    Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, else of
+    special_tokens_map.json, generation_config.json or config.json. A text ends at any EOS that one of these names.
+    chat: prompts come from this template, and texts end at the end of its turns, too.
     """
     folder = Path(path)
     file, spm_file, settings_file, config_file = (
@@ -93,7 +120,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     )
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
-    settings = read_json_object(settings_file) if settings_file.exists() else {}
+    settings = (read_json_object(settings_file) if settings_file.exists() else {}) | special_tokens(folder)
     config = read_json_object(config_file) if config_file.exists() else {}
     if file.exists():
         backend = _with_bos(_read_tokenizer_json(file), settings)
@@ -104,14 +131,33 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{file}: no such file: download it, or make it with transformers, "
             'AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained("new folder")'
         )
-    for name in ("bos_token", "eos_token", "pad_token"):
-        token_id = config.get(f"{name}_id")
-        if name not in settings and type(token_id) is int and token_id >= 0:
-            settings[name] = backend.id_to_token(token_id)
+    generation_file = folder / "generation_config.json"
+    generation = read_json_object(generation_file) if generation_file.exists() else {}
+    for source, file_of_ids in ((generation, generation_file), (config, config_file)):
+        for name in ("bos_token", "eos_token", "pad_token"):
+            ids = _ids(source, f"{name}_id", file_of_ids)
+            # Qwen 2.5's config.json numbers a BOS that its tokenizer says it has not: null there is an answer.
+            if ids and (name not in settings or name == "eos_token" and _content(settings, name) is None):
+                settings[name] = backend.id_to_token(ids[0])
     tok = Tokenizer(backend, settings, settings_file, config.get("is_encoder_decoder") is True)
+    tok.eos_ids |= {*_ids(generation, "eos_token_id", generation_file), *_ids(config, "eos_token_id", config_file)}
+    if chat is not None:
+        if tok.is_encoder_decoder:
+            raise InputError(f"{folder}: a T5 takes no conversations: leave --template chat out")
+        tok.is_chat = True
+        tok.eos_ids |= {backend.token_to_id(chat.end_of_turn or "")} - {None}
     if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
         raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
     return tok
+
+
+def _ids(source: dict, name: str, file: Path) -> list[int]:
+    """The ids under a name in a configuration: one or a list, [] without it; InputError if it is something else."""
+    value = source.get(name)
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token_id) is int for token_id in ids):
+        raise InputError(f"{file}: {name} is {value!r}, no token's number and no list of them: download it again")
+    return [token_id for token_id in ids if token_id >= 0]  # some write -1 for none
 
 
 def _content(settings: dict, name: str) -> object:
@@ -127,9 +173,11 @@ def _with_bos(backend: Backend, settings: dict) -> Backend:
     bos_id = backend.token_to_id(bos) if isinstance(bos, str) else None
     is_asked = settings.get("tokenizer_class") == "LlamaTokenizerFast" and settings.get("add_bos_token") is True
     if is_asked and bos_id is not None and bos_id not in backend.encode("").ids:
-        before = TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)])
+        before = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, bos_id)]
+        )
         own = backend.post_processor
-        backend.post_processor = before if own is None else Sequence([own, before])
+        backend.post_processor = before if own is None else processors.Sequence([own, before])
     return backend
 
 

@@ -9,30 +9,44 @@ from torch import Tensor
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.models import LanguageModel
 
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example: ids = prompt with BOS, then response with EOS; ids[prompt_length:] is what is learned."""
+    """A tokenised example: ids = prompt with BOS, then response with EOS; ids[prompt_length:] is what is learned.
+
+    In a conversation of several replies, what stands between them is not: `learned` says of each of these ids whether
+    it is, the first and the last always. None: all of them.
+    """
 
     ids: np.ndarray
     prompt_length: int
     line: int
+    learned: np.ndarray | None = None
+
+    @property
+    def after_prompt(self) -> int:
+        """How many tokens there are from the first learned one on, but not a first of all, which nothing predicts."""
+        return len(self.ids) - max(self.prompt_length, 1)
 
     @property
     def predicted(self) -> int:
-        """How many of its last tokens are learned: the response, but not a first token, which nothing predicts."""
-        return len(self.ids) - max(self.prompt_length, 1)
+        """How many tokens are learned."""
+        return self.after_prompt if self.learned is None else int(self.learned.sum())
 
 
 def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
     """Tokenised rows, how many responses were cut to max_length tokens, and how many rows were dropped.
 
-    examples: of the class Example, or whatever has a prompt, a response and a line, too.
+    examples: of the class Example, or whatever has a prompt, a response and a line, too, and, all of them or none, the
+    text that a chat template wrote.
     Prompt and response are tokenised apart, so no token straddles the boundary and a prompt has the ids at training
     that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
     is dropped if its prompt leaves no room for one response token.
     """
+    if examples and examples[0].rendered is not None:
+        return encode_rendered(examples, tok, max_length)
     prompts = tok.encode_prompts([example.prompt for example in examples])
     responses = tok.encode_responses([example.response for example in examples])
     rows, truncated, dropped = [], 0, 0
@@ -46,10 +60,28 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
     return rows, truncated, dropped
 
 
+def encode_rendered(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
+    """As `encode_examples`, of examples whose text a chat template wrote. It is tokenised in one piece, as transformers
+    does, and a row ends with the last token that is learned."""
+    rows, truncated, dropped = [], 0, 0
+    encoded = tok.encode_spans([example.rendered for example in examples], [example.learned for example in examples])
+    for example, (ids, inside) in zip(examples, encoded, strict=True):
+        inside[:1] = False  # nothing predicts it
+        places = np.flatnonzero(inside[:max_length])
+        if len(places) == 0:
+            dropped += 1
+            continue
+        truncated += bool(inside[max_length:].any())
+        first, end = int(places[0]), int(places[-1]) + 1
+        learned = None if len(places) == end - first else inside[first:end]
+        rows.append(Row(np.array(ids[:end], dtype=np.int32), first, example.line, learned))
+    return rows, truncated, dropped
+
+
 def in_words(rows: list[Row], source: str | None) -> str:
     """How many rows and tokens there are, and how many of the tokens are learned."""
     tokens = sum(len(row.ids) for row in rows)
-    learned = tokens - sum(row.prompt_length for row in rows)
+    learned = sum(row.predicted for row in rows)
     return f"{source or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned"
 
 
@@ -84,9 +116,15 @@ class Packed:
 
     input_ids: Tensor  # (shared + Σ lengths,)
     lengths: list[int]
-    wanted: list[int]  # how many of each row's last tokens predict a response token
+    wanted: list[int]  # how many of each row's last tokens there are from the one that predicts the first learned on
     shared: int  # first tokens, the same in every row: of Alpaca's prompt a third
-    targets: Tensor  # (Σ wanted,) those response tokens
+    targets: Tensor  # (M,) the learned tokens
+    learned: Tensor | None = None  # (M,) which of these Σ wanted tokens predict a learned one; None: all
+
+    def states(self, model: LanguageModel) -> Tensor:
+        """The model's final hidden states (M, d) that predict the targets."""
+        states = model.packed(self.input_ids, self.lengths, self.wanted, self.shared)
+        return states if self.learned is None else states[self.learned]
 
 
 def pack(rows: list[Row], device: torch.device | str) -> Packed:
@@ -95,10 +133,15 @@ def pack(rows: list[Row], device: torch.device | str) -> Packed:
     Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
     """
     shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
-    own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.predicted :] for row in rows]
-    packed = (np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets))
-    input_ids, targets = (to_device(torch.from_numpy(ids), device) for ids in packed)
-    return Packed(input_ids, [len(ids) for ids in own], [row.predicted for row in rows], shared, targets)
+    own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.after_prompt :] for row in rows]
+    parts = [np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets)]
+    if any(row.learned is not None for row in rows):
+        masks = [np.ones(row.after_prompt, bool) if row.learned is None else row.learned for row in rows]
+        parts.append(np.flatnonzero(np.concatenate(masks)))
+        parts[1] = parts[1][parts[2]]
+    input_ids, targets, *learned = (to_device(torch.from_numpy(part), device) for part in parts)
+    wanted = [row.after_prompt for row in rows]
+    return Packed(input_ids, [len(ids) for ids in own], wanted, shared, targets, *learned)
 
 
 def common_start(texts: list[np.ndarray]) -> int:

@@ -51,6 +51,8 @@ def read_pair(
             f"{where}: has fields {present}, none of {pairs}: rename yours, or name them to train_nlg.py "
             "with --prompt-field, --response-field"
         )
+    if row.get("history"):
+        raise InputError(f"{where}: has earlier turns in 'history': write the row as a conversation in 'messages'")
     names = INPUTS if input_field is None else (input_field,) if input_field else ()
     system, inputs = (
         [field_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]

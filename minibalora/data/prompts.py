@@ -8,8 +8,19 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
+from minibalora.checkpoints.template import ALPACA, Template
+from minibalora.data.chat import (
+    Conversation,
+    conversation_key,
+    conversation_of,
+    pair_of,
+    read_conversation,
+    render,
+    render_prompt,
+    with_ending,
+)
 from minibalora.data.files import read_rows
-from minibalora.data.pairs import field_text, pair_fields, read_pair
+from minibalora.data.pairs import pair_fields, read_pair
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -23,9 +34,7 @@ PROMPT_WITH_INPUT = (
     "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:"
 )
 
-CONVERSATIONS = ("conversations", "messages")  # first user turn, first reply; ShareGPT's and OpenAI's spelling
-
-USER_ROLES, REPLY_ROLES = ("user", "human"), ("assistant", "gpt", "chatgpt", "bing", "bard")
+NO_REPLY, EMPTY = "conversations without a reply", "empty responses"
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,10 @@ class Example:
     response: str
     kind: str  # the row's "type", or ""
     line: int  # its line or row, from 1, counted on through the files of a set
+    # What the model's chat template wrote, and the parts of it (start, end) that are learned; None: no chat template.
+    rendered: str | None = None
+    learned: tuple[tuple[int, int], ...] | None = None
+    notes: tuple[str, ...] = ()  # what is left out of the row, a note each
 
 
 def read_examples(
@@ -42,26 +55,30 @@ def read_examples(
     response_field: str | None = None,
     input_field: str | None = None,
     limit: int | None = None,
-    raw: bool = False,
+    template: Template = ALPACA,
 ) -> tuple[list[Example], Counter[str]]:
     """Read the first `limit` rows of a data file, or of a set of files (see `files.shards`).
 
-    Returns the examples, and how many rows were left out for each reason: published collections have conversations in
+    Returns the examples, and how much was left out for each reason: published collections have conversations in
     which no user is answered, and empty responses, which would teach to answer nothing. Raises InputError, which names
     the line, at the first row that is not understood.
     """
-    examples, left_out = [], Counter({"conversations without a reply": 0, "empty responses": 0})
+    examples, left_out = [], Counter({NO_REPLY: 0, EMPTY: 0})
     for line, where, row in islice(read_rows(path), limit):
-        example = example_from(row, line, where, prompt_field, response_field, input_field, raw)
-        if example is None:
-            left_out["conversations without a reply"] += 1
-        elif not example.response.strip():
-            left_out["empty responses"] += 1
+        example = example_from(row, line, where, prompt_field, response_field, input_field, template)
+        if example is None or not (example.response.strip() or example.rendered):
+            left_out[NO_REPLY if example is None else EMPTY] += 1
         else:
             examples.append(example)
+            left_out.update(example.notes)
     if not examples:
         raise InputError(f"{path}: has no rows with a response: give a data file with prompts and responses")
     return examples, left_out
+
+
+def has_conversations(path: str | Path) -> bool:
+    """Return whether the first row of a data file is a conversation."""
+    return any(conversation_key(row) is not None for _, _, row in islice(read_rows(path), 1))
 
 
 def example_from(
@@ -71,51 +88,75 @@ def example_from(
     prompt_field: str | None = None,
     response_field: str | None = None,
     input_field: str | None = None,
-    raw: bool = False,
+    template: Template = ALPACA,
 ) -> Example | None:
     """Return a row as an example, its prompt template filled in; None for a conversation in which no user is answered.
 
-    input_field: the text that the prompt is about; None: the fields INPUTS; "": none. raw: without a template, the
-    prompt is what the row asks, and its input on a line below. Raises InputError, which begins with `where`, if the
-    fields are not understood.
+    input_field: the text that the prompt is about; None: the fields INPUTS; "": none. Raises InputError, which begins
+    with `where`, if the fields are not understood or the model's chat template fails on them.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
-    has_pair = pair_fields(row) is not None
-    key = next((key for key in CONVERSATIONS if row.get(key) is not None and (row[key] or not has_pair)), None)
-    if key is not None and not (prompt_field or response_field):
-        turns = _first_turns(row[key], f"{where}: {key}")
-        if turns is None:
+    kind = row.get("type") if isinstance(row.get("type"), str) else ""
+    key, conversation, context, notes = conversation_key(row), None, "", ()
+    if key is not None and not (prompt_field or response_field) and (row[key] or pair_fields(row) is None):
+        conversation = read_conversation(row, where)
+        if conversation is None:
             return None
-        question, context, response = field_text(turns, "user", where), "", field_text(turns, "reply", where)
     else:
         question, context, response = read_pair(row, where, prompt_field, response_field, input_field)
-    if raw:
-        prompt = f"{question}\n{context}" if context else question
-    else:
-        prompt = (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context)
-    kind = row.get("type")
-    return Example(prompt, response, kind if isinstance(kind, str) else "", line)
+        if template.chat is not None and not response.strip():
+            return Example("", response, kind, line)  # nothing to learn
+    if template.chat is not None:
+        conversation = conversation or conversation_of(_with_context(question, context), response)
+        result = render(with_ending(conversation, template.ending), template.chat, where)
+        response = conversation.messages[-1].get("content", "")
+        return Example(result.prompt, response, kind, line, result.text, result.learned, result.notes)
+    if conversation is not None:
+        question, response, notes = pair_of(conversation, where, template.name)
+    return Example(_fill(template, question, context), response, kind, line, notes=notes)
 
 
-def _first_turns(turns: object, where: str) -> dict | None:
-    """The first user turn and the reply that follows it; None if there is no such pair."""
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{where} is no list of turns, each an object with role and content: mend the row")
-    found = {}
-    for turn in turns:
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role in USER_ROLES and not found:
-            found["user"] = content
-        if role in REPLY_ROLES and found:
-            return found | {"reply": content}
-    return None
+def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
+    """Return the whole prompt of a row that has no response yet: a conversation, or a question in the field.
+
+    Raises InputError, which begins with `where`, as `example_from` does.
+    """
+    if conversation_key(row):
+        conversation = read_conversation(row, where, asks=True)
+        return ask(template, conversation.messages, where, conversation.tools)
+    question, context, _ = read_pair(row, where, field, field)
+    if template.chat is not None:
+        return ask(template, [{"role": "user", "content": _with_context(question, context)}], where)
+    return _fill(template, question, context)
+
+
+def ask(template: Template, messages: list[dict], where: str, tools: list | None = None) -> str:
+    """Return messages, of which the last is to be answered, as the whole prompt.
+
+    Raises InputError, which begins with `where`, if the template has no room for the messages, or fails on them.
+    """
+    conversation = Conversation(messages, [], tools)
+    if template.chat is not None:
+        return render_prompt(conversation, template.chat, where)
+    return _fill(template, pair_of(conversation, where, template.name)[0])
+
+
+def _fill(template: Template, question: str, context: str = "") -> str:
+    """Return Alpaca's prompt, or the raw one: the question, and what it is about on a line below."""
+    if template.name == "raw":
+        return _with_context(question, context) + template.ending
+    return (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context) + template.ending
+
+
+def _with_context(question: str, context: str) -> str:
+    return f"{question}\n{context}" if context else question
 
 
 def examples_digest(examples: list) -> str:
     """SHA-256, in hex, of what is learned from `Example`s and the like: where they stand and their kind don't count."""
-    digest = hashlib.sha256()
+    digest, aside = hashlib.sha256(), {"line", "kind", "notes"}
     for example in examples:
-        learned = {name: value for name, value in vars(example).items() if name not in ("line", "kind")}
+        learned = {name: value for name, value in vars(example).items() if value is not None and name not in aside}
         digest.update(json.dumps(learned).encode())
     return digest.hexdigest()

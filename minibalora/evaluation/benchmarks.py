@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
+from minibalora.checkpoints.template import ALPACA, RAW, Template
 from minibalora.data.files import read_rows
-from minibalora.data.prompts import PROMPT, Example, example_from
+from minibalora.data.prompts import Example, ask, example_from
 from minibalora.evaluation.answers import final_answer, number, same_answer, same_number
 from minibalora.evaluation.decoding import before_stop
 from minibalora.evaluation.programs import END_MARKS, code_of, defined_names, program_of, without_thoughts
@@ -35,6 +36,8 @@ class Item:
     prompt: str  # the whole prompt, template included
     response: str  # the file's own solution
     kind: str = ""  # the row's "type"
+    rendered: str | None = None  # see `Example`
+    learned: tuple[tuple[int, int], ...] | None = None
     before: str = ""
     after: str = ""
     defines: tuple[str, ...] = ()  # what the tests call
@@ -47,7 +50,7 @@ Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 @dataclass(frozen=True)
 class Benchmark:
     name: str
-    item: Callable[[object, int, str, bool], Item | None]  # (row, line, position in the file, raw); None: left out
+    item: Callable[[object, int, str, Template], Item | None]  # (row, line, where, template); None: left out
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -55,14 +58,16 @@ class Benchmark:
     runs_code: bool = False
 
 
-def read_items(benchmark: Benchmark, path: str | Path, raw: bool = False, limit: int | None = None) -> list[Item]:
+def read_items(
+    benchmark: Benchmark, path: str | Path, template: Template = ALPACA, limit: int | None = None
+) -> list[Item]:
     """Read the first `limit` problems of a benchmark's file.
 
-    raw: ask in the prompt published for base models. Raises InputError for a line that is not of this benchmark, and
-    for the second of two problems with one name.
+    template: raw asks for programs in the prompts published for base models. Raises InputError for a line that is not
+    of this benchmark, and for the second of two problems with one name.
     """
     rows = islice(read_rows(path), limit)
-    items = [benchmark.item(row, line, where, raw) for line, where, row in rows]
+    items = [benchmark.item(row, line, where, template) for line, where, row in rows]
     items = [item for item in items if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {benchmark.name}")
@@ -76,35 +81,35 @@ def read_items(benchmark: Benchmark, path: str | Path, raw: bool = False, limit:
 
 def as_items(examples: list[Example]) -> list[Item]:
     """Return the examples as problems, asked in the prompts of training."""
-    return [Item(str(e.line), e.line, e.prompt, e.response, e.kind) for e in examples]
+    return [Item(str(e.line), e.line, e.prompt, e.response, e.kind, e.rendered, e.learned) for e in examples]
 
 
-def _math_item(row: object, line: int, where: str, raw: bool, ending: str = THINK) -> Item | None:
-    example = example_from(row, line, where)
+def _math_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item | None:
+    example = example_from(row, line, where, template=replace(template, ending=ending))
     if example is None:
         return None
     if final_answer(example.response) is None:
         raise InputError(f"{where}: its solution has no final answer: is it for another --task?")
-    return replace(*as_items([example]), prompt=example.prompt + ending)
+    return as_items([example])[0]
 
 
-def _gsm8k_item(row: object, line: int, where: str, raw: bool, ending: str = THINK) -> Item | None:
-    item = _math_item(row, line, where, raw, ending)
+def _gsm8k_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item | None:
+    item = _math_item(row, line, where, template, ending)
     if item is not None and number(answer := final_answer(item.response)) is None:
         raise InputError(f"{where}: its answer {answer!r} is not a number: is it for --task math?")
     return item
 
 
-def _human_eval_item(row: object, line: int, where: str, raw: bool) -> Item:
+def _human_eval_item(row: object, line: int, where: str, template: Template) -> Item:
     """HumanEval and HumanEval+, whose columns are the same."""
     task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
     request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
-    asked = prompt if raw else PROMPT.format(instruction=request)
+    asked = prompt if template == RAW else ask(template, [{"role": "user", "content": request}], where)
     after = f"\n{test}\ncheck({entry_point})\n"
     return Item(task_id, line, asked, solution, before=prompt, after=after, defines=(entry_point,))
 
 
-def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
+def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
     """All published forms: mbpp.jsonl; the sanitized one, with a `prompt` and imports; MBPP+, with more tests."""
     text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
     tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
@@ -113,7 +118,7 @@ def _mbpp_item(row: object, line: int, where: str, raw: bool) -> Item:
     (more_tests,) = _texts(row, ("test",), where) if row.get("test") is not None else ("",)
     listed = "\n".join(tests)
     asked = MBPP_PROMPT.format(text=text) + listed
-    asked = f"{asked}\n[BEGIN]\n" if raw else PROMPT.format(instruction=asked)
+    asked = f"{asked}\n[BEGIN]\n" if template == RAW else ask(template, [{"role": "user", "content": asked}], where)
     before = "".join(f"{text}\n" for text in imports)
     after = f"\n{row.get('test_setup_code') or ''}\n{listed}\n{more_tests}\n"
     called = tuple(sorted(name for name in defined_names(code) if re.search(rf"\b{name}\b", listed)))

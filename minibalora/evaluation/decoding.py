@@ -28,7 +28,7 @@ class Decoding:
     top_p: float = 1.0  # draw from the smallest set of tokens with at least this probability (arXiv 1904.09751)
     stop: tuple[str, ...] = ()  # a text ends before the first of these
     seed: int = 42
-    eos_id: int | None = None  # a text ends before this token; None: the tokenizer's
+    eos_ids: frozenset[int] | None = None  # a text ends before any of these tokens; None: the tokenizer's
 
 
 def generate(
@@ -59,7 +59,7 @@ def generate_each(
     """
     encoded = encode_prompts(model, tok, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
-    decoding = replace(decoding, eos_id=tok.eos_id if decoding.eos_id is None else decoding.eos_id)
+    decoding = replace(decoding, eos_ids=tok.eos_ids if decoding.eos_ids is None else decoding.eos_ids)
     start, total = time.perf_counter(), 0
     with Progress(desc, len(prompts), "prompt") as bar:
 
@@ -75,7 +75,8 @@ def generate_each(
             batch_keys = batch if keys is None else [keys[index] for index in batch]
             rows = generate_ids(model, chosen, decoding, batch_keys, watches, progress)
             for index, prompt, ids in zip(batch, chosen, rows, strict=True):
-                yield index, before_stop(tok.decode_after(prompt, ids), decoding.stop)
+                before = [] if tok.is_chat else prompt  # in a chat an answer is a text of its own
+                yield index, before_stop(tok.decode_after(before, ids), decoding.stop)
 
 
 def encode_prompts(
@@ -111,6 +112,7 @@ def generate_ids(
     room = [min(decoding.max_new_tokens, context - length) for length in lengths]
     rngs = [np.random.default_rng([decoding.seed, key]) for key in (range(len(lengths)) if keys is None else keys)]
     rows: list[list[int]] = [[] for _ in lengths]
+    ends = decoding.eos_ids or ()
     running = range(len(rows))
     with evaluating(model):
         cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
@@ -118,7 +120,7 @@ def generate_ids(
             tokens = next_tokens(model.head(state), decoding, rngs)
             ids, going_on = tokens.tolist(), []
             for row in running:
-                if ids[row] == decoding.eos_id:
+                if ids[row] in ends:
                     continue
                 rows[row].append(ids[row])
                 if len(rows[row]) < room[row] and not (watches and watches[row].has_stopped(rows[row])):

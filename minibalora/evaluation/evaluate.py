@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,12 +11,20 @@ from pathlib import Path
 from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import write_json
+from minibalora.checkpoints.template import (
+    ALPACA,
+    RAW,
+    Template,
+    add_template_flags,
+    choose_template,
+    trained_template,
+)
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.files import read_rows, shards
 from minibalora.evaluation import mt_bench, perplexity, records
 from minibalora.evaluation.benchmarks import BENCHMARKS, NEXT, PROTOCOLS, Benchmark, Item, as_generated, read_items
 from minibalora.evaluation.decoding import Decoding, encode_prompts
-from minibalora.evaluation.generate import add_decoding_flags, add_model_flags, load, parse
+from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
@@ -31,19 +40,25 @@ def main() -> int:
     if benchmark is not None and benchmark.runs_code:
         check_sandbox()
     digests = source_digests(args.gold, args.completions, args.model, args.adapter)
-    settings = plain_settings(vars(args)) | {"data_digest": file_digest(*shards(args.data)), **digests}
+    asks_nothing = args.task == "text" or args.gold or args.completions
+    name = "alpaca" if asks_nothing else args.template or trained_template(args.model, args.adapter)
+    template = choose_template(name, args.model, args.adapter)
+    settings = plain_settings(vars(args)) | {"template": template.name}
+    settings |= {"data_digest": file_digest(*shards(args.data)), **digests}
     is_new = not os.path.exists(args.out / "run.json")
     if is_new:
         check_out(args.out, resume=False)
     else:
         check_settings(args.out, settings, MAY_CHANGE)
     start = partial(start_run, args.out, settings) if is_new else lambda: None  # once the input is known to be good
+    if args.template is None and template != ALPACA:
+        print(f"template: {template}", file=sys.stderr)
     if args.task == "text":
         summary, words = measure_text(args, start)
     elif args.task == "mt-bench":
-        summary, words = measure_mt_bench(args, start)
+        summary, words = measure_mt_bench(args, template, start)
     else:
-        summary, words = measure_benchmark(args, benchmark, start)
+        summary, words = measure_benchmark(args, benchmark, template, start)
     write_json(args.out / "summary.json", {"task": args.task} | summary)
     print(f"{args.task}: {words}")
     return 0
@@ -57,8 +72,10 @@ def measure_text(args: argparse.Namespace, start: Callable[[], None]) -> tuple[d
     return summary, perplexity.in_words(summary)
 
 
-def measure_benchmark(args: argparse.Namespace, benchmark: Benchmark, start: Callable[[], None]) -> tuple[dict, str]:
-    items = read_items(benchmark, args.data, args.raw, args.max_rows)
+def measure_benchmark(
+    args: argparse.Namespace, benchmark: Benchmark, template: Template, start: Callable[[], None]
+) -> tuple[dict, str]:
+    items = read_items(benchmark, args.data, template, args.max_rows)
     if args.gold:
         complete = records.by_list([item.response for item in items])
     elif args.completions is not None:
@@ -68,10 +85,10 @@ def measure_benchmark(args: argparse.Namespace, benchmark: Benchmark, start: Cal
         print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
         complete = records.by_list(ended)
     else:
-        model, tok = load(args.model, args.adapter, args.dtype, args.device)
+        model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
         names = [f"{args.data}, line {item.line}: the prompt" for item in items]
         encode_prompts(model, tok, [item.prompt for item in items], names)  # refuses prompts that are too long
-        stop = benchmark.stop + (benchmark.raw_stop if args.raw else ())
+        stop = benchmark.stop + (benchmark.raw_stop if template == RAW else ())
         decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, stop, args.seed)
         complete = records.by_model(model, tok, decoding, args.batch_size, args.task)
     start()
@@ -81,29 +98,30 @@ def measure_benchmark(args: argparse.Namespace, benchmark: Benchmark, start: Cal
     return summary, records.in_words(summary)
 
 
-def measure_mt_bench(args: argparse.Namespace, start: Callable[[], None]) -> tuple[dict, str]:
+def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callable[[], None]) -> tuple[dict, str]:
     questions = mt_bench.read_questions(args.data, args.max_rows)
+    references = mt_bench.read_references(args.references)
     if args.judge is not None:  # check the judge's files before hours of answers
-        references = mt_bench.read_references(args.references)
         blank = [{"choices": [{"turns": [""] * len(question.turns)}]} for question in questions]
         mt_bench.matches_of(questions, blank, args.judge_prompts, references)
-        judge_digest = weights_digest(args.judge)
-    model, tok = load(args.model, args.adapter, args.dtype, args.device)
-    mt_bench.check_first_turns(questions, mt_bench.alpaca_prompt, model, tok)
+        judge_digest, judge_template = weights_digest(args.judge), choose_template(None, args.judge)
+    model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
+    ask = partial(mt_bench.prompt_of, template)
+    mt_bench.check_first_turns(questions, ask, model, tok)
     start()
     names = [folder.resolve().name for folder in (args.model, args.adapter) if folder is not None]
     file = new_file(args.out / "model_answer" / f"{'-'.join(names)}.jsonl")
-    decoding = Decoding(args.max_new_tokens, seed=args.seed, stop=NEXT)
-    ask = mt_bench.alpaca_prompt
+    decoding = Decoding(args.max_new_tokens, seed=args.seed, stop=() if template.chat else NEXT)
     answers = mt_bench.answer_questions(questions, ask, model, tok, decoding, args.batch_size, file)
     judgments = []
     if args.judge is not None:
         del model  # so that the judge has its memory
-        judge, tok = load(args.judge, None, args.dtype, args.device)
+        judge, tok = load(args.judge, None, args.dtype, args.device, judge_template.chat)
         matches = mt_bench.matches_of(questions, answers, args.judge_prompts, references)
-        judge_names = {"model": file.stem, "judge": args.judge.resolve().name, "judge_digest": judge_digest}
-        path = new_file(args.out / "model_judgment" / f"{judge_names['judge']}_single.jsonl")
-        judgments = mt_bench.grade(matches, mt_bench.alpaca_prompt, judge, tok, args.batch_size, path, judge_names)
+        names = {"model": file.stem, "judge": args.judge.resolve().name, "judge_digest": judge_digest}
+        path = new_file(args.out / "model_judgment" / f"{names['judge']}_single.jsonl")
+        ask = partial(mt_bench.prompt_of, judge_template)
+        judgments = mt_bench.grade(matches, ask, judge, tok, args.batch_size, path, names)
     summary = mt_bench.summarize(questions, answers, judgments)
     return summary, mt_bench.in_words(summary, file)
 
@@ -137,10 +155,10 @@ def parse_flags() -> argparse.Namespace:
         "model's maximum)")  # fmt: skip
     add("--protocol", choices=tuple(PROTOCOLS), help="gsm8k: steps ends the prompt with \"Let's think step by step.\"; "
         "exact compares numbers exactly, rounded as BA-LoRA's published scripts do (default: steps-exact)")  # fmt: skip
-    add("--raw", action="store_true", help="humaneval, mbpp: the prompt published for base models, without a template")
     add("--gold", action="store_true", help="judge the file's own solutions, without a model: all should be right")
     add("--completions", metavar="FILE", type=cli.path, help="judge the completions in this JSON Lines file, without "
         "a model; rows have completion and, unless they are in the data's order, task_id")  # fmt: skip
+    add_template_flags(parser.add_argument_group("template"), f"{DEFAULT}; raw: humaneval's and mbpp's as published")
     add_decoding_flags(parser)
     add = parser.add_argument_group("samples and programs").add_argument
     add("--samples", type=cli.positive_int, metavar="N", help="answers per problem (default: 1)")
@@ -183,15 +201,15 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
     judging = {"judge", "judge_prompts", "references"}
     unused = {"max_length"} if is_benchmark else {"samples", "k", "gold", "completions"}
-    unused |= {"text": decoding, "mt-bench": {"max_length", "temperature", "top_p"}}.get(task, set())
+    unused |= {"text": {"template", *decoding}, "mt-bench": {"max_length", "temperature", "top_p"}}.get(task, set())
     unused |= set() if task == "mt-bench" else judging
-    unused |= set() if runs_code else {"raw", "allow_code_execution", "timeout"}
+    unused |= set() if runs_code else {"allow_code_execution", "timeout"}
     if given & judging and not given >= {"judge", "judge_prompts"} and task == "mt-bench":
         raise InputError("--judge and --judge-prompts belong together: give both, or neither")
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
     if "gold" in given or "completions" in given:
-        unused, where = unused | decoding | {"adapter", "raw"}, "--gold" if "gold" in given else "--completions"
+        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in given else "--completions"
     if "gold" in given:
         unused |= {"samples", "k", "protocol"}  # solutions end in "####", which the rounded protocols do not read
     for name in sorted(unused & given):

@@ -13,23 +13,32 @@ from minibalora.base import cli, progress
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
 from minibalora.checkpoints.adapters import load_adapter
+from minibalora.checkpoints.chat_template import ChatTemplate
+from minibalora.checkpoints.template import ALPACA, Template, add_template_flags, choose_template, trained_template
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
+from minibalora.data.chat import conversation_key
 from minibalora.data.files import opened, read_rows
 from minibalora.data.pairs import FIELDS
-from minibalora.data.prompts import example_from
+from minibalora.data.prompts import prompt_from
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
 from minibalora.lowrank import merge
 from minibalora.models import LanguageModel
 
+DEFAULT = "the one that the adapter was trained with, else chat if the model has a chat template, else alpaca"
 PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 
 
 def main() -> int:
     args = parse_flags()
     decoding = Decoding(args.max_new_tokens, args.temperature, args.top_p, tuple(args.stop), args.seed)
-    names, asked, prompts = map(list, zip(*read_prompts(args.prompt, args.file, args.raw), strict=True))
-    model, tok = load(args.model, args.adapter, args.dtype, args.device)
+    template = choose_template(args.template or trained_template(args.model, args.adapter), args.model, args.adapter)
+    if args.template is None and template != ALPACA:
+        print(f"template: {template}", file=sys.stderr)
+    names, asked, prompts = map(list, zip(*read_prompts(args.prompt, args.file, template), strict=True))
+    model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
+    if not tok.eos_ids:
+        print(f"{args.model} names no EOS: answers have --max-new-tokens tokens", file=sys.stderr)
     encode_prompts(model, tok, prompts, names)  # refuses what the model can't take before anything is answered
     if args.adapter is not None and args.dtype == torch.float32:
         merge(model)  # plain linears are faster; in bfloat16 the sum would be rounded and a small change lost
@@ -45,16 +54,16 @@ def main() -> int:
 def parse_flags() -> Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora generate",
-        description="Let a model answer prompts. They are put into the template that train_nlg.py trains with.",
+        description="Let a model answer prompts, put into the template that it was trained with.",
     )
     add_model_flags(parser)
     add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
     add("--prompt", metavar="TEXT", action="append", help="a prompt; the answer alone is written. Several prompts: as "
         "with --file")  # fmt: skip
     add("--file", metavar="FILE", type=cli.path, help="a prompt a line, or a JSON object with one of the fields "
-        f"{', '.join(PROMPT_FIELDS)}; -: standard input. Answers are JSON Lines, prompt and completion, in the same "
-        "order")  # fmt: skip
-    add("--raw", action="store_true", help="ask the prompt as it is, without the training template")
+        f"{', '.join(PROMPT_FIELDS)}, or a conversation; -: standard input. Answers are JSON Lines, prompt and "
+        "completion, in the same order")  # fmt: skip
+    add_template_flags(parser.add_argument_group("template"), DEFAULT)
     add_decoding_flags(parser)
     add = parser.add_argument_group("end of an answer, beside EOS").add_argument
     add("--stop", nargs="+", action="extend", default=[], metavar="STRING",
@@ -103,21 +112,25 @@ def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
 
 
 def load(
-    folder: Path, adapter: Path | None, dtype: torch.dtype, device: torch.device
+    folder: Path,
+    adapter: Path | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    chat: ChatTemplate | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A model, with an adapter that is not merged, and its tokenizer."""
-    tok, model = load_tokenizer(folder), load_model(folder, dtype=dtype, device=device)
+    """A model, with an adapter that is not merged, and its tokenizer, for prompts of that chat template."""
+    tok, model = load_tokenizer(folder, chat), load_model(folder, dtype=dtype, device=device)
     return model if adapter is None else load_adapter(model, adapter), tok
 
 
-def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[tuple[str, str, str]]:
+def read_prompts(texts: list[str] | None, file: Path | None, template: Template) -> list[tuple[str, object, str]]:
     """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them.
 
     A file has a prompt a line; blank lines are left out. A line that begins with `{"` is JSON, whose prompts may have
     newlines. A Parquet file has rows as JSON has them.
     """
     if texts is not None:
-        return [prompt_of({"prompt": text}, "--prompt", raw) for text in texts]
+        return [prompt_of({"prompt": text}, "--prompt", template) for text in texts]
     if file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise InputError("nothing to answer: give --prompt or --file")
     is_stdin = file in (None, Path("-"))
@@ -128,7 +141,7 @@ def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[
         with opened(file) as stream:
             content = stream.read()
     if content.startswith(b"PAR1") and not is_stdin:
-        return [prompt_of(row, where, raw) for _, where, row in read_rows(file)]
+        return [prompt_of(row, where, template) for _, where, row in read_rows(file)]
     found = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{source}, line {number}"
@@ -142,19 +155,20 @@ def read_prompts(texts: list[str] | None, file: Path | None, raw: bool) -> list[
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON {type(row).__name__}: give an object or a plain prompt a line")
         if text.strip():
-            found.append(prompt_of(row, where, raw))
+            found.append(prompt_of(row, where, template))
     if not found:
         raise InputError(f"{source}: has no prompts: give one a line")
     return found
 
 
-def prompt_of(row: dict, where: str, raw: bool) -> tuple[str, str, str]:
-    """`where`, what the row asks in one of PROMPT_FIELDS, and that in the training template, or unchanged if raw."""
-    field = next((field for field in PROMPT_FIELDS if row.get(field) is not None), None)
+def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, str]:
+    """`where`, what the row asks, a conversation or a text in one of PROMPT_FIELDS, and that as the model is asked."""
+    fields = conversation_key(row), *PROMPT_FIELDS
+    field = next((field for field in fields if row.get(field) is not None), None)
     if field is None:
         raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
-    example = example_from(row, 0, where, field, field, raw=raw)  # the prompt stands in for the response, not there yet
-    return where, str(row[field]), example.prompt
+    asked = row[field] if field == fields[0] else str(row[field])
+    return where, asked, prompt_from(row, where, field, template)
 
 
 def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:

@@ -16,9 +16,10 @@ from pathlib import Path
 from minibalora.base import progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import appending, keep_lines, replacing
+from minibalora.checkpoints.template import RAW, Template
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.files import read_rows
-from minibalora.data.prompts import PROMPT
+from minibalora.data.prompts import ask
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate
 from minibalora.evaluation.programs import without_thoughts
 from minibalora.models import LanguageModel
@@ -31,7 +32,7 @@ MAX_NEW_TOKENS, JUDGE_TOKENS = 1024, 2048
 RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")  # the second where the first has no match
 NO_RATING = -1
 
-Ask = Callable[[list[dict], str], str]  # (messages with role and content, place for errors) -> prompt
+Prompt = Callable[[list[dict], str], str]  # (messages with role and content, place for errors) -> prompt
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,17 @@ class Match:
     user_prompt: str
 
 
-def alpaca_prompt(messages: list[dict], where: str) -> str:
-    """Return a conversation in Alpaca's template, whose instructions and responses go on in turns.
+def prompt_of(template: Template, messages: list[dict], where: str) -> str:
+    """Return a conversation as a prompt in the template: a chat, or turn after turn in Alpaca's template or raw.
 
-    A system message comes before the first question.
+    In Alpaca's template, a system message comes before the first question.
     """
+    if template.chat is not None:
+        return ask(template, messages, where)
+    if template == RAW:
+        return "\n\n".join(message["content"] for message in messages)
     first = next(index for index, message in enumerate(messages) if message["role"] == "user")
-    text = PROMPT.format(instruction="\n\n".join(message["content"] for message in messages[: first + 1]))
+    text = ask(template, messages[: first + 1], where)
     for message in messages[first + 1 :]:
         form = " {}\n\n" if message["role"] == "assistant" else "### Instruction:\n{}\n\n### Response:"
         text += form.format(message["content"])
@@ -88,7 +93,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
 
 def answer_questions(
     questions: list[Question],
-    ask: Ask,
+    to_prompt: Prompt,
     model: LanguageModel,
     tok: Tokenizer,
     decoding: Decoding,
@@ -114,7 +119,7 @@ def answer_questions(
     with appending(path) as append:
         for temperature, batch in progress.over(batches, "mt-bench", "batch") if batches else ():
             keys = [places[question.id] for question in batch]
-            turns = _conversations(batch, ask, model, tok, replace(decoding, temperature=temperature), keys)
+            turns = _conversations(batch, to_prompt, model, tok, replace(decoding, temperature=temperature), keys)
             for question, answers in zip(batch, turns, strict=True):
                 record = {"question_id": question.id, "answer_id": uuid.uuid4().hex[:22], "model_id": model_id}
                 record |= {"choices": [{"index": 0, "turns": answers}], "tstamp": time.time()}
@@ -127,7 +132,7 @@ def answer_questions(
 
 
 def _conversations(
-    batch: list[Question], ask: Ask, model: LanguageModel, tok: Tokenizer, decoding: Decoding, keys: list[int]
+    batch: list[Question], to_prompt: Prompt, model: LanguageModel, tok: Tokenizer, decoding: Decoding, keys: list[int]
 ) -> list[list[str]]:
     """Return the answers to every turn of each question of a batch."""
     messages, answers = [[] for _ in batch], [[] for _ in batch]
@@ -136,7 +141,7 @@ def _conversations(
         for index, question in enumerate(batch):
             if turn < len(question.turns):
                 messages[index].append({"role": "user", "content": question.turns[turn]})
-                prompt = ask(messages[index], f"{question.where}, turn {turn + 1}")
+                prompt = to_prompt(messages[index], f"{question.where}, turn {turn + 1}")
                 try:
                     encode_prompts(model, tok, [prompt])
                     prompts[index] = prompt
@@ -151,10 +156,10 @@ def _conversations(
     return answers
 
 
-def check_first_turns(questions: list[Question], ask: Ask, model: LanguageModel, tok: Tokenizer) -> None:
+def check_first_turns(questions: list[Question], to_prompt: Prompt, model: LanguageModel, tok: Tokenizer) -> None:
     """Check that the model can take every first turn. Raises InputError for the first that it cannot."""
     names = [f"{question.where}: the prompt" for question in questions]
-    encode_prompts(model, tok, [ask(_user(q.turns[0]), q.where) for q in questions], names)
+    encode_prompts(model, tok, [to_prompt(_user(q.turns[0]), q.where) for q in questions], names)
 
 
 def _user(text: str, system: str = "") -> list[dict]:
@@ -218,7 +223,7 @@ def _match(question: Question, turn: int, name: str, prompts: dict, values: dict
 
 def grade(
     matches: list[Match],
-    ask: Ask,
+    to_prompt: Prompt,
     judge: LanguageModel,
     tok: Tokenizer,
     batch_size: int,
@@ -230,7 +235,7 @@ def grade(
     names: "model", "judge" and "judge_digest", by which judgments in the file are recognised. The judge decodes
     greedily. Raises InputError if a prompt is too long for the judge.
     """
-    prompts = [ask(_user(match.user_prompt, match.system_prompt), match.question.where) for match in matches]
+    prompts = [to_prompt(_user(match.user_prompt, match.system_prompt), match.question.where) for match in matches]
     places = [f"{match.question.where}: the judge's prompt for turn {match.turn}" for match in matches]
     encode_prompts(judge, tok, prompts, places)
     wanted = {(match.question.id, match.turn): match.user_prompt for match in matches}

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import appending, keep_lines
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import Row, check_ids, micro_batches, pack
+from minibalora.data.files import opened
 from minibalora.lowrank import adapted_layers, pretrained
 from minibalora.models import LanguageModel
 from minibalora.models.decoder import Decoder
@@ -24,15 +26,14 @@ def mean_loss(model: LanguageModel, rows: list[Row], batch_size: int) -> float:
     device, total, tokens = model.embedding.weight.device, 0.0, 0
     for batch in micro_batches(rows, batch_size):
         batch = pack(batch, device)
-        states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
-        total += F.cross_entropy(model.head(states).float(), batch.targets, reduction="sum").item()
+        total += F.cross_entropy(model.head(batch.states(model)).float(), batch.targets, reduction="sum").item()
         tokens += len(batch.targets)
     return total / tokens
 
 
 def whole_text(rows: list[Row]) -> list[Row]:
     """Return the rows with every token but the first to be predicted, as in pre-training."""
-    return [replace(row, prompt_length=1) for row in rows]
+    return [replace(row, prompt_length=1, learned=None) for row in rows]
 
 
 def text_windows(
@@ -50,9 +51,8 @@ def text_windows(
     if not 2 <= length <= longest:
         raise InputError(f"--max-length {length}: the model has {longest} positions: give 2 to {longest}")
     try:
-        ids = tok.encode_responses([path.read_text(encoding="utf-8")])[0]
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}: give a text file") from None
+        with opened(path) as file:
+            ids = tok.encode_responses([TextIOWrapper(file, "utf-8").read()])[0]
     except UnicodeDecodeError:
         raise InputError(f"{path}: not valid UTF-8: convert the file to UTF-8") from None
     bos = [] if tok.bos_id is None else [tok.bos_id]

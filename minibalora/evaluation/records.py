@@ -7,14 +7,15 @@ verdict can be looked up.
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
 
 from minibalora.base import progress
 from minibalora.base.files import appending, keep_lines
+from minibalora.checkpoints.template import Template
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import encode_examples
 from minibalora.data.prompts import Example, read_examples
@@ -149,18 +150,19 @@ class HeldOut:
     pretraining: list[Example]  # text like that of pre-training
     benchmark: Benchmark | None  # None: items with a final answer are asked as in training
     batch_size: int
+    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of the file, by the reason
 
 
 def read_held_out(
-    path: str | None, benchmark: str | None, fields: tuple[str | None, ...], raw: bool, batch_size: int
+    path: str | None, benchmark: str | None, fields: tuple[str | None, ...], template: Template, batch_size: int
 ) -> HeldOut:
     """Read the held-out rows or problems of a file; nothing without a file. fields: of `read_examples`."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
-        return HeldOut(read_items(BENCHMARKS[benchmark], path), [], BENCHMARKS[benchmark], batch_size)
-    examples, _ = read_examples(path, *fields, raw=raw)
-    return HeldOut(as_items(examples), [], None, batch_size)
+        return HeldOut(read_items(BENCHMARKS[benchmark], path, template), [], BENCHMARKS[benchmark], batch_size)
+    examples, left_out = read_examples(path, *fields, template=template)
+    return HeldOut(as_items(examples), [], None, batch_size, left_out)
 
 
 def measure(
@@ -174,7 +176,7 @@ def measure(
     rows, _, _ = encode_examples(items, tok, sys.maxsize)
     if benchmark is None:
         # An output longer than twice the longest reference counts as no answer.
-        longest = max((len(row.ids) - row.prompt_length for row in rows), default=1)
+        longest = max((row.predicted for row in rows), default=1)
         judge, decoding = judge_answer, Decoding(max_new_tokens=2 * longest)
     else:
         judge, decoding = benchmark.judge, Decoding(max_new_tokens=benchmark.max_new_tokens, stop=benchmark.stop)

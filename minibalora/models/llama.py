@@ -205,8 +205,9 @@ class Backbone(nn.Module):
 
 
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
-    """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled as in LLaMA 3.1.
+    """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled.
 
+    rope_type "linear" divides positions, and so frequencies, by `factor` (arXiv 2306.15595).
     LLaMA 3.1 (rope_type "llama3") divides a frequency by `factor` if its wavelength is longer than
     original_context/low_freq_factor, keeps it if the wavelength is shorter than original_context/high_freq_factor, and
     interpolates between the two.
@@ -215,7 +216,7 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     frequency = 1.0 / config.rope_theta**exponent
     if config.rope_scaling is None:
         return frequency
-    if "low_freq_factor" not in config.rope_scaling:  # rope_type "linear": positions are divided by the factor
+    if "low_freq_factor" not in config.rope_scaling:  # "linear"
         return frequency / config.rope_scaling["factor"]
     low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
     turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)

@@ -24,6 +24,7 @@ from minibalora.base.cli import (
 )
 from minibalora.base.errors import InputError
 from minibalora.checkpoints import BUILT_IN
+from minibalora.checkpoints.template import add_template_flags
 from minibalora.data.glue import TASKS
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
@@ -64,7 +65,8 @@ def nlg_parser() -> argparse.ArgumentParser:
         description="Fine-tune a decoder or T5 checkpoint with BA-LoRA (arXiv 2408.04556) or a baseline. Without "
         "--model: the built-in tiny LLaMA on built-in arithmetic problems, about a minute on a CPU.",
     )
-    add = parser.add_argument_group("model and data").add_argument
+    group = parser.add_argument_group("model and data")
+    add = group.add_argument
     add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
     add("--data", metavar="PATH", type=path_text, help="rows to train on: JSON Lines, a JSON array, Parquet, or .gz; a "
         "file, a folder, or a pattern of shards in quotes; the fields are recognised (see README)")  # fmt: skip
@@ -76,7 +78,8 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input and context; "
         "'': none)")  # fmt: skip
     add("--response-field", metavar="NAME", help="field of the response (default: recognised)")
-    add("--raw", action="store_true", help="use prompts as they are, without Alpaca's template; for T5's own tasks")
+    add_template_flags(group, "chat if the first row of --data is a conversation and the model has a chat template, "
+                       "else alpaca")  # fmt: skip
     add("--max-rows", type=positive_int, metavar="N", help="use the first N rows (published: 100000; built-in model: "
         "3200)")  # fmt: skip
     add("--max-length", type=positive_int, metavar="N", help="tokens of a prompt and its response; a longer response "
@@ -256,7 +259,7 @@ def _add_output_flags(parser: argparse.ArgumentParser, name: str) -> Callable:
 def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
     """Return the settings, defaults filled in. Raises InputError for flags that contradict each other."""
     flags = vars(nlg_parser().parse_args(argv))
-    _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "input_field", "response_field"))
+    _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "input_field", "response_field", "template"))
     _refuse_contradictions(flags)
     _refuse_text_contradictions(flags)
     if flags["fsdp"]:
@@ -364,9 +367,6 @@ def _refuse_contradictions(flags: dict) -> None:
 def _refuse_text_contradictions(flags: dict) -> None:
     if flags["eval_task"] and flags["eval"] is None:
         raise InputError("--eval-task goes with --eval: give both")
-    if flags["raw"] and (flags["model"] is None or flags["eval_task"]):
-        raise InputError("--raw has no meaning with the built-in data or --eval-task, whose prompts are fixed: "
-                         "leave it out")  # fmt: skip
     if flags["quantize"] and flags["method"] == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
     if flags["quantize"] and flags["compile"]:

@@ -26,6 +26,7 @@ from minibalora.base.files import (
 
 RUN_FILES = ("run.json", "log.jsonl", "report.json", "checkpoint", "model", "records.jsonl", "summary.json")
 RUN_FILES += ("adapter_config.json", "adapter_model.safetensors", "eval-before.jsonl", "eval-after.jsonl")
+RUN_FILES += ("chat_template.jinja",)
 # A user who is short of memory must be free to change these on --resume; micro_batch_size changes the spectral term a
 # little. Model, teacher and data may have moved, so their digests are compared instead of their paths.
 MAY_CHANGE_ON_RESUME = set(

@@ -77,7 +77,7 @@ class TextSource:
     prompt_field: str | None
     response_field: str | None
     input_field: str | None
-    raw: bool  # prompts without a template
+    template: str | None  # "alpaca", "chat" or "raw"; None: by model and data
     max_rows: int | None
     max_length: int
 

@@ -33,14 +33,12 @@ def teacher_states(
     cached = [cache.read(names) for names in digests] if cache else [None] * len(micro)
     with pretrained(model):  # not inference_mode: the student could not use the weights that FSDP gathers in it
         states = [
-            torch.cat(tensors).to(batch.input_ids.device)
-            if tensors is not None
-            else model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
+            torch.cat(tensors).to(batch.input_ids.device) if tensors is not None else batch.states(model)
             for batch, tensors in zip(batches, cached, strict=True)
         ]
     if cache:
         new = [index for index, tensors in enumerate(cached) if tensors is None]
-        of_rows = ((digests[index], states[index].split(batches[index].wanted)) for index in new)
+        of_rows = ((digests[index], states[index].split([row.predicted for row in micro[index]])) for index in new)
         cache.write({name: part for names, parts in of_rows for name, part in zip(names, parts, strict=True)})
     return states
 
@@ -75,5 +73,6 @@ def open_cache(folder: Path, teacher: str, rows: list[Row], bytes_of_token: int)
 
 
 def row_digest(row: Row) -> str:
-    """Return the SHA-256, in hex, of a row's tokens and of where its response begins."""
-    return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist()]).encode()).hexdigest()
+    """Return the SHA-256, in hex, of a row's tokens and of which of them are learned."""
+    learned = [] if row.learned is None else [row.learned.tolist()]
+    return hashlib.sha256(json.dumps([row.prompt_length, row.ids.tolist(), *learned]).encode()).hexdigest()

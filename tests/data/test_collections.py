@@ -1,10 +1,15 @@
 """Published collections in their own form, as small files: which text is asked, which is learned, what is left out."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, read_examples
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train_nlg  # noqa: E402
 
 # name -> a row as the collection has it, the instruction, the input and the response that it gives
 COLLECTIONS = {
@@ -109,6 +114,7 @@ def test_null_columns_of_a_concatenated_set_are_absent(name):
         ),
         ({"question": "q", "context": {"title": ["t"]}, "answer": "a"}, ["'context' is dict"]),  # HotpotQA
         ({"question": "q", "answers": {"text": ["a"]}}, ["answers"]),  # SQuAD
+        ({"instruction": "q", "output": "a", "history": [["q0", "a0"]]}, ["'history'", "'messages'"]),  # LLaMA-Factory
         ({"instruction": None, "output": None}, ["instruction (null), output (null)"]),
         ({"instruction": "q", "output": True}, ["'output' is bool"]),
         ({"instruction": "q", "output": ["a"]}, ["'output' is list"]),
@@ -142,6 +148,19 @@ def test_empty_responses_are_left_out_and_counted(tmp_path):
     examples, left_out = read_examples(tmp_path / "data.jsonl")
     assert [(example.line, example.response) for example in examples] == [(4, "he"), (5, "0")]
     assert left_out["empty responses"] == 3
+
+
+def test_the_plan_names_the_files_and_counts_what_is_left_out(tmp_path, tiny, in_command):
+    for index, response in enumerate(["he", "", "hu"]):
+        row = {"instruction": "Say", "input": None, "output": response}
+        (tmp_path / f"train-{index}.jsonl").write_text(json.dumps(row) + "\n")
+    source = ("--model", tiny, "--data", tmp_path / "train-*.jsonl", "--eval", tmp_path / "train-?.jsonl")
+    flags = "--method lora --rank 2 --max-steps 1 --device cpu --out".split()
+    status, out, error = in_command(train_nlg.main, *source, *flags, tmp_path / "run")
+    assert status == 0, error
+    assert f"{tmp_path}/train-*.jsonl (train-0.jsonl to train-2.jsonl, 3 files), 2 rows" in out
+    assert "0 conversations without a reply, 1 empty responses" in out
+    assert f"of {tmp_path}/train-?.jsonl 0 conversations without a reply, 1 empty responses" in out
 
 
 def test_a_file_of_empty_responses_only_is_refused(tmp_path, refuses):

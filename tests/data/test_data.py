@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import minibalora as mb
 from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.template import RAW
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import (
     Row,
@@ -71,9 +72,7 @@ def row_of(length, prompt_length, line=1):
         {"prompt": "q", "completion": "a"},
         {"query": "q", "response": "a", "original_question": "x", "answer": "y", "output": "z"},
         {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
-        {"messages": TURNS},
-        {"messages": [*TURNS, {"role": "user", "content": "q2"}, {"role": "assistant", "content": "a2"}]},
-        {"conversations": [{"from": "gpt", "value": "hello"}, {"from": "human", "value": "q"}] + TURNS[2:]},
+        {"messages": TURNS[1:]},
     ],
 )
 def test_every_row_format_gives_prompt_and_response(row):
@@ -84,8 +83,8 @@ def test_alpaca_s_input_has_a_template_of_its_own():
     example = example_from({"instruction": "q", "input": "i", "output": "a"}, 1)
     assert example.prompt == PROMPT_WITH_INPUT.format(instruction="q", input="i")
     assert example.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:")
-    assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, raw=True).prompt == "q\ni"
-    assert example_from({"query": "q", "response": "a"}, 1, raw=True).prompt == "q"
+    assert example_from({"instruction": "q", "input": "i", "output": "a"}, 1, template=RAW).prompt == "q\ni"
+    assert example_from({"query": "q", "response": "a"}, 1, template=RAW).prompt == "q"
 
 
 def test_the_prompt_is_the_published_one():

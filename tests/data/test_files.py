@@ -7,10 +7,15 @@ import pytest
 
 import minibalora as mb
 from minibalora.base.files import entered
+from minibalora.checkpoints.families import read_config
+from minibalora.checkpoints.sentencepiece import read_sentencepiece
+from minibalora.checkpoints.template import ALPACA
 from minibalora.data.files import named, read_rows, shards
 from minibalora.data.glue import TASKS, glue_files, read_labelled
 from minibalora.data.prompts import read_examples
 from minibalora.evaluation.benchmarks import BENCHMARKS, read_items
+from minibalora.evaluation.generate import read_prompts
+from minibalora.evaluation.perplexity import text_windows
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 ROWS = [{"query": f"q{index}", "response": f"r{index}"} for index in range(5)]
@@ -117,6 +122,11 @@ def test_benchmarks_are_read_from_parquet(tmp_path):
     assert [item.response for item in read_items(BENCHMARKS["gsm8k"], tmp_path / "main")] == ["#### 5", "#### 6"]
 
 
+def test_prompts_are_read_from_parquet(tmp_path):
+    path = write_parquet(tmp_path / "prompts.parquet", [{"question": "2 + 3?", "answer": None}, {"question": "why?"}])
+    assert [asked for _, asked, _ in read_prompts(None, path, ALPACA)] == ["2 + 3?", "why?"]
+
+
 # Shards, folders and the Hub's cache.
 
 
@@ -189,6 +199,12 @@ def test_every_reader_reads_gzip(tmp_path):
     assert len(texts(tmp_path / "rows.jsonl.gz")) == 5
     (tmp_path / "dev.tsv.gz").write_bytes(gzip.compress(b"sentence\tlabel\na\t1\n"))
     assert read_labelled(tmp_path / "dev.tsv.gz", TASKS["sst2"])[0][0].texts == ("a",)
+    (tmp_path / "prompts.txt.gz").write_bytes(gzip.compress(b"one\ntwo\n"))
+    assert [asked for _, asked, _ in read_prompts(None, tmp_path / "prompts.txt.gz", ALPACA)] == ["one", "two"]
+    tok, model = mb.load_tokenizer(mb.checkpoints.BUILT_IN / "llama"), read_config(mb.checkpoints.BUILT_IN / "llama")
+    (tmp_path / "text.txt").write_bytes(b"one two three")
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b"one two three"))
+    assert text_windows(tmp_path / "text.txt.gz", tok, model) == text_windows(tmp_path / "text.txt", tok, model)
 
 
 def test_a_damaged_gzip_file_is_refused(tmp_path, refuses):
@@ -198,7 +214,9 @@ def test_a_damaged_gzip_file_is_refused(tmp_path, refuses):
     refuses(lambda: read_labelled(tmp_path / "rows.tsv.gz", TASKS["sst2"]), "rows.tsv.gz")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "data.jsonl", "train.tsv"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "spm.model", "data.jsonl", "train.tsv"]
+)
 def test_a_git_lfs_pointer_is_recognised_in_any_file(tmp_path, refuses, name):
     toy = mb.checkpoints.BUILT_IN / "bert"
     for path in toy.iterdir():
@@ -208,5 +226,6 @@ def test_a_git_lfs_pointer_is_recognised_in_any_file(tmp_path, refuses, name):
         "data.jsonl": lambda: read_examples(tmp_path / name),
         "train.tsv": lambda: read_labelled(tmp_path / name, TASKS["sst2"]),
         "tokenizer.json": lambda: mb.load_tokenizer(tmp_path),
+        "spm.model": lambda: read_sentencepiece(tmp_path / name, {}),
     }.get(name, lambda: mb.load_model(tmp_path, head="classifier"))
     refuses(read, tmp_path / name, "a git-lfs pointer", "git lfs pull")

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from minibalora.checkpoints.template import ALPACA, RAW, Template
 from minibalora.evaluation.benchmarks import (
     BENCHMARKS,
     MBPP_PROMPT,
@@ -64,10 +65,10 @@ ROWS = {"gsm8k": GSM8K, "math": MATH, "humaneval": HUMAN_EVAL, "mbpp": MBPP}
 def items(tmp_path):
     """items(task, rows) -> the problems read from a file of these rows."""
 
-    def read(task: str, rows: list | None = None, raw: bool = False):
+    def read(task: str, rows: list | None = None, template: Template = ALPACA):
         path = tmp_path / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[task] if rows is None else rows)))
-        return read_items(BENCHMARKS[task], path, raw)
+        return read_items(BENCHMARKS[task], path, template)
 
     return read
 
@@ -178,9 +179,9 @@ def sandbox():
 def test_prompts_for_code_are_in_the_template_or_as_published(items):
     (item,) = items("humaneval")
     assert HUMAN_EVAL[0]["prompt"] in item.prompt and item.prompt.endswith("### Response:")
-    (item,) = items("humaneval", raw=True)
+    (item,) = items("humaneval", template=RAW)
     assert item.prompt == HUMAN_EVAL[0]["prompt"]
-    raw = items("mbpp", raw=True)[0].prompt
+    raw = items("mbpp", template=RAW)[0].prompt
     assert raw == MBPP_PROMPT.format(text=MBPP[0]["text"]) + "\n".join(MBPP[0]["test_list"]) + "\n[BEGIN]\n"
     assert raw.removesuffix("\n[BEGIN]\n") in items("mbpp")[0].prompt
 

@@ -308,7 +308,7 @@ def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problem
     [
         (("--task", "humaneval"), "--allow-code-execution"),
         (("--task", "gsm8k", "--allow-code-execution"), "--allow-code-execution has no meaning"),
-        (("--task", "gsm8k", "--raw"), "--raw has no meaning"),
+        (("--task", "text", "--raw"), "--template has no meaning"),
         (("--task", "math", "--protocol", "plain-exact"), "--protocol has no meaning with --task math"),
         (("--task", "gsm8k", "--protocol", "plain-exact", "--gold"), "--protocol has no meaning with --gold"),
         (("--task", "gsm8k", "--max-length", "9"), "--max-length has no meaning"),

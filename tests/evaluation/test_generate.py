@@ -58,7 +58,8 @@ def tokenizer(*prompts, eos_id=None):
     """Whatever the texts are, these are their ids; a text generated is its ids."""
     return SimpleNamespace(
         encode_prompts=lambda texts: [list(prompt) for prompt in prompts],
-        eos_id=eos_id,
+        eos_ids=frozenset([eos_id]) - {None},
+        is_chat=False,
         decode_after=lambda before, ids: list(ids),
     )
 
@@ -74,7 +75,7 @@ def test_every_language_model_has_greedy_texts_of_transformers():
 def test_greedy_ids_are_those_of_transformers(name):
     """Each token leads the second by 1.6e-3 or more, where float32 rounds by some 1e-6."""
     model, expected = restless(mb.load_model(GOLDEN / name)), GREEDY[name]
-    decoding = Decoding(max_new_tokens=24, eos_id=expected["eos_id"])
+    decoding = Decoding(max_new_tokens=24, eos_ids=frozenset([expected["eos_id"]]))
     assert generate_ids(model, expected["prompts"], decoding) == expected["continuations"]
     for prompt, continuation in zip(expected["prompts"], expected["continuations"], strict=True):
         assert generate_ids(model, [prompt], decoding) == [continuation]

@@ -1,10 +1,14 @@
 """MT-Bench in FastChat's formats: questions, both turns, temperatures, judge prompts, ratings, resuming."""
 
 import json
+from pathlib import Path
 
 import pytest
+from helpers import GOLDEN
 
 import minibalora as mb
+from minibalora.checkpoints.chat_template import ChatTemplate
+from minibalora.checkpoints.template import ALPACA, RAW, Template
 from minibalora.data.prompts import PROMPT
 from minibalora.evaluation import mt_bench
 from minibalora.evaluation.decoding import Decoding
@@ -101,12 +105,25 @@ def test_all_categories_have_fastchats_temperature():
     }  # fmt: skip
 
 
+MESSAGES = [
+    {"role": "system", "content": "Be kind."}, {"role": "user", "content": "A?"},
+    {"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"},
+]  # fmt: skip
+
+
 def test_a_conversation_goes_on_in_alpacas_template():
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "A?"}]
-    first = mt_bench.alpaca_prompt(messages, "")
+    first = mt_bench.prompt_of(ALPACA, MESSAGES[:2], "")
     assert first == PROMPT.format(instruction="Be kind.\n\nA?")
-    messages += [{"role": "assistant", "content": "B."}, {"role": "user", "content": "C?"}]
-    assert mt_bench.alpaca_prompt(messages, "") == f"{first} B.\n\n### Instruction:\nC?\n\n### Response:"
+    assert mt_bench.prompt_of(ALPACA, MESSAGES, "") == f"{first} B.\n\n### Instruction:\nC?\n\n### Response:"
+    assert mt_bench.prompt_of(RAW, MESSAGES, "") == "Be kind.\n\nA?\n\nB.\n\nC?"
+
+
+def test_a_conversation_is_rendered_by_the_models_own_template():
+    chat = ChatTemplate(Path("here"), {"default": (GOLDEN / "chat" / "smollm2.jinja").read_text()}, {}, ["<|im_end|>"])
+    assert mt_bench.prompt_of(Template("chat", chat), MESSAGES, "") == (
+        "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\nB.<|im_end|>\n"
+        "<|im_start|>user\nC?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_answers_that_a_file_has_are_kept(questions, toy, generated, tmp_path):

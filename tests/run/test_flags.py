@@ -68,7 +68,7 @@ def test_both_scripts_have_the_common_flags():
         "prompt_field",
         "response_field",
         "input_field",
-        "raw",
+        "template",
         "top_k",
         "eval_task",
         "quantize",

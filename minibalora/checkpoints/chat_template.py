@@ -1,0 +1,196 @@
+"""The chat template of a model: a Jinja program that writes a conversation as the text the model was trained on.
+
+It is rendered as transformers' `apply_chat_template` does, and in Jinja's sandbox, because a stranger wrote it.
+"""
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object
+
+FILE = "chat_template.jinja"
+SECONDS = 5  # that one rendering may take
+# Noncharacters, which no text has: around what a `generation` tag encloses, and in place of a reply.
+OPEN, CLOSE, REPLY = "\ufdd0", "\ufdd1", "\ufdd2"
+
+
+class ChatTemplate:
+    """`render` writes messages, each with a role and mostly a content, as one text.
+
+    source: the file that it comes from. variables: special tokens by their names, which templates write into the text.
+    tokens: all tokens that a tokenizer never splits.
+    """
+
+    def __init__(self, source: Path, texts: dict[str, str], variables: dict[str, str], tokens: list[str]):
+        """texts: templates by name; "default" is for all but rows with tools, which take "tool_use" where there is."""
+        self.source, self.texts, self.variables = source, texts, variables
+        self.now = datetime.now()  # some templates write the date; a whole run writes the same
+        whole = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
+        self.token = re.compile("|".join(map(re.escape, whole)) or r"(?!)")
+
+    @property
+    def text(self) -> str:
+        return self.texts["default"]
+
+    @property
+    def has_date(self) -> bool:
+        return "strftime_now" in self.text
+
+    @cached_property
+    def end_of_turn(self) -> str | None:
+        """The token that the template puts behind a reply; None if it puts none there, or fails."""
+        probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
+        try:
+            end = self.token.search(self.render(probe, str(self.source))[0].partition(REPLY)[2])
+        except InputError:
+            return None  # whoever has a row to render gets to know why
+        return end and end[0]
+
+    def render(
+        self, messages: list[dict], where: str, tools: list | None = None, asks: bool = False
+    ) -> tuple[str, list[tuple[int, int]]]:
+        """The text, and the parts of it, as (start, end), that `generation` tags enclose.
+
+        asks: the text ends where a reply begins. InputError, beginning with `where`, if the template refuses the
+        messages, fails on them or does not end.
+        """
+        program = self._compiled["tool_use" if tools and "tool_use" in self.texts else "default"]
+        try:
+            with _limited():
+                text = program.render(
+                    messages=messages, tools=tools, documents=None, add_generation_prompt=asks, **self.variables
+                )
+        except Exception as error:  # a stranger's program can raise anything
+            said = " ".join(f"{error}".split())[:200] or type(error).__name__
+            cure = "mend the row, or choose another --template"
+            raise InputError(f"{where}: the chat template in {self.source} fails: {said}: {cure}") from None
+        parts = re.split(f"([{OPEN}{CLOSE}])", text)
+        text, spans, start = "", [], 0
+        for part in parts:
+            if part == OPEN:
+                start = len(text)
+            elif part == CLOSE:
+                spans.append((start, len(text)))
+            else:
+                text += part
+        return text, [(start, end) for start, end in spans if start < end]
+
+    @cached_property
+    def _compiled(self) -> dict:
+        environment, error_class = _environment(lambda form: self.now.strftime(form))
+        try:
+            return {name: environment.from_string(text) for name, text in self.texts.items()}
+        except (error_class, RecursionError) as error:
+            raise InputError(f"{self.source}: not a Jinja template ({error}): download it again") from None
+
+
+def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
+    """The template in `folder`, None if there is none. Special tokens are those of the tokenizer in `model`.
+
+    chat_template.jinja, with additional_chat_templates/*.jinja, comes before tokenizer_config.json, as in transformers.
+    """
+    file, settings_file = folder / FILE, folder / "tokenizer_config.json"
+    source, texts = file, {}
+    if os.path.isfile(file):
+        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        texts = {path.stem: _read(path) for path in more} | {"default": _read(file)}
+    elif os.path.isfile(settings_file):
+        source, stored = settings_file, read_json_object(settings_file).get("chat_template")
+        named = stored if isinstance(stored, list) else [{"name": "default", "template": stored}]
+        if stored is not None:
+            try:
+                texts = {each["name"]: each["template"] for each in named}
+            except (TypeError, KeyError):
+                texts = {"default": None}
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise InputError(f"{source}: chat_template is no text and no list of named texts: download it again")
+    if not texts:
+        return None
+    if "default" not in texts:
+        raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: name one of them so")
+    tokenizer = model / "tokenizer.json"
+    added = read_json_object(tokenizer).get("added_tokens") if tokenizer.exists() else None
+    return ChatTemplate(source, texts, special_tokens(model), [token["content"] for token in added or []])
+
+
+def special_tokens(folder: Path) -> dict[str, str]:
+    """Special tokens by their names ("eos_token", ...): tokenizer_config.json's, else special_tokens_map.json's."""
+    found = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            settings = read_json_object(folder / name)
+            texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+            found |= {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: {error}: download it again") from None
+
+
+def _environment(strftime_now: Callable[[str], str]) -> tuple:
+    """Jinja's sandbox as transformers sets it up, and the class of Jinja's errors.
+
+    Jinja2 comes with torch. It is imported here alone, for most runs have no use for it.
+    """
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
+        raise InputError(f"jinja2 {jinja2.__version__} has a sandbox with known holes: pip install 'jinja2>=3.1.6'")
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.CallBlock(self.call_method("_enclosed"), [], [], body).set_lineno(line)
+
+        def _enclosed(self, caller: jinja2.runtime.Macro) -> str:
+            return f"{OPEN}{caller()}{CLOSE}"
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(value: object, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    return environment, jinja2.TemplateError
+
+
+@contextmanager
+def _limited() -> Iterator[None]:
+    """TimeoutError in a body that takes longer than SECONDS; in the main thread, which alone gets signals."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it did not end within {SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,99 @@
+"""Which template prompts take: Alpaca's, the model's own for conversations, or none."""
+
+import argparse
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object, recorded_settings, replacing, write_json
+from minibalora.checkpoints.chat_template import FILE, ChatTemplate, read_chat_template
+
+NAMES = ("alpaca", "chat", "raw")
+RECORD = "minibalora.json"  # in an exported folder: the template that was trained with
+
+
+@dataclass(frozen=True)
+class Template:
+    name: str  # one of NAMES
+    chat: ChatTemplate | None = None  # of "chat"
+    ending: str = ""  # what every question ends with; in Alpaca's template, what the response begins with
+
+    def __str__(self) -> str:
+        own = self.chat and f"chat, the model's own in {self.chat.source}; a reply ends with {self.chat.end_of_turn}"
+        return own or {"alpaca": "alpaca", "raw": "raw, prompts as they are"}[self.name]
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What a run keeps of it: the name, and the date where the chat template writes one."""
+        has_date = self.chat is not None and self.chat.has_date
+        return {"template": self.name} | ({"date": self.chat.now.isoformat()} if has_date else {})
+
+    def resume(self, settings: dict) -> None:
+        """Write the date that a run with these settings began with, and not today's."""
+        if self.chat is not None and "date" in settings:
+            self.chat.now = datetime.fromisoformat(settings["date"])
+
+
+ALPACA, RAW = Template("alpaca"), Template("raw")
+
+
+def add_template_flags(group: argparse._ArgumentGroup, default: str) -> None:
+    """--template, and --raw for `--template raw`. default: what is taken without them, in words."""
+    add = group.add_mutually_exclusive_group().add_argument
+    add("--template", choices=NAMES, help="what prompts are put into: Alpaca's template, the model's own for "
+        f"conversations (chat), or nothing (raw) (default: {default})")  # fmt: skip
+    add("--raw", dest="template", action="store_const", const="raw", help="as --template raw")
+
+
+def choose_template(name: str | None, model: Path, adapter: Path | None = None) -> Template:
+    """The template by its name; None: chat where there is a chat template, else alpaca.
+
+    An adapter's own chat template comes before the model's. InputError for chat without one.
+    """
+    if name in ("alpaca", "raw"):
+        return Template(name)
+    folders = [folder for folder in (adapter, model) if folder is not None]
+    chat = next((own for folder in folders if (own := read_chat_template(folder, model))), None)
+    if chat is None and name == "chat":
+        where = "no chat_template.jinja, and no chat_template in tokenizer_config.json"
+        raise InputError(f"{model}: {where}: give --template alpaca, or add the model's template")
+    return Template("chat", chat) if chat else ALPACA
+
+
+def trained_template(model: Path, adapter: Path | None) -> str | None:
+    """The name of the template that the adapter, or else the model, was trained with; None if neither says it."""
+    return next((name for folder in (adapter, model) if folder is not None and (name := recorded_name(folder))), None)
+
+
+def recorded_name(folder: Path) -> str | None:
+    if not os.path.isdir(folder):
+        return None
+    settings = recorded_settings(folder)
+    name = settings.get("template", {True: "raw", False: "alpaca"}.get(settings.get("raw")))  # as it was once recorded
+    if (folder / RECORD).exists():
+        name = read_json_object(folder / RECORD).get("template")
+    if name not in (None, *NAMES):
+        raise InputError(f"{folder}: its template is {name!r}, none of {', '.join(NAMES)}: give --template")
+    return name
+
+
+def save_template(template: Template, folder: Path) -> None:
+    """Write beside what was trained the model's chat template, and the name where no run.json has it."""
+    if template.chat is not None:
+        with replacing(folder / FILE) as temporary:
+            temporary.write_text(template.chat.text, encoding="utf-8")
+    if not (folder / "run.json").exists():
+        write_json(folder / RECORD, {"template": template.name})
+
+
+def copy_template(source: Path, folder: Path) -> None:
+    """Say in `folder` with which template the adapter in `source` was trained, if that is known."""
+    name = recorded_name(source)
+    if name is not None:
+        write_json(folder / RECORD, {"template": name})
+    if (source / FILE).exists():
+        with replacing(folder / FILE) as temporary:
+            shutil.copyfile(source / FILE, temporary)

@@ -1,0 +1,307 @@
+"""Conversations: the turns of a row, the text that a chat template makes of them, and which of it is learned.
+
+Every turn is in the prompt, or learned, or named in the notes on what is left out.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+from minibalora.base.errors import InputError
+from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
+from minibalora.data.files import text_of
+from minibalora.data.pairs import SYSTEMS
+
+CONVERSATIONS = ("conversations", "messages")  # ShareGPT's and OpenAI's name
+SYNONYMS = {
+    "system": "system developer",
+    "user": "user human prompter",
+    "assistant": "assistant gpt model bot chatbot ai chatgpt bing bard claude function_call",
+    "tool": "tool function ipython observation tool_response function_response",
+}
+ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
+PARTS = ("content", "reasoning_content")  # what a reply says
+
+EARLY, LATE = "turns before the first question", "turns after the last reply"
+BLANK, WEIGHTLESS = "replies without a text in the prompt only", "replies of weight 0 in the prompt only"
+UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
+TOOLS = "lists of tools that the template leaves out"
+JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
+
+
+Span = tuple[int, int]
+Write = Callable[..., tuple[str, list[Span]]]  # ChatTemplate.render of messages of one row
+
+
+@dataclass(frozen=True)
+class Conversation:
+    messages: list[dict]  # with role and content, as chat templates take them, up to the last reply that is learned
+    learned: list[int]  # which of them are learned, at least one
+    tools: list | None = None
+    notes: tuple[str, ...] = ()  # what was left out, a note each
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as a chat template writes it."""
+
+    prompt: str  # all before the last reply
+    text: str
+    learned: tuple[Span, ...]  # the parts of the text (start, end) that are learned, in order
+    notes: tuple[str, ...] = ()
+
+
+def conversation_key(row: object) -> str | None:
+    """The field that holds a row's conversation, None if it has none. A field is null or empty where others have it."""
+    keys = [key for key in CONVERSATIONS if row.get(key) is not None] if isinstance(row, dict) else ()
+    return next((key for key in keys if row[key]), keys[0] if keys else None)
+
+
+def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation | None:
+    """The conversation of a row, None if no user is answered. InputError, beginning with `where`, for what is none.
+
+    asks: the last turn is to be answered, and none is learned.
+    """
+    key = conversation_key(row)
+    turns, place = row[key], f"{where}: {key}"
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
+    messages = [_message(turn, place) for turn in turns]
+    system = "\n\n".join(row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip())
+    if system and [message["role"] for message in messages[:1]] != ["system"]:
+        messages.insert(0, {"role": "system", "content": system})
+    start = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
+    early = [message for message in messages[:start] if message["role"] != "system"]
+    messages = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
+    silent = {i: why for i, message in enumerate(messages) if (why := _why_not_learned(message))}
+    learned = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in silent]
+    if asks:
+        if not messages or messages[-1]["role"] == "assistant":
+            raise InputError(f"{place} does not end with a question: leave its last reply out")
+        return Conversation(messages, [], _tools(row, where))
+    if not learned:
+        return None
+    end = learned[-1] + 1
+    notes = [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
+    return Conversation(messages[:end], learned, _tools(row, where), tuple(notes))
+
+
+def conversation_of(question: str, reply: str) -> Conversation:
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": reply}], [1])
+
+
+def with_ending(conversation: Conversation, ending: str) -> Conversation:
+    """The conversation with an ending of its last question."""
+    messages = list(conversation.messages)
+    last = max(index for index, message in enumerate(messages) if message["role"] == "user")
+    messages[last] = messages[last] | {"content": messages[last].get("content", "") + ending}
+    return replace(conversation, messages=messages)
+
+
+def _message(turn: dict, place: str) -> dict:
+    """A turn with its role and text under the usual names. What it has beside them, such as tool calls, stays."""
+    turn = {key: value for key, value in turn.items() if value is not None}
+    said = turn.pop("role", None), turn.pop("from", None)
+    role = next((name for name in said if name is not None), None)
+    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
+    if known is None:
+        raise InputError(f"{place} has a turn of the role {role!r}, none of {', '.join(ROLES)}: rename it")
+    texts = [turn.pop(name) for name in ("content", "value", "text") if name in turn]
+    message = {"role": known} | ({"content": _text(texts[0], place)} if texts else {})
+    if "tool_calls" in turn and not turn["tool_calls"]:
+        del turn["tool_calls"]
+    thoughts = next((turn[name] for name in ("reasoning_content", "thinking", "reasoning") if name in turn), None)
+    turn |= {} if thoughts is None else {"reasoning_content": thoughts}  # as transformers does
+    if not texts and "tool_calls" not in turn:
+        if known in ("system", "user"):
+            raise InputError(f"{place}: the content of a {known} turn is NoneType, not a string: mend the row")
+        message["content"] = ""
+    return message | turn
+
+
+def _text(content: object, place: str) -> str:
+    """A turn's text; of a list of parts, their texts end to end, as templates write them."""
+    parts = content if isinstance(content, list) else [content]
+    texts = []
+    for part in parts:
+        if isinstance(part, dict):
+            if part.get("type", "text") != "text":
+                raise InputError(f"{place} has a part of the type {part['type']!r}: only texts can be learned from")
+            part = part.get("text")
+        texts.append(text_of(part, "the content of a turn", place))
+    return "".join(texts)
+
+
+def _why_not_learned(message: dict) -> str | None:
+    """Why a reply is in the prompt only, None if it is learned; OpenAI's rows give the weight 0 to such replies."""
+    weight = message.pop("weight", 1)
+    if message["role"] != "assistant":
+        return None
+    is_blank = not message.get("content", "").strip() and "tool_calls" not in message
+    return BLANK if is_blank else WEIGHTLESS if weight == 0 else None
+
+
+def _tools(row: dict, where: str) -> list | None:
+    """The tools that a row offers, as a list or as its JSON."""
+    tools = row.get("tools")
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
+    except ValueError:
+        tools = None
+    if not isinstance(tools, list):
+        raise InputError(f"{where}: tools is no list of tools: mend the row")
+    return tools or None
+
+
+def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str, str, tuple[str, ...]]:
+    """The question, system turns first, and the reply of a conversation for a template that has no room for more; and
+    the notes on what is left out."""
+    *asked, reply = conversation.messages if conversation.learned else [*conversation.messages, {"content": ""}]
+    if any(message["role"] not in ("system", "user") for message in asked) or "tool_calls" in reply:
+        raise InputError(
+            f"{where}: a conversation of {len(conversation.messages)} turns, but --template {template} takes one "
+            "question and one reply: give --template chat and a --model with a chat template, or split the conversation"
+        )
+    lost = (TOOLS,) * bool(conversation.tools) + (CURTAILED,) * ("reasoning_content" in reply)
+    return "\n\n".join(message["content"] for message in asked), reply["content"], conversation.notes + lost
+
+
+def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) -> str:
+    """A conversation up to where its next reply begins."""
+    for messages, _ in _versions(conversation):
+        try:
+            text, _ = chat.render(messages, where, conversation.tools, asks=True)
+        except InputError as error:
+            refusal = error
+        else:
+            if not _unseen(messages, text):
+                return text
+            refusal = InputError(f"{where}: the chat template in {chat.source} leaves out a turn: join it to another")
+    raise refusal
+
+
+def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Rendered:
+    """A conversation as the template writes it, and what of it is learned. InputError, beginning with `where`, if the
+    template refuses it, or if it can't be said which tokens are a reply's."""
+    results, refusal = [], None
+    write = partial(chat.render, where=where, tools=conversation.tools)
+    for messages, learned in _versions(conversation):
+        try:
+            text, tagged = write(messages)
+            if chat.end_of_turn is None:
+                raise InputError(f"{chat.source}: ends a reply with no token of the tokenizer's, so that a model would "
+                                 "not learn to end: give --template alpaca, or another chat template")  # fmt: skip
+            prompts, spans = _learned_spans(chat, write, messages, learned, text, tagged)
+        except InputError as error:
+            refusal = error
+            continue
+        if None in spans:
+            reply = learned[spans.index(None)] + 1
+            refusal = InputError(
+                f"{where}: the chat template in {chat.source} writes a reply otherwise once others follow, so it can't "
+                f"be said which tokens are turn {reply}'s: end the row there, or tag its replies by {{% generation %}}"
+            )
+            continue
+        results.append((_unseen(messages, text), messages, learned, text, spans, prompts[-1]))
+        if results[-1][0] == 0:
+            break
+    if not results:
+        raise refusal
+    unseen, messages, learned, text, spans, prompt = min(results, key=lambda result: result[0])
+    notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
+    for index, (start, end) in zip(learned, spans, strict=True):
+        said = [messages[index][part] for part in PARTS if isinstance(messages[index].get(part), str)]
+        notes += [CURTAILED] * any(not _has(text[start:end], part) for part in said)
+    if conversation.tools and not any("tools" in program for program in chat.texts.values()):
+        notes.append(TOOLS)
+    return Rendered(prompt, text, tuple(spans), tuple(notes))
+
+
+def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
+    """The messages and which are learned; then again in turns that alternate, where they do not, since many templates
+    take no others, and none of the system."""
+    joined, learned = [], []
+    for index, message in enumerate(conversation.messages):
+        if message["role"] == "system":
+            message = message | {"role": "user"}
+        before = joined[-1] if joined else {}
+        is_plain = {*before} == {*message} == {"role", "content"} and before["role"] == message["role"]
+        if is_plain and (index in conversation.learned) == (len(joined) - 1 in learned):
+            joined[-1] = message | {"content": f"{before['content']}\n\n{message['content']}"}
+        else:
+            joined.append(message)
+            if index in conversation.learned:
+                learned.append(len(joined) - 1)
+    same = [(conversation.messages, conversation.learned)]
+    return same if len(joined) == len(conversation.messages) else [*same, (joined, learned)]
+
+
+def _learned_spans(
+    chat: ChatTemplate, write: Write, messages: list[dict], learned: list[int], text: str, tagged: list[Span]
+) -> tuple[list[str], list[Span | None]]:
+    """What is asked before each reply that is learned, or at least the last; and the part of the text that is each
+    reply, its end of turn included: what a `generation` tag encloses, or else what it adds to what is asked. None for
+    a reply that is not found."""
+    replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(tagged) == len(replies):
+        spans = [_with_end(chat, text, *span) for index, span in zip(replies, tagged, strict=True) if index in learned]
+        return [write(messages[: learned[-1]], asks=True)[0]], spans
+    prompts, spans, before = [], [], 0
+    for index in learned:
+        prompts.append(write(messages[:index], asks=True)[0])
+        start = _start(write, messages[:index], prompts[-1], text)
+        end = None if start is None or start < before else _end(chat, write, messages, index, text, start)
+        spans.append(None if end is None else (start, end))
+        before = end or before
+    return prompts, spans
+
+
+def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> Span:
+    """A span, and the end of its turn where it stands just behind: a model that does not learn it does not stop."""
+    rest = text[end:].lstrip()
+    if chat.end_of_turn not in text[start:end] and rest.startswith(chat.end_of_turn):
+        end = len(text) - len(rest) + len(chat.end_of_turn)
+    return start, end
+
+
+def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | None:
+    """Where the reply to the messages `asked`, of which the template makes the prompt, begins in the text."""
+    if text.startswith(prompt):
+        return len(prompt)
+    # A prompt may end with what no reply in the text has, as "<think>": then the reply begins before it.
+    marked, known = write([*asked, {"role": "assistant", "content": REPLY}])[0], write(asked)[0]
+    common = os.path.commonprefix([prompt, marked.partition(REPLY)[0]])
+    return len(common) if text.startswith(common) and common.startswith(known) else None
+
+
+def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
+    """Where the reply at `index`, which begins at `start`, ends in the text, its end of turn included."""
+    end, said = chat.end_of_turn, messages[index].get("content", "").strip()
+    behind = text[start:].lstrip()
+    if said and behind.startswith(said) and behind[len(said) :].lstrip().startswith(end):
+        return text.index(end, len(text) - len(behind) + len(said)) + len(end)
+    upto = text if index == len(messages) - 1 else write(messages[: index + 1])[0]
+    if text.startswith(upto):
+        reply = upto[start:]
+        if end in reply:
+            return start + reply.rindex(end) + len(end)
+        others = [match.end() for match in chat.token.finditer(reply)]  # some end a call of a tool otherwise
+        return start + others[-1] if others and not reply[others[-1] :].strip() else None
+    marked, _ = write([*messages[:index], {"role": "assistant", "content": REPLY}, *messages[index + 1 :]])
+    rest = marked.partition(REPLY)[2]
+    return len(text) - len(rest) + rest.index(end) + len(end) if end in rest and text.endswith(rest) else None
+
+
+def _unseen(messages: list[dict], text: str) -> int:
+    """How many turns, other than replies, are not in the text."""
+    return sum(message["role"] != "assistant" and not _has(text, message.get("content", "")) for message in messages)
+
+
+def _has(text: str, part: str) -> bool:
+    """Whether the text has the part, spaces aside, as it is or as JSON's string."""
+    if part.strip() in text:
+        return True
+    text, *forms = ("".join(each.split()) for each in (text, part, json.dumps(part.strip(), ensure_ascii=False)[1:-1]))
+    return any(form in text for form in forms)
