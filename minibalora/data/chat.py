@@ -14,7 +14,7 @@ from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
 from minibalora.data.pairs import SYSTEMS
 
-CONVERSATIONS = ("conversations", "messages")  # ShareGPT's and OpenAI's name
+CONVERSATIONS = ("conversations", "messages", "conversation")  # ShareGPT's, OpenAI's and LMSYS's name
 SYNONYMS = {
     "system": "system developer",
     "user": "user human prompter",
@@ -64,6 +64,8 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     """
     key = conversation_key(row)
     turns, place = row[key], f"{where}: {key}"
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):  # LIMA
+        turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
     messages = [_message(turn, place) for turn in turns]
