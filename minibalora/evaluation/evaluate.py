@@ -104,7 +104,8 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
     if args.judge is not None:  # check the judge's files before hours of answers
         blank = [{"choices": [{"turns": [""] * len(question.turns)}]} for question in questions]
         mt_bench.matches_of(questions, blank, args.judge_prompts, references)
-        judge_digest, judge_template = weights_digest(args.judge), choose_template(None, args.judge)
+        judge_digest = weights_digest(args.judge)
+        judge_template = choose_template(trained_template(args.judge, None), args.judge)
     model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
     ask = partial(mt_bench.prompt_of, template)
     mt_bench.check_first_turns(questions, ask, model, tok)

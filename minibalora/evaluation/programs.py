@@ -20,6 +20,7 @@ FUTURE = re.compile(r"^from __future__ import +(?:\([^)]*\)|[^\n(]*)", re.MULTIL
 
 # ``` may follow prose on its line; ~~~ may not. What follows the fence is its info string: python, {.python}, ...
 OPENING = re.compile(r"^(?P<before>(?:(?!```).)*?)(?P<fence>`{3,}|(?<![^\s>])~{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
+TAG = re.compile(r"^\[(?:BEGIN|DONE|/?PYTHON)\][ \t]*\r?$", re.MULTILINE)  # fences of MBPP's and Code Llama's prompts
 BULLET = re.compile(r"\s*(?:(?:[-*+]|[0-9]+[.)])\s+)?")
 SENTENCE = re.compile(r"^[A-Z*>-]", re.MULTILINE)
 STATEMENT = re.compile(r"^(?:from|import|async def|def|class|@)\b", re.MULTILINE)
@@ -45,7 +46,7 @@ def code_of(completion: str, names: tuple[str, ...] = (), before: str = "") -> s
     block that continues `before`, the prompt's own code, or else the first block. A completion without fences is code
     as a whole; one whose first fence only closes begins with code. Each piece ends where the model's own tests begin.
     """
-    text = without_thoughts(completion).removeprefix("\ufeff")
+    text = TAG.sub("```", without_thoughts(completion).removeprefix("\ufeff"))
     fence = OPENING.search(text)
     if fence is None or _is_code(text, names, before):  # a docstring may have fences
         return _without_tests(_without_prose(text, names, before))

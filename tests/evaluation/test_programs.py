@@ -30,6 +30,8 @@ WRAPPED = {
     "nothing": WHOLE,
     "python": f"{PY}{WHOLE}{F}",
     "python3": f"Sure:\n{F}python3\n{WHOLE}{F}\nDone.",
+    "MBPP's tags": f"[BEGIN]\n{WHOLE}[DONE]\nYou are an expert",
+    "Code Llama's tags": f"Sure.\n[PYTHON]\n{WHOLE}[/PYTHON]\nDone.",
     "no language": f"{F}\n{WHOLE}{F}",
     "upper case": f"{F}Python\n{WHOLE}{F}",
     "attributes": f"{F}{{.python .numberLines}}\n{WHOLE}{F}",

@@ -15,7 +15,7 @@ from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.data.batches import Row, encode_examples, pack
 from minibalora.data.prompts import example_from
-from minibalora.evaluation import evaluate, generate
+from minibalora.evaluation import evaluate, generate, predictions
 from minibalora.models.t5 import bucket, t5
 from minibalora.run.hardware import checkpoint_blocks
 from minibalora.toy.problems import clean_problems
@@ -359,6 +359,19 @@ def test_nf4_and_full_training_run_on_a_t5(run, flags):
     assert run(train_nlg.main, *NLG, *flags, "--out", "tuned")[0] == 0
 
 
+def check_labels(run, method):
+    """Check that the command classify labels texts.jsonl as well as report.json says."""
+    saved = ["--model", "tuned/model"] if method == "full" else ["--adapter", "tuned"]
+    status, out, error = run(predictions.main, *saved, "--data", "texts.jsonl", "--device", "cpu")
+    assert status == 0, error
+    gold = [json.loads(line)["label"] for line in Path("texts.jsonl").read_text().splitlines()]
+    labels = [json.loads(line)["label"] for line in out.splitlines()]
+    accuracy = sum(map(str.__eq__, labels, gold)) / len(gold)
+    assert accuracy == pytest.approx(
+        json.loads(Path("tuned/report.json").read_text())["after"]["texts.jsonl"]["accuracy"]
+    )
+
+
 @pytest.mark.parametrize("method", ["ba-lora", "full"])
 def test_train_nlu_runs_on_a_t5(run, method):
     data = ["--data", "texts.jsonl", "--eval", "texts.jsonl", "--task", "custom", "--text-field", "text"]
@@ -366,6 +379,7 @@ def test_train_nlu_runs_on_a_t5(run, method):
     status, out, _ = run(train_nlu.main, *data, *flags, "--out", "tuned")
     assert status == 0 and "no classification_head in the checkpoint" in out
     assert load_file("states")["after"].shape == (12, 24)
+    check_labels(run, method)
 
 
 @pytest.mark.parametrize("method", ["ba-lora", "full"])
@@ -381,6 +395,7 @@ def test_as_text_classifies_by_the_logits_of_the_classes_words(run, method):
     if method == "ba-lora":
         config = json.loads(Path("tuned/adapter_config.json").read_text())
         assert config["task_type"] == "SEQ_2_SEQ_LM" and config["modules_to_save"] is None
+    check_labels(run, method)
 
 
 def test_evaluating_the_loss_of_a_text_is_refused_for_a_t5(run):
