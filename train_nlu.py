@@ -139,10 +139,10 @@ def main() -> int:
                 unsure = float(entropy_share(asked, objective.temperature).mean())
             weights = lambdas(objective, step, steps, unsure)
             for part in parts:
-                asked = None if teacher is None else teacher[[row.index for row in part.rows]].to(device)
+                teacher_logits = None if teacher is None else teacher[[row.index for row in part.rows]].to(device)
                 inputs, labels = labelled.padded(part.rows, model, device)
                 with run.autocast():
-                    loss, terms = nlu_loss(forward(*inputs), asked, labels, objective, weights)
+                    loss, terms = nlu_loss(forward(*inputs), teacher_logits, labels, objective, weights)
                 (part.share * loss).backward()
                 run.note(part, loss, terms)
             run.update()

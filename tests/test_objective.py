@@ -73,7 +73,7 @@ def test_2024_weights_are_constant():
     assert first == last == {"consistency": 1e-4, "diversity": 3e-4, "svd": 1e-4, "non_target_kl": 0}
 
 
-@given(share=st.floats(0, 1), step=st.integers(0, 99))
+@given(share=st.floats(0, 1, allow_subnormal=False), step=st.integers(0, 99))
 def test_adaptive_lambda1_depends_on_the_teachers_entropy_alone(share, step):
     objective = dataclasses.replace(NLG_RECIPES["iclr2026"], adaptive_lambda1=True)
     lambda1 = lambdas(objective, step, 100, teacher_share=share)["consistency"]

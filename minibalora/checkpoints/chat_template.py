@@ -119,7 +119,8 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
         raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: name one of them so")
     tokenizer = model / "tokenizer.json"
     added = read_json_object(tokenizer).get("added_tokens") if tokenizer.exists() else None
-    return ChatTemplate(source, texts, special_tokens(model), [token["content"] for token in added or []])
+    contents = [token.get("content") for token in added or [] if isinstance(token, dict)]
+    return ChatTemplate(source, texts, special_tokens(model), [text for text in contents if isinstance(text, str)])
 
 
 def special_tokens(folder: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
 from minibalora.data.pairs import SYSTEMS
 
-CONVERSATIONS = ("conversations", "messages")  # ShareGPT's and OpenAI's name
+CONVERSATIONS = ("conversations", "messages", "conversation")  # ShareGPT's, OpenAI's and LMSYS's name
 SYNONYMS = {
     "system": "system developer",
     "user": "user human prompter",
@@ -22,8 +22,6 @@ SYNONYMS = {
     "tool": "tool function ipython observation tool_response function_response",
 }
 ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
-PARTS = ("content", "reasoning_content")  # what a reply says
-
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text in the prompt only", "replies of weight 0 in the prompt only"
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
@@ -66,6 +64,8 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     """
     key = conversation_key(row)
     turns, place = row[key], f"{where}: {key}"
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):  # LIMA
+        turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
     messages = [_message(turn, place) for turn in turns]
@@ -212,8 +212,7 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     unseen, messages, learned, text, spans, prompt = min(results, key=lambda result: result[0])
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
     for index, (start, end) in zip(learned, spans, strict=True):
-        said = [messages[index][part] for part in PARTS if isinstance(messages[index].get(part), str)]
-        notes += [CURTAILED] * any(not _has(text[start:end], part) for part in said)
+        notes += [CURTAILED] * any(not _has(text[start:end], part) for part in _said(messages[index]))
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
     return Rendered(prompt, text, tuple(spans), tuple(notes))
@@ -297,6 +296,14 @@ def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, tex
 def _unseen(messages: list[dict], text: str) -> int:
     """How many turns, other than replies, are not in the text."""
     return sum(message["role"] != "assistant" and not _has(text, message.get("content", "")) for message in messages)
+
+
+def _said(reply: dict) -> list[str]:
+    """What a reply consists of: its text, its thoughts, the names of the tools that it calls."""
+    calls = reply.get("tool_calls") if isinstance(reply.get("tool_calls"), list) else []
+    calls = [call.get("function") or call for call in calls if isinstance(call, dict)]
+    names = [call.get("name") for call in calls if isinstance(call, dict)]
+    return [part for part in (reply.get("content"), reply.get("reasoning_content"), *names) if isinstance(part, str)]
 
 
 def _has(text: str, part: str) -> bool:

@@ -174,12 +174,12 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
         raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: correct the line") from None
 
 
-def text_of(value: object, name: str, where: str) -> str:
+def text_of(value: object, name: str, where: str, cure: str = "make it a text") -> str:
     """Return a text, or a number as text. Raises InputError, which calls the value `name`, for anything else."""
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {name} is {type(value).__name__}, not a string: make it a text")
+        raise InputError(f"{where}: {name} is {type(value).__name__}, not a string: {cure}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""From labelled texts to batches: tokens, padding, labels."""
+"""Labelled texts as batches: tokens, padding, labels."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,16 +38,16 @@ def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tup
 
 
 def unknown_share(rows: list[ClassRow], tok: Tokenizer, data: str | None, folder: str | Path) -> float:
-    """Return the share of the rows' tokens that are the tokenizer's unknown token, special tokens not counted.
+    """Return the share of the rows' tokens that are unknown to the tokenizer; special tokens around a text don't count.
 
     Raises InputError, which names `data` and the tokenizer's folder, if it is above 80 %: the texts are of a language
     or an alphabet that the model was not trained on, or the tokenizer is another model's.
     """
     names = getattr(tok.backend.model, "unk_token", None), "[UNK]", "<unk>"  # a unigram model does not say its own
     unknown = {tok.backend.token_to_id(name) for name in names if name} - {None}
-    specials = tok.backend.num_special_tokens_to_add(is_pair=bool(rows[0].token_types.any()))
-    tokens = sum(len(row.ids) - specials for row in rows)
-    share = sum(int(np.isin(row.ids, list(unknown)).sum()) for row in rows) / max(tokens, 1)
+    ids = np.concatenate([row.ids for row in rows])
+    ids = ids[~np.isin(ids, tok.encode(""))]
+    share = float(np.isin(ids, list(unknown)).sum()) / max(len(ids), 1)
     if share > MOST_UNKNOWN:
         raise InputError(f"{data}: {share:.0%} of the tokens are unknown to the tokenizer in {folder}: give a model of "
                          "this language, or its own tokenizer")  # fmt: skip

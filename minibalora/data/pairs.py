@@ -67,4 +67,5 @@ def field_text(row: dict, field: str, where: str) -> str:
     """Return a field that is a text, or a number as text. Raises InputError for anything else."""
     if field not in row:
         raise InputError(f"{where}: the field {field!r} is missing: add it or name another")
-    return text_of(row[field], f"the field {field!r}", where)
+    cure = "make it a text, or name other fields (--prompt-field, --input-field, --response-field)"
+    return text_of(row[field], f"the field {field!r}", where, cure)

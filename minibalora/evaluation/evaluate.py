@@ -113,7 +113,7 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
     ask = partial(mt_bench.prompt_of, template)
     mt_bench.check_first_turns(questions, ask, model, tok)
     start()
-    names = [folder.resolve().name for folder in (args.model, args.adapter) if folder is not None]
+    names = [name_of(folder) for folder in (args.model, args.adapter) if folder is not None]
     file = new_file(args.out / "model_answer" / f"{'-'.join(names)}.jsonl")
     decoding = Decoding(args.max_new_tokens, seed=args.seed, stop=() if template.chat else NEXT)
     answers = mt_bench.answer_questions(questions, ask, model, tok, decoding, args.batch_size, file)
@@ -122,12 +122,19 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
         del model  # so that the judge has its memory
         judge, tok = load(args.judge, None, args.dtype, args.device, judge_template.chat)
         matches = mt_bench.matches_of(questions, answers, args.judge_prompts, references)
-        names = {"model": file.stem, "judge": args.judge.resolve().name, "judge_digest": judge_digest}
+        names = {"model": file.stem, "judge": name_of(args.judge), "judge_digest": judge_digest}
         path = new_file(args.out / "model_judgment" / f"{names['judge']}_single.jsonl")
         ask = partial(mt_bench.prompt_of, judge_template)
         judgments = mt_bench.grade(matches, ask, judge, tok, args.batch_size, path, names)
     summary = mt_bench.summarize(questions, answers, judgments)
     return summary, mt_bench.in_words(summary, file)
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of a model's folder; the organisation's and model's, for a snapshot in the Hub's cache."""
+    folder = folder.absolute()
+    is_snapshot = folder.parent.name == "snapshots"
+    return folder.parents[1].name.removeprefix("models--") if is_snapshot else folder.name
 
 
 def new_file(path: Path) -> Path:
@@ -191,8 +198,8 @@ def parse_flags() -> argparse.Namespace:
 
 def add_judge_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("judge of mt-bench").add_argument
-    add("--judge", metavar="DIR", type=cli.path, help="checkpoint folder of the model that rates the answers (default: "
-        "none)")  # fmt: skip
+    add("--judge", metavar="DIR", type=cli.folder, help="checkpoint folder of the model that rates the answers "
+        "(default: none)")  # fmt: skip
     add("--judge-prompts", metavar="FILE", type=cli.path, help="FastChat's judge_prompts.jsonl")
     add("--references", metavar="FILE", type=cli.path, help="FastChat's reference_answer/gpt-4.jsonl (default: the "
         "references in the question file)")  # fmt: skip

@@ -1,6 +1,6 @@
-"""What GLUE and the benchmarks of generation report.
+"""The metrics that GLUE and the generation benchmarks report.
 
-`predicted` and `gold` have an entry for each example, at least one. Classes are integers from 0.
+`predicted` and `gold` have one entry per example, and at least one entry. Classes are integers from 0.
 """
 
 import math
@@ -10,27 +10,27 @@ from numpy.typing import ArrayLike
 
 
 def accuracy(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """The share of right predictions, in [0, 1]."""
+    """Return the share of right predictions, in [0, 1]."""
     predicted, gold = _paired(predicted, gold)
     return float(np.mean(predicted == gold))
 
 
 def f1(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """2·TP / (2·TP + FP + FN) of class 1, in [0, 1]; 0 if neither the predictions nor the gold labels have it."""
+    """Return 2·TP / (2·TP + FP + FN) of class 1, in [0, 1]; 0 if neither predictions nor gold labels contain it."""
     predicted, gold = _paired(predicted, gold)
     positives = int((predicted == 1).sum() + (gold == 1).sum())  # TP + FP and TP + FN
     return 2 * int(((predicted == 1) & (gold == 1)).sum()) / positives if positives else 0.0
 
 
 def matthews(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """Matthews correlation of any number of classes (Gorodkin 2004), in [-1, 1]; 0 if a side has only one class.
+    """Return the Matthews correlation of any number of classes (Gorodkin 2004), in [-1, 1].
 
     (N·c − Σ_k p_k·g_k) / √((N² − Σ_k p_k²)·(N² − Σ_k g_k²)), where c of N predictions are right and class k is
-    predicted p_k times and right g_k times.
+    predicted p_k times and correct g_k times. Returns 0 if either side has only one class.
     """
     predicted, gold = _paired(predicted, gold)
     right, total = int((predicted == gold).sum()), len(gold)
-    # Python's integers, since products of four counts overflow 64 bits from 55,000 rows on
+    # Python's integers: products of four counts overflow 64 bits from 55,000 rows on.
     counts = [(int((predicted == k).sum()), int((gold == k).sum())) for k in np.union1d(predicted, gold)]
     covariance = total * right - sum(p * g for p, g in counts)
     variances = (total**2 - sum(p * p for p, _ in counts)) * (total**2 - sum(g * g for _, g in counts))
@@ -38,9 +38,9 @@ def matthews(predicted: ArrayLike, gold: ArrayLike) -> float:
 
 
 def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """Linear correlation Σ x·y / √(Σ x²·Σ y²) of the centred scores, in [-1, 1].
+    """Return the linear correlation Σ x·y / √(Σ x²·Σ y²) of the centred scores, in [-1, 1].
 
-    NaN, as in SciPy, where it is not defined: if a side is constant, as one example is, or not finite.
+    Returns NaN, as SciPy does, if a side is constant (one example always is) or not finite.
     """
     x, y = (scores.astype(np.float64) for scores in _paired(predicted, gold))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -50,20 +50,20 @@ def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
 
 
 def spearman(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """Pearson's correlation of the ranks (ties get their mean), in [-1, 1]. NaN if a side is constant or has NaN."""
+    """Return Pearson's correlation of the ranks, in [-1, 1]; ties get their mean rank. NaN as in `pearson`."""
     return pearson(_ranks(predicted), _ranks(gold))
 
 
 def recalls(predicted: ArrayLike, gold: ArrayLike, classes: int) -> list[float | None]:
-    """The share of each class's examples that are predicted as that class, in [0, 1]; None if it has no examples."""
+    """Return the share of each class's examples that are predicted correctly, in [0, 1]; None without examples."""
     predicted, gold = _paired(predicted, gold)
     return [float(np.mean(predicted[gold == k] == k)) if (gold == k).any() else None for k in range(classes)]
 
 
 def effective_rank(logits: ArrayLike) -> float:
-    """exp(−Σ p_i ln p_i), p_i = σ_i / Σ_j σ_j, of finite logits (N, D) (Roy & Vetterli 2007), in [1, min(N, D)].
+    """Return exp(−Σ p_i ln p_i), p_i = σ_i / Σ_j σ_j, of finite logits (N, D) (Roy & Vetterli 2007), in [1, min(N, D)].
 
-    min(N, D) if all singular values are equal, 1 if only one is not 0, and 0 for the zero matrix.
+    It is min(N, D) if all singular values are equal, 1 if only one is not 0, and 0 for the zero matrix.
     """
     sigma = np.linalg.svd(np.asarray(logits, dtype=np.float64), compute_uv=False)
     sigma = sigma[sigma > 0]
@@ -78,7 +78,7 @@ def _paired(predicted: ArrayLike, gold: ArrayLike) -> tuple[np.ndarray, np.ndarr
 
 
 def _ranks(values: ArrayLike) -> np.ndarray:
-    """Ranks from 1; the rank of NaN is NaN."""
+    """Return ranks from 1; the rank of NaN is NaN."""
     values = np.asarray(values, dtype=np.float64)
     _, group, sizes = np.unique(values, return_inverse=True, return_counts=True)
     ranks = np.cumsum(sizes) - (sizes - 1) / 2
@@ -86,15 +86,15 @@ def _ranks(values: ArrayLike) -> np.ndarray:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """The chance that at least one of k samples of a problem passes, 1 − C(n − c, k) / C(n, k) (arXiv 2107.03374).
+    """Return the chance that one or more of k samples of a problem pass, 1 − C(n − c, k) / C(n, k) (arXiv 2107.03374).
 
-    This is the unbiased estimate from n samples, c of which passed; 1 <= k <= n.
+    It is the unbiased estimate from n samples of which c passed; 1 <= k <= n.
     """
     return 1 - math.comb(samples - passed, k) / math.comb(samples, k)
 
 
 def wilson(share: float, total: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval (1927), by default of 95 %, for a share that was measured on `total` cases; within [0, 1]."""
+    """Return Wilson's interval (1927), by default of 95 %, for a share measured on `total` cases; within [0, 1]."""
     centre = share + z * z / (2 * total)
     width = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
     scale = 1 + z * z / total

@@ -100,9 +100,9 @@ def parse_flags() -> Namespace:
         "or a score, in the order of the input.",
     )
     add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="DIR", type=cli.path, default=BUILT_IN / "bert", help="checkpoint folder: config.json, "
+    add("--model", metavar="DIR", type=cli.folder, default=BUILT_IN / "bert", help="checkpoint folder: config.json, "
         "tokenizer.json, *.safetensors (default: the built-in tiny BERT)")  # fmt: skip
-    add("--adapter", metavar="DIR", type=cli.path, help="folder of an adapter for it, with its run.json")
+    add("--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for it, with its run.json")
     add("--batch-size", type=cli.positive_int, metavar="N", default=32, help="texts at a time (default: 32)")
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens per text (default: as in training, or 128)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")

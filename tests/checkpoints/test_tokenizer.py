@@ -200,3 +200,41 @@ def test_without_tokenizer_config_the_ids_of_config_json_count(make, tmp_path):
     (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}')
     tok = make(None)
     assert (tok.bos_id, tok.eos_id, tok.pad_id) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    "files, eos_id, eos_ids",
+    [
+        ({"special_tokens_map.json": {"eos_token": "</s>"}}, 2, {2}),
+        (
+            {"special_tokens_map.json": {"eos_token": {"content": "</s>"}}, "config.json": {"eos_token_id": [4]}},
+            2,
+            {2, 4},
+        ),
+        ({"tokenizer_config.json": {"eos_token": "</s>"}, "special_tokens_map.json": {"eos_token": "<pad>"}}, 2, {2}),
+        ({"tokenizer_config.json": {"eos_token": None}, "special_tokens_map.json": {"eos_token": "</s>"}}, 2, {2}),
+        ({"generation_config.json": {"eos_token_id": [4, 5]}, "config.json": {"eos_token_id": 2}}, 4, {2, 4, 5}),
+        ({"tokenizer_config.json": NAMES, "generation_config.json": {"eos_token_id": 5}}, 2, {2, 5}),
+        ({"config.json": {"eos_token_id": [2, 4]}}, 2, {2, 4}),
+        ({"config.json": {"eos_token_id": -1}, "generation_config.json": {"eos_token_id": None}}, None, set()),
+    ],
+)
+def test_every_end_of_text_that_a_file_names_counts(make, tmp_path, files, eos_id, eos_ids):
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    tok = make(None)
+    assert tok.eos_id == eos_id and tok.eos_ids == eos_ids
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", [2, None], True, {"id": 2}])
+def test_an_end_of_text_that_is_no_number_is_refused(make, tmp_path, refuses, name, value):
+    (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
+    refuses(lambda: make(None), tmp_path / name, "eos_token_id", repr(value))
+
+
+def test_a_bos_that_the_tokenizer_denies_is_none(make, tmp_path):
+    """As Qwen 2.5's config.json and tokenizer_config.json have it."""
+    (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
+    tok = make({"bos_token": None})
+    assert tok.bos_id is None and tok.eos_id == 2

@@ -249,6 +249,10 @@ def test_a_turn_or_a_thought_that_the_template_leaves_out_is_named(read):
     aside = [*chat("q"), {"role": "assistant", "content": "a", "thinking": "hm"}]
     assert read(aside, "qwen3").rendered == read(chat("q", f"{thought}a"), "qwen3").rendered
     assert read(aside).notes == (chat_module.CURTAILED,)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    assert (
+        read([*chat("q"), call]).notes == (chat_module.CURTAILED,) and read([*chat("q"), call], "qwen2_5").notes == ()
+    )
 
 
 # Templates.

@@ -36,6 +36,11 @@ COLLECTIONS = {
         ("Say.", "", "hi"),
     ),
     "Magicoder": ({"lang": "py", "problem": "Add.", "solution": "a + b", "seed": "x"}, ("Add.", "", "a + b")),
+    "LIMA": ({"conversations": ["q", "a"], "source": "stackexchange"}, ("q", "", "a")),
+    "LMSYS": (
+        {"model": "m", "conversation": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+        ("q", "", "a"),
+    ),
     "MATH": (
         {"problem": "1 + 1?", "level": "Level 1", "type": "Algebra", "solution": "\\boxed{2}"},
         ("1 + 1?", "", "\\boxed{2}"),
