@@ -23,7 +23,7 @@ SYNONYMS = {
 }
 ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
 EARLY, LATE = "turns before the first question", "turns after the last reply"
-BLANK, WEIGHTLESS = "replies without a text in the prompt only", "replies of weight 0 in the prompt only"
+BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
 TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
@@ -220,11 +220,13 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
     """The messages and which are learned; then again in turns that alternate, where they do not, since many templates
-    take no others, and none of the system."""
+    take no others, and none of the system. Blank replies are left out of these."""
     joined, learned = [], []
     for index, message in enumerate(conversation.messages):
         if message["role"] == "system":
             message = message | {"role": "user"}
+        if message == {"role": "assistant", "content": message.get("content")} and not message["content"].strip():
+            continue
         before = joined[-1] if joined else {}
         is_plain = {*before} == {*message} == {"role", "content"} and before["role"] == message["role"]
         if is_plain and (index in conversation.learned) == (len(joined) - 1 in learned):

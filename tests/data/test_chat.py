@@ -195,6 +195,13 @@ def test_replies_in_a_row_are_all_learned(read):
     assert learned_texts(read(turns, "gemma")) == ["a1\n\na2<end_of_turn>"]
 
 
+def test_a_blank_reply_next_to_another_is_no_turn_where_turns_alternate(read):
+    turns = [*chat("q1", ""), {"role": "assistant", "content": "a1"}, *chat("q2", "a2")]
+    for name in ("gemma", "qwen3"):
+        assert [text.partition("<")[0] for text in learned_texts(read(turns, name))][:1] == ["a1"]
+        assert chat_module.BLANK in read(turns, name).notes
+
+
 def test_what_is_not_learned_is_named(read):
     hello, late = {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "bye"}
     example = read([hello, *chat("q", "a"), late, late])
