@@ -129,6 +129,9 @@ def test_a_bert_without_model_type_is_known_by_its_architectures_or_its_keys(cha
     config = json.loads((GOLDEN / "bert" / "config.json").read_text()) | changes
     (tmp_path / "bert" / "config.json").write_text(json.dumps(config))
     *inputs, logits = golden_example("bert")
+    model = mb.load_model(tmp_path / "bert", head="classifier")
     with torch.no_grad():
-        ours = mb.load_model(tmp_path / "bert", head="classifier")(*inputs)
+        ours = model(*inputs)
     assert torch.allclose(ours, logits, atol=1e-5 * logits.abs().max())
+    mb.save_model(model, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["model_type"] == "bert"
