@@ -1,4 +1,4 @@
-"""A checkpoint's own tokenizer, from its own file, adding the special tokens that it adds by itself."""
+"""Load the tokenizer of a checkpoint, with the special tokens that its files add."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -13,18 +13,18 @@ from minibalora.base.files import read_json_object, refuse_pointer
 from minibalora.checkpoints.chat_template import ChatTemplate, special_tokens
 from minibalora.checkpoints.sentencepiece import read_sentencepiece
 
-CHUNK = 1000  # texts
+CHUNK = 1000  # texts that are tokenised at a time
 
 
 class Tokenizer:
-    """encode(str) -> ids with BOS, EOS, CLS, SEP as the post-processor in tokenizer.json says; decode(ids) -> str.
+    """encode(str) -> ids, with the BOS, EOS, CLS and SEP that tokenizer.json's post-processor adds; decode(ids) -> str.
 
-    That file alone decides, as in transformers 5, but for DeepSeek-MoE's like (see `_with_bos`): `add_bos_token` in
-    tokenizer_config.json is the slow tokenizers'.
+    As in transformers 5, only that file decides, with one exception (see `_with_bos`): `add_bos_token` in
+    tokenizer_config.json is for slow tokenizers.
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
-    eos_ids: all tokens that end a text, of which eos_id is the one that a response is trained to end with.
-    is_encoder_decoder: the model reads a prompt as a whole text, EOS included, and writes its response as another.
-    is_chat: prompts come from a chat template, which has written all special tokens: none is added.
+    eos_ids: all tokens that end a text. A response is trained to end with eos_id.
+    is_encoder_decoder: the model reads a prompt as a complete text, with EOS, and writes its response as another text.
+    is_chat: a chat template writes the prompts, with all special tokens, so none is added.
     """
 
     def __init__(self, backend: Backend, settings: dict, where: Path, is_encoder_decoder: bool = False):
@@ -39,23 +39,23 @@ class Tokenizer:
         if content is None:
             return None
         token_id = self.backend.token_to_id(content) if isinstance(content, str) else None
-        if token_id is None and name != "pad_token":  # nothing here depends on what pads
+        if token_id is None and name != "pad_token":  # no result depends on the padding token
             raise InputError(f"{where}: {name} {content!r} is not in the tokenizer: download both again")
         return token_id
 
     def encode(self, text: str, pair: str | None = None) -> list[int]:
-        """Ids of a text that starts a sequence, or of two texts that are one."""
+        """Return the ids of a text that starts a sequence, or of a pair of texts."""
         return self.backend.encode(text, pair).ids
 
     def encode_labelled(
         self, texts: list[tuple[str, ...]], max_length: int
     ) -> tuple[list[tuple[list[int], list[int]]], int]:
-        """(ids, token types) of each tuple of one or two texts, on all cores; and how many were cut to `max_length`.
+        """Return (ids, token types) of each tuple of one or two texts, and the number that were cut to `max_length`.
 
-        Special tokens count and stay. Of a pair the longer text is cut first, as transformers does by default.
+        Special tokens count and are kept. The longer text of a pair is cut first, as transformers does by default.
         """
         specials = self.backend.num_special_tokens_to_add(any(len(text) == 2 for text in texts))
-        if max_length <= specials:  # tokenizers would then not cut at all
+        if max_length <= specials:  # the tokenizers library would not cut at all
             room = f"has no room for text beside {specials} special tokens"
             raise InputError(f"a length of {max_length} {room}: raise it")
         self.backend.enable_truncation(max_length, strategy="longest_first")
@@ -67,24 +67,24 @@ class Tokenizer:
         return [(encoding.ids, encoding.type_ids) for encoding in encoded], cut
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """`encode` of each, on all cores, but without the EOS that some tokenizers add if the response is to follow."""
+        """Return the ids of each prompt. A final EOS, which some tokenizers add, is removed if a response follows."""
         encoded = [ids.ids for ids in self.backend.encode_batch_fast(texts, add_special_tokens=not self.is_chat)]
         if self.is_encoder_decoder or self.is_chat:
             return encoded
         return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts that continue a sequence: no special token."""
+        """Return the ids of texts that continue a sequence, without special tokens."""
         return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_spans(
         self, texts: list[str], spans: list[Sequence[tuple[int, int]]]
     ) -> Iterator[tuple[list[int], np.ndarray]]:
-        """The ids of each text that a chat template wrote, and which of them reach into one of its spans of characters.
+        """Yield the ids of each text that a chat template wrote, and a mask of the tokens in its spans of characters.
 
-        Text and spans are in order; a token is in a span if a character of it is.
+        A token is in a span if one of its characters is.
         """
-        for first in range(0, len(texts), CHUNK):  # what says where a token stands takes 200 bytes a token
+        for first in range(0, len(texts), CHUNK):  # the offsets take 200 bytes per token
             chunk = slice(first, first + CHUNK)
             encoded = self.backend.encode_batch(texts[chunk], add_special_tokens=False)
             for encoding, parts in zip(encoded, spans[chunk], strict=True):
@@ -95,24 +95,24 @@ class Tokenizer:
                 yield encoding.ids, inside
 
     def decode_after(self, before: list[int], ids: list[int]) -> str:
-        """The text that `ids` add to that of `before`. Decoded alone, they would lose a space in front, and the first
-        line of a Python function its indentation: tokenizers that mark the start of a word drop it there."""
+        """Return the text that `ids` add after `before`. Decoded alone, they could lose the space in front: tokenizers
+        that mark the start of a word drop it, and with it the indentation of a Python function."""
         if before and before[-1] in self.eos_ids:
-            return self.decode(ids)  # they are a text of their own
+            return self.decode(ids)  # a new text begins
         context = before[-8:]  # enough for the last character to be whole
         return self.decode(context + ids)[len(self.decode(context)) :]
 
     def decode(self, ids: list[int]) -> str:
-        """The text without special tokens."""
+        """Return the text without special tokens."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
 
 def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokenizer:
-    """The tokenizer in the folder `path`, from tokenizer.json or DeBERTa's spm.model; InputError if missing or broken.
+    """Load the tokenizer in the folder `path`, from tokenizer.json or DeBERTa's spm.model.
 
-    Special tokens are those of tokenizer_config.json, which Hugging Face writes beside it, else of
-    special_tokens_map.json, generation_config.json or config.json. A text ends at any EOS that one of these names.
-    chat: prompts come from this template, and texts end at the end of its turns, too.
+    Special tokens come from tokenizer_config.json, else special_tokens_map.json, generation_config.json or config.json.
+    A text ends at any EOS that one of these names, and, with the template `chat`, at the end of a turn.
+    Raises InputError if a file is missing or broken.
     """
     folder = Path(path)
     file, spm_file, settings_file, config_file = (
@@ -124,7 +124,7 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
     config = read_json_object(config_file) if config_file.exists() else {}
     if file.exists():
         backend = _with_bos(_read_tokenizer_json(file), settings)
-    elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # v3 calls itself v2, too
+    elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # DeBERTa-v3's model_type is v2, too
         backend = read_sentencepiece(spm_file, settings)
     else:
         raise InputError(
@@ -136,7 +136,7 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
     for source, file_of_ids in ((generation, generation_file), (config, config_file)):
         for name in ("bos_token", "eos_token", "pad_token"):
             ids = _ids(source, f"{name}_id", file_of_ids)
-            # Qwen 2.5's config.json numbers a BOS that its tokenizer says it has not: null there is an answer.
+            # null in tokenizer_config.json counts: Qwen 2.5 has no BOS, although config.json gives it a number.
             if ids and (name not in settings or name == "eos_token" and _content(settings, name) is None):
                 settings[name] = backend.id_to_token(ids[0])
     tok = Tokenizer(backend, settings, settings_file, config.get("is_encoder_decoder") is True)
@@ -152,12 +152,12 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
 
 
 def _ids(source: dict, name: str, file: Path) -> list[int]:
-    """The ids under a name in a configuration: one or a list, [] without it; InputError if it is something else."""
+    """Return the id or ids under a name in a configuration, [] without it. Raises InputError for other values."""
     value = source.get(name)
     ids = [] if value is None else value if isinstance(value, list) else [value]
     if not all(type(token_id) is int for token_id in ids):
-        raise InputError(f"{file}: {name} is {value!r}, no token's number and no list of them: download it again")
-    return [token_id for token_id in ids if token_id >= 0]  # some write -1 for none
+        raise InputError(f"{file}: {name} is {value!r}, not the number of a token or a list of them: download it again")
+    return [token_id for token_id in ids if token_id >= 0]  # some files write -1 for none
 
 
 def _content(settings: dict, name: str) -> object:
@@ -166,8 +166,9 @@ def _content(settings: dict, name: str) -> object:
 
 
 def _with_bos(backend: Backend, settings: dict) -> Backend:
-    """LlamaTokenizerFast of transformers 4 put BOS before a text where tokenizer_config.json asks for it, whatever
-    tokenizer.json says. DeepSeek-MoE was trained so, and its tokenizer.json says nothing, so transformers 5 forgets it.
+    """Return the backend, with BOS before a text if it is a LlamaTokenizerFast and tokenizer_config.json asks for it.
+
+    transformers 4 did so whatever tokenizer.json says, and DeepSeek-MoE was trained that way. transformers 5 omits BOS.
     """
     bos = _content(settings, "bos_token")
     bos_id = backend.token_to_id(bos) if isinstance(bos, str) else None
@@ -184,7 +185,7 @@ def _with_bos(backend: Backend, settings: dict) -> Backend:
 def _read_tokenizer_json(file: Path) -> Backend:
     try:
         backend = Backend.from_file(str(file))
-    except Exception as error:  # the library raises plain Exception for every kind of broken file
+    except Exception as error:  # the library raises Exception for every kind of broken file
         refuse_pointer(file)
         raise InputError(f"{file}: not a readable tokenizer ({error}): download it again") from None
     backend.no_truncation()

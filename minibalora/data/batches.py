@@ -14,10 +14,10 @@ from minibalora.models import LanguageModel
 
 @dataclass(frozen=True)
 class Row:
-    """A tokenised example: ids = prompt with BOS, then response with EOS; ids[prompt_length:] is what is learned.
+    """A tokenised example: ids = prompt with BOS, then response with EOS. ids[prompt_length:] are learned.
 
-    In a conversation of several replies, what stands between them is not: `learned` says of each of these ids whether
-    it is, the first and the last always. None: all of them.
+    In a conversation with several replies, the tokens between them are not: `learned` is a mask of ids[prompt_length:],
+    true for its first and last token. None: all are learned.
     """
 
     ids: np.ndarray
@@ -27,23 +27,22 @@ class Row:
 
     @property
     def after_prompt(self) -> int:
-        """How many tokens there are from the first learned one on, but not a first of all, which nothing predicts."""
+        """The number of tokens after the prompt, without the first token of the row, which nothing predicts."""
         return len(self.ids) - max(self.prompt_length, 1)
 
     @property
     def predicted(self) -> int:
-        """How many tokens are learned."""
+        """The number of learned tokens."""
         return self.after_prompt if self.learned is None else int(self.learned.sum())
 
 
 def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
-    """Tokenised rows, how many responses were cut to max_length tokens, and how many rows were dropped.
+    """Tokenise examples. Returns the rows, the number of responses cut to max_length tokens, and of rows dropped.
 
-    examples: of the class Example, or whatever has a prompt, a response and a line, too, and, all of them or none, the
-    text that a chat template wrote.
-    Prompt and response are tokenised apart, so no token straddles the boundary and a prompt has the ids at training
-    that it will have at generation. A tokenizer that marks the start of a word puts a space before the response. A row
-    is dropped if its prompt leaves no room for one response token.
+    examples: `prompts.Example`s, or other objects with prompt, response, line and rendered; the last is the text that a
+    chat template wrote, for all of them or for none. Prompt and response are tokenised separately, so that no token
+    crosses the boundary, and a prompt has the same ids in training and generation. A tokenizer that marks the start of
+    a word puts a space before the response. A row is dropped if its prompt leaves no room for a response token.
     """
     if examples and examples[0].rendered is not None:
         return encode_rendered(examples, tok, max_length)
@@ -61,12 +60,12 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
 
 
 def encode_rendered(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
-    """As `encode_examples`, of examples whose text a chat template wrote. It is tokenised in one piece, as transformers
-    does, and a row ends with the last token that is learned."""
+    """Tokenise examples whose text a chat template wrote; see `encode_examples`. As in transformers, a text is
+    tokenised in one piece. A row ends with its last learned token."""
     rows, truncated, dropped = [], 0, 0
     encoded = tok.encode_spans([example.rendered for example in examples], [example.learned for example in examples])
     for example, (ids, inside) in zip(examples, encoded, strict=True):
-        inside[:1] = False  # nothing predicts it
+        inside[:1] = False  # nothing predicts the first token
         places = np.flatnonzero(inside[:max_length])
         if len(places) == 0:
             dropped += 1
@@ -79,16 +78,16 @@ def encode_rendered(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
 
 
 def in_words(rows: list[Row], source: str | None) -> str:
-    """How many rows and tokens there are, and how many of the tokens are learned."""
+    """Describe the rows: their number, and the numbers of tokens and of learned tokens."""
     tokens = sum(len(row.ids) for row in rows)
     learned = sum(row.predicted for row in rows)
     return f"{source or 'built-in problems'}, {len(rows):,} rows, {tokens:,} tokens, {learned:,} learned"
 
 
 def rows_of_step(count: int, batch_size: int, seed: int, step: int) -> list[int]:
-    """Which of `count` rows the optimisation step takes: a pure function, so that a resumed run sees the same rows.
+    """Return the indices, below `count`, of the rows of a step. A pure function, so a resumed run gets the same rows.
 
-    Every epoch is a new permutation; its last step takes what is left.
+    Every epoch is a new permutation; its last step takes the remaining rows.
     """
     epoch, step_in_epoch = divmod(step, steps_per_epoch(count, batch_size))
     order = np.random.default_rng([seed, epoch]).permutation(count)
@@ -100,37 +99,37 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
 
 
 def micro_batches(rows: list[Row], size: int) -> list[list[Row]]:
-    """Cut a step's rows into micro-batches of neighbours in length: little padding where there is any."""
+    """Cut the rows of a step into micro-batches of rows with similar lengths, which need little padding."""
     ordered = sorted(rows, key=lambda row: (len(row.ids), row.line))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]
 
 
 def longest(rows: list[Row], count: int) -> list[Row]:
-    """The micro-batch that takes the most memory."""
+    """Return the micro-batch that needs the most memory."""
     return sorted(rows, key=lambda row: len(row.ids))[-count:]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """Rows laid end to end, without padding: the arguments of `Decoder.packed`, and what is predicted."""
+    """Rows end to end, without padding: the arguments of `Decoder.packed`, and the tokens to predict."""
 
     input_ids: Tensor  # (shared + Σ lengths,)
     lengths: list[int]
-    wanted: list[int]  # how many of each row's last tokens there are from the one that predicts the first learned on
-    shared: int  # first tokens, the same in every row: of Alpaca's prompt a third
+    wanted: list[int]  # per row, the tokens from the one that predicts the first learned token to the end
+    shared: int  # first tokens that all rows share: a third of Alpaca's prompt
     targets: Tensor  # (M,) the learned tokens
-    learned: Tensor | None = None  # (M,) which of these Σ wanted tokens predict a learned one; None: all
+    learned: Tensor | None = None  # (M,) indices of the wanted tokens that predict a learned token; None: all
 
     def states(self, model: LanguageModel) -> Tensor:
-        """The model's final hidden states (M, d) that predict the targets."""
+        """Return the model's final hidden states (M, d), from which the targets are predicted."""
         states = model.packed(self.input_ids, self.lengths, self.wanted, self.shared)
         return states if self.learned is None else states[self.learned]
 
 
 def pack(rows: list[Row], device: torch.device | str) -> Packed:
-    """A micro-batch without padding, and without each row's last token, from which nothing is predicted.
+    """Pack a micro-batch without padding, and without each row's last token, which predicts nothing.
 
-    Position t predicts token t + 1, so of a row without its last token the last ones predict the response.
+    Position t predicts token t + 1, so the last positions of such a row predict its response.
     """
     shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
     own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.after_prompt :] for row in rows]
@@ -145,7 +144,7 @@ def pack(rows: list[Row], device: torch.device | str) -> Packed:
 
 
 def common_start(texts: list[np.ndarray]) -> int:
-    """How many first tokens all of several texts share; a single text shares none."""
+    """Return the number of first tokens that all texts share; 0 for a single text."""
     if len(texts) == 1:
         return 0
     shortest = min(len(ids) for ids in texts)
@@ -154,16 +153,16 @@ def common_start(texts: list[np.ndarray]) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """To a GPU from pinned memory, while it is still at work."""
+    """Move a tensor to a device; to a GPU from pinned memory, so that the host does not wait."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 def check_fits(rows: list, source: str | None, config: object, max_length: int, model: str = "the model") -> None:
-    """InputError if --max-length asks for positions, or a row of the file `source` has tokens, that the model has not.
+    """Raise InputError if --max-length exceeds the model's positions, or if a row of the file `source` does not fit.
 
-    config: the model's configuration; model: its name in the messages.
+    config: the model's configuration; model: its name in messages.
     """
     limit = config.max_position_embeddings
     if limit is not None and max_length > limit:
@@ -173,10 +172,8 @@ def check_fits(rows: list, source: str | None, config: object, max_length: int, 
 
 
 def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0, model: str = "the model") -> None:
-    """InputError that begins with `where` unless there are tokens, all in the vocabulary, and `room` for so many more.
-
-    config: the model's configuration; model: its name in the messages.
-    """
+    """Raise InputError, which begins with `where`, if there is no token, if one is outside the vocabulary, or if the
+    model has no positions for them and `room` more. config: the model's configuration; model: its name in messages."""
     if len(ids) == 0:
         raise InputError(f"{where} has no tokens: write something, or leave it out")
     if (highest := np.max(ids)) >= config.vocab_size:

@@ -1,4 +1,4 @@
-"""Text from a model, in batches with a KV cache: the most likely tokens, or tokens drawn at random."""
+"""Generate text in batches with a KV cache: the most likely tokens, or random ones."""
 
 import math
 import time
@@ -16,15 +16,15 @@ from minibalora.data.batches import check_ids
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
 
-WINDOW = 16  # batches
+WINDOW = 16  # batches whose prompts are sorted together
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How the next token is chosen, and where a text ends."""
+    """The settings that choose the next token and end a text."""
 
     max_new_tokens: int = 512  # at least 1
-    temperature: float = 0.0  # logits are divided by it; 0: always the most likely token
+    temperature: float = 0.0  # divides the logits; 0: always the most likely token
     top_p: float = 1.0  # draw from the smallest set of tokens with at least this probability (arXiv 1904.09751)
     stop: tuple[str, ...] = ()  # a text ends before the first of these
     seed: int = 42
@@ -34,9 +34,9 @@ class Decoding:
 def generate(
     model: LanguageModel, tok: Tokenizer, prompts: list[str], decoding: Decoding, keys: Sequence[int] | None = None
 ) -> list[str]:
-    """The text that follows each prompt, all in one batch; see `generate_each`."""
-    found = dict(generate_each(model, tok, prompts, decoding, max(1, len(prompts)), keys))
-    return [found[index] for index in range(len(prompts))]
+    """Return the text that follows each prompt, generated in one batch; see `generate_each`."""
+    texts = dict(generate_each(model, tok, prompts, decoding, max(1, len(prompts)), keys))
+    return [texts[index] for index in range(len(prompts))]
 
 
 def generate_each(
@@ -48,14 +48,14 @@ def generate_each(
     keys: Sequence[int] | None = None,
     desc: str = "generate",
 ) -> Iterator[tuple[int, str]]:
-    """Yields (index of a prompt, the text that follows it), batch by batch, and shows a progress bar.
+    """Yield (index of a prompt, the text that follows it), batch by batch, and show the progress.
 
-    A text goes up to EOS or a stop string and has no special tokens. The other prompts of a batch do not change it,
-    unless two tokens are so nearly as likely that rounding decides between them. A prompt's random numbers depend on
-    decoding.seed and on its key, by default its index. Raises InputError for a prompt that the model can't take.
+    A text ends before EOS or a stop string and has no special tokens. The other prompts of a batch do not change it,
+    unless two tokens are so nearly equally likely that rounding decides. The random numbers of a prompt depend on
+    decoding.seed and on its key, by default its index. Raises InputError for a prompt that does not fit the model.
 
-    The prompts of WINDOW batches are sorted by length, so that a batch needs little padding; sorting all of them would
-    make the first prompts wait for the last batch.
+    The prompts of WINDOW batches are sorted by length, so that a batch needs little padding. Sorting all prompts would
+    delay the first ones until the last batch.
     """
     encoded = encode_prompts(model, tok, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
@@ -75,14 +75,14 @@ def generate_each(
             batch_keys = batch if keys is None else [keys[index] for index in batch]
             rows = generate_ids(model, chosen, decoding, batch_keys, watches, progress)
             for index, prompt, ids in zip(batch, chosen, rows, strict=True):
-                before = [] if tok.is_chat else prompt  # in a chat an answer is a text of its own
+                before = [] if tok.is_chat else prompt  # in a chat, an answer is a separate text
                 yield index, before_stop(tok.decode_after(before, ids), decoding.stop)
 
 
 def encode_prompts(
     model: LanguageModel, tok: Tokenizer, prompts: list[str], names: Sequence[str] | None = None
 ) -> list[list[int]]:
-    """The prompts' ids; InputError names the first prompt that the model can't take, with room for one token more."""
+    """Return the ids of each prompt. Raises InputError for the first that leaves the model no room for a token."""
     encoded = tok.encode_prompts(prompts)
     names = [f"prompt {number}" for number in range(1, len(prompts) + 1)] if names is None else names
     for name, ids in zip(names, encoded, strict=True):
@@ -99,11 +99,11 @@ def generate_ids(
     watches: "Sequence[StopWatch] | None" = None,
     progress: Callable[[int, int], None] = lambda tokens, ended: None,
 ) -> list[list[int]]:
-    """The ids that follow each prompt, without EOS, all in one batch. A row also ends at the model's last position.
+    """Return the ids that follow each prompt, without EOS, all in one batch. A row also ends at the last position.
 
-    watches: what says for each row where it stops; decoding.stop, which needs a tokenizer, is not looked at.
-    progress(tokens of this step, rows that ended with it) is called after each step. Raises ValueError for an empty
-    prompt and for one that leaves no position free.
+    watches: says for each row whether a stop string has come; decoding.stop is not used here. progress(tokens of this
+    step, rows that ended with it) is called after each step. Raises ValueError for an empty prompt, and for one that
+    leaves no free position.
     """
     context, lengths = model.config.max_position_embeddings or math.inf, [len(ids) for ids in prompts]
     if not 0 < min(lengths) <= max(lengths) < context:
@@ -129,11 +129,11 @@ def generate_ids(
             running = going_on
             if not running:
                 return rows
-            state = model.decode(tokens, cache)  # rows that have ended are computed too, and not read
+            state = model.decode(tokens, cache)  # also computes rows that have ended; they are not read
 
 
 def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generator]) -> Tensor:
-    """Logits (B, V) -> tokens (B,): the most likely or, with a temperature, one drawn by the row's generator."""
+    """Return the next tokens (B,) for logits (B, V): the most likely ones, or random ones by each row's generator."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
     uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=logits.device)
@@ -141,14 +141,13 @@ def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generat
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Tokens (B,) drawn from softmax(logits / temperature), cut to its nucleus, by `uniform` (B,) in [0, 1).
+    """Return tokens (B,) from the nucleus of softmax(logits / temperature), chosen by `uniform` (B,) in [0, 1).
 
-    A token is where the running sum of the probabilities passes `uniform`. They are summed in the vocabulary's order:
-    sorted by size, two tokens that are nearly as likely could change places with a batch's rounding, and so the text.
-    In float64.
+    The token is the one at which the running sum of the probabilities passes `uniform`. The sum is in float64 and in
+    the vocabulary's order: sorted by size, two nearly equal tokens could swap places with the rounding of a batch.
     """
     logits = logits.double()
-    below = logits - logits.amax(-1, keepdim=True)  # so that no temperature is too small to divide by
+    below = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows exp
     p = (below / temperature).softmax(-1)
     if top_p < 1:
         p = p.where(p >= least_likely(p, top_p), 0)
@@ -157,21 +156,21 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 
 
 def least_likely(p: Tensor, top_p: float) -> Tensor:
-    """The smallest probability (B, 1) in each row's nucleus: its fewest and most likely tokens that make up top_p."""
-    for count in (256, 4096, p.shape[-1]):  # a few suffice as a rule, and sorting a whole vocabulary is slow
+    """Return the smallest probability (B, 1) in each row's nucleus, the fewest tokens that sum to top_p."""
+    for count in (256, 4096, p.shape[-1]):  # a few usually suffice, and sorting a whole vocabulary is slow
         falling = p.topk(min(count, p.shape[-1])).values
         if (falling.sum(-1) >= top_p).all():
             break
-    is_needed = falling.cumsum(-1) - falling < top_p  # those before it do not suffice
+    is_needed = falling.cumsum(-1) - falling < top_p  # the tokens before it do not suffice
     return falling.gather(-1, is_needed.sum(-1, keepdim=True) - 1)
 
 
 class StopWatch:
-    """Says whether a growing text has a stop string. Decodes only the last few tokens, until it has found one.
+    """Watches a growing text for a stop string, and decodes only its last few tokens until one appears.
 
-    A token may end inside a character (byte-level BPE), which decodes as U+FFFD then, and its text may depend on its
-    neighbour (the space before a word). So new tokens are decoded together with those before them, ids[context:known],
-    whose text ends with a whole character and is then removed.
+    A token may end inside a character (byte-level BPE), which then decodes as U+FFFD, and its text may depend on its
+    neighbour (the space before a word). So new tokens are decoded together with earlier ones, ids[context:known], whose
+    text ends with a whole character and is removed afterwards.
     """
 
     def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
@@ -180,10 +179,10 @@ class StopWatch:
         self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
 
     def has_stopped(self, ids: list[int]) -> bool:
-        """ids: all tokens so far, one more than at the last call."""
+        """Return whether the text has a stop string. ids: all tokens so far, one more than in the last call."""
         recent = self.tok.decode_after(ids[self.context : self.known] or self.prompt, ids[self.known :])
         text = self.tail + recent
-        # Four bytes complete a character, so a U+FFFD that lasts for long belongs to the text.
+        # A character has at most four bytes, so a U+FFFD that stays belongs to the text.
         if not recent.endswith("\ufffd") or len(ids) - self.known > 16:
             self.context, self.known, self.tail = self.known, len(ids), text[-max(map(len, self.stop)) :]
         if any(stop in text for stop in self.stop):

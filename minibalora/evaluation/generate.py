@@ -39,12 +39,12 @@ def main() -> int:
     model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
     if not tok.eos_ids:
         print(f"{args.model} names no EOS: answers have --max-new-tokens tokens", file=sys.stderr)
-    encode_prompts(model, tok, prompts, names)  # refuses what the model can't take before anything is answered
+    encode_prompts(model, tok, prompts, names)  # refuses a prompt that does not fit before anything is answered
     if args.adapter is not None and args.dtype == torch.float32:
-        merge(model)  # plain linears are faster; in bfloat16 the sum would be rounded and a small change lost
-    found = generate_each(model, tok, prompts, decoding, args.batch_size)
+        merge(model)  # plain linears are faster; in bfloat16, rounding the sum could erase a small change
+    answers = generate_each(model, tok, prompts, decoding, args.batch_size)
     sys.stdout.reconfigure(encoding="utf-8")
-    for question, text in zip(asked, in_order(found), strict=True):
+    for question, text in zip(asked, in_order(answers), strict=True):
         is_alone = args.prompt and len(prompts) == 1
         line = text if is_alone else json.dumps({"prompt": question, "completion": text}, ensure_ascii=False)
         progress.say(line)
@@ -54,20 +54,20 @@ def main() -> int:
 def parse_flags() -> Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora generate",
-        description="Let a model answer prompts, put into the template that it was trained with.",
+        description="Answer prompts with a model, in the template that it was trained with.",
     )
     add_model_flags(parser)
-    add = parser.add_argument_group("prompts, from standard input where none are given").add_argument
-    add("--prompt", metavar="TEXT", action="append", help="a prompt; the answer alone is written. Several prompts: as "
-        "with --file")  # fmt: skip
-    add("--file", metavar="FILE", type=cli.path, help="a prompt a line, or a JSON object with one of the fields "
-        f"{', '.join(PROMPT_FIELDS)}, or a conversation; -: standard input. Answers are JSON Lines, prompt and "
+    add = parser.add_argument_group("prompts (default: from standard input)").add_argument
+    add("--prompt", metavar="TEXT", action="append", help="a prompt, whose answer is printed as it is; with "
+        "several, the output is that of --file")  # fmt: skip
+    add("--file", metavar="FILE", type=cli.path, help="file with a prompt per line, or a JSON object with one of the "
+        f"fields {', '.join(PROMPT_FIELDS)}, or a conversation; -: standard input. The answers are JSON Lines with prompt and "
         "completion, in the same order")  # fmt: skip
     add_template_flags(parser.add_argument_group("template"), DEFAULT)
     add_decoding_flags(parser)
-    add = parser.add_argument_group("end of an answer, beside EOS").add_argument
+    add = parser.add_argument_group("end of an answer").add_argument
     add("--stop", nargs="+", action="extend", default=[], metavar="STRING",
-        help="an answer ends before any of these")  # fmt: skip
+        help="end an answer before any of these, and at EOS")  # fmt: skip
     args = parse(parser, max_new_tokens=512)
     if args.prompt is not None and args.file is not None:
         raise InputError("--prompt and --file are both given: leave one out")
@@ -81,27 +81,30 @@ def add_model_flags(parser: ArgumentParser) -> None:
     add("--model", metavar="DIR", type=cli.folder, default=BUILT_IN / "llama", help="checkpoint folder: config.json, "
         "tokenizer.json, *.safetensors (default: the built-in tiny LLaMA)")  # fmt: skip
     add(
-        "--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for it: what train_nlg.py or PEFT saved"
+        "--adapter",
+        metavar="DIR",
+        type=cli.folder,
+        help="folder of an adapter for this model, from train_nlg.py or PEFT",
     )
-    add("--batch-size", type=cli.positive_int, metavar="N", help="prompts at a time (default: 8)")
+    add("--batch-size", type=cli.positive_int, metavar="N", help="prompts per batch (default: 8)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
-        "float32 on CPUs)")  # fmt: skip
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of weights and activations (default: bfloat16 "
+        "on GPUs, float32 on CPUs)")  # fmt: skip
 
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
-    add("--max-new-tokens", type=cli.positive_int, metavar="N", help="tokens of an answer (default: 512; with "
-        "--task math 1024)")  # fmt: skip
-    add("--temperature", type=cli.rate, metavar="T", help="divides the logits; 0: always the most likely "
+    add("--max-new-tokens", type=cli.positive_int, metavar="N", help="most tokens of an answer (default: 512; "
+        "1024 with --task math)")  # fmt: skip
+    add("--temperature", type=cli.rate, metavar="T", help="divide the logits by T; 0: always the most likely "
         "token (default: 0)")  # fmt: skip
     add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), metavar="P",
         help="draw from the smallest set of tokens with this probability (default: 1, all)")  # fmt: skip
-    add("--seed", type=cli.natural, help="seed of what --temperature draws (default: 42)")
+    add("--seed", type=cli.natural, help="seed of the random tokens of --temperature (default: 42)")
 
 
 def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
-    """The command line of a parser that has the flags of model and decoding; their defaults are in place here."""
+    """Parse the command line of a parser that has the flags of model and decoding, and fill in their defaults."""
     parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=42, **defaults)
     args = parser.parse_args()
     if args.top_p < 1 and args.temperature == 0:
@@ -118,16 +121,16 @@ def load(
     device: torch.device,
     chat: ChatTemplate | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """A model, with an adapter that is not merged, and its tokenizer, for prompts of that chat template."""
+    """Load a model with its adapter, not merged, and its tokenizer for prompts of this chat template."""
     tok, model = load_tokenizer(folder, chat), load_model(folder, dtype=dtype, device=device)
     return model if adapter is None else load_adapter(model, adapter), tok
 
 
 def read_prompts(texts: list[str] | None, file: Path | None, template: Template) -> list[tuple[str, object, str]]:
-    """The prompts of `texts`, else of the file, else of standard input; at least one, as `prompt_of` gives them.
+    """Return `prompt_of` each of `texts`, else of the file, else of standard input. Raises InputError for none.
 
-    A file has a prompt a line; blank lines are left out. A line that begins with `{"` is JSON, whose prompts may have
-    newlines. A Parquet file has rows as JSON has them.
+    A file has a prompt per line; blank lines are skipped. A line that begins with `{"` is a JSON object, whose prompt
+    may have newlines. The rows of a Parquet file are like such objects.
     """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", template) for text in texts]
@@ -142,7 +145,7 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
             content = stream.read()
     if content.startswith(b"PAR1") and not is_stdin:
         return [prompt_of(row, where, template) for _, where, row in read_rows(file)]
-    found = []
+    prompts = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         where = f"{source}, line {number}"
         try:
@@ -153,16 +156,16 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: broken JSON ({error}): mend the line") from None
         if not isinstance(row, dict):
-            raise InputError(f"{where}: a JSON {type(row).__name__}: give an object or a plain prompt a line")
+            raise InputError(f"{where}: a JSON {type(row).__name__}: give an object or a plain prompt per line")
         if text.strip():
-            found.append(prompt_of(row, where, template))
-    if not found:
-        raise InputError(f"{source}: has no prompts: give one a line")
-    return found
+            prompts.append(prompt_of(row, where, template))
+    if not prompts:
+        raise InputError(f"{source}: has no prompts: give one per line")
+    return prompts
 
 
 def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, str]:
-    """`where`, what the row asks, a conversation or a text in one of PROMPT_FIELDS, and that as the model is asked."""
+    """Return `where`, the row's conversation or text in one of PROMPT_FIELDS, and the whole prompt in the template."""
     fields = conversation_key(row), *PROMPT_FIELDS
     field = next((field for field in fields if row.get(field) is not None), None)
     if field is None:
@@ -171,10 +174,10 @@ def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, s
     return where, asked, prompt_from(row, where, field, template)
 
 
-def in_order(found: Iterable[tuple[int, str]]) -> Iterator[str]:
-    """The texts of (index, text) in the order of their indices, each as soon as all texts before it are there."""
+def in_order(answers: Iterable[tuple[int, str]]) -> Iterator[str]:
+    """Yield the texts of (index, text) by index, each as soon as all texts before it have come."""
     waiting, turn = {}, 0
-    for index, text in found:
+    for index, text in answers:
         waiting[index] = text
         while turn in waiting:
             yield waiting.pop(turn)
