@@ -168,8 +168,8 @@ def parse_flags() -> argparse.Namespace:
         "(see minibalora/evaluation/sandbox.py)")  # fmt: skip
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds per program (default: 10)")
     add = parser.add_argument_group("judge of mt-bench").add_argument
-    add("--judge", metavar="DIR", type=cli.folder, help="checkpoint folder of the model that rates the answers (default: "
-        "none)")  # fmt: skip
+    add("--judge", metavar="DIR", type=cli.folder, help="checkpoint folder of the model that rates the answers "
+        "(default: none)")  # fmt: skip
     add("--judge-prompts", metavar="FILE", type=cli.path, help="FastChat's judge_prompts.jsonl")
     add("--references", metavar="FILE", type=cli.path, help="FastChat's reference_answer/gpt-4.jsonl (default: the "
         "references in the question file)")  # fmt: skip
