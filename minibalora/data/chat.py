@@ -25,6 +25,7 @@ ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in syn
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
+PROMPTED = "conversations whose template ends a prompt otherwise than it begins a reply, for instance with <think>"
 TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
 
@@ -221,6 +222,7 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
     for index, (start, end) in zip(learned, spans, strict=True):
         notes += [CURTAILED] * any(not _has(text[start:end], part) for part in _said(messages[index]))
+    notes += [] if text.startswith(prompt) else [PROMPTED]
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
     return Rendered(prompt, text, tuple(spans), tuple(notes))
