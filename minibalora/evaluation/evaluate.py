@@ -50,7 +50,7 @@ def main() -> int:
         check_out(args.out, resume=False)
     else:
         check_settings(args.out, settings, MAY_CHANGE)
-    start = partial(start_run, args.out, settings) if is_new else lambda: None  # once the input is known to be good
+    start = partial(start_run, args.out, settings) if is_new else lambda: None
     if args.template is None and template != ALPACA:
         print(f"template: {template}", file=sys.stderr)
     if args.task == "text":
@@ -62,6 +62,9 @@ def main() -> int:
     write_json(args.out / "summary.json", {"task": args.task} | summary)
     print(f"{args.task}: {words}")
     return 0
+
+
+# Each of these returns the summary and a line on it, and calls start() once its input is known to be good.
 
 
 def measure_text(args: argparse.Namespace, start: Callable[[], None]) -> tuple[dict, str]:
@@ -110,7 +113,7 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
     ask = partial(mt_bench.prompt_of, template)
     mt_bench.check_first_turns(questions, ask, model, tok)
     start()
-    names = [folder.resolve().name for folder in (args.model, args.adapter) if folder is not None]
+    names = [name_of(folder) for folder in (args.model, args.adapter) if folder is not None]
     file = new_file(args.out / "model_answer" / f"{'-'.join(names)}.jsonl")
     decoding = Decoding(args.max_new_tokens, seed=args.seed, stop=() if template.chat else NEXT)
     answers = mt_bench.answer_questions(questions, ask, model, tok, decoding, args.batch_size, file)
@@ -119,12 +122,19 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
         del model  # so that the judge has its memory
         judge, tok = load(args.judge, None, args.dtype, args.device, judge_template.chat)
         matches = mt_bench.matches_of(questions, answers, args.judge_prompts, references)
-        names = {"model": file.stem, "judge": args.judge.resolve().name, "judge_digest": judge_digest}
+        names = {"model": file.stem, "judge": name_of(args.judge), "judge_digest": judge_digest}
         path = new_file(args.out / "model_judgment" / f"{names['judge']}_single.jsonl")
         ask = partial(mt_bench.prompt_of, judge_template)
         judgments = mt_bench.grade(matches, ask, judge, tok, args.batch_size, path, names)
     summary = mt_bench.summarize(questions, answers, judgments)
     return summary, mt_bench.in_words(summary, file)
+
+
+def name_of(folder: Path) -> str:
+    """Return the name of a model's folder; the organisation's and model's, for a snapshot in the Hub's cache."""
+    folder = folder.absolute()
+    is_snapshot = folder.parent.name == "snapshots"
+    return folder.parents[1].name.removeprefix("models--") if is_snapshot else folder.name
 
 
 def new_file(path: Path) -> Path:
@@ -167,15 +177,10 @@ def parse_flags() -> argparse.Namespace:
     add("--allow-code-execution", action="store_true", help="humaneval, mbpp: run the model's programs in a sandbox "
         "(see minibalora/evaluation/sandbox.py)")  # fmt: skip
     add("--timeout", type=cli.positive_rate, metavar="S", help="seconds per program (default: 10)")
-    add = parser.add_argument_group("judge of mt-bench").add_argument
-    add("--judge", metavar="DIR", type=cli.folder, help="checkpoint folder of the model that rates the answers "
-        "(default: none)")  # fmt: skip
-    add("--judge-prompts", metavar="FILE", type=cli.path, help="FastChat's judge_prompts.jsonl")
-    add("--references", metavar="FILE", type=cli.path, help="FastChat's reference_answer/gpt-4.jsonl (default: the "
-        "references in the question file)")  # fmt: skip
+    add_judge_flags(parser)
     args = parser.parse_args()
-    given = {name for name, value in vars(args).items() if value is not None and value is not False}
-    refuse_contradictions(args.task, given)
+    flags = {name for name, value in vars(args).items() if value is not None and value is not False}
+    refuse_contradictions(args.task, flags)
     benchmark = benchmark_of(args.task, args.protocol)
     args = parse(
         parser,
@@ -191,13 +196,22 @@ def parse_flags() -> argparse.Namespace:
     return args
 
 
-def refuse_contradictions(task: str, given: set[str]) -> None:
-    """Raise InputError for a flag that is missing or would have no effect. given: the names of the flags given."""
+def add_judge_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("judge of mt-bench").add_argument
+    add("--judge", metavar="DIR", type=cli.folder, help="checkpoint folder of the model that rates the answers "
+        "(default: none)")  # fmt: skip
+    add("--judge-prompts", metavar="FILE", type=cli.path, help="FastChat's judge_prompts.jsonl")
+    add("--references", metavar="FILE", type=cli.path, help="FastChat's reference_answer/gpt-4.jsonl (default: the "
+        "references in the question file)")  # fmt: skip
+
+
+def refuse_contradictions(task: str, flags: set[str]) -> None:
+    """Raise InputError for a flag that is missing or would have no effect. flags: the names of those given."""
     is_benchmark = task in BENCHMARKS
     runs_code = is_benchmark and BENCHMARKS[task].runs_code
-    if runs_code and "allow_code_execution" not in given:
+    if runs_code and "allow_code_execution" not in flags:
         raise InputError(f"--task {task} runs code that a model wrote: allow it by --allow-code-execution")
-    if given >= {"gold", "completions"}:
+    if flags >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
     judging = {"judge", "judge_prompts", "references"}
@@ -205,15 +219,15 @@ def refuse_contradictions(task: str, given: set[str]) -> None:
     unused |= {"text": {"template", *decoding}, "mt-bench": {"max_length", "temperature", "top_p"}}.get(task, set())
     unused |= set() if task == "mt-bench" else judging
     unused |= set() if runs_code else {"allow_code_execution", "timeout"}
-    if given & judging and not given >= {"judge", "judge_prompts"} and task == "mt-bench":
+    if flags & judging and not flags >= {"judge", "judge_prompts"} and task == "mt-bench":
         raise InputError("--judge and --judge-prompts belong together: give both, or neither")
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
-    if "gold" in given or "completions" in given:
-        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in given else "--completions"
-    if "gold" in given:
+    if "gold" in flags or "completions" in flags:
+        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in flags else "--completions"
+    if "gold" in flags:
         unused |= {"samples", "k", "protocol"}  # solutions end in "####", which the rounded protocols do not read
-    for name in sorted(unused & given):
+    for name in sorted(unused & flags):
         raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
 
 

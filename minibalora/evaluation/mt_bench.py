@@ -238,13 +238,13 @@ def grade(
     prompts = [to_prompt(_user(match.user_prompt, match.system_prompt), match.question.where) for match in matches]
     places = [f"{match.question.where}: the judge's prompt for turn {match.turn}" for match in matches]
     encode_prompts(judge, tok, prompts, places)
-    wanted = {(match.question.id, match.turn): match.user_prompt for match in matches}
+    user_prompts = {(match.question.id, match.turn): match.user_prompt for match in matches}
 
-    def is_wanted(row: dict) -> bool:
+    def belongs(row: dict) -> bool:
         same = (row.get("model"), (row.get("judge") or [None])[0], row.get("judge_digest")) == tuple(names.values())
-        return same and wanted.get((row.get("question_id"), row.get("turn"))) == row.get("user_prompt")
+        return same and user_prompts.get((row.get("question_id"), row.get("turn"))) == row.get("user_prompt")
 
-    judgments = {(row["question_id"], row["turn"]): row for row in keep_lines(path, is_wanted)}
+    judgments = {(row["question_id"], row["turn"]): row for row in keep_lines(path, belongs)}
     missing = [index for index, match in enumerate(matches) if (match.question.id, match.turn) not in judgments]
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     with appending(path) as append:

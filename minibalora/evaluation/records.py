@@ -65,28 +65,28 @@ def answer(
     measured: names the model and settings of these answers; records with another name are removed from the file.
     Programs are judged on all cores while the next answers are generated. Errors of a judge are raised.
     """
-    wanted = {(item.name, sample): item for sample in range(samples) for item in items}
+    item_of = {(item.name, sample): item for sample in range(samples) for item in items}
 
-    def is_wanted(record: dict) -> bool:
+    def belongs(record: dict) -> bool:
         name, sample = record.get("item"), record.get("sample")
-        item = wanted.get((name, sample)) if isinstance(name, str) and isinstance(sample, int) else None
+        item = item_of.get((name, sample)) if isinstance(name, str) and isinstance(sample, int) else None
         asked = tuple(map(record.get, ("measured", "prompt", "reference")))
         return item is not None and asked == (measured, item.prompt, item.response)
 
-    records = {(record["item"], record["sample"]): record for record in keep_lines(path, is_wanted)}
-    missing = [(key, name) for key, name in enumerate(wanted) if name not in records]
+    records = {(record["item"], record["sample"]): record for record in keep_lines(path, belongs)}
+    missing = [(key, name) for key, name in enumerate(item_of) if name not in records]
     lock = Lock()
     with appending(path) as append, ThreadPoolExecutor(os.cpu_count()) as pool:
 
         def finish(name: tuple[str, int], completion: str) -> None:
-            record = record_of(wanted[name], name[1], measured, completion, judge(wanted[name], completion, limits))
+            record = record_of(item_of[name], name[1], measured, completion, judge(item_of[name], completion, limits))
             with lock:
                 append(record)
                 records[name] = record
 
         waiting: list[Future] = []
         try:
-            asked = [wanted[name] for _, name in missing], [key for key, _ in missing]
+            asked = [item_of[name] for _, name in missing], [key for key, _ in missing]
             for index, completion in complete(*asked) if missing else ():
                 waiting.append(pool.submit(finish, missing[index][1], completion))
                 while waiting and waiting[0].done():
@@ -96,7 +96,7 @@ def answer(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)  # so that Ctrl-C does not wait for a thousand programs
             raise
-    return [records[name] for name in wanted]
+    return [records[name] for name in item_of]
 
 
 def record_of(

@@ -323,8 +323,8 @@ def drop_privileges() -> None:
 def restrict_files(readable: list[str]) -> None:
     """Forbid, by Landlock, all access that this kernel's version covers, except these rights beneath these paths."""
     abi = call("landlock_create_ruleset", None, 0, 1)
-    known = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
-    ruleset = call("landlock_create_ruleset", struct.pack("Q", known), 8, 0)
+    covered = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
+    ruleset = call("landlock_create_ruleset", struct.pack("Q", covered), 8, 0)
     rules = [(path, EXECUTE | READ | LIST) for path in readable]
     rules += [("/dev/null", READ | WRITE), (".", READ | WRITE | LIST | MAKE | REMOVE | TRUNCATE)]
     for path, rights in rules:
@@ -334,7 +334,7 @@ def restrict_files(readable: list[str]) -> None:
             continue
         if not os.path.isdir(path):
             rights &= ~LIST  # which Landlock refuses for a file
-        call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights & known, descriptor), 0)
+        call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights & covered, descriptor), 0)
         os.close(descriptor)
     call("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)

@@ -227,6 +227,11 @@ def test_mt_bench_is_answered_and_then_judged(run, mt_bench_files, tmp_path):
     assert status == 2 and "--max-new-tokens is 8" in error
 
 
+def test_a_model_in_the_hubs_cache_has_its_own_name(tmp_path):
+    assert evaluate.name_of(tmp_path / "models--org--tiny" / "snapshots" / "0ab1") == "org--tiny"
+    assert evaluate.name_of(tmp_path / "tiny") == "tiny"
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--judge", "x"), "--judge and --judge-prompts belong together"),
     (("--references", "x"), "--judge and --judge-prompts belong together"),
