@@ -1,6 +1,6 @@
-"""The chat template of a model: a Jinja program that writes a conversation as the text the model was trained on.
+"""A model's chat template: a Jinja program that writes a conversation as the text that the model was trained on.
 
-It is rendered as transformers' `apply_chat_template` does, and in Jinja's sandbox, because a stranger wrote it.
+Rendering follows transformers' `apply_chat_template`. It runs in Jinja's sandbox because a stranger wrote the program.
 """
 
 import json
@@ -18,22 +18,22 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
 
 FILE = "chat_template.jinja"
-SECONDS = 5  # that one rendering may take
-# Noncharacters, which no text has: around what a `generation` tag encloses, and in place of a reply.
+SECONDS = 5  # limit for one rendering
+# Noncharacters, which no text contains: they mark what a `generation` tag encloses, and stand for a reply.
 OPEN, CLOSE, REPLY = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 class ChatTemplate:
-    """`render` writes messages, each with a role and mostly a content, as one text.
+    """A template that `render`s messages, each with a role and usually a content, as one text.
 
-    source: the file that it comes from. variables: special tokens by their names, which templates write into the text.
-    tokens: all tokens that a tokenizer never splits.
+    source: its file. variables: special tokens by their names, which templates write into the text. tokens: all added
+    tokens, which a tokenizer never splits.
     """
 
     def __init__(self, source: Path, texts: dict[str, str], variables: dict[str, str], tokens: list[str]):
-        """texts: templates by name; "default" is for all but rows with tools, which take "tool_use" where there is."""
+        """texts: templates by name. Rows with tools take "tool_use" if it exists; all others take "default"."""
         self.source, self.texts, self.variables = source, texts, variables
-        self.now = datetime.now()  # some templates write the date; a whole run writes the same
+        self.now = datetime.now()  # some templates write the date; it must not change during a run
         whole = sorted({token for token in tokens if token.strip()}, key=len, reverse=True)
         self.token = re.compile("|".join(map(re.escape, whole)) or r"(?!)")
 
@@ -47,21 +47,21 @@ class ChatTemplate:
 
     @cached_property
     def end_of_turn(self) -> str | None:
-        """The token that the template puts behind a reply; None if it puts none there, or fails."""
+        """The token that ends a reply. None if the template writes none, or fails."""
         probe = [{"role": "user", "content": "?"}, {"role": "assistant", "content": REPLY}]
         try:
             end = self.token.search(self.render(probe, str(self.source))[0].partition(REPLY)[2])
         except InputError:
-            return None  # whoever has a row to render gets to know why
+            return None  # rendering a row will report the reason
         return end and end[0]
 
     def render(
         self, messages: list[dict], where: str, tools: list | None = None, asks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """The text, and the parts of it, as (start, end), that `generation` tags enclose.
+        """Return the text and the (start, end) of each part that a `generation` tag encloses.
 
-        asks: the text ends where a reply begins. InputError, beginning with `where`, if the template refuses the
-        messages, fails on them or does not end.
+        asks: end the text where a reply begins. Raises InputError, which begins with `where`, if the template refuses
+        the messages, fails on them or does not end.
         """
         program = self._compiled["tool_use" if tools and "tool_use" in self.texts else "default"]
         try:
@@ -94,7 +94,7 @@ class ChatTemplate:
 
 
 def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
-    """The template in `folder`, None if there is none. Special tokens are those of the tokenizer in `model`.
+    """Read the chat template in `folder`. Returns None if there is none. The tokenizer's folder is `model`.
 
     chat_template.jinja, with additional_chat_templates/*.jinja, comes before tokenizer_config.json, as in transformers.
     """
@@ -112,7 +112,9 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
             except (TypeError, KeyError):
                 texts = {"default": None}
             if not all(isinstance(text, str) for text in texts.values()):
-                raise InputError(f"{source}: chat_template is no text and no list of named texts: download it again")
+                raise InputError(
+                    f"{source}: chat_template is neither a text nor a list of named texts: download it again"
+                )
     if not texts:
         return None
     if "default" not in texts:
@@ -124,14 +126,14 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Special tokens by their names ("eos_token", ...): tokenizer_config.json's, else special_tokens_map.json's."""
-    found = {}
+    """Return special tokens by name ("eos_token", ...) from tokenizer_config.json, else special_tokens_map.json."""
+    tokens = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
             settings = read_json_object(folder / name)
             texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
-            found |= {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
-    return found
+            tokens |= {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
+    return tokens
 
 
 def _read(path: Path) -> str:
@@ -142,9 +144,9 @@ def _read(path: Path) -> str:
 
 
 def _environment(strftime_now: Callable[[str], str]) -> tuple:
-    """Jinja's sandbox as transformers sets it up, and the class of Jinja's errors.
+    """Return Jinja's sandbox, set up as in transformers, and the class of Jinja's errors.
 
-    Jinja2 comes with torch. It is imported here alone, for most runs have no use for it.
+    Jinja2 comes with torch. It is imported only here because most runs do not need it.
     """
     import jinja2
     from jinja2.ext import Extension, loopcontrols
@@ -180,7 +182,7 @@ def _environment(strftime_now: Callable[[str], str]) -> tuple:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """TimeoutError in a body that takes longer than SECONDS; in the main thread, which alone gets signals."""
+    """Raise TimeoutError if the body takes longer than SECONDS. Works in the main thread only, which gets signals."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return

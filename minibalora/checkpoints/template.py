@@ -1,4 +1,4 @@
-"""Which template prompts take: Alpaca's, the model's own for conversations, or none."""
+"""The template of prompts: Alpaca's, the model's own for conversations, or none."""
 
 import argparse
 import os
@@ -17,6 +17,8 @@ RECORD = "minibalora.json"  # in an exported folder: the template that was train
 
 @dataclass(frozen=True)
 class Template:
+    """How questions and conversations become prompts."""
+
     name: str  # one of NAMES
     chat: ChatTemplate | None = None  # of "chat"
     ending: str = ""  # what every question ends with; in Alpaca's template, what the response begins with
@@ -27,12 +29,12 @@ class Template:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a run keeps of it: the name, and the date where the chat template writes one."""
+        """The settings that a run records: the name, and the date if the chat template writes one."""
         has_date = self.chat is not None and self.chat.has_date
         return {"template": self.name} | ({"date": self.chat.now.isoformat()} if has_date else {})
 
     def resume(self, settings: dict) -> None:
-        """Write the date that a run with these settings began with, and not today's."""
+        """Write the date that these recorded settings have, not today's, so that a resumed run has the same rows."""
         if self.chat is not None and "date" in settings:
             self.chat.now = datetime.fromisoformat(settings["date"])
 
@@ -41,17 +43,17 @@ ALPACA, RAW = Template("alpaca"), Template("raw")
 
 
 def add_template_flags(group: argparse._ArgumentGroup, default: str) -> None:
-    """--template, and --raw for `--template raw`. default: what is taken without them, in words."""
+    """Add --template, and --raw for `--template raw`. default: describes what is used without them."""
     add = group.add_mutually_exclusive_group().add_argument
-    add("--template", choices=NAMES, help="what prompts are put into: Alpaca's template, the model's own for "
-        f"conversations (chat), or nothing (raw) (default: {default})")  # fmt: skip
+    add("--template", choices=NAMES, help="template of the prompts: Alpaca's, the model's own for "
+        f"conversations (chat), or none (raw) (default: {default})")  # fmt: skip
     add("--raw", dest="template", action="store_const", const="raw", help="as --template raw")
 
 
 def choose_template(name: str | None, model: Path, adapter: Path | None = None) -> Template:
-    """The template by its name; None: chat where there is a chat template, else alpaca.
+    """Return the template of this name. None: chat if there is a chat template, else alpaca.
 
-    An adapter's own chat template comes before the model's. InputError for chat without one.
+    An adapter's own chat template comes before the model's. Raises InputError for chat if neither folder has one.
     """
     if name in ("alpaca", "raw"):
         return Template(name)
@@ -64,7 +66,7 @@ def choose_template(name: str | None, model: Path, adapter: Path | None = None) 
 
 
 def trained_template(model: Path, adapter: Path | None) -> str | None:
-    """The name of the template that the adapter, or else the model, was trained with; None if neither says it."""
+    """Return the name of the template that the adapter, or else the model, was trained with. None if unknown."""
     return next((name for folder in (adapter, model) if folder is not None and (name := recorded_name(folder))), None)
 
 
@@ -81,7 +83,7 @@ def recorded_name(folder: Path) -> str | None:
 
 
 def save_template(template: Template, folder: Path) -> None:
-    """Write beside what was trained the model's chat template, and the name where no run.json has it."""
+    """Write the chat template into the folder of a trained model, and its name if run.json does not say it."""
     if template.chat is not None:
         with replacing(folder / FILE) as temporary:
             temporary.write_text(template.chat.text, encoding="utf-8")
@@ -90,7 +92,7 @@ def save_template(template: Template, folder: Path) -> None:
 
 
 def copy_template(source: Path, folder: Path) -> None:
-    """Say in `folder` with which template the adapter in `source` was trained, if that is known."""
+    """Copy the record of the template that the adapter in `source` was trained with, if there is one."""
     name = recorded_name(source)
     if name is not None:
         write_json(folder / RECORD, {"template": name})

@@ -1,6 +1,6 @@
-"""Conversations: the turns of a row, the text that a chat template makes of them, and which of it is learned.
+"""Conversations: a row's turns, the text that a chat template makes of them, and the parts of it that are learned.
 
-Every turn is in the prompt, or learned, or named in the notes on what is left out.
+Every turn is in the prompt, is learned, or is named in the notes on what is left out.
 """
 
 import json
@@ -25,6 +25,7 @@ ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in syn
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
+PROMPTED = "conversations whose template ends a prompt otherwise than it begins a reply, for instance with <think>"
 TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
 
@@ -35,10 +36,12 @@ Write = Callable[..., tuple[str, list[Span]]]  # ChatTemplate.render of messages
 
 @dataclass(frozen=True)
 class Conversation:
-    messages: list[dict]  # with role and content, as chat templates take them, up to the last reply that is learned
-    learned: list[int]  # which of them are learned, at least one
+    """Messages as chat templates take them, with role and content, up to the last one that is learned."""
+
+    messages: list[dict]
+    learned: list[int]  # indices of the messages that are learned
     tools: list | None = None
-    notes: tuple[str, ...] = ()  # what was left out, a note each
+    notes: tuple[str, ...] = ()  # one for each thing left out
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,16 @@ class Rendered:
 
 
 def conversation_key(row: object) -> str | None:
-    """The field that holds a row's conversation, None if it has none. A field is null or empty where others have it."""
+    """Return the field that holds a row's conversation, None without one. A null or empty field gives way."""
     keys = [key for key in CONVERSATIONS if row.get(key) is not None] if isinstance(row, dict) else ()
     return next((key for key in keys if row[key]), keys[0] if keys else None)
 
 
 def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation | None:
-    """The conversation of a row, None if no user is answered. InputError, beginning with `where`, for what is none.
+    """Read the conversation of a row. Returns None if no user is answered.
 
-    asks: the last turn is to be answered, and none is learned.
+    asks: the last turn is to be answered, and nothing is learned. Raises InputError, which begins with `where`, for a
+    turn that is not understood.
     """
     key = conversation_key(row)
     turns, place = row[key], f"{where}: {key}"
@@ -93,7 +97,7 @@ def conversation_of(question: str, reply: str) -> Conversation:
 
 
 def with_ending(conversation: Conversation, ending: str) -> Conversation:
-    """The conversation with an ending of its last question."""
+    """Return the conversation with `ending` at the end of its last question."""
     messages = list(conversation.messages)
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
     messages[last] = messages[last] | {"content": messages[last].get("content", "") + ending}
@@ -101,7 +105,7 @@ def with_ending(conversation: Conversation, ending: str) -> Conversation:
 
 
 def _message(turn: dict, place: str) -> dict:
-    """A turn with its role and text under the usual names. What it has beside them, such as tool calls, stays."""
+    """Return a turn with its role and text under the usual names. Other keys, such as tool calls, stay."""
     turn = {key: value for key, value in turn.items() if value is not None}
     said = turn.pop("role", None), turn.pop("from", None)
     role = next((name for name in said if name is not None), None)
@@ -122,7 +126,7 @@ def _message(turn: dict, place: str) -> dict:
 
 
 def _text(content: object, place: str) -> str:
-    """A turn's text; of a list of parts, their texts end to end, as templates write them."""
+    """Return a turn's text. The texts of a list of parts are joined without a space, as templates write them."""
     parts = content if isinstance(content, list) else [content]
     texts = []
     for part in parts:
@@ -135,7 +139,7 @@ def _text(content: object, place: str) -> str:
 
 
 def _why_not_learned(message: dict) -> str | None:
-    """Why a reply is in the prompt only, None if it is learned; OpenAI's rows give the weight 0 to such replies."""
+    """Return why a reply is only in the prompt, None if it is learned. OpenAI's rows mark such replies by weight 0."""
     weight = message.pop("weight", 1)
     if message["role"] != "assistant":
         return None
@@ -144,7 +148,7 @@ def _why_not_learned(message: dict) -> str | None:
 
 
 def _tools(row: dict, where: str) -> list | None:
-    """The tools that a row offers, as a list or as its JSON."""
+    """Return the tools that a row offers as a list or as JSON text. None without tools."""
     tools = row.get("tools")
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
@@ -156,8 +160,10 @@ def _tools(row: dict, where: str) -> list | None:
 
 
 def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str, str, tuple[str, ...]]:
-    """The question, system turns first, and the reply of a conversation for a template that has no room for more; and
-    the notes on what is left out."""
+    """Return the question, the reply and the notes of a conversation for a template that takes one pair of turns.
+
+    The question begins with the system turns. Raises InputError, which begins with `where`, for a longer conversation.
+    """
     *asked, reply = conversation.messages if conversation.learned else [*conversation.messages, {"content": ""}]
     if any(message["role"] not in ("system", "user") for message in asked) or "tool_calls" in reply:
         raise InputError(
@@ -169,7 +175,7 @@ def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str,
 
 
 def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) -> str:
-    """A conversation up to where its next reply begins."""
+    """Return the text of a conversation up to where its next reply begins. Raises InputError as `render` does."""
     for messages, _ in _versions(conversation):
         try:
             text, _ = chat.render(messages, where, conversation.tools, asks=True)
@@ -183,8 +189,11 @@ def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) ->
 
 
 def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Rendered:
-    """A conversation as the template writes it, and what of it is learned. InputError, beginning with `where`, if the
-    template refuses it, or if it can't be said which tokens are a reply's."""
+    """Render a conversation and find the parts that are learned.
+
+    Raises InputError, which begins with `where`, if the template refuses the conversation, or if the place of a reply
+    in the text is not certain.
+    """
     results, refusal = [], None
     write = partial(chat.render, where=where, tools=conversation.tools)
     for messages, learned in _versions(conversation):
@@ -213,14 +222,18 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
     for index, (start, end) in zip(learned, spans, strict=True):
         notes += [CURTAILED] * any(not _has(text[start:end], part) for part in _said(messages[index]))
+    notes += [] if text.startswith(prompt) else [PROMPTED]
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
     return Rendered(prompt, text, tuple(spans), tuple(notes))
 
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
-    """The messages and which are learned; then again in turns that alternate, where they do not, since many templates
-    take no others, and none of the system. Blank replies are left out of these."""
+    """Return the messages and the indices of those learned, and the same again in alternating turns if that differs.
+
+    Many templates take nothing but alternating turns of user and assistant. A system turn joins the question that
+    follows, and blank replies are left out.
+    """
     joined, learned = [], []
     for index, message in enumerate(conversation.messages):
         if message["role"] == "system":
@@ -242,9 +255,11 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
 def _learned_spans(
     chat: ChatTemplate, write: Write, messages: list[dict], learned: list[int], text: str, tagged: list[Span]
 ) -> tuple[list[str], list[Span | None]]:
-    """What is asked before each reply that is learned, or at least the last; and the part of the text that is each
-    reply, its end of turn included: what a `generation` tag encloses, or else what it adds to what is asked. None for
-    a reply that is not found."""
+    """Return the prompts of the learned replies, at least the last one, and the span of each learned reply in the text.
+
+    A span includes the end of the turn. It is what a `generation` tag encloses, or else what follows the prompt. None
+    for a reply that is not found.
+    """
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(tagged) == len(replies):
         spans = [_with_end(chat, text, *span) for index, span in zip(replies, tagged, strict=True) if index in learned]
@@ -260,7 +275,7 @@ def _learned_spans(
 
 
 def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> Span:
-    """A span, and the end of its turn where it stands just behind: a model that does not learn it does not stop."""
+    """Extend a span by an end of turn right behind it: a model that does not learn this token does not stop."""
     rest = text[end:].lstrip()
     if chat.end_of_turn not in text[start:end] and rest.startswith(chat.end_of_turn):
         end = len(text) - len(rest) + len(chat.end_of_turn)
@@ -268,17 +283,17 @@ def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> Span:
 
 
 def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | None:
-    """Where the reply to the messages `asked`, of which the template makes the prompt, begins in the text."""
+    """Return where the reply to the messages `asked` begins in the text. prompt: these messages, rendered."""
     if text.startswith(prompt):
         return len(prompt)
-    # A prompt may end with what no reply in the text has, as "<think>": then the reply begins before it.
+    # A prompt may end with something that the text lacks, such as "<think>". Then the reply begins before it.
     marked, known = write([*asked, {"role": "assistant", "content": REPLY}])[0], write(asked)[0]
     common = os.path.commonprefix([prompt, marked.partition(REPLY)[0]])
     return len(common) if text.startswith(common) and common.startswith(known) else None
 
 
 def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
-    """Where the reply at `index`, which begins at `start`, ends in the text, its end of turn included."""
+    """Return the end in the text of the reply at `index`, which begins at `start`, with its end of turn."""
     end, said = chat.end_of_turn, messages[index].get("content", "").strip()
     behind = text[start:].lstrip()
     if said and behind.startswith(said) and behind[len(said) :].lstrip().startswith(end):
@@ -288,7 +303,7 @@ def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, tex
         reply = upto[start:]
         if end in reply:
             return start + reply.rindex(end) + len(end)
-        others = [match.end() for match in chat.token.finditer(reply)]  # some end a call of a tool otherwise
+        others = [match.end() for match in chat.token.finditer(reply)]  # some templates end tool calls differently
         return start + others[-1] if others and not reply[others[-1] :].strip() else None
     marked, _ = write([*messages[:index], {"role": "assistant", "content": REPLY}, *messages[index + 1 :]])
     rest = marked.partition(REPLY)[2]
@@ -296,12 +311,12 @@ def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, tex
 
 
 def _unseen(messages: list[dict], text: str) -> int:
-    """How many turns, other than replies, are not in the text."""
+    """Count the turns, other than replies, that the text lacks."""
     return sum(message["role"] != "assistant" and not _has(text, message.get("content", "")) for message in messages)
 
 
 def _said(reply: dict) -> list[str]:
-    """What a reply consists of: its text, its thoughts, the names of the tools that it calls."""
+    """Return what a reply consists of: its text, its thoughts, the names of the tools that it calls."""
     calls = reply.get("tool_calls") if isinstance(reply.get("tool_calls"), list) else []
     calls = [call.get("function") or call for call in calls if isinstance(call, dict)]
     names = [call.get("name") for call in calls if isinstance(call, dict)]
@@ -309,7 +324,7 @@ def _said(reply: dict) -> list[str]:
 
 
 def _has(text: str, part: str) -> bool:
-    """Whether the text has the part, spaces aside, as it is or as JSON's string."""
+    """Return whether the text has the part, as it is or as a JSON string, apart from spaces."""
     if part.strip() in text:
         return True
     text, *forms = ("".join(each.split()) for each in (text, part, json.dumps(part.strip(), ensure_ascii=False)[1:-1]))

@@ -249,7 +249,7 @@ def test_a_turn_or_a_thought_that_the_template_leaves_out_is_named(read):
     thought = "<think>\nhm\n</think>\n\n"
     assert read(chat("q", f"{thought}a"), "qwen3").notes == ()
     assert learned_texts(read(chat("q", f"{thought}a"), "qwen3")) == [f"{thought}a{END}"]
-    assert read(chat("q", f"{thought}a"), "deepseek_r1").notes == (chat_module.CURTAILED,)
+    assert read(chat("q", f"{thought}a"), "deepseek_r1").notes == (chat_module.CURTAILED, chat_module.PROMPTED)
     earlier = read(chat("q1", f"{thought}a1", "q2", f"{thought}a2"), "qwen3")
     assert earlier.notes == (chat_module.CURTAILED,)
     assert learned_texts(earlier) == [f"a1{END}", f"{thought}a2{END}"]
@@ -329,7 +329,12 @@ def test_named_templates_and_those_of_tokenizer_config_are_found(folder_of, tmp_
     named = [{"name": "default", "template": text}, {"name": "tool_use", "template": "with tools"}]
     assert write(named).text == text
     assert write(named).render([], "here", tools=[{}])[0] == "with tools"
-    for stored, part in ((named[1:], "default"), (5, "no text"), ([5], "no text"), ([{"name": "default"}], "no text")):
+    for stored, part in (
+        (named[1:], "default"),
+        (5, "neither a text"),
+        ([5], "neither a text"),
+        ([{"name": "default"}], "neither a text"),
+    ):
         refuses(lambda stored=stored: write(stored), "tokenizer_config.json", part)
 
 
