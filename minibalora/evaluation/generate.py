@@ -61,8 +61,8 @@ def parse_flags() -> Namespace:
     add("--prompt", metavar="TEXT", action="append", help="a prompt, whose answer is printed as it is; with "
         "several, the output is that of --file")  # fmt: skip
     add("--file", metavar="FILE", type=cli.path, help="file with a prompt per line, or a JSON object with one of the "
-        f"fields {', '.join(PROMPT_FIELDS)}, or a conversation; -: standard input. The answers are JSON Lines with prompt and "
-        "completion, in the same order")  # fmt: skip
+        f"fields {', '.join(PROMPT_FIELDS)}, or a conversation; -: standard input. The answers are JSON Lines with "
+        "prompt and completion, in the same order")  # fmt: skip
     add_template_flags(parser.add_argument_group("template"), DEFAULT)
     add_decoding_flags(parser)
     add = parser.add_argument_group("end of an answer").add_argument
