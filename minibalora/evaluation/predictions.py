@@ -64,7 +64,7 @@ def main() -> int:
         recorded = recorded or recorded_settings(args.model.parent)
     if args.task:
         recorded |= {"task": args.task}
-    classifier = load_classifier(args, adapter, recorded)
+    classifier = load_classifier(args.model, adapter, recorded, args.dtype, args.device)
     columns = [tuple(args.text_field)] if args.text_field else columns_of(classifier.task)
     longest = classifier.model.config.max_position_embeddings or 128
     length = args.max_length or recorded.get("max_length") or min(128, longest)
@@ -131,7 +131,9 @@ def parse_flags() -> Namespace:
     return args
 
 
-def load_classifier(args: Namespace, adapter: Adapter | None, recorded: dict) -> Classifier:
+def load_classifier(
+    folder: Path, adapter: Adapter | None, recorded: dict, dtype: torch.dtype, device: torch.device
+) -> Classifier:
     """Load model, adapter and tokenizer. recorded: the settings of the training run, {} if they are not known.
 
     Raises InputError if the model has no trained head.
@@ -140,32 +142,33 @@ def load_classifier(args: Namespace, adapter: Adapter | None, recorded: dict) ->
     if recorded.get("task") == "custom":
         columns = ((*recorded["text_field"], recorded["label_field"]),)
         task = Task("custom", columns, tuple(names), ("accuracy",))
-    tok, is_asked = load_tokenizer(args.model), bool(recorded.get("as_text"))
+    tok, is_asked = load_tokenizer(folder), bool(recorded.get("as_text"))
     if is_asked:
-        model = load_model(args.model, dtype=args.dtype, device=args.device)
+        model = load_model(folder, dtype=dtype, device=device)
     else:
-        head = None if adapter is None else adapter.whole.get(read_family(args.model)[0].names.classes)
+        head = None if adapter is None else adapter.whole.get(read_family(folder)[0].names.classes)
         count = None if head is None else len(head)
-        model = load_model(args.model, "classifier", count, args.dtype, args.device)
+        model = load_model(folder, "classifier", count, dtype, device)
         new = [name for name in model.checkpoint.new_modules if head is None]
         if new or (adapter is not None and head is None and adapter.config.get("task_type") != "SEQ_CLS"):
-            what = f"{args.model}: has no trained {new[0]}" if new else f"{args.adapter}: is not a classifier's adapter"
+            what = f"{folder}: has no trained {new[0]}" if new else f"{adapter.file}: is not a classifier's adapter"
             raise InputError(f"{what}: give the --adapter of a classifier, or a fine-tuned model")
     if adapter is not None:
         put_adapter(model, adapter)
-        if args.dtype == torch.float32:
+        if dtype == torch.float32:
             merge(model)  # plain linears are faster; bfloat16 would round the sum
     model = AsText(model, as_text.first_tokens(task, tok)) if is_asked else model
-    labels = None if model.num_labels == 1 else labels_of(model.num_labels, names, [args.adapter, args.model])
+    folders = [folder] if adapter is None else [adapter.file.parent, folder]
+    labels = None if model.num_labels == 1 else labels_of(model.num_labels, names, folders)
     return Classifier(model, tok, labels, task, is_asked)
 
 
-def labels_of(count: int, names: list[str], folders: list[Path | None]) -> list[str]:
+def labels_of(count: int, names: list[str], folders: list[Path]) -> list[str]:
     """Return the names of the classes: of the training run, or id2label of the first config.json that has `count`."""
     if len(names) == count:
         return names
     for folder in folders:
-        if folder is not None and (folder / "config.json").exists():
+        if (folder / "config.json").exists():
             id2label = read_json_object(folder / "config.json").get("id2label")
             if isinstance(id2label, dict) and sorted(id2label) == sorted(map(str, range(count))):
                 return [str(id2label[str(index)]) for index in range(count)]
