@@ -48,7 +48,7 @@ def test_other_programs_keep_their_handler(name, handler, monkeypatch):
 @pytest.mark.parametrize("command", [["train_nlg.py"], ["train_nlu.py"], ["-m", "minibalora", "plan"]])
 def test_an_interrupt_during_the_imports_leaves_no_traceback(command, tmp_path):
     """A fake torch interrupts the process while it is imported."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background would pass on that it ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
     (tmp_path / "torch").mkdir()
     interrupted = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(5)"
     (tmp_path / "torch" / "__init__.py").write_text(interrupted)
