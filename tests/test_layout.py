@@ -142,6 +142,8 @@ def test_the_readme_is_short_and_its_file_lengths_and_links_are_right():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 200 and lines.index("## The method in four lines") < 40
     text = "\n".join(lines)
+    for heading in ("Run it", "Test it"):  # .ci/run takes the only line of its block
+        assert re.search(rf"^## {heading}\n\n```bash\n[^\n]+\n```\n\n## ", text, flags=re.M)
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert (ROOT / link).exists(), link
     lengths = re.findall(r"^\| \[`\S+`\]\((\S+)\) \| (\d+) \|", text, flags=re.M)
