@@ -227,7 +227,7 @@ def test_a_row_s_own_system_and_tools_count(read):
 
 def test_a_broken_list_of_tools_is_refused(read, refuses):
     for tools in ("[", {"a": 1}, 5):
-        refuses(lambda tools=tools: read({"messages": chat("q", "a"), "tools": tools}), "line 3", "no list of tools")
+        refuses(lambda tools=tools: read({"messages": chat("q", "a"), "tools": tools}), "line 3", "tools is not a list")
 
 
 def test_calls_of_tools_are_learned_and_results_are_not(read):

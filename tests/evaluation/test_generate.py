@@ -211,7 +211,7 @@ def test_eos_at_once_is_an_empty_text(gpt2):
         ([5] * 40, ["prompt 2", "40 tokens", "40 positions", "shorten"]),
         ([5] * 500, ["prompt 2", "500 tokens", "40 positions"]),
         ([], ["prompt 2", "no tokens"]),
-        ([5, 61], ["prompt 2", "token 61", "61 tokens", "do not belong together"]),
+        ([5, 61], ["prompt 2", "token 61", "61 tokens", "give the model its own tokenizer"]),
     ],
 )
 def test_a_prompt_that_the_model_cannot_take_is_refused_before_the_first_token(gpt2, refuses, ids, parts):
