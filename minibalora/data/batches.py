@@ -39,8 +39,8 @@ class Row:
 def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
     """Tokenise examples. Returns the rows, and how many responses were cut to max_length tokens and rows dropped.
 
-    examples: `prompts.Example`s, or other objects with prompt, response, line and rendered (the text that a chat template
-    wrote, which all examples have or none). Prompt and response are tokenised separately, so that no token
+    examples: `prompts.Example`s, or other objects with prompt, response, line and rendered (a chat template's text,
+    which all examples have or none). Prompt and response are tokenised separately, so that no token
     crosses the boundary and a prompt has the same ids in training and generation. A tokenizer that marks the start of
     a word puts a space before the response. A row is dropped if its prompt leaves no room for a response token.
     """

@@ -199,8 +199,8 @@ def matches_of(
         if needs_reference:
             reference = references.get(question.id, question.reference)
             if len(reference) < len(question.turns):
-                raise InputError(f"{question.where}: question {question.id} lacks the reference answer that its "
-                                 "judge needs: give --references with FastChat's reference_answer/gpt-4.jsonl")  # fmt: skip
+                raise InputError(f"{question.where}: question {question.id} has no reference answer for the "
+                                 "judge: give --references with FastChat's reference_answer/gpt-4.jsonl")  # fmt: skip
             values = {f"ref_answer_{number}": text for number, text in enumerate(reference, start=1)}
         for number in range(1, len(question.turns) + 1 if len(question.turns) == 2 else 2):
             asked = {"question": question.turns[0], "answer": turns[0]}

@@ -83,8 +83,8 @@ def tsne(files: list[Features]) -> "Figure":
     """Draw a row for each file, before and after side by side, with the same settings and seed.
 
     The features are not standardised, so distances are as the head sees them, and the few coordinates with large
-    variance that fine-tuning tends to create keep their influence. t-SNE says little about distances between clusters, so each
-    panel's title gives a score of the 5 nearest other rows *among the features*.
+    variance that fine-tuning tends to create keep their influence. t-SNE says little about distances between clusters,
+    so each panel's title gives a score of the 5 nearest other rows *among the features*.
     Raises InputError for more classes than can be told apart.
     """
     classes = sorted({int(label) for features in files if features.are_classes for label in features.labels})
