@@ -105,7 +105,7 @@ def test_an_adapter_is_asked_in_the_template_that_it_was_trained_with(model, tra
         assert ("template: chat" in said) == (start == START)
 
 
-def test_an_adapter_of_alpaca_s_is_asked_in_alpaca_s(model, tmp_path, in_command, monkeypatch):
+def test_an_adapter_trained_with_alpacas_template_is_asked_in_it(model, tmp_path, in_command, monkeypatch):
     (tmp_path / "d.jsonl").write_text('{"query": "1+1?", "response": "2"}\n' * 4)
     out, merged, smaller = (tmp_path / name for name in ("out", "merged", "smaller"))
     status, said, _ = in_command(train_nlg.main, *flags_of(model, tmp_path / "d.jsonl", out)[:-2], "--max-steps", 1)
@@ -164,7 +164,7 @@ def test_a_t5_has_no_chat(model, tmp_path, refuses):
     refuses(lambda: mb.load_tokenizer(folder, chat_template.read_chat_template(model, model)), "T5", "--template chat")
 
 
-def test_a_model_without_an_end_of_text_is_told(tiny, data, tmp_path, in_command):
+def test_a_model_without_an_end_of_text_is_reported(tiny, data, tmp_path, in_command):
     folder = shutil.copytree(tiny, tmp_path / "m")
     (folder / "tokenizer_config.json").write_text("{}")
     config = json.loads((folder / "config.json").read_text())

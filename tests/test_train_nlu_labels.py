@@ -148,7 +148,7 @@ def test_the_plan_says_on_which_share_of_the_rows_a_teacher_is_right(copy, train
     assert shares["ours"] == shares["theirs"] != shares["silent"]
 
 
-def test_the_share_is_of_the_training_rows(copy, train):
+def test_the_teachers_share_is_measured_on_the_training_rows(copy, train):
     model = mb.load_model(copy("model", MNLI), "classifier")
     tok, rows = mb.load_tokenizer(copy("same", MNLI)), pairs(8, [0])
     with torch.no_grad():

@@ -292,14 +292,14 @@ def test_an_end_of_turn_behind_a_tag_is_learned_too(read):
         ),
     ],
 )
-def test_a_template_that_fails_is_one_error_with_the_row(read, refuses, template, parts):
+def test_a_template_that_fails_is_one_error_that_names_the_row(read, refuses, template, parts):
     refuses(lambda: read(chat("q", "a", "r", "b"), template=template), parts[0], *parts[1:], "chat_template.jinja")
 
 
 def test_a_template_that_does_not_end_is_refused(read, refuses, monkeypatch):
     monkeypatch.setattr("minibalora.checkpoints.chat_template.SECONDS", 0.5)
     template = "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
-    refuses(lambda: read(chat("q", "a"), template=template), "file, line 3", "did not end")
+    refuses(lambda: read(chat("q", "a"), template=template), "file, line 3", "did not finish")
 
 
 def test_a_template_writes_the_date_of_the_runs_start(chat_of, folder_of):
@@ -367,7 +367,7 @@ def test_the_digest_covers_everything_learned(read):
 # Rows.
 
 
-def test_a_mask_s_rows_are_packed_with_the_learned_tokens_for_targets(chat_of):
+def test_rows_with_a_mask_are_packed_with_the_learned_tokens_as_targets(chat_of):
     template, tok = chat_of("smollm2")
     rows = [chat("q1", "a1", "q2", "a2 a2"), chat("q", "a")]
     examples = [example_from({"messages": row}, line, template=template) for line, row in enumerate(rows)]

@@ -149,7 +149,7 @@ def test_programs_end_at_the_tasks_stops(run, programs, tmp_path, monkeypatch, f
     assert (set(decodings[0].stop), decodings[0].max_new_tokens) == (stops, more)
 
 
-def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
+def test_completions_from_a_file_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
     rows = [{"task_id": 1, "completion": code} for code in (ADD["code"], "x", ADD["code"], "x")]
     rows += [{"task_id": 2, "completion": code} for code in ("x", "x", NEGATE["code"], "x")]
     path = tmp_path / "completions.jsonl"
@@ -170,7 +170,7 @@ def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, t
     assert status == 2 and "problem 7, which" in error
 
 
-def test_given_completions_are_cut_and_judged_by_the_protocol(run, problems, tmp_path):
+def test_completions_from_a_file_are_cut_and_judged_by_the_protocol(run, problems, tmp_path):
     path = tmp_path / "completions.jsonl"
     answers = [row["response"].rpartition("The answer is: ")[2] for row in PROBLEMS]
     rows = [{"completion": f"The answer is: {answer}.2</s>The answer is: 9999"} for answer in answers]
