@@ -485,7 +485,7 @@ def test_features_are_saved_as_a_picture(tsne_libraries, new_features, tmp_path,
         ({"labels": torch.zeros(39)}, ["[39]"]),
         ({"before": torch.randn(40), "after": torch.randn(40)}, ["(N, d)"]),
         ({"before": torch.randn(40, 1), "after": torch.randn(40, 1)}, ["2 numbers"]),
-        ({"before": torch.ones(40, 7)}, ["before", "the same"]),
+        ({"before": torch.ones(40, 7)}, ["before", "all rows are equal"]),
         ({"labels": torch.arange(40)}, ["40 classes", plot_style.MOST]),
     ],
 )
