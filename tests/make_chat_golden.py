@@ -87,9 +87,9 @@ def expected(name: str, tok: PreTrainedTokenizerFast, messages: list[dict]) -> d
     assert encoded["input_ids"] == tok.apply_chat_template(messages)["input_ids"]
     mask, at = [0] * len(encoded["input_ids"]), 0
     for message in messages:
-        said = message["content"].strip() if message["content"].strip() in text[at:] else message["content"]
-        start = text.index(said, at)
-        at = start + len(said)
+        content = message["content"].strip() if message["content"].strip() in text[at:] else message["content"]
+        start = text.index(content, at)
+        at = start + len(content)
         if message["role"] == "assistant":
             padding = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
             start = len(text[:start].removesuffix(padding).removesuffix(lead))

@@ -336,7 +336,7 @@ def test_olora_of_transposed_layers_is_refused(adapter, refused):
 
 
 def test_unknown_keys_that_are_off_are_ignored_and_named(adapter, capsys):
-    """Nothing is said about known keys: those that PEFT 0.21 writes, or that matter in training only."""
+    """No note about known keys, which PEFT 0.21 writes or which matter only in training."""
     known = {"use_dora": False, "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
     known |= {"megatron_core": "megatron.core", "lora_dropout": 0.1, "layer_replication": [], "peft_version": "0.99"}
     mb.load_adapter(mb.load_model(GOLDEN / "llama3"), adapter(config=known))

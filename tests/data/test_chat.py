@@ -40,27 +40,27 @@ GOLDEN = json.loads((CHAT / "golden.json").read_text(encoding="utf-8"))
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """Make a model's folder: the built-in tokenizer with added tokens, and a chat template, golden or given as text."""
-    done = {}
+    folders = {}
 
     def folder_of(name: str, template: str | None = None) -> Path:
-        if (name, template) in done:
-            return done[name, template]
+        if (name, template) in folders:
+            return folders[name, template]
         golden, folder = GOLDEN[name], tmp_path_factory.mktemp(name)
         backend = json.loads((BUILT_IN / "llama" / "tokenizer.json").read_text())
-        known = {token["content"]: token["id"] for token in backend["added_tokens"]}
+        ids = {token["content"]: token["id"] for token in backend["added_tokens"]}
         size = len(backend["model"]["vocab"])
         settings = {key: golden[key] for key in ("bos_token", "eos_token") if golden[key]}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         # transformers adds EOS first, then BOS, then the template's.
         for content in [golden["eos_token"], golden["bos_token"], *golden["tokens"]]:
-            if content is not None and content not in known:
-                known[content] = size + len(known) - len([token for token in known if known[token] < size])
+            if content is not None and content not in ids:
+                ids[content] = size + len(ids) - len([token for token in ids if ids[token] < size])
                 backend["added_tokens"].append({"id": known[content], "content": content} | flags)
         (folder / "tokenizer.json").write_text(json.dumps(backend))
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         text = (CHAT / f"{name}.jinja").read_text(encoding="utf-8") if template is None else template
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        done[name, template] = folder
+        folders[name, template] = folder
         return folder
 
     return folder_of
@@ -70,8 +70,8 @@ def folder_of(tmp_path_factory):
 def chat_of(folder_of):
     def chat_of(name: str, template: str | None = None) -> tuple[Template, mb.checkpoints.tokenizer.Tokenizer]:
         folder = folder_of(name, template)
-        own = Template("chat", read_chat_template(folder, folder))
-        return own, mb.load_tokenizer(folder, own.chat)
+        template = Template("chat", read_chat_template(folder, folder))
+        return template, mb.load_tokenizer(folder, template.chat)
 
     return chat_of
 
@@ -219,8 +219,8 @@ def test_parts_that_are_not_learned_are_named(read):
 def test_a_row_s_own_system_and_tools_count(read):
     assert "Be brief." in read({"messages": chat("q", "a"), "system": "Be brief."}).prompt
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    for given in (tools, json.dumps(tools)):
-        assert '"name": "add"' in read({"messages": chat("q", "a"), "tools": given}, "qwen2_5").prompt
+    for offered in (tools, json.dumps(tools)):
+        assert '"name": "add"' in read({"messages": chat("q", "a"), "tools": offered}, "qwen2_5").prompt
     assert read({"messages": chat("q", "a"), "tools": tools}).notes == (chat_module.TOOLS,)
     assert read({"messages": chat("q", "a"), "tools": []}) == read(chat("q", "a"))
 
@@ -238,8 +238,8 @@ def test_calls_of_tools_are_learned_and_results_are_not(read):
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "It is 2.", "tool_calls": None},
     ]
-    called, said = learned_texts(read(turns, "qwen2_5"))
-    assert '{"name": "add", "arguments": {"a": 1}}' in called and called.endswith(END) and said == f"It is 2.{END}"
+    called, reply = learned_texts(read(turns, "qwen2_5"))
+    assert '{"name": "add", "arguments": {"a": 1}}' in called and called.endswith(END) and reply == f"It is 2.{END}"
     assert "<tool_response>\n2\n</tool_response>" in read(turns, "qwen2_5").prompt
 
 

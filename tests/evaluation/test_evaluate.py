@@ -209,12 +209,12 @@ def test_mt_bench_is_answered_and_then_judged(run, mt_bench_files, tmp_path):
     questions, prompts = mt_bench_files
     out = tmp_path / "out"
     flags = ("--task", "mt-bench", "--data", questions, "--out", out, "--max-new-tokens", 9)
-    status, said, error = run(*flags)
-    assert status == 0 and said.startswith("mt-bench: 2 questions answered in"), error
+    status, printed, error = run(*flags)
+    assert status == 0 and printed.startswith("mt-bench: 2 questions answered in"), error
     answers = (out / "model_answer" / "llama.jsonl").read_text()
     assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers.splitlines()] == [2, 2]
-    status, said, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
-    assert status == 0 and "4 judgments without one" in said, error
+    status, printed, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
+    assert status == 0 and "4 judgments without one" in printed, error
     assert (out / "model_answer" / "llama.jsonl").read_text() == answers
     judgments = [json.loads(line) for line in (out / "model_judgment" / "llama_single.jsonl").read_text().splitlines()]
     first = json.loads(answers.splitlines()[0])["choices"][0]["turns"]
