@@ -55,7 +55,7 @@ def folder_of(tmp_path_factory):
         for content in [golden["eos_token"], golden["bos_token"], *golden["tokens"]]:
             if content is not None and content not in ids:
                 ids[content] = size + len(ids) - len([token for token in ids if ids[token] < size])
-                backend["added_tokens"].append({"id": known[content], "content": content} | flags)
+                backend["added_tokens"].append({"id": ids[content], "content": content} | flags)
         (folder / "tokenizer.json").write_text(json.dumps(backend))
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         text = (CHAT / f"{name}.jinja").read_text(encoding="utf-8") if template is None else template
@@ -70,8 +70,8 @@ def folder_of(tmp_path_factory):
 def chat_of(folder_of):
     def chat_of(name: str, template: str | None = None) -> tuple[Template, mb.checkpoints.tokenizer.Tokenizer]:
         folder = folder_of(name, template)
-        template = Template("chat", read_chat_template(folder, folder))
-        return template, mb.load_tokenizer(folder, template.chat)
+        parsed = Template("chat", read_chat_template(folder, folder))
+        return parsed, mb.load_tokenizer(folder, parsed.chat)
 
     return chat_of
 
