@@ -24,8 +24,12 @@ SYNONYMS = {
 ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
+WEIGHTS = ("weight", "loss", "train", "training")  # 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of rows that are not about text alone
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
+LOST = "replies that the template leaves out, not learned"
 PROMPTED = "conversations whose template ends a prompt otherwise than it begins a reply, for instance with <think>"
+SPECIAL = {"tool_calls", "tool_call_id", "name", "reasoning_content"}  # keys of turns that are not joined to others
 TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
 
@@ -72,10 +76,14 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise InputError(f"{where}: has {media[0]!r}: only texts can be learned from, leave the row out")
     messages = [_message(turn, place) for turn in turns]
-    system = "\n\n".join(row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip())
-    if system and [message["role"] for message in messages[:1]] != ["system"]:
-        messages.insert(0, {"role": "system", "content": system})
+    own = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
+    systems = [_text(row[name], f"{where}: {name}") for name in SYSTEMS if row.get(name)]
+    systems = [*(text for text in systems if text.strip() and text.strip() not in own), *([own] if own.strip() else [])]
+    if systems:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(systems)})
     start = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     early = [message for message in messages[:start] if message["role"] != "system"]
     messages = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
@@ -84,12 +92,12 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     if asks:
         if not messages or messages[-1]["role"] == "assistant":
             raise InputError(f"{place} does not end with a question: leave its last reply out")
-        return Conversation(messages, [], _tools(row, where))
+        return Conversation(messages, [], tools_of(row, where))
     if not learned:
         return None
     end = learned[-1] + 1
     notes = [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
-    return Conversation(messages[:end], learned, _tools(row, where), tuple(notes))
+    return Conversation(messages[:end], learned, tools_of(row, where), tuple(notes))
 
 
 def conversation_of(question: str, reply: str) -> Conversation:
@@ -100,7 +108,7 @@ def with_ending(conversation: Conversation, ending: str) -> Conversation:
     """Return the conversation with `ending` at the end of its last question."""
     messages = list(conversation.messages)
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
-    messages[last] = messages[last] | {"content": messages[last].get("content", "") + ending}
+    messages[last] = messages[last] | {"content": messages[last]["content"] + ending}
     return replace(conversation, messages=messages)
 
 
@@ -114,6 +122,8 @@ def _message(turn: dict, place: str) -> dict:
         raise InputError(f"{place} has a turn of the role {role!r}, none of {', '.join(ROLES)}: rename it")
     texts = [turn.pop(name) for name in ("content", "value", "text") if name in turn]
     message = {"role": known} | ({"content": _text(texts[0], place)} if texts else {})
+    if call := turn.pop("function_call", None):  # OpenAI's older name
+        turn.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in turn and not turn["tool_calls"]:
         del turn["tool_calls"]
     thoughts = next((turn[name] for name in ("reasoning_content", "thinking", "reasoning") if name in turn), None)
@@ -140,16 +150,18 @@ def _text(content: object, place: str) -> str:
 
 def _why_not_learned(message: dict) -> str | None:
     """Return why a reply is only in the prompt, None if it is learned. OpenAI's rows mark such replies by weight 0."""
-    weight = message.pop("weight", 1)
+    weights = [message.pop(name, 1) for name in WEIGHTS]
     if message["role"] != "assistant":
         return None
-    is_blank = not message.get("content", "").strip() and "tool_calls" not in message
-    return BLANK if is_blank else WEIGHTLESS if weight == 0 else None
+    is_blank = not (message.get("content") or "").strip() and "tool_calls" not in message
+    return BLANK if is_blank else WEIGHTLESS if any(weight in (0, "0", "false") for weight in weights) else None
 
 
-def _tools(row: dict, where: str) -> list | None:
+def tools_of(row: dict, where: str) -> list | None:
     """Return the tools that a row offers as a list or as JSON text. None without tools."""
     tools = row.get("tools")
+    if not tools and isinstance(row.get("functions"), list):  # OpenAI's older name
+        tools = [{"type": "function", "function": function} for function in row["functions"]]
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
     except ValueError:
@@ -220,12 +232,15 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
         raise refusal
     unseen, messages, learned, text, spans, prompt = min(results, key=lambda result: result[0])
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
+    written = [(start, end) for start, end in spans if text[start:end].strip() != chat.end_of_turn]
+    notes += [LOST] * (len(spans) - len(written))
     for index, (start, end) in zip(learned, spans, strict=True):
-        notes += [CURTAILED] * any(not _has(text[start:end], part) for part in _said(messages[index]))
+        is_cut = any(not _has(text[start:end], part) for part in _said(messages[index]))
+        notes += [CURTAILED] * (is_cut and (start, end) in written)
     notes += [] if text.startswith(prompt) else [PROMPTED]
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
-    return Rendered(prompt, text, tuple(spans), tuple(notes))
+    return Rendered(prompt, text, tuple(written), tuple(notes))
 
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
@@ -238,18 +253,53 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
     for index, message in enumerate(conversation.messages):
         if message["role"] == "system":
             message = message | {"role": "user"}
-        if message == {"role": "assistant", "content": message.get("content")} and not message["content"].strip():
+        is_plain = SPECIAL.isdisjoint(message)
+        if is_plain and message["role"] == "assistant" and not message["content"].strip():
             continue
-        before = joined[-1] if joined else {}
-        is_plain = {*before} == {*message} == {"role", "content"} and before["role"] == message["role"]
+        before = joined[-1] if joined else {"role": None}
+        is_plain = is_plain and SPECIAL.isdisjoint(before) and before["role"] == message["role"]
         if is_plain and (index in conversation.learned) == (len(joined) - 1 in learned):
             joined[-1] = message | {"content": f"{before['content']}\n\n{message['content']}"}
         else:
             joined.append(message)
             if index in conversation.learned:
                 learned.append(len(joined) - 1)
-    same = [(conversation.messages, conversation.learned)]
+    same = [(_with_calls(conversation.messages, form), conversation.learned) for form in (dict, str)]
+    same = same[:1] if same[0] == same[1] else same
     return same if len(joined) == len(conversation.messages) else [*same, (joined, learned)]
+
+
+def _with_calls(messages: list[dict], form: type) -> list[dict]:
+    """Return the messages with the arguments of all tool calls as objects (form: dict), or as JSON text and with a null
+    content beside them if there is none (str).
+
+    Some templates, such as DeepSeek's, take only the second. Others would quote a text twice and write None.
+    """
+    changed = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            null = {"content": None} if form is str else {}
+            message = null | message | {"tool_calls": [_with_form(call, form) for call in calls]}
+        changed.append(message)
+    return changed
+
+
+def _with_form(call: object, form: type) -> object:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_form(call["function"], form)}
+    arguments = call.get("arguments")
+    if form is str and isinstance(arguments, dict):
+        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+    if form is dict and isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        return call | {"arguments": value} if isinstance(value, dict) else call
+    return call
 
 
 def _learned_spans(
@@ -294,7 +344,7 @@ def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | Non
 
 def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
     """Return the end in the text of the reply at `index`, which begins at `start`, with its end of turn."""
-    end, said = chat.end_of_turn, messages[index].get("content", "").strip()
+    end, said = chat.end_of_turn, (messages[index].get("content") or "").strip()
     behind = text[start:].lstrip()
     if said and behind.startswith(said) and behind[len(said) :].lstrip().startswith(end):
         return text.index(end, len(text) - len(behind) + len(said)) + len(end)

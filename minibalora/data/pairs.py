@@ -20,6 +20,7 @@ FIELDS = [
     ("inputs", "targets"),  # FLAN, Aya
 ]
 INPUTS = ("input", "context")  # what the prompt is about: Alpaca's, Dolly's
+CHOICES = ("choices", "options")  # MMLU's, RACE's
 EMPTY = (None, "", [], {})
 SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
@@ -53,6 +54,10 @@ def read_pair(
         )
     if row.get("history"):
         raise InputError(f"{where}: has earlier turns in 'history': write the row as a conversation in 'messages'")
+    for name in CHOICES if prompt_field is None else ():
+        if row.get(name):
+            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
+                             "prompt, and name its field with --prompt-field")  # fmt: skip
     names = INPUTS if input_field is None else (input_field,) if input_field else ()
     system, inputs = (
         [field_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]
