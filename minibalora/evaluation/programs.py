@@ -171,7 +171,7 @@ def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
 
 
 def _without_tests(code: str, names: tuple[str, ...], before: str) -> str:
-    """Leave out what demonstrates or tests `names` behind their definition: asserts, calls, a main, and what uses it."""
+    """Leave out what demonstrates or tests `names` behind their definition: asserts, calls, a main, what uses it."""
     tree, start = _parsed(code), 0
     if tree is None or not defines(code, names):
         tree, start = _parsed(before + code), len(before)

@@ -316,6 +316,22 @@ def test_rows_with_an_image_or_with_answers_to_choose_from_are_refused(read):
         example_from({"question": "q", "choices": ["b", "c"], "answer": 1}, 1)
 
 
+def test_an_adapter_keeps_the_template_for_tools_too(tmp_path, folder_of):
+    model, out, merged = folder_of("smollm2"), tmp_path / "out", tmp_path / "merged"
+    stored = [
+        {"name": "default", "template": "d {{ strftime_now('%Y') }}"},
+        {"name": "tool_use", "template": "with tools"},
+    ]
+    for folder in (tmp_path / "model", out, merged):
+        folder.mkdir()
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    chat = read_chat_template(tmp_path / "model", model)
+    save_template(Template("chat", chat), out)
+    copy_template(out, merged)
+    assert read_chat_template(out, model).texts == read_chat_template(merged, model).texts == chat.texts
+    assert len(chat.texts) == 2 and chat.has_date
+
+
 # Templates.
 
 HEADER = "{{ '<|im_start|>' + m.role + '\n' }}"

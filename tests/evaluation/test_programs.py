@@ -72,7 +72,7 @@ WRAPPED = {
     "unittest": f"{PY}import unittest\n{WHOLE}\nclass T(unittest.TestCase):\n    pass\n\nunittest.main()\n{F}",
     "a script that reads": f"{PY}{WHOLE}\nn = int(input())\nm = n + 1\nprint(twice([m]))\n{F}",
     "usage that imports it": f"{PY}{WHOLE}{F}\n{PY}from solution import twice\nprint(twice([1]))\n{F}",
-    "a table behind it": f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n\nT = {{i: 2 * i for i in range(9)}}\n{F}",
+    "a table behind it": f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n\nT = {{1: 2, 2: 4}}\n{F}",
     "a table in a block": f"{PY}T = {{}}\nfor i in range(9):\n    T[i] = 2 * i\n{F}\n"
     f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n{F}",
     "a text with an assert": f"{PY}T = '''\nassert x\n'''\n{WHOLE}{F}",
