@@ -12,7 +12,7 @@ from functools import partial
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
-from minibalora.data.pairs import SYSTEMS
+from minibalora.data.pairs import SYSTEMS, refuse_media
 
 CONVERSATIONS = ("conversations", "messages", "conversation")  # ShareGPT's, OpenAI's and LMSYS's name
 SYNONYMS = {
@@ -25,7 +25,6 @@ ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in syn
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
 WEIGHTS = ("weight", "loss", "train", "training")  # 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
-MEDIA = ("image", "images", "video", "videos", "audio", "audios")  # fields of rows that are not about text alone
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
 LOST = "replies that the template leaves out, not learned"
 PROMPTED = "conversations whose template ends a prompt otherwise than it begins a reply, for instance with <think>"
@@ -76,8 +75,7 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
-    if media := [name for name in MEDIA if row.get(name)]:
-        raise InputError(f"{where}: has {media[0]!r}: only texts can be learned from, leave the row out")
+    refuse_media(row, where)
     messages = [_message(turn, place) for turn in turns]
     own = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
     systems = [_text(row[name], f"{where}: {name}") for name in SYSTEMS if row.get(name)]

@@ -312,6 +312,8 @@ def test_turns_are_joined_whatever_else_their_rows_say_of_them(read):
 def test_rows_with_an_image_or_with_answers_to_choose_from_are_refused(read):
     with pytest.raises(mb.InputError, match="has 'image': only texts"):  # LLaVA's
         read(chat("q", "a"), image="cat.jpg")
+    with pytest.raises(mb.InputError, match="has 'images': only texts"):
+        example_from({"question": "q", "images": ["cat.jpg"], "answer": "a"}, 1)
     with pytest.raises(mb.InputError, match="choose from in 'choices'"):  # MMLU's
         example_from({"question": "q", "choices": ["b", "c"], "answer": 1}, 1)
 
