@@ -72,12 +72,12 @@ def main() -> int:
     if output.teacher_cache is not None:
         cache = run_cache(output.teacher_cache, source.model, rows, adaptation, hardware, optimisation.seed)
     if hardware.fsdp:
-        model = skeleton(source.model)  # its numbers come when it is known which of them this rank keeps
+        model = skeleton(source.model)  # without weights: each rank reads only those that it keeps, once sharded
     else:
-        place = "cpu" if adaptation.quantize else hardware.device  # whole, it need not fit the GPU
+        place = "cpu" if adaptation.quantize else hardware.device  # unquantised, it may not fit on the GPU
         model = mb.load_model(source.model, dtype=torch.float32 if is_full else hardware.dtype, device=place)
 
-    # Adapt: W becomes W_res + s A B, and nothing but A and B is trained.
+    # Adapt: W becomes W_res + s A B, and only A and B are trained.
     if not is_full:
         adapt_model(model, adaptation, hardware, optimisation.seed, out if resumed is not None else None)
     fit_hardware(model, hardware)
@@ -90,20 +90,22 @@ def main() -> int:
     memory = expected_memory(model, hardware, amount, objective, *whole)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data))]
-    data += [", ".join(f"{count:,} {what}" for what, count in left_out.items()), f"template {template}"]
+    data += [", ".join(f"{count:,} {reason}" for reason, count in left_out.items()), f"template {template}"]
     if any(held_out.left_out.values()):
-        data.append(f"of {source.eval} " + ", ".join(f"{count:,} {what}" for what, count in held_out.left_out.items()))
+        data.append(
+            f"of {source.eval} " + ", ".join(f"{count:,} {reason}" for reason, count in held_out.left_out.items())
+        )
     if not tok.eos_ids:
-        data.append("no EOS: none of the model's files names one, so responses have no end, and none will be learned")
+        data.append("no EOS: none of the model's files names one, so the model will not learn to end a response")
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
     measure = partial(records.measure, model, tok, held_out)
     before = distributed.on_main(measure, out / "eval-before.jsonl", recorded["model_digest"])
 
-    # Train: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR. A step is a batch of rows, taken in micro-batches, then one
-    # update. L is a mean over the step's response tokens however it is cut, but for the spectral term (see `nlg_loss`)
-    # and the load balance, a product of two means: these are taken of each micro-batch.
+    # Train: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR. A step is a batch of rows, cut into micro-batches, then one
+    # update. However the step is cut, L is a mean over its response tokens, except for the spectral term (see
+    # `nlg_loss`) and the load balance, a product of two means. Both are computed per micro-batch and averaged.
     if objective.router_aux > 0:
         keep_router_outputs(model)
     with Run(output, optimisation, hardware, model, optimizer, steps, resumed) as run:
@@ -130,7 +132,7 @@ def main() -> int:
                 run.note(part, loss, terms)
             run.update()
 
-    # Save, on one rank for all: the adapter for the original base, in PEFT's format; of --method full, the model.
+    # Save, on rank 0: the adapter for the original base, in PEFT's format; with --method full, the whole model.
     if is_full:
         distributed.on_main(mb.save_model, model.to(hardware.dtype), out / "model")
     else:

@@ -1,7 +1,7 @@
 """Fine-tune BERT, RoBERTa, DeBERTa-v3, T5 or a decoder to classify texts with BA-LoRA or a baseline; see `--help`.
 
-The whole story, top to bottom: load, adapt, the teacher's logits once, then steps, with a look at the dev set after
-every epoch; save the best one.
+The whole story, top to bottom: load, adapt, compute the teacher's logits once, train with an evaluation on the dev set
+after every epoch, save the best epoch.
 """
 
 import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly (base/interrupts.py)
@@ -57,17 +57,19 @@ def main() -> int:
     examples, changes = sets.disturbed(examples, classes, source.imbalance, source.label_noise, seed)
     tok, config = mb.load_tokenizer(source.model), read_config(Path(source.model))
     if classes == 2 and objective.non_target_kl > 0:
-        raise InputError("--non-target-kl needs three classes or more: of two, one is left, and the term is always 0")
+        raise InputError("--non-target-kl needs three or more classes; with two, the term is always 0: leave it out")
     if hardware.compile and isinstance(config, MixtureConfig):
-        raise InputError("--compile: a mixture would be compiled anew whenever experts get other counts: leave it out")
+        raise InputError(
+            "--compile: a mixture would be recompiled whenever its experts get other numbers of tokens: leave it out"
+        )
     words = as_text.first_tokens(task, tok) if source.as_text else []
     if source.as_text:
         examples = as_text.questions(examples, task)
-        eval_sets = [replace(each, examples=as_text.questions(each.examples, task)) for each in eval_sets]
+        eval_sets = [replace(eval_set, examples=as_text.questions(eval_set.examples, task)) for eval_set in eval_sets]
     rows, cut = labelled.encode(examples, tok, source.max_length)
     unknown = labelled.unknown_share(rows, tok, source.data, source.model)
-    eval_sets = [each.encoded(tok, source.max_length) for each in eval_sets]
-    for name, measured in [(source.data, rows), *((each.name, each.rows) for each in eval_sets)]:
+    eval_sets = [eval_set.encoded(tok, source.max_length) for eval_set in eval_sets]
+    for name, measured in [(source.data, rows), *((eval_set.name, eval_set.rows) for eval_set in eval_sets)]:
         batches.check_fits(measured, name, config, source.max_length, source.model)
     dev = eval_sets[0]
     recorded = settings.recorded | {
@@ -79,19 +81,19 @@ def main() -> int:
     steps = steps_of_run(optimisation, len(rows))
     resumed = checkpoint.resumed_step(out, recorded, steps) if output.resume else None
     asked_at_once = 4 * optimisation.batch_size
-    teacher = None  # logits (N, D) of all rows: of a fine-tuned model, or, below, of the student's pre-trained self
+    teacher = None  # logits (N, D) of all rows, from a fine-tuned model or, below, from the pre-trained one
     if objective.needs_teacher and source.teacher != "pretrained":
         teacher = classify.fine_tuned_logits(source, task, examples, hardware, asked_at_once)
     torch.manual_seed(seed)
     kind = ("lm", None) if source.as_text else ("classifier", classes)
     base = mb.load_model(source.model, *kind, torch.float32 if is_full else hardware.dtype, device)
-    model = AsText(base, words) if source.as_text else base  # `base` is what is trained and saved
+    model = AsText(base, words) if source.as_text else base  # `base` is trained and saved
     is_head_stored = base.own_head and base.own_head[-1] not in base.checkpoint.new_modules
     order = sets.class_order(source.model, task) if is_head_stored else []
     if is_head_stored:
         arrange_head(base, order)
 
-    # Adapt: W becomes W_res + s A B, and nothing but A, B and the classifier's own head is trained.
+    # Adapt: W becomes W_res + s A B, and only A, B and the classifier's head are trained.
     if not is_full:
         adapt_model(base, adaptation, hardware, seed, out if resumed is not None else None)
     if hardware.grad_checkpoint:
@@ -106,11 +108,11 @@ def main() -> int:
         lines.append(f"{unknown:.0%} of the tokens are unknown to the tokenizer")
     if source.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
-    lines += [f"measured on {each.in_words()}" for each in eval_sets]
+    lines += [f"measured on {eval_set.in_words()}" for eval_set in eval_sets]
     if new := base.checkpoint.new_modules:
         lines.append(f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}")
     elif order != sorted(order):
-        lines.append("the checkpoint's head, its classes put in the task's order by id2label")
+        lines.append("the checkpoint's head, with its classes in the task's order by id2label")
     if teacher is not None:
         lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
     at_once = min(optimisation.micro_batch_size, len(rows))
@@ -118,18 +120,18 @@ def main() -> int:
     memory = expected_memory(base, hardware, amount, None, optimisation.accumulates)
     print_plan(settings, base, nlu_formula(objective, classes), lines, steps, memory)
 
-    # Before the first step the student is the pre-trained model, whatever the init.
+    # Before the first step, the student is the pre-trained model, whatever the init.
     answer = partial(classify.answers, model, batch_size=asked_at_once, device=device)
     judge = partial(classify.scores_of_sets, answer, task, optimisation.batch_size)
     before = judge(eval_sets)
     features = [answer(dev.rows, part=model.features)] if output.features else []
     if objective.needs_teacher and teacher is None:
-        with mb.pretrained(base):  # with the initial head; never changes, so this is all that a teacher costs
+        with mb.pretrained(base):  # with the initial head; these logits never change, so computing them once is enough
             teacher = answer(rows)
 
-    # Train: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR. A step is a batch of rows, then one update. L is a mean over
-    # its examples however it is cut into micro-batches, but for the covariance and the spectral term. The epoch that
-    # is best on the dev set is kept.
+    # Train: L = L_task + λ1·L_CR + λ2·L_DR + λ3·L_SVDR. A step is a batch of rows, cut into micro-batches, then one
+    # update. However the step is cut, L is a mean over its examples, except for the covariance and the spectral term,
+    # which are computed per micro-batch. The epoch that is best on the dev set is kept.
     forward = torch.compile(model, dynamic=True) if hardware.compile else model
     with Run(output, optimisation, hardware, base, optimizer, steps, resumed) as run:
         for step, parts in run.steps(rows):
@@ -154,10 +156,10 @@ def main() -> int:
     if run.signal:
         return run.say_end()
 
-    # Save: the best epoch's adapter and head for the original base, in PEFT's format, and what it is worth.
+    # Save: the best epoch's adapter and head for the original base, in PEFT's format, and its scores.
     best_step = checkpoint.load_best(out, base)
     if is_full:
-        base.to(hardware.dtype)  # what is measured is what is saved
+        base.to(hardware.dtype)  # so that the scores are those of the saved model
     else:
         truncate_adapter(base, output.adapter_rank)
     after = judge(eval_sets)

@@ -1,4 +1,4 @@
-"""What several tests, and the program that makes the golden values, share."""
+"""Helpers for several tests, and for the program that makes the golden values."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from minibalora.run.teacher import teacher_states
 from minibalora.toy import MODEL
 
 GOLDEN = Path(__file__).with_name("golden")
-# The checkpoints in it, made by make_golden.py: a new family is tested by having its names here.
+# The golden checkpoints, made by make_golden.py. To test a new family, add its names here.
 LANGUAGE_MODELS = ("llama2", "llama3", "llama_bias_tied", "mistral", "mistral_window", "gemma", "gemma2", "gpt2")
 LANGUAGE_MODELS += ("yi", "qwen2", "qwen2_window", "qwen3", "mixtral", "mixtral_window", "deepseek", "deepseek_norm")
 SEQ2SEQ = ("t5", "t5_gated")
@@ -32,37 +32,37 @@ CLASSIFIERS += ("t5_classifier", "xlm_roberta")
 
 
 def golden_example(name: str) -> list[torch.Tensor]:
-    """The arguments of a model of `tests/golden/`, as it takes them, and the logits of transformers."""
+    """Return the arguments for a model in `tests/golden/`, in order, and transformers' logits."""
     return list(named_example(name).values())
 
 
 def named_example(name: str) -> dict[str, torch.Tensor]:
-    """The same by transformers' names: BERT's token types are in it, and what T5's decoder reads."""
+    """Return the values of `golden_example` by transformers' names, with BERT's token types and T5's decoder inputs."""
     expected = load_file(GOLDEN / name / "expected.safetensors")
     names = ("input_ids", "attention_mask", "token_type_ids", "decoder_input_ids", "logits")
     return {name: expected[name] for name in names if name in expected}
 
 
 def real_tokens(name: str) -> torch.Tensor:
-    """Which of the example's logits are not of padding: an index of its first axes."""
+    """Return an index for the first axes of the example's logits that leaves out padding."""
     example = named_example(name)
     mask, logits = example["attention_mask"].bool(), example["logits"]
     return mask if mask.shape == logits.shape[:2] else torch.ones(len(logits), dtype=torch.bool)
 
 
 def headless(name: str, folder: Path) -> Path:
-    """A copy of a golden checkpoint without pooler and classifier, as a base checkpoint is."""
+    """Copy a golden checkpoint without pooler and classifier, like a base checkpoint."""
     folder.mkdir(exist_ok=True)
     tensors = load_file(GOLDEN / name / "model.safetensors")
     is_head = re.compile(r"(.*\.)?(pooler|classifier|score|classification_head)\.")
-    kept = {name: tensor for name, tensor in tensors.items() if not is_head.match(name)}
-    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    backbone = {name: tensor for name, tensor in tensors.items() if not is_head.match(name)}
+    save_file(backbone, folder / "model.safetensors", metadata={"format": "pt"})
     shutil.copy(GOLDEN / name / "config.json", folder)
     return folder
 
 
 def with_toy_tokenizer(name: str, folder: Path) -> Path:
-    """Make a golden language model that reads text: with the built-in LLaMA's tokenizer and vocabulary."""
+    """Make a golden language model read text, with the built-in LLaMA's tokenizer and vocabulary."""
     shutil.copytree(MODEL, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((GOLDEN / name / "config.json").read_text())
     toy = json.loads((MODEL / "config.json").read_text())
@@ -92,7 +92,7 @@ def status_of(main, *flags) -> int:
 
 
 def stop_within(monkeypatch, script, step: int, number: int) -> None:
-    """Let a script, a module, send this process a signal in the middle of a step, counted from 0."""
+    """Let a script (a module) send this process a signal in the middle of a step, counted from 0."""
     lambdas = script.lambdas
 
     def stop(objective, at, *rest):
@@ -122,7 +122,7 @@ runpy.run_path(script, run_name="__main__")
 
 
 def kill_before(step: int, script: Path, *flags) -> None:
-    """Run a script in a process of its own, which SIGKILL ends before a step, counted from 0."""
+    """Run a script in a separate process that is killed by SIGKILL before a step, counted from 0."""
     command = [sys.executable, "-c", KILLED, str(step), str(script), *map(str, flags)]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGKILL, ended.stderr
@@ -132,7 +132,7 @@ IGNORED = -100  # in labels: nothing is predicted there
 
 
 def padded_rows(rows: list, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
-    """`Row`s as input_ids (B, T), padded on the right with 0, and labels (B, T): response ids, IGNORED elsewhere."""
+    """Return `Row`s as input_ids (B, T), padded on the right with 0, and labels (B, T): response ids or IGNORED."""
     width = max(len(row.ids) for row in rows)
     input_ids = torch.zeros(len(rows), width, dtype=torch.long)
     labels = torch.full((len(rows), width), IGNORED)
@@ -144,19 +144,19 @@ def padded_rows(rows: list, device: torch.device | str = "cpu") -> tuple[torch.T
 
 
 def predicted_rows(states: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(M, d) states that predict a response token, and the tokens (M,): position t predicts token t + 1."""
+    """Return the states (M, d) that predict a response token, and the tokens (M,): position t predicts token t + 1."""
     counts = labels[:, 1:] != IGNORED
     return states[:, :-1][counts], labels[:, 1:][counts]
 
 
 def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    """‖a − b‖ / ‖b‖."""
+    """Return ‖a − b‖ / ‖b‖."""
     return ((a.double() - b.double()).norm() / b.double().norm().clamp_min(1e-300)).item()
 
 
 @torch.no_grad()
 def stretch(model: nn.Module) -> None:
-    """A made-up training result that does not depend on the signs of the singular vectors."""
+    """Change the adapter as training might, independently of the signs of the singular vectors."""
     for index, (_, layer) in enumerate(adapted_layers(model)):
         m, n = layer.A.shape[0], layer.B.shape[1]
         layer.A *= 1 + 0.2 * torch.sin(torch.arange(m) + index)[:, None]
@@ -165,11 +165,11 @@ def stretch(model: nn.Module) -> None:
 
 @torch.no_grad()
 def restless(model: nn.Module) -> nn.Module:
-    """Turn the final norm round where the head is tied: else random weights say one token for ever. In place."""
-    # Transformers' T5 says that its head is tied where it is not, but not that its outputs are scaled.
+    """Negate the final norm if the head is tied: otherwise random weights repeat one token forever. In place."""
+    # Transformers' T5 always says that its head is tied; only scale_decoder_outputs tells the truth.
     is_tied = getattr(model.config, "scale_decoder_outputs", model.config.tie_word_embeddings)
     vectors = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 1}
-    norm = [name for name in vectors if name.endswith("weight")][-1]  # the last vector of a model is its final norm's
+    norm = [name for name in vectors if name.endswith("weight")][-1]  # a model's last vector belongs to its final norm
     if is_tied:
         vectors[norm].abs_().neg_()
     if (bias := norm.replace("weight", "bias")) in vectors:
@@ -178,7 +178,7 @@ def restless(model: nn.Module) -> nn.Module:
 
 
 def gradients_of_a_step(model, rows, micro_batch_size, objective, step=5, steps=10):
-    """The step of train_nlg.py on one rank: the gradient of all that is trained in one vector, L, and its terms."""
+    """Do a step of train_nlg.py on one rank. Returns the gradient of all factors in one vector, L, and its terms."""
     model.zero_grad()
     if objective.router_aux > 0:
         keep_router_outputs(model)
@@ -205,7 +205,7 @@ def gradients_of_a_step(model, rows, micro_batch_size, objective, step=5, steps=
 
 
 def random_rows(count: int, seed: int) -> list[Row]:
-    """Rows of 2 to 13 tokens below 61, of prompts and responses of random lengths."""
+    """Return rows of 2 to 13 tokens below 61, with prompts and responses of random lengths."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 14, count)
     prompts = [int(rng.integers(1, length)) for length in lengths]

@@ -2,7 +2,7 @@
 
     python tests/make_chat_golden.py [FOLDER]
 
-Ids are those of `apply_chat_template`. Masks are those of its `return_assistant_tokens_mask` where a template has
+Ids come from `apply_chat_template`. Masks come from its `return_assistant_tokens_mask` where a template has
 `generation` tags; else they are the tokens from the end of a reply's header to the token that ends the reply, found by
 the reply's own words in the text that transformers renders.
 
@@ -80,8 +80,8 @@ def tokenizer(name: str, folder: Path) -> PreTrainedTokenizerFast:
 def expected(name: str, tok: PreTrainedTokenizerFast, messages: list[dict]) -> dict:
     _, _, _, end, lead = TEMPLATES[name]
     if end is None:
-        found = tok.apply_chat_template(messages, return_assistant_tokens_mask=True)
-        return {"messages": messages, "ids": found["input_ids"], "mask": found["assistant_masks"]}
+        encoded = tok.apply_chat_template(messages, return_assistant_tokens_mask=True)
+        return {"messages": messages, "ids": encoded["input_ids"], "mask": encoded["assistant_masks"]}
     text = tok.apply_chat_template(messages, tokenize=False)
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     assert encoded["input_ids"] == tok.apply_chat_template(messages)["input_ids"]

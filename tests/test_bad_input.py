@@ -1,4 +1,4 @@
-"""The command line given something wrong: status 2, one line that says what, and nothing written."""
+"""Wrong input on the command line: status 2, one line that names the fault, and nothing written."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ QUICK = ["--method", "lora", "--rank", "2", "--targets", "q_proj", "--max-steps"
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """The current folder, with data that is good and broken in several ways."""
+    """Enter a folder with good data, and data broken in several ways."""
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "broken.jsonl").write_text(json.dumps(ROWS[0]) + '\n{"query": \n')
     (tmp_path / "empty.jsonl").touch()
@@ -183,7 +183,7 @@ def test_a_tokenizer_of_another_model_is_refused(train, small_model):
 
 
 def learned_positions(model: Path, count: int) -> None:
-    """Make the folder a GPT-2's as far as its config goes, which is read before the weights are."""
+    """Give the folder a GPT-2's config, which is read before the weights."""
     config = json.loads((GOLDEN / "gpt2" / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(config | {"vocab_size": 512, "n_positions": count}))
 
@@ -246,7 +246,7 @@ def test_resuming_from_a_damaged_run_is_refused(train, place, damage):
 
 
 def test_the_script_itself_ends_with_status_2_and_one_line(place):
-    """The one of these tests that starts a process."""
+    """Only this test starts a process."""
     command = [sys.executable, str(ROOT / "train_nlg.py"), *given("--out", "out", data="broken.jsonl")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert_refused(done.returncode, done.stderr)

@@ -1,4 +1,4 @@
-"""Conversations from a file of rows to an adapter's answers, as a user goes."""
+"""Conversations, from a file of rows to an adapter's answers, as a user runs them."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Tests of PiSSA's faster SVDs: how close their factors are to those of the exact SVD."""
+"""Tests of PiSSA's faster SVDs: how close their factors are to the exact SVD's."""
 
 import pytest
 import torch

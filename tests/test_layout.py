@@ -1,4 +1,4 @@
-"""Files that can be copied away, and imports that only go up the design's table."""
+"""Files that can be copied alone, and imports that only go up the design's table."""
 
 import ast
 import re
@@ -63,18 +63,18 @@ assert tiny(torch.arange(6)[None]).shape == (1, 6, 11)
 def imports(name: str) -> set[str]:
     path = ROOT / "minibalora" / Path(*name.split("."))
     source = (path / "__init__.py" if path.is_dir() else path.with_suffix(".py")).read_text()
-    found = set()
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):  # relative in models/, which can be copied as a folder
             module = f"minibalora.{name.rpartition('.')[0]}.{node.module}" if node.level else node.module
-            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return names
 
 
 def row_of(name: str) -> int | None:
-    """The row of a file, by its own name or by that of its folder; None for the package itself."""
+    """Return the row of a file, by its name or its folder's name; None for the package itself."""
     return next((depth for depth, row in enumerate(ROWS) if {name, name.partition(".")[0]} & set(row)), None)
 
 
@@ -85,7 +85,7 @@ def all_files() -> list[str]:
 
 
 def own_imports(name: str) -> set[str]:
-    """The files of the package that a file imports."""
+    """Return the files of the package that a file imports."""
     modules = {module.removeprefix("minibalora.") for module in imports(name) if module.startswith("minibalora.")}
     return modules & set(all_files())
 
@@ -122,7 +122,7 @@ def test_copyable_files_say_their_licence_and_what_they_offer(name):
     assert "\n__all__ = " in source
 
 
-def test_what_can_be_copied_works_in_an_empty_folder(tmp_path):
+def test_copyable_files_work_in_an_empty_folder(tmp_path):
     for name in ("lowrank.py", "regularizers.py", "fused.py", "krylov.py", "nf4.py"):
         shutil.copy(ROOT / "minibalora" / name, tmp_path)
     shutil.copytree(ROOT / "minibalora" / "models", tmp_path / "models")
@@ -148,5 +148,5 @@ def test_the_readme_is_short_and_its_file_lengths_and_links_are_right():
         assert (ROOT / link).exists(), link
     lengths = re.findall(r"^\| \[`\S+`\]\((\S+)\) \| (\d+) \|", text, flags=re.M)
     assert len(lengths) == 4
-    for name, said in lengths:
-        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(said), rel=0.1), name
+    for name, length in lengths:
+        assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == pytest.approx(int(length), rel=0.1), name

@@ -1,4 +1,4 @@
-"""Tests of the lean product: values and gradients equal those of the plain one, and fewer tensors are saved."""
+"""Tests of the lean product: values and gradients equal the plain product's, and fewer tensors are saved."""
 
 import copy
 

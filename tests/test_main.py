@@ -1,4 +1,4 @@
-"""`python -m minibalora`: the list of commands, and that each is there."""
+"""`python -m minibalora`: the list of commands, and that each command exists."""
 
 import os
 import subprocess

@@ -55,7 +55,7 @@ LOG_KEYS = "step loss task consistency diversity svd non_target_kl lr tokens_per
 @settings(deadline=None, max_examples=10)
 @given(count=st.integers(2, 12), size=st.integers(1, 5), seed=st.integers(0, 99), adaptive=st.booleans())
 def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, adaptive):
-    """In float64 to rounding, for every term that is a mean over tokens."""
+    """Holds in float64, up to rounding, for every term that is a mean over tokens."""
     objective = dataclasses.replace(
         NLG_RECIPES["iclr2026"], lambda3=0.0, non_target_kl=0.3, lambda1=0.5, lambda2=0.1, adaptive_lambda1=adaptive
     )
@@ -129,14 +129,14 @@ def test_checkpointing_blocks_changes_no_gradient(name):
 
 
 def train_a_network(out: Path, start: int = 0, until: int = 6, seed: int = 7) -> tuple[list[Tensor], list[dict]]:
-    """A network with dropout in a Run, from a checkpoint if start > 0, stopped within step `until` if < 6."""
+    """Train a network with dropout, from a checkpoint if start > 0, stopped within step `until` if it is below 6."""
     settings = Optimisation(0.1, "linear", 0.0, 1.0, 6, None, 1, 1, seed)
     hardware = Hardware(torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
     model = mb.adapt(nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5), nn.Linear(8, 3)), rank=2, init="lora")
     optimizer = torch.optim.AdamW(trained_parameters(model).values())
     out.mkdir(exist_ok=True)
-    torch.manual_seed(start)  # what must not matter
+    torch.manual_seed(start)  # must not matter
     with Run(Output(out, 100, False), settings, hardware, model, optimizer, 6, start or None) as run:
         for step, (part,) in run.steps(random_rows(1, 0)):
             if step == until:
@@ -167,7 +167,7 @@ def test_dropout_differs_from_step_to_step_and_seed_to_seed():
     assert len(masks) == 4
 
 
-def test_what_is_done_after_a_step_is_logged_with_it(tmp_path):
+def test_entries_made_after_a_step_are_logged_with_it(tmp_path):
     _, entries = train_a_network(tmp_path / "out")
     assert all(list(entry) == [*LOG_KEYS, "dev"] for entry in entries)
     assert [entry["dev"] for entry in entries] == [1, 2, 3, 4, 5, 6]
@@ -238,7 +238,7 @@ def set_torch():
 def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     number, threads, flushes, train, tmp_path, monkeypatch, set_torch
 ):
-    """With any number of threads: both runs do the same operations in the same order."""
+    """Holds with any number of threads, because both runs do the same operations in the same order."""
     set_torch(threads, flushes)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert train(whole, *RESUMABLE)[0] == 0
@@ -328,9 +328,9 @@ def test_a_sweep_with_a_cache_computes_its_start_once(init, train, tmp_path, mon
 
 
 def test_a_teacher_cache_changes_nothing_and_saves_the_teacher(train, tmp_path, monkeypatch):
-    """To the last bit in the first epoch, which computes what it would have. In the second a row's states are those of
-    the first, where it stood in another micro-batch: a matrix product of another height may round otherwise, by some
-    2^-24 a number, and Adam's two steps divide what is near 0 by its own size.
+    """Exact in the first epoch, which computes the same states. In the second, a row's states come from the first,
+    where the row was in another micro-batch: a matrix product of another height may round differently, by about 2^-24
+    per number, and Adam's two steps divide numbers near 0 by their own size.
     """
     flags = ("--epochs", "2", "--max-steps", "8", "--seed", "3")
     cached = (*flags, "--teacher-cache", str(tmp_path / "cache"))
@@ -365,7 +365,7 @@ def test_a_quantised_run_learns_and_resumes_exactly(flags, train, tiny, tmp_path
 
 
 def test_a_bfloat16_run_learns_what_a_float32_run_learns(train, tmp_path):
-    """The factors stay float32 and the weights are not rounded anew: PEFT 0.21, which rounds both, learns less."""
+    """The factors stay float32 and the weights are not rounded again: PEFT 0.21, which rounds both, learns less."""
     for dtype in ("float32", "bfloat16"):
         flags = ("--model", MODEL, "--micro-batch-size", "8", "--epochs", "2", "--lr", "5e-4", "--dtype", dtype)
         assert train(tmp_path / dtype, *flags)[0] == 0
@@ -389,7 +389,7 @@ def test_eval_adds_a_before_and_after_table(train, small_data, tmp_path):
         assert len(lines) == 48 and json.loads(lines[0])["prompt"].endswith("### Response:")
 
 
-def test_an_eval_task_asks_and_judges_as_the_paper_and_a_resumed_evaluation_goes_on(train, tmp_path):
+def test_an_eval_task_uses_the_benchmarks_prompt_and_judge_and_a_stopped_evaluation_resumes(train, tmp_path):
     held_out = tmp_path / "gsm8k.jsonl"
     rows = [
         {"question": f"What is {n} + 2?", "answer": f"{n} + 2 = <<{n}+2={n + 2}>>{n + 2}\n#### {n + 2}"}
@@ -448,7 +448,7 @@ def test_a_full_disk_is_status_1_and_keeps_the_last_checkpoint(train, tmp_path, 
 
 
 def test_no_argument_trains_the_built_in_model(tmp_path):
-    """The README's command, one step of it."""
+    """Runs one step of the README's command."""
     result = subprocess.run([sys.executable, SCRIPT, "--max-steps", "1"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     (out,) = (tmp_path / "runs").iterdir()
@@ -465,7 +465,7 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(train, tmp_pa
 
 
 def test_a_pad_token_beyond_the_vocabulary_is_harmless(train, tiny, small_data, tmp_path):
-    """Copies of LLaMA-2 with an added <pad> = 32000 and 32000 embeddings are about."""
+    """There are copies of LLaMA-2 with an added <pad> = 32000 but only 32000 embeddings."""
     model = shutil.copytree(tiny, tmp_path / "model")
     settings = json.loads((model / "tokenizer_config.json").read_text())
     (model / "tokenizer_config.json").write_text(json.dumps(settings | {"pad_token": "<pad>"}))

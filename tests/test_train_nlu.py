@@ -1,4 +1,4 @@
-"""The classification script as a user runs it, what it refuses, and the properties of its step."""
+"""The classification script as a user runs it, its errors, and the properties of its step."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def write_tokenizer(folder: Path, is_encoder: bool = True, shift: int = 0) -> Pa
 
 
 def base_model(name: str, folder: Path, **config) -> Path:
-    """A golden checkpoint without its head, with a tokenizer; config: what is changed in config.json."""
+    """Return a golden checkpoint without its head, with a tokenizer. config: changes to config.json."""
     write_tokenizer(headless(name, folder), is_encoder=name not in ("gpt2_classifier", "llama_classifier"))
     return configure(folder, **config)
 
@@ -71,7 +71,7 @@ def configure(folder: Path, **config) -> Path:
 
 
 def reviews(count: int, seed: int) -> list[tuple[str, int]]:
-    """Texts of 3 to 9 words; the class is in the adjective."""
+    """Return texts of 3 to 9 words; the adjective decides the class."""
     rng = np.random.default_rng(seed)
     rows = []
     for index in range(count):
@@ -93,13 +93,13 @@ def write_json_lines(path: Path, rows: list[dict]) -> str:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory) -> Path:
-    """With the golden config's dropout of 0.1."""
+    """The golden config has a dropout of 0.1."""
     return base_model("bert", tmp_path_factory.mktemp("models") / "bert")
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
-    """A folder as GLUE hands it out: 46 training rows, so that the last step of an epoch has 2."""
+    """A folder as GLUE distributes it, with 46 training rows, so that the last step of an epoch has 2."""
     folder = tmp_path_factory.mktemp("sst2")
     write_sst2(folder / "train.tsv", reviews(46, seed=0))
     write_sst2(folder / "dev.tsv", reviews(10, seed=1))
@@ -131,7 +131,7 @@ def report_of(out: Path) -> dict:
 
 
 def result_of(out: Path) -> bytes:
-    """What a run is for: the adapter, or the model of --method full."""
+    """Return the bytes of a run's adapter, or of the model with --method full."""
     return next(path for path in (out / ADAPTER, out / "model" / "model.safetensors") if path.exists()).read_bytes()
 
 
@@ -152,7 +152,7 @@ def random_rows(count: int, seed: int) -> list[ClassRow]:
 
 
 def trained_bert(dtype: torch.dtype = torch.float32):
-    """Without dropout, which would differ from one cut of the step to another."""
+    """Without dropout, which would differ between cuts of the step."""
     model = mb.adapt(mb.load_model(GOLDEN / "bert", head="classifier", dtype=dtype), rank=3)
     with torch.no_grad():
         for _, layer in mb.lowrank.adapted_layers(model):
@@ -187,7 +187,7 @@ def gradients_of_a_step(model, rows, size, objective):
     adaptive=st.booleans(),
 )
 def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, recipe, adaptive):
-    """For every term that is a mean over rows; a last micro-batch may be of one."""
+    """Holds for every term that is a mean over rows; the last micro-batch may have one row."""
     additive = dict(lambda1=0.5, lambda2=0.0, lambda3=0.0, non_target_kl=0.3)
     objective = dataclasses.replace(NLU_RECIPES[recipe], adaptive_lambda1=adaptive, **additive)
     torch.manual_seed(seed)
@@ -214,12 +214,12 @@ def test_the_terms_of_a_micro_batch_are_averaged_by_rows(name):
     assert term == pytest.approx(np.average(alone, weights=[3, 3, 1]), rel=1e-5)
 
 
-# What a run leaves
+# Files of a run
 
 
 @pytest.fixture(scope="module")
 def whole_runs(bert, data, tmp_path_factory) -> dict[str, Path]:
-    """A run of three epochs by each method, never stopped."""
+    """A run of three epochs with each method, never stopped."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
     for method in ("ba-lora", "pissa", "full"):
         out = runs[method] = folder / method
@@ -259,7 +259,7 @@ def test_the_report_has_every_epoch_and_the_scores_of_before_and_after(whole_run
         assert list(report["before"]["dev.tsv"]) == list(report["after"]["dev.tsv"])
 
 
-def test_the_adapter_on_the_base_is_worth_what_the_report_says(whole_runs, bert, data):
+def test_the_adapter_on_the_base_has_the_reported_scores(whole_runs, bert, data):
     model = tuned(bert, whole_runs["ba-lora"])
     assert accuracy_of(model, bert, data) == report_of(whole_runs["ba-lora"])["after"]["dev.tsv"]["accuracy"]
 
@@ -302,7 +302,7 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
 def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     method, number, step, whole_runs, bert, data, tmp_path, train, monkeypatch
 ):
-    """With dropout, in the middle of an epoch and at its end, after a best epoch and before the first."""
+    """Stops, with dropout, in the middle and at the end of an epoch, after a best epoch and before the first."""
     out, whole = tmp_path / "out", whole_runs[method]
     flags = flags_of(bert, data, out, "--method", method, "--epochs", "3", "--save-every", "5")
     with monkeypatch.context() as patch:
@@ -330,7 +330,7 @@ def test_killed_and_resumed_ends_byte_for_byte_like_uninterrupted(whole_runs, be
 def test_killed_between_the_best_epochs_file_and_the_checkpoint_changes_nothing(
     later, whole_runs, bert, data, tmp_path, train, monkeypatch
 ):
-    """The file of a later step, with a score beyond reach, is not what the resumed run ends with."""
+    """The resumed run must not end with the file of a later step, whose score is out of reach."""
     out, whole = tmp_path / "out", whole_runs["ba-lora"]
     flags = flags_of(bert, data, out, "--epochs", "3", "--save-every", "5")
     with monkeypatch.context() as patch:
@@ -344,7 +344,7 @@ def test_killed_between_the_best_epochs_file_and_the_checkpoint_changes_nothing(
 
 
 def falling(monkeypatch, values: list[float]) -> dict[int, torch.Tensor]:
-    """Give the epochs these dev scores; returns the head's weight as of each."""
+    """Give the epochs these dev scores. Returns the head's weight after each epoch."""
     heads, real, scores = {}, checkpoint.keep_best, iter(values)
 
     def keep_best(out, model, step, score):
@@ -403,18 +403,18 @@ def test_two_runs_with_one_seed_are_equal_and_with_another_are_not(bert, data, t
 # Tasks and tables
 
 
-def test_another_evaluation_file_is_more_rows_of_the_table_and_not_what_selects(bert, data, tmp_path, train):
+def test_another_evaluation_file_adds_rows_to_the_table_but_does_not_select_the_epoch(bert, data, tmp_path, train):
     other = write_sst2(tmp_path / "other.tsv", [(text, 1 - label) for text, label in reviews(9, seed=2)])
     status, printed, _ = train(flags_of(bert, data, tmp_path / "out", "--epochs", "2", "--eval", other))
     report = report_of(tmp_path / "out")
     assert status == 0 and list(report["after"]) == list(report["before"]) == ["dev.tsv", "other.tsv"]
     assert max(epoch["dev"] for epoch in report["epochs"]) == report["after"]["dev.tsv"]["accuracy"]
     table = printed.partition("before     after\n")[2].splitlines()
-    expected = [f"{name}: {key}" for name, found in report["after"].items() for key in found]
+    expected = [f"{name}: {key}" for name, scores in report["after"].items() for key in scores]
     assert [line.rsplit(maxsplit=2)[0] for line in table] == expected
 
 
-def test_two_files_of_one_name_stay_apart(bert, data, tmp_path, train):
+def test_two_files_with_the_same_name_stay_apart(bert, data, tmp_path, train):
     (tmp_path / "more").mkdir()
     other = write_sst2(tmp_path / "more" / "dev.tsv", reviews(4, seed=3))
     assert train(flags_of(bert, data, tmp_path / "out", "--max-steps", "1", "--eval", other))[0] == 0
@@ -474,7 +474,7 @@ def test_a_regression_has_no_terms_of_classes(recipe, bert, tmp_path, train):
     assert load_file(tmp_path / "f")["labels"].is_floating_point()
 
 
-def test_classes_of_ones_own_are_learned_and_named(bert, tmp_path, train):
+def test_custom_classes_are_learned_and_named(bert, tmp_path, train):
     rows = [{"body": text, "kind": ["spam", "ham"][label]} for text, label in reviews(9, seed=0)]
     file = write_json_lines(tmp_path / "mail.jsonl", rows)
     fields = ["--text-field", "body", "--label-field", "kind"]
@@ -488,22 +488,22 @@ def test_classes_of_ones_own_are_learned_and_named(bert, tmp_path, train):
 def test_features_are_the_states_before_and_after_of_the_dev_set_in_its_order(bert, data, tmp_path, train):
     flags = flags_of(bert, data, tmp_path / "out", "--features", tmp_path / "features.safetensors")
     assert train(flags)[0] == 0
-    found = load_file(tmp_path / "features.safetensors")
-    assert set(found) == {"before", "after", "labels"} and found["labels"].tolist() == [0, 1] * 5
-    assert found["before"].shape == found["after"].shape == (10, 24)
+    features = load_file(tmp_path / "features.safetensors")
+    assert set(features) == {"before", "after", "labels"} and features["labels"].tolist() == [0, 1] * 5
+    assert features["before"].shape == features["after"].shape == (10, 24)
     torch.manual_seed(42)
     base = mb.load_model(bert, head="classifier", num_labels=2)
     rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(bert), 16)
-    assert torch.allclose(found["before"], classify.answers(base, rows, 3, "cpu", part=base.features), atol=1e-5)
+    assert torch.allclose(features["before"], classify.answers(base, rows, 3, "cpu", part=base.features), atol=1e-5)
     after = tuned(bert, tmp_path / "out")
     # the saved rank-2r adapter adds up in another order than the residual
-    assert torch.allclose(found["after"], classify.answers(after, rows, 3, "cpu", part=after.features), atol=1e-4)
-    assert not torch.allclose(found["before"], found["after"], atol=1e-3)
+    assert torch.allclose(features["after"], classify.answers(after, rows, 3, "cpu", part=after.features), atol=1e-4)
+    assert not torch.allclose(features["before"], features["after"], atol=1e-3)
     with safe_open(tmp_path / "features.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == list(TASKS["sst2"].labels)
 
 
-def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, train):
+def test_noise_and_imbalance_are_printed_recorded_and_seeded(bert, data, tmp_path, train):
     printed, digests = {}, {}
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2"), ("none", "1")):
         changes = [] if name == "none" else ["--label-noise", "0.25", "--imbalance", "2.3"]
@@ -521,14 +521,14 @@ def test_noise_and_imbalance_are_said_recorded_and_seeded(bert, data, tmp_path, 
 
 
 def spied_teachers(monkeypatch) -> list[tuple]:
-    """Each model that is asked for the classes of the training rows, and what it answers: the teacher, once."""
+    """Record each model that is asked for the training rows, and its answers: the teacher, once."""
     seen, real = [], classify.answers
 
     def answers(model, rows, *rest, **named):
-        found = real(model, rows, *rest, **named)
+        logits = real(model, rows, *rest, **named)
         if len(rows) == 46:
-            seen.append((model, found))
-        return found
+            seen.append((model, logits))
+        return logits
 
     monkeypatch.setattr(classify, "answers", answers)
     return seen
@@ -584,7 +584,7 @@ def test_flags_that_change_the_method_run(flags, bert, data, tmp_path, train):
     assert "dev" in entries[-1] and report_of(tmp_path / "out")["best_step"] == 3  # less than an epoch
 
 
-def test_what_a_full_run_reports_is_what_it_saves(bert, data, tmp_path, train):
+def test_a_full_run_saves_the_model_that_it_reports_on(bert, data, tmp_path, train):
     flags = flags_of(bert, data, tmp_path / "out", "--max-steps", "3", "--method", "full", "--dtype", "bfloat16")
     assert train(flags)[0] == 0
     task = TASKS["sst2"]
@@ -603,7 +603,7 @@ def test_a_model_that_diverged_is_one_line(bert, data, tmp_path, train):
 
 
 def test_checkpointed_blocks_train_the_same(bert, data, tmp_path, train):
-    """With dropout, whose mask comes again in the second computation."""
+    """With dropout, whose mask must be repeated in the second computation."""
     for name, flags in (("plain", []), ("checkpointed", ["--grad-checkpoint"])):
         assert train(flags_of(bert, data, tmp_path / name, "--max-steps", "3", *flags))[0] == 0
     plain, checkpointed = (load_file(tmp_path / name / ADAPTER) for name in ("plain", "checkpointed"))
@@ -612,7 +612,7 @@ def test_checkpointed_blocks_train_the_same(bert, data, tmp_path, train):
 
 @pytest.mark.parametrize("name", ["roberta", "deberta", "gpt2_classifier", "llama_classifier"])
 def test_every_family_learns_to_classify(name, data, tmp_path, train):
-    """With weights three times those of a random model, through which an encoder's first token sees the others."""
+    """The weights are three times larger than a random model's, so that an encoder's first token sees the others."""
     dropouts = ("hidden_dropout_prob", "attention_probs_dropout_prob", "embd_pdrop", "attn_pdrop", "resid_pdrop")
     model = base_model(name, tmp_path / "model", **dict.fromkeys(dropouts, 0.0))
     tensors = load_file(model / "model.safetensors")
@@ -635,7 +635,7 @@ def test_a_last_batch_of_one_row_works(recipe, method, bert, data, tmp_path, tra
 
 
 def test_no_argument_trains_the_built_in_model(tmp_path):
-    """The README's command, two steps of it."""
+    """Runs two steps of the README's command."""
     flags = ["--max-steps", "2", "--max-rows", "200"]
     result = subprocess.run([sys.executable, SCRIPT, *flags], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -644,7 +644,7 @@ def test_no_argument_trains_the_built_in_model(tmp_path):
     assert "clean reviews: recall of neutral" in result.stdout
 
 
-# What is refused
+# Errors
 
 
 def refused(outcome: tuple[int, str, str], *parts: str) -> None:
@@ -656,7 +656,7 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
 
 @pytest.fixture
 def place(tmp_path, data, bert, monkeypatch) -> Path:
-    """The current folder, with data and models that are broken in several ways; nothing is to be written there."""
+    """Enter a folder with data and models broken in several ways. Checks that nothing is written there."""
     shutil.copy(data / "train.tsv", tmp_path / "train.tsv")
     shutil.copy(data / "dev.tsv", tmp_path / "dev.tsv")
     (tmp_path / "label.tsv").write_text("sentence\tlabel\nthe tea\t1\nthe bed\t7\n")

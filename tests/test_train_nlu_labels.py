@@ -27,7 +27,7 @@ ADAPTER = "adapter_model.safetensors"
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory) -> Path:
-    """A BERT with a head of three classes, and a tokenizer with a token a word."""
+    """A BERT with a head for three classes, and a tokenizer with one token per word."""
     folder = Path(shutil.copytree(GOLDEN / "bert", tmp_path_factory.mktemp("models") / "tuned"))
     vocabulary = {word: index for index, word in enumerate(["[CLS]", "[SEP]", "[UNK]", *WORDS])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -89,8 +89,10 @@ def refused(outcome, *parts):
 
 
 @pytest.mark.parametrize(("task", "labels", "classes"), [("rte", [0, 1], 2), ("stsb", [1.5, 4.0, 0.2], 1)])
-def test_a_head_of_another_number_of_classes_is_new_and_said(task, labels, classes, copy, train, tmp_path, in_command):
-    """As RTE and STS-B begin from a checkpoint tuned on MNLI."""
+def test_a_head_with_another_number_of_classes_is_replaced_and_named(
+    task, labels, classes, copy, train, tmp_path, in_command
+):
+    """RTE and STS-B often start from a checkpoint tuned on MNLI."""
     base = copy("base", MNLI)
     status, out, _ = train("run", base, task, pairs(8, labels))
     assert status == 0 and "no classifier in the checkpoint for these classes: new, from seed 42" in out
@@ -109,7 +111,7 @@ def test_a_head_of_another_number_of_classes_is_new_and_said(task, labels, class
 
 
 def test_a_head_in_another_order_is_permuted_by_its_names(copy, train, tmp_path):
-    """The run is the one from a checkpoint that has the task's order."""
+    """The run equals the run from a checkpoint in the task's order."""
     rows = pairs(8, [0, 1, 2])
     for name, names, order in (
         ("ours", MNLI, (0, 1, 2)),
@@ -132,7 +134,7 @@ def test_label2id_alone_names_the_classes_too(copy):
     assert class_order(folder, TASKS["mnli"]) == [1, 2, 0]
 
 
-def test_a_head_of_other_classes_is_new_and_said(copy, train):
+def test_a_head_for_other_classes_is_replaced_and_named(copy, train):
     status, out, _ = train("run", copy("base", ["negative", "neutral", "positive"]), "mnli", pairs(8, [0, 1, 2]))
     assert status == 0 and "no classifier in the checkpoint for these classes: new" in out
 
@@ -140,8 +142,8 @@ def test_a_head_of_other_classes_is_new_and_said(copy, train):
 # Teachers.
 
 
-def test_a_teacher_is_said_to_be_right_on_a_share_of_the_rows(copy, train):
-    """A teacher whose names say nothing, with its rows in another order, is right elsewhere."""
+def test_the_plan_says_on_which_share_of_the_rows_a_teacher_is_right(copy, train):
+    """A teacher with meaningless names and its rows in another order has another share."""
     shares = {}
     for name, names, order in (
         ("ours", MNLI, (0, 1, 2)),
@@ -195,7 +197,7 @@ def test_a_teacher_of_another_number_of_classes_is_refused(copy, train):
 
 
 @pytest.mark.parametrize(("words", "told"), [(0, ""), (1, "20% of the tokens are unknown"), (5, "")])
-def test_unknown_words_are_said_or_refused(words, told, copy, train):
+def test_unknown_words_are_reported_or_refused(words, told, copy, train):
     known = "the tea was very good".split()
     text = " ".join(["nevermore"] * words + known[words:])
     rows = [{"sentence1": text, "sentence2": text, "label": index % 2} for index in range(6)]
@@ -206,7 +208,7 @@ def test_unknown_words_are_said_or_refused(words, told, copy, train):
         assert outcome[0] == 0 and ("tokens are unknown" in outcome[1]) == (words > 0) and told in outcome[1]
 
 
-def test_hidden_labels_are_counted_in_what_is_learned_and_measured(copy, train):
+def test_hidden_labels_are_counted_in_training_and_evaluation_sets(copy, train):
     rows = [*pairs(8, [0, 1]), *pairs(3, [-1])]
     status, out, _ = train("run", copy("base", MNLI), "rte", rows)
     assert status == 0 and "8 rows: 4 of class entailment" in out and "3 rows without a label" in out

@@ -1,1 +1,1 @@
-"""The files that everything uses: errors, files, ranks, progress, commands."""
+"""Shared basics: errors, files, ranks, progress, command lines."""

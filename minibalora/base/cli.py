@@ -1,4 +1,4 @@
-"""The parts that all commands share: the exit status, errors in one line, and the types of flags."""
+"""The parts that all commands share: exit status, one-line errors, and types of flags."""
 
 import argparse
 import math
@@ -19,15 +19,15 @@ from minibalora.base.files import entered
 def run_script(
     main: Callable[[], int],
     smaller: str = "lower --batch-size",
-    goes_on: str | None = "give the same command to continue",
+    resuming: str | None = "give the same command to continue",
 ) -> None:
-    """Exit with the status of main(), or with one line on standard error and 2 for the user's input, 1 for memory, disk
-    and other processes, or 130 after Ctrl-C. A defect of ours keeps its traceback.
+    """Exit with the status of main(). After an error, print one line on standard error and exit with
+    2 (bad input), 1 (out of memory, a failed write, a lost process) or 130 (Ctrl-C). Our own bugs keep their traceback.
 
-    smaller: how to need less memory; goes_on: how to continue from what is saved, None if nothing is saved.
+    smaller: how to need less memory. resuming: how to continue from the saved files; None if nothing is saved.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
-    then = f"; {goes_on}" if goes_on else ""
+    then = f"; {resuming}" if resuming else ""
     try:
         with interrupts.raising():
             sys.exit(main())
@@ -46,11 +46,11 @@ def run_script(
 
 
 def _reason(error: Exception, smaller: str) -> str | None:
-    """Say in a line what is wrong with the machine; None if the error is a defect of ours."""
+    """Return one line about the machine's problem; None if the error is a bug of ours."""
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of GPU memory: {smaller}"
     if is_out_of_memory(error):
-        return f"out of memory, this machine has no more of it: {smaller}, or use a smaller model"
+        return f"out of memory on this machine: {smaller}, or use a smaller model"
     if is_failed_write(error):
         failure = "the disk is full" if "No space left" in str(error) else "writing failed"
         return f"{failure} ({error}): make room, lift the limit or use another disk"
@@ -67,7 +67,7 @@ def _exit_with_line(status: int, message: object) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser that refuses in one line, and that takes no abbreviated flags."""
+    """A parser whose errors are one line, and which accepts no abbreviated flags."""
 
     def __init__(self, prog: str, description: str):
         super().__init__(prog=prog, description=description, allow_abbrev=False)
@@ -93,7 +93,7 @@ def natural(text: str) -> int:
 
 
 def number(what: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
-    """Return a flag's type: a float that `accepts` accepts. what: names such numbers in the error."""
+    """Return a flag's type: a float for which `accepts` is true. what: describes these numbers in the error."""
 
     def parse(text: str) -> float:
         try:
@@ -115,7 +115,7 @@ share_below_one = number("a share, 0 to below 1", lambda value: 0 <= value < 1)
 
 
 def path_text(text: str) -> str:
-    """Return a path that is not empty, as it was given."""
+    """Return the path unchanged. Raises an error if it is empty."""
     if not text:
         raise argparse.ArgumentTypeError("is empty: give a path")
     return text
@@ -126,7 +126,7 @@ def path(text: str) -> Path:
 
 
 def folder(text: str) -> Path:
-    """Return a folder; for a folder of the Hub's cache, its snapshot."""
+    """Return the folder, or its snapshot if it is a folder of the Hub's cache."""
     try:
         return entered(path(text))
     except InputError as error:

@@ -1,12 +1,12 @@
-"""One run in several processes (ranks), as torchrun starts them. In a single process, these functions do nothing.
+"""One run in several processes (ranks) that torchrun starts. In a single process, these functions do nothing.
 
 Every rank holds all trained parameters. The micro-batches of a step are the same as in one process; they are dealt to
-the ranks. Each rank adds up the gradients of its micro-batches, which are already divided by the counts of the whole
-step. Once a step, the gradients are summed over the ranks. So a step gives the same result as in one process, the
-spectral term included, apart from the order of that sum.
+the ranks. Each rank adds up the gradients of its micro-batches, already divided by the counts of the whole step. Once
+per step, the gradients are summed over the ranks. So a step gives the same result as in one process, the spectral term
+included, apart from the order of summation.
 
-DistributedDataParallel is not used: it averages over ranks in every backward pass, but one sum a step is enough for the
-few parameters that are trained. Only rank 0 prints and writes.
+DistributedDataParallel is not used: it averages over ranks in every backward pass, but one sum per step is enough for
+the few trained parameters. Only rank 0 prints and writes.
 """
 
 import hashlib
@@ -62,7 +62,7 @@ def is_main() -> bool:
 
 
 def check_device(device: torch.device) -> None:
-    """Raise InputError if torchrun can't give each process on this machine such a device."""
+    """Raise InputError if torchrun can't give each process on this machine a device of this kind."""
     if not is_torchrun() or device.type == "cpu":
         return
     processes, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
@@ -89,10 +89,10 @@ def on_main(function: Callable[..., T], *args) -> T:
 
 
 def deal(parts: list[T], idle: T) -> list[T]:
-    """Return this rank's share of `parts`: rank r of R takes every R-th part, from the r-th on.
+    """Return this rank's share of `parts`: rank r of R takes every R-th part, starting with the r-th.
 
-    Gives every rank the same number of parts: with sharded weights, each forward pass needs all ranks. A rank for which
-    the last round has no part left gets `idle`.
+    Gives every rank the same number of parts: with sharded weights, each forward pass needs all ranks. A rank
+    that gets no part in the last round gets `idle`.
     """
     share = parts[rank() :: size()]
     return share if len(share) == -(-len(parts) // size()) else [*share, idle]
@@ -127,15 +127,15 @@ def sum_gradients(parameters: Iterable[Tensor]) -> None:
 
 
 def largest(number: int) -> int:
-    """Return the largest of the ranks' numbers, for instance of the signals that they have received (0: none).
+    """Return the largest of the ranks' numbers, for instance of the signals that they received (0: none).
 
-    A rank that stopped on its own would leave the others waiting for ever. So all ranks ask at the same points.
+    A rank that stopped alone would leave the others waiting forever. So all ranks call this at the same points.
     """
     return number if size() == 1 else int(gathered(torch.tensor([number])).max())
 
 
 def is_first_to_say(line: str) -> bool:
-    """Return whether no other rank has ended with this line, so that an error of all ranks is printed once."""
+    """Return whether this rank is the first to end with this line, so that an error of all ranks is printed once."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return True
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -144,5 +144,5 @@ def is_first_to_say(line: str) -> bool:
 
 
 def is_lost_rank(error: RuntimeError) -> bool:
-    """Return whether the error says that another rank has ended while this one waited for it."""
+    """Return whether the error means that another rank ended while this one waited for it."""
     return size() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error))

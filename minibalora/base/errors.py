@@ -3,7 +3,7 @@
 import errno
 import re
 
-# A full disk, a quota, a limit on the size of files, a disk that is read-only or broken.
+# A full disk, a quota, a limit on file sizes, a read-only or broken disk.
 WRITE_ERRORS = {errno.ENOSPC, errno.EFBIG, errno.EROFS, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
@@ -15,8 +15,8 @@ class InputError(ValueError):
 
 
 def is_failed_write(error: BaseException) -> bool:
-    """Return whether a disk did not take what was written to it."""
-    rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors puts the number into its text
+    """Return whether writing to a disk failed."""
+    rust = re.search(r"\(os error (\d+)\)", str(error))  # safetensors puts the number into its message
     number = int(rust[1]) if rust else getattr(error, "errno", None)
     return number in WRITE_ERRORS
 

@@ -1,4 +1,4 @@
-"""Reading JSON files with clear errors; writing files whole or not at all."""
+"""Read JSON files with clear errors; write files whole or not at all."""
 
 import errno
 import hashlib
@@ -44,7 +44,7 @@ def entered(folder: Path) -> Path:
 
 
 def read_json_object(path: Path) -> dict:
-    """Return the JSON object in a file. Raises InputError if the file is missing, not UTF-8, not JSON or no object."""
+    """Return the JSON object in a file. Raises InputError if it is missing, not UTF-8, not JSON or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -66,8 +66,8 @@ def recorded_settings(out: Path) -> dict:
 
 
 def check_writable(folder: Path, flag: str) -> None:
-    """Check that files can be written to `folder`, which need not exist yet: make the missing folders for a moment,
-    inside a temporary one. Raises InputError, which names the flag."""
+    """Check that files can be written to `folder`, which need not exist: try it in a temporary folder where the missing
+    folders would be. Raises InputError, which names the flag."""
     existing = nearest(folder).absolute()
     missing = folder.absolute().relative_to(existing)
     try:
@@ -106,7 +106,7 @@ def temporary_of(path: Path) -> Path:
 def replacing(path: Path, is_shared: bool = False) -> Iterator[Path]:
     """Give a temporary path to write to; rename it to `path` when the body ends without an error.
 
-    is_shared: other processes may write the same file now, so the temporary name has the process number in it.
+    is_shared: other processes may write the same file now, so the temporary name contains the process number.
     """
     temporary = temporary_of(path.with_name(f"{path.name}.{os.getpid()}") if is_shared else path)
     try:
@@ -171,8 +171,8 @@ def appending(path: Path) -> Iterator[Callable[[dict], None]]:
 
 
 def keep_lines(path: Path, is_kept: Callable[[dict], bool]) -> list[dict]:
-    """Remove the other lines from a JSON Lines file, and damaged ones. Returns the objects in the lines that stay; []
-    if there is no file."""
+    """Remove the lines for which `is_kept` is false, and damaged ones, from a JSON Lines file. Returns the remaining
+    objects; [] if there is no file."""
     if not path.exists():
         return []
     lines, objects = [], []

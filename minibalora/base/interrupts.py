@@ -1,4 +1,4 @@
-"""Ctrl-C in a command: no traceback, neither while torch is imported, which takes seconds, nor later."""
+"""End a command without a traceback after Ctrl-C, even during the import of torch, which takes seconds."""
 
 import os
 import signal
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# sys.argv[0] of our commands; of `python -m minibalora` it is -m until Python has found the module.
+# sys.argv[0] of our commands. For `python -m minibalora` it is -m until Python locates the module.
 COMMANDS = ("-m", "minibalora", "train_nlg.py", "train_nlu.py")
 
 
@@ -23,7 +23,7 @@ def die_quietly() -> None:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Within the block, SIGINT raises KeyboardInterrupt, also where `die_quietly` has changed that."""
+    """Let SIGINT raise KeyboardInterrupt within the block, even after `die_quietly`."""
     previous = signal.getsignal(signal.SIGINT)
     if previous == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,4 +33,4 @@ def raising() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-die_quietly()  # by the import, because it has to come before the import of torch
+die_quietly()  # on import, because it must run before the import of torch

@@ -1,4 +1,4 @@
-"""How far a command has got: a bar on a terminal; in a file or a pipe, a line every 30 seconds and one at the end."""
+"""Show progress: a bar on a terminal; in a file or a pipe, a line every 30 seconds and one at the end."""
 
 import sys
 import time
@@ -25,14 +25,14 @@ class Progress:
         is_shown: bool = True,
         stays: bool = False,
     ):
-        """first: units that were finished before; delay: seconds in which nothing is shown; stays: leave the bar on
-        the terminal at the end."""
+        """first: units finished before; delay: seconds until anything is shown; stays: leave the bar on the terminal
+        at the end."""
         self.name, self.total, self.first, self.count = name, total, first, first
         self.delay, self.note = delay, ""
         self.is_shown, self.bar = is_shown, None
         self.started = self.last_line = time.monotonic()
         if is_shown and sys.stderr.isatty():
-            # smoothing=0: the average rate. Without it, tqdm looks at the time since its last refresh alone.
+            # smoothing=0 shows the average rate; otherwise, tqdm uses only the time since its last refresh.
             self.bar = tqdm(desc=name, total=total, unit=unit, initial=first, delay=delay, smoothing=0, miniters=0,
                             dynamic_ncols=True, leave=stays)  # fmt: skip
 
@@ -63,14 +63,14 @@ class Progress:
         parts = [f"{self.name}: {self.count:,} of {self.total:,}"]
         finished, left = self.count - self.first, self.total - self.count
         if finished > 0 and seconds > 0:
-            each = seconds / finished
-            parts.append(f"{each:.1f} s each" if each >= 1 else f"{1 / each:.1f} a second")
-            parts.append(f"about {in_words(left * each)} left" if left > 0 else f"{in_words(seconds)} in all")
+            pace = seconds / finished
+            parts.append(f"{pace:.1f} s each" if pace >= 1 else f"{1 / pace:.1f} a second")
+            parts.append(f"about {in_words(left * pace)} left" if left > 0 else f"{in_words(seconds)} in all")
         return ", ".join([*parts, self.note] if self.note else parts)
 
 
 def over(items: Iterable, name: str, unit: str, delay: float = 0, is_shown: bool = True) -> Iterator:
-    """Yield the items of a list, and show how many have been worked on."""
+    """Yield the items of a list, and show how many are finished."""
     with Progress(name, len(items), unit, delay=delay, is_shown=is_shown) as progress:
         for item in items:
             yield item

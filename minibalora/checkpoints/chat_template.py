@@ -24,10 +24,10 @@ OPEN, CLOSE, REPLY = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
 class ChatTemplate:
-    """A template that `render`s messages, each with a role and usually a content, as one text.
+    """A template; `render` turns messages, each with a role and usually a content, into one text.
 
-    source: its file. variables: special tokens by their names, which templates write into the text. tokens: all added
-    tokens, which a tokenizer never splits.
+    source: its file. variables: special tokens by name, which templates write into the text. tokens: all added tokens,
+    which a tokenizer never splits.
     """
 
     def __init__(self, source: Path, texts: dict[str, str], variables: dict[str, str], tokens: list[str]):
@@ -70,9 +70,9 @@ class ChatTemplate:
                     messages=messages, tools=tools, documents=None, add_generation_prompt=asks, **self.variables
                 )
         except Exception as error:  # a stranger's program can raise anything
-            said = " ".join(f"{error}".split())[:200] or type(error).__name__
+            reason = " ".join(f"{error}".split())[:200] or type(error).__name__
             cure = "mend the row, or choose another --template"
-            raise InputError(f"{where}: the chat template in {self.source} fails: {said}: {cure}") from None
+            raise InputError(f"{where}: the chat template in {self.source} fails: {reason}: {cure}") from None
         parts = re.split(f"([{OPEN}{CLOSE}])", text)
         text, spans, start = "", [], 0
         for part in parts:
@@ -94,9 +94,10 @@ class ChatTemplate:
 
 
 def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
-    """Read the chat template in `folder`. Returns None if there is none. The tokenizer's folder is `model`.
+    """Read the chat template in `folder`. Returns None if there is none. model: the tokenizer's folder.
 
-    chat_template.jinja, with additional_chat_templates/*.jinja, comes before tokenizer_config.json, as in transformers.
+    As in transformers, chat_template.jinja (with additional_chat_templates/*.jinja) takes precedence over
+    tokenizer_config.json.
     """
     file, settings_file = folder / FILE, folder / "tokenizer_config.json"
     source, texts = file, {}
@@ -108,7 +109,7 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
         named = stored if isinstance(stored, list) else [{"name": "default", "template": stored}]
         if stored is not None:
             try:
-                texts = {each["name"]: each["template"] for each in named}
+                texts = {entry["name"]: entry["template"] for entry in named}
             except (TypeError, KeyError):
                 texts = {"default": None}
             if not all(isinstance(text, str) for text in texts.values()):
@@ -118,7 +119,7 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
     if not texts:
         return None
     if "default" not in texts:
-        raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: name one of them so")
+        raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: rename one to default")
     tokenizer = model / "tokenizer.json"
     added = read_json_object(tokenizer).get("added_tokens") if tokenizer.exists() else None
     contents = [token.get("content") for token in added or [] if isinstance(token, dict)]
@@ -126,7 +127,7 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Return special tokens by name ("eos_token", ...) from tokenizer_config.json, else special_tokens_map.json."""
+    """Return special tokens by name ("eos_token", ...) from tokenizer_config.json, or else special_tokens_map.json."""
     tokens = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
@@ -153,7 +154,7 @@ def _environment(strftime_now: Callable[[str], str]) -> tuple:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     if tuple(map(int, re.findall(r"\d+", jinja2.__version__)[:3])) < (3, 1, 6):
-        raise InputError(f"jinja2 {jinja2.__version__} has a sandbox with known holes: pip install 'jinja2>=3.1.6'")
+        raise InputError(f"jinja2 {jinja2.__version__} has known holes in its sandbox: pip install 'jinja2>=3.1.6'")
 
     class Generation(Extension):
         tags = {"generation"}
@@ -182,13 +183,13 @@ def _environment(strftime_now: Callable[[str], str]) -> tuple:
 
 @contextmanager
 def _limited() -> Iterator[None]:
-    """Raise TimeoutError if the body takes longer than SECONDS. Works in the main thread only, which gets signals."""
+    """Raise TimeoutError if the body takes longer than SECONDS. Works only in the main thread, which gets signals."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it did not end within {SECONDS} seconds")
+        raise TimeoutError(f"it did not finish within {SECONDS} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)

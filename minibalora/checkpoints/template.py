@@ -1,4 +1,4 @@
-"""The template of prompts: Alpaca's, the model's own for conversations, or none."""
+"""The template of prompts: Alpaca's, the model's own chat template, or none."""
 
 import argparse
 import os
@@ -12,7 +12,7 @@ from minibalora.base.files import read_json_object, recorded_settings, replacing
 from minibalora.checkpoints.chat_template import FILE, MORE, ChatTemplate, read_chat_template
 
 NAMES = ("alpaca", "chat", "raw")
-RECORD = "minibalora.json"  # in an exported folder: the template that was trained with
+RECORD = "minibalora.json"  # in an exported folder: the name of the template used in training
 
 
 @dataclass(frozen=True)
@@ -20,12 +20,12 @@ class Template:
     """How questions and conversations become prompts."""
 
     name: str  # one of NAMES
-    chat: ChatTemplate | None = None  # of "chat"
-    ending: str = ""  # what every question ends with; in Alpaca's template, what the response begins with
+    chat: ChatTemplate | None = None  # if the name is "chat"
+    ending: str = ""  # appended to every question; in Alpaca's template, the response begins with it
 
     def __str__(self) -> str:
-        own = self.chat and f"chat, the model's own in {self.chat.source}; a reply ends with {self.chat.end_of_turn}"
-        return own or {"alpaca": "alpaca", "raw": "raw, prompts as they are"}[self.name]
+        chat = self.chat and f"chat, the model's own in {self.chat.source}; a reply ends with {self.chat.end_of_turn}"
+        return chat or {"alpaca": "alpaca", "raw": "raw, prompts as they are"}[self.name]
 
     @property
     def settings(self) -> dict[str, str]:
@@ -34,7 +34,7 @@ class Template:
         return {"template": self.name} | ({"date": self.chat.now.isoformat()} if has_date else {})
 
     def resume(self, settings: dict) -> None:
-        """Write the date that these recorded settings have, not today's, so that a resumed run has the same rows."""
+        """Let the template write the recorded date, not today's, so that a resumed run has the same rows."""
         if self.chat is not None and "date" in settings:
             self.chat.now = datetime.fromisoformat(settings["date"])
 
@@ -43,7 +43,7 @@ ALPACA, RAW = Template("alpaca"), Template("raw")
 
 
 def add_template_flags(group: argparse._ArgumentGroup, default: str) -> None:
-    """Add --template, and --raw for `--template raw`. default: describes what is used without them."""
+    """Add --template, and --raw for `--template raw`. default: describes the default."""
     add = group.add_mutually_exclusive_group().add_argument
     add("--template", choices=NAMES, help="template of the prompts: Alpaca's, the model's own for "
         f"conversations (chat), or none (raw) (default: {default})")  # fmt: skip
@@ -53,12 +53,13 @@ def add_template_flags(group: argparse._ArgumentGroup, default: str) -> None:
 def choose_template(name: str | None, model: Path, adapter: Path | None = None) -> Template:
     """Return the template of this name. None: chat if there is a chat template, else alpaca.
 
-    An adapter's own chat template comes before the model's. Raises InputError for chat if neither folder has one.
+    An adapter's chat template takes precedence over the model's. Raises InputError for chat if neither folder has one.
     """
     if name in ("alpaca", "raw"):
         return Template(name)
     folders = [folder for folder in (adapter, model) if folder is not None]
-    chat = next((own for folder in folders if (own := read_chat_template(folder, model))), None)
+    templates = (read_chat_template(folder, model) for folder in folders)
+    chat = next(filter(None, templates), None)
     if chat is None and name == "chat":
         where = "no chat_template.jinja, and no chat_template in tokenizer_config.json"
         raise InputError(f"{model}: {where}: give --template alpaca, or add the model's template")
@@ -74,16 +75,18 @@ def recorded_name(folder: Path) -> str | None:
     if not os.path.isdir(folder):
         return None
     settings = recorded_settings(folder)
-    name = settings.get("template", {True: "raw", False: "alpaca"}.get(settings.get("raw")))  # as it was once recorded
+    name = settings.get(
+        "template", {True: "raw", False: "alpaca"}.get(settings.get("raw"))
+    )  # older runs recorded `raw`
     if (folder / RECORD).exists():
         name = read_json_object(folder / RECORD).get("template")
     if name not in (None, *NAMES):
-        raise InputError(f"{folder}: its template is {name!r}, none of {', '.join(NAMES)}: give --template")
+        raise InputError(f"{folder}: its template is {name!r}, not one of {', '.join(NAMES)}: give --template")
     return name
 
 
 def save_template(template: Template, folder: Path) -> None:
-    """Write the chat template into the folder of a trained model, and its name if run.json does not say it."""
+    """Write the chat template into a trained model's folder, and its name if there is no run.json to record it."""
     if template.chat is not None:
         for name, text in template.chat.texts.items():
             path = folder / (FILE if name == "default" else f"{MORE}/{name}.jinja")
@@ -95,7 +98,7 @@ def save_template(template: Template, folder: Path) -> None:
 
 
 def copy_template(source: Path, folder: Path) -> None:
-    """Copy the record of the template that the adapter in `source` was trained with, if there is one."""
+    """Copy the name and the chat template that the adapter in `source` was trained with, if recorded."""
     name = recorded_name(source)
     if name is not None:
         write_json(folder / RECORD, {"template": name})

@@ -1,4 +1,4 @@
-"""Rows of data files, and the batches made of them."""
+"""Read rows from data files, and make batches of them."""
 
 from minibalora.data.batches import Row, encode_examples, pack
 from minibalora.data.prompts import Example, read_examples

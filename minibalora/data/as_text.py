@@ -1,8 +1,8 @@
 """Classification as text: T5 reads "mnli hypothesis: ... premise: ..." and answers "entailment".
 
-The questions and answers are those that T5 was trained on (arXiv 1910.10683, appendix D). Only the first token of each
-class's word counts, as in LoRA-GA (arXiv 2407.05000, section 4.1): D logits of the language model's own head. No head
-is new, so the pre-trained model has answers of its own, and consistency keeps the student near them.
+T5 was trained on these questions and answers (arXiv 1910.10683, appendix D). Only the first token of each
+class's word counts, as in LoRA-GA (arXiv 2407.05000, section 4.1): D logits of the language model's head. There is no
+new head, so the pre-trained model gives meaningful answers, and consistency keeps the student near them.
 """
 
 from dataclasses import replace
@@ -11,14 +11,14 @@ from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.glue import LabelledText, Task
 
-WORDS = {  # of tasks whose classes are numbers
+WORDS = {  # for tasks whose classes are numbers
     "cola": ("unacceptable", "acceptable"),
     "sst2": ("negative", "positive"),
     "mrpc": ("not_equivalent", "equivalent"),
     "qqp": ("not_duplicate", "duplicate"),
     "wnli": ("not_entailment", "entailment"),
 }
-QUESTIONS = {  # of tasks with a form of their own
+QUESTIONS = {  # for tasks with a special form
     "mnli": "mnli hypothesis: {1} premise: {0}",
     "qnli": "qnli question: {0} sentence: {1}",
     "qqp": "qqp question1: {0} question2: {1}",
@@ -26,7 +26,7 @@ QUESTIONS = {  # of tasks with a form of their own
 
 
 def questions(examples: list[LabelledText], task: Task) -> list[LabelledText]:
-    """Return the examples with one text each, which asks T5 for the class."""
+    """Return the examples with one text each: the question that asks T5 for the class."""
     pairs = len(task.columns[0]) == 3
     form = QUESTIONS.get(task.name, "{2} sentence1: {0} sentence2: {1}" if pairs else "{1} sentence: {0}")
     return [replace(example, texts=(form.format(*example.texts, task.name),)) for example in examples]
@@ -42,10 +42,10 @@ def first_tokens(task: Task, tok: Tokenizer) -> list[int]:
     Raises InputError if two words have the same first token, or if the tokenizer is a decoder's.
     """
     if not tok.is_encoder_decoder:
-        raise InputError("--as-text is for encoder-decoders such as T5, and --model is another model: leave it out")
+        raise InputError("--as-text needs an encoder-decoder such as T5, and --model is not one: leave it out")
     words = words_of(task)
     first = {tuple(ids[:1]): word for word, ids in zip(words, tok.encode_responses(list(words)), strict=True)}
     if len(first) < len(words) or () in first:
         twins = ", ".join(repr(word) for word in words if word not in first.values() or word == first.get(()))
-        raise InputError(f"--as-text: {twins} has no first token, or another class's: rename the classes")
+        raise InputError(f"--as-text: {twins} has no first token, or shares it with another class: rename the classes")
     return [ids[0] for ids in first]

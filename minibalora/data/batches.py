@@ -37,11 +37,11 @@ class Row:
 
 
 def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
-    """Tokenise examples. Returns the rows, the number of responses cut to max_length tokens, and of rows dropped.
+    """Tokenise examples. Returns the rows, and how many responses were cut to max_length tokens and rows dropped.
 
-    examples: `prompts.Example`s, or other objects with prompt, response, line and rendered; the last is the text that a
-    chat template wrote, for all of them or for none. Prompt and response are tokenised separately, so that no token
-    crosses the boundary, and a prompt has the same ids in training and generation. A tokenizer that marks the start of
+    examples: `prompts.Example`s, or other objects with prompt, response, line and rendered (a chat template's text,
+    which all examples have or none). Prompt and response are tokenised separately, so that no token
+    crosses the boundary and a prompt has the same ids in training and generation. A tokenizer that marks the start of
     a word puts a space before the response. A row is dropped if its prompt leaves no room for a response token.
     """
     if examples and examples[0].rendered is not None:
@@ -60,8 +60,8 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
 
 
 def encode_rendered(examples: list, tok: Tokenizer, max_length: int) -> tuple[list[Row], int, int]:
-    """Tokenise examples whose text a chat template wrote; see `encode_examples`. As in transformers, a text is
-    tokenised in one piece. A row ends with its last learned token."""
+    """Tokenise examples that a chat template rendered; see `encode_examples`. As in transformers, each text is
+    tokenised as a whole. A row ends with its last learned token."""
     rows, truncated, dropped = [], 0, 0
     encoded = tok.encode_spans([example.rendered for example in examples], [example.learned for example in examples])
     for example, (ids, inside) in zip(examples, encoded, strict=True):
@@ -132,15 +132,15 @@ def pack(rows: list[Row], device: torch.device | str) -> Packed:
     Position t predicts token t + 1, so the last positions of such a row predict its response.
     """
     shared = common_start([row.ids[: max(row.prompt_length, 1) - 1] for row in rows])
-    own, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.after_prompt :] for row in rows]
-    parts = [np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *own], targets)]
+    rests, targets = [row.ids[shared:-1] for row in rows], [row.ids[-row.after_prompt :] for row in rows]
+    parts = [np.concatenate(parts).astype(np.int64) for parts in ([rows[0].ids[:shared], *rests], targets)]
     if any(row.learned is not None for row in rows):
         masks = [np.ones(row.after_prompt, bool) if row.learned is None else row.learned for row in rows]
         parts.append(np.flatnonzero(np.concatenate(masks)))
         parts[1] = parts[1][parts[2]]
     input_ids, targets, *learned = (to_device(torch.from_numpy(part), device) for part in parts)
     wanted = [row.after_prompt for row in rows]
-    return Packed(input_ids, [len(ids) for ids in own], wanted, shared, targets, *learned)
+    return Packed(input_ids, [len(ids) for ids in rests], wanted, shared, targets, *learned)
 
 
 def common_start(texts: list[np.ndarray]) -> int:
@@ -153,7 +153,7 @@ def common_start(texts: list[np.ndarray]) -> int:
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Move a tensor to a device; to a GPU from pinned memory, so that the host does not wait."""
+    """Move a tensor to a device; if it is a GPU, from pinned memory, so that the host does not wait."""
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -172,13 +172,13 @@ def check_fits(rows: list, source: str | None, config: object, max_length: int, 
 
 
 def check_ids(ids: Sequence[int], where: str, config: object, room: int = 0, model: str = "the model") -> None:
-    """Raise InputError, which begins with `where`, if there is no token, if one is outside the vocabulary, or if the
-    model has no positions for them and `room` more. config: the model's configuration; model: its name in messages."""
+    """Raise InputError, which begins with `where`, if there are no ids, one is outside the vocabulary, or the model has
+    too few positions for the ids and `room` more. config: the model's configuration; model: its name in messages."""
     if len(ids) == 0:
         raise InputError(f"{where} has no tokens: write something, or leave it out")
     if (highest := np.max(ids)) >= config.vocab_size:
         which = f"token {highest}, but {model} has {config.vocab_size} tokens"
-        raise InputError(f"{where}: the tokenizer gives {which}: they do not belong together")
+        raise InputError(f"{where}: the tokenizer gives {which}: give the model its own tokenizer")
     limit = config.max_position_embeddings
     if limit is not None and len(ids) > limit - room:
         positions = f"{limit} positions" + (f" and needs {room} for its answer" if room else "")

@@ -1,6 +1,6 @@
 """Conversations: a row's turns, the text that a chat template makes of them, and the parts of it that are learned.
 
-Every turn is in the prompt, is learned, or is named in the notes on what is left out.
+Every turn is in the prompt, is learned, or is left out with a note.
 """
 
 import json
@@ -14,7 +14,7 @@ from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
 from minibalora.data.pairs import SYSTEMS, refuse_media
 
-CONVERSATIONS = ("conversations", "messages", "conversation")  # ShareGPT's, OpenAI's and LMSYS's name
+CONVERSATIONS = ("conversations", "messages", "conversation")  # the names in ShareGPT, OpenAI and LMSYS
 SYNONYMS = {
     "system": "system developer",
     "user": "user human prompter",
@@ -25,16 +25,16 @@ ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in syn
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
 WEIGHTS = ("weight", "loss", "train", "training")  # 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
-UNSEEN, CURTAILED = "turns that the template leaves out", "replies of which the template leaves out a part"
+UNSEEN, CURTAILED = "turns that the template leaves out", "replies that the template writes without a part"
 LOST = "replies that the template leaves out, not learned"
-PROMPTED = "conversations whose template ends a prompt otherwise than it begins a reply, for instance with <think>"
+PROMPTED = "conversations whose prompt ends with text that no reply begins with, for instance <think>"
 SPECIAL = {"tool_calls", "tool_call_id", "name", "reasoning_content"}  # keys of turns that are not joined to others
 TOOLS = "lists of tools that the template leaves out"
-JOINED = "conversations with neighbouring turns joined, the system's with the user's, as their template wants it"
+JOINED = "conversations with neighbouring turns joined, the system's with the user's, as the template requires"
 
 
 Span = tuple[int, int]
-Write = Callable[..., tuple[str, list[Span]]]  # ChatTemplate.render of messages of one row
+Write = Callable[..., tuple[str, list[Span]]]  # ChatTemplate.render for the messages of one row
 
 
 @dataclass(frozen=True)
@@ -51,30 +51,30 @@ class Conversation:
 class Rendered:
     """A conversation as a chat template writes it."""
 
-    prompt: str  # all before the last reply
+    prompt: str  # everything before the last reply
     text: str
     learned: tuple[Span, ...]  # the parts of the text (start, end) that are learned, in order
     notes: tuple[str, ...] = ()
 
 
 def conversation_key(row: object) -> str | None:
-    """Return the field that holds a row's conversation, None without one. A null or empty field gives way."""
+    """Return the field that holds a row's conversation; None if there is none. Prefers fields that are not empty."""
     keys = [key for key in CONVERSATIONS if row.get(key) is not None] if isinstance(row, dict) else ()
     return next((key for key in keys if row[key]), keys[0] if keys else None)
 
 
 def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation | None:
-    """Read the conversation of a row. Returns None if no user is answered.
+    """Read the conversation of a row. Returns None if no user turn is answered.
 
     asks: the last turn is to be answered, and nothing is learned. Raises InputError, which begins with `where`, for a
-    turn that is not understood.
+    turn that cannot be read.
     """
     key = conversation_key(row)
     turns, place = row[key], f"{where}: {key}"
     if isinstance(turns, list) and turns and all(isinstance(turn, str) for turn in turns):  # LIMA
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise InputError(f"{place} is no list of turns, each an object with role and content: mend the row")
+        raise InputError(f"{place} is not a list of turns, each an object with role and content: mend the row")
     refuse_media(row, where)
     messages = [_message(turn, place) for turn in turns]
     own = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
@@ -89,7 +89,7 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     learned = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in silent]
     if asks:
         if not messages or messages[-1]["role"] == "assistant":
-            raise InputError(f"{place} does not end with a question: leave its last reply out")
+            raise InputError(f"{place} does not end with a question: remove its last reply")
         return Conversation(messages, [], tools_of(row, where))
     if not learned:
         return None
@@ -113,13 +113,13 @@ def with_ending(conversation: Conversation, ending: str) -> Conversation:
 def _message(turn: dict, place: str) -> dict:
     """Return a turn with its role and text under the usual names. Other keys, such as tool calls, stay."""
     turn = {key: value for key, value in turn.items() if value is not None}
-    said = turn.pop("role", None), turn.pop("from", None)
-    role = next((name for name in said if name is not None), None)
-    known = ROLES.get(role.strip().lower()) if isinstance(role, str) else None
-    if known is None:
-        raise InputError(f"{place} has a turn of the role {role!r}, none of {', '.join(ROLES)}: rename it")
+    names = turn.pop("role", None), turn.pop("from", None)
+    name = next((name for name in names if name is not None), None)
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise InputError(f"{place} has a turn with the role {name!r}, none of {', '.join(ROLES)}: rename it")
     texts = [turn.pop(name) for name in ("content", "value", "text") if name in turn]
-    message = {"role": known} | ({"content": _text(texts[0], place)} if texts else {})
+    message = {"role": role} | ({"content": _text(texts[0], place)} if texts else {})
     if call := turn.pop("function_call", None):  # OpenAI's older name
         turn.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in turn and not turn["tool_calls"]:
@@ -127,8 +127,8 @@ def _message(turn: dict, place: str) -> dict:
     thoughts = next((turn[name] for name in ("reasoning_content", "thinking", "reasoning") if name in turn), None)
     turn |= {} if thoughts is None else {"reasoning_content": thoughts}  # as transformers does
     if not texts and "tool_calls" not in turn:
-        if known in ("system", "user"):
-            raise InputError(f"{place}: the content of a {known} turn is NoneType, not a string: mend the row")
+        if role in ("system", "user"):
+            raise InputError(f"{place}: the content of a {role} turn is NoneType, not a string: mend the row")
         message["content"] = ""
     return message | turn
 
@@ -140,14 +140,14 @@ def _text(content: object, place: str) -> str:
     for part in parts:
         if isinstance(part, dict):
             if part.get("type", "text") != "text":
-                raise InputError(f"{place} has a part of the type {part['type']!r}: only texts can be learned from")
+                raise InputError(f"{place} has a part of the type {part['type']!r}, not text: remove the row")
             part = part.get("text")
         texts.append(text_of(part, "the content of a turn", place))
     return "".join(texts)
 
 
 def _why_not_learned(message: dict) -> str | None:
-    """Return why a reply is only in the prompt, None if it is learned. OpenAI's rows mark such replies by weight 0."""
+    """Return why a reply is not learned; None if it is learned or is not a reply."""
     weights = [message.pop(name, 1) for name in WEIGHTS]
     if message["role"] != "assistant":
         return None
@@ -165,7 +165,7 @@ def tools_of(row: dict, where: str) -> list | None:
     except ValueError:
         tools = None
     if not isinstance(tools, list):
-        raise InputError(f"{where}: tools is no list of tools: mend the row")
+        raise InputError(f"{where}: tools is not a list: mend the row")
     return tools or None
 
 
@@ -180,12 +180,12 @@ def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str,
             f"{where}: a conversation of {len(conversation.messages)} turns, but --template {template} takes one "
             "question and one reply: give --template chat and a --model with a chat template, or split the conversation"
         )
-    lost = (TOOLS,) * bool(conversation.tools) + (CURTAILED,) * ("reasoning_content" in reply)
-    return "\n\n".join(message["content"] for message in asked), reply["content"], conversation.notes + lost
+    notes = (TOOLS,) * bool(conversation.tools) + (CURTAILED,) * ("reasoning_content" in reply)
+    return "\n\n".join(message["content"] for message in asked), reply["content"], conversation.notes + notes
 
 
 def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) -> str:
-    """Return the text of a conversation up to where its next reply begins. Raises InputError as `render` does."""
+    """Return the text of a conversation up to the start of its next reply. Raises InputError as `render` does."""
     for messages, _ in _versions(conversation):
         try:
             text, _ = chat.render(messages, where, conversation.tools, asks=True)
@@ -194,15 +194,17 @@ def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) ->
         else:
             if not _unseen(messages, text):
                 return text
-            refusal = InputError(f"{where}: the chat template in {chat.source} leaves out a turn: join it to another")
+            refusal = InputError(
+                f"{where}: the chat template in {chat.source} leaves out a turn: join it to another turn"
+            )
     raise refusal
 
 
 def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Rendered:
     """Render a conversation and find the parts that are learned.
 
-    Raises InputError, which begins with `where`, if the template refuses the conversation, or if the place of a reply
-    in the text is not certain.
+    Raises InputError, which begins with `where`, if the template refuses the conversation, or if it is not certain
+    where a reply stands in the text.
     """
     results, refusal = [], None
     write = partial(chat.render, where=where, tools=conversation.tools)
@@ -210,8 +212,8 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
         try:
             text, tagged = write(messages)
             if chat.end_of_turn is None:
-                raise InputError(f"{chat.source}: ends a reply with no token of the tokenizer's, so that a model would "
-                                 "not learn to end: give --template alpaca, or another chat template")  # fmt: skip
+                raise InputError(f"{chat.source}: ends a reply with no token of the tokenizer, so a model would not "
+                                 "learn to stop: give --template alpaca, or another chat template")  # fmt: skip
             prompts, spans = _learned_spans(chat, write, messages, learned, text, tagged)
         except InputError as error:
             refusal = error
@@ -219,8 +221,8 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
         if None in spans:
             reply = learned[spans.index(None)] + 1
             refusal = InputError(
-                f"{where}: the chat template in {chat.source} writes a reply otherwise once others follow, so it can't "
-                f"be said which tokens are turn {reply}'s: end the row there, or tag its replies by {{% generation %}}"
+                f"{where}: the chat template in {chat.source} writes a reply differently if turns follow, so "
+                f"turn {reply}'s tokens are uncertain: end the row there, or add {{% generation %}} to the template"
             )
             continue
         results.append((_unseen(messages, text), messages, learned, text, spans, prompts[-1]))
@@ -233,7 +235,7 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     written = [(start, end) for start, end in spans if text[start:end].strip() != chat.end_of_turn]
     notes += [LOST] * (len(spans) - len(written))
     for index, (start, end) in zip(learned, spans, strict=True):
-        is_cut = any(not _has(text[start:end], part) for part in _said(messages[index]))
+        is_cut = any(not _has(text[start:end], part) for part in _parts_of(messages[index]))
         notes += [CURTAILED] * (is_cut and (start, end) in written)
     notes += [] if text.startswith(prompt) else [PROMPTED]
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
@@ -242,9 +244,9 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
 
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
-    """Return the messages and the indices of those learned, and the same again in alternating turns if that differs.
+    """Return the messages and the indices of the learned ones; then, if they differ, the same in alternating turns.
 
-    Many templates take nothing but alternating turns of user and assistant. A system turn joins the question that
+    Many templates accept only alternating turns of user and assistant. A system turn joins the question that
     follows, and blank replies are left out.
     """
     joined, learned = [], []
@@ -262,9 +264,9 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
             joined.append(message)
             if index in conversation.learned:
                 learned.append(len(joined) - 1)
-    same = [(_with_calls(conversation.messages, form), conversation.learned) for form in (dict, str)]
-    same = same[:1] if same[0] == same[1] else same
-    return same if len(joined) == len(conversation.messages) else [*same, (joined, learned)]
+    versions = [(_with_calls(conversation.messages, form), conversation.learned) for form in (dict, str)]
+    versions = versions[:1] if versions[0] == versions[1] else versions
+    return versions if len(joined) == len(conversation.messages) else [*versions, (joined, learned)]
 
 
 def _with_calls(messages: list[dict], form: type) -> list[dict]:
@@ -305,8 +307,8 @@ def _learned_spans(
 ) -> tuple[list[str], list[Span | None]]:
     """Return the prompts of the learned replies, at least the last one, and the span of each learned reply in the text.
 
-    A span includes the end of the turn. It is what a `generation` tag encloses, or else what follows the prompt. None
-    for a reply that is not found.
+    A span includes the end of the turn. It is the part that a `generation` tag encloses, or else the text after the
+    prompt. It is None if the reply cannot be located.
     """
     replies = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if len(tagged) == len(replies):
@@ -323,7 +325,7 @@ def _learned_spans(
 
 
 def _with_end(chat: ChatTemplate, text: str, start: int, end: int) -> Span:
-    """Extend a span by an end of turn right behind it: a model that does not learn this token does not stop."""
+    """Extend a span by an end of turn right after it: a model that does not learn this token does not stop."""
     rest = text[end:].lstrip()
     if chat.end_of_turn not in text[start:end] and rest.startswith(chat.end_of_turn):
         end = len(text) - len(rest) + len(chat.end_of_turn)
@@ -335,17 +337,17 @@ def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | Non
     if text.startswith(prompt):
         return len(prompt)
     # A prompt may end with something that the text lacks, such as "<think>". Then the reply begins before it.
-    marked, known = write([*asked, {"role": "assistant", "content": REPLY}])[0], write(asked)[0]
+    marked, without_reply = write([*asked, {"role": "assistant", "content": REPLY}])[0], write(asked)[0]
     common = os.path.commonprefix([prompt, marked.partition(REPLY)[0]])
-    return len(common) if text.startswith(common) and common.startswith(known) else None
+    return len(common) if text.startswith(common) and common.startswith(without_reply) else None
 
 
 def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
     """Return the end in the text of the reply at `index`, which begins at `start`, with its end of turn."""
-    end, said = chat.end_of_turn, (messages[index].get("content") or "").strip()
-    behind = text[start:].lstrip()
-    if said and behind.startswith(said) and behind[len(said) :].lstrip().startswith(end):
-        return text.index(end, len(text) - len(behind) + len(said)) + len(end)
+    end, content = chat.end_of_turn, (messages[index].get("content") or "").strip()
+    rest = text[start:].lstrip()
+    if content and rest.startswith(content) and rest[len(content) :].lstrip().startswith(end):
+        return text.index(end, len(text) - len(rest) + len(content)) + len(end)
     upto = text if index == len(messages) - 1 else write(messages[: index + 1])[0]
     if text.startswith(upto):
         reply = upto[start:]
@@ -363,8 +365,8 @@ def _unseen(messages: list[dict], text: str) -> int:
     return sum(message["role"] != "assistant" and not _has(text, message.get("content", "")) for message in messages)
 
 
-def _said(reply: dict) -> list[str]:
-    """Return what a reply consists of: its text, its thoughts, the names of the tools that it calls."""
+def _parts_of(reply: dict) -> list[str]:
+    """Return the parts of a reply: its text, its thoughts, the names of the tools that it calls."""
     calls = reply.get("tool_calls") if isinstance(reply.get("tool_calls"), list) else []
     calls = [call.get("function") or call for call in calls if isinstance(call, dict)]
     names = [call.get("name") for call in calls if isinstance(call, dict)]
@@ -372,8 +374,9 @@ def _said(reply: dict) -> list[str]:
 
 
 def _has(text: str, part: str) -> bool:
-    """Return whether the text has the part, as it is or as a JSON string, apart from spaces."""
+    """Return whether the text contains the part, as it is or as a JSON string; spaces do not count."""
     if part.strip() in text:
         return True
-    text, *forms = ("".join(each.split()) for each in (text, part, json.dumps(part.strip(), ensure_ascii=False)[1:-1]))
+    as_json = json.dumps(part.strip(), ensure_ascii=False)[1:-1]
+    text, *forms = ("".join(form.split()) for form in (text, part, as_json))
     return any(form in text for form in forms)

@@ -35,14 +35,14 @@ FOREIGN = {
 def read_rows(source: str | Path) -> Iterator[Row]:
     """Yield each row of JSON Lines, a JSON array or Parquet, from all files of `source` (see `shards`).
 
-    Lines are counted on from file to file; the place names the file and its own line. Raises InputError at the first
-    row that cannot be read.
+    Line numbers continue from file to file; the place names the file and the line in it. Raises InputError at the
+    first row that cannot be read.
     """
     return counted_on(map(rows_of_file, shards(source)))
 
 
 def counted_on(files: Iterable[Iterator[Row]]) -> Iterator[Row]:
-    """Yield the rows of all files, with line numbers that go on from one file to the next."""
+    """Yield the rows of all files, with line numbers that continue from one file to the next."""
     before = 0
     for rows in files:
         line = 0
@@ -52,10 +52,10 @@ def counted_on(files: Iterable[Iterator[Row]]) -> Iterator[Row]:
 
 
 def shards(source: str | Path) -> list[Path]:
-    """Return the files of `source` in order: a file itself, the files that match a pattern, or those of a folder.
+    """Return the files of `source` in order: the file itself, the files that match a pattern, or the files of a folder.
 
-    A folder may hold one set of files that differ in their shard numbers only, or several of which one begins with
-    "train". Raises InputError if nothing matches, or if a folder leaves a choice.
+    A folder may hold one set of files that differ only in their shard numbers, or several sets of which exactly one is
+    called "train...". Raises InputError if nothing matches, or if the folder is ambiguous.
     """
     if os.path.isdir(source):
         return _shards_of_folder(entered(Path(source)))
@@ -95,7 +95,8 @@ def named(source: str | Path) -> str:
 def opened(path: Path) -> Iterator[BinaryIO]:
     """Open a data file for reading bytes, unpacked if it is gzipped.
 
-    Raises InputError, from the body too, if the file is missing, damaged, a git-lfs pointer or of a foreign format.
+    Raises InputError if the file is missing, damaged (also while the body reads it), a git-lfs pointer or of a
+    foreign format.
     """
     try:
         with open(path, "rb") as file:
@@ -116,7 +117,7 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def has_objects(path: Path) -> bool:
-    """Return whether the file holds JSON or Parquet, by its first bytes; else it is taken for text."""
+    """Return whether the file holds JSON or Parquet, judged by its first bytes."""
     with opened(path) as file:
         start = file.read(4096).removeprefix(BOM).lstrip()
     return start.startswith((b"[", b"{", b"PAR1"))
@@ -182,7 +183,7 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
 
 
 def text_of(value: object, name: str, where: str, cure: str = "make it a text") -> str:
-    """Return a text, or a number as text. Raises InputError, which calls the value `name`, for anything else."""
+    """Return a text, or a number as text. Raises InputError, which names the value `name`, for anything else."""
     if type(value) is int or (type(value) is float and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):

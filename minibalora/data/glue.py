@@ -22,7 +22,7 @@ from minibalora.data.files import counted_on, has_objects, opened, rows_of_file,
 
 @dataclass(frozen=True)
 class Task:
-    """A classification or regression task, and how its files spell it. A class is the index of its name in `labels`."""
+    """A classification or regression task, and its spelling in files. A class is the index of its name in `labels`."""
 
     name: str
     columns: tuple[tuple[str, ...], ...]  # one or two texts, then the label; GLUE's names first, then other names
@@ -41,10 +41,13 @@ def _spellings(*classes: str) -> dict[str | int, int]:
     return indices | {name: index for index, names in enumerate(classes) for name in names.split()}
 
 
-# In place of a label: in GLUE's hidden test sets, and in MNLI and SNLI where annotators disagree. A custom task may
-# have a class of this name.
+# These replace a label in GLUE's hidden test sets, and in MNLI and SNLI where annotators disagree. A custom task may
+# have a class with such a name.
 HIDDEN = ("-", "-1", "-1.0", -1)
-ANNOTATIONS = ["label1", "gold_label"]  # the last columns of GLUE's SNLI, whose rows have one or five of the first
+ANNOTATIONS = [
+    "label1",
+    "gold_label",
+]  # the last columns of GLUE's SNLI, whose rows have one or five cells for the first
 FRACTION = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _ENTAILMENT = _spellings("entailment", "not_entailment non-entailment")
 _PAIR, _NLI_PAIR = ("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label")
@@ -85,7 +88,7 @@ def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> T
     """Return a classification task whose classes are the distinct labels of a training file, in order.
 
     text_fields: one or two columns of a TSV file or fields of objects. Labels are strings, integers or booleans;
-    integers are ordered by value. Raises InputError for other labels and for numbers with a fraction, that is, scores.
+    integers are ordered by value. Raises InputError for other labels and for scores (numbers with a fraction).
     """
     task, names = Task("custom", ((*text_fields, label_field),), (), ("accuracy",)), set()
     for _, where, (*_, label) in _rows(path, task):
@@ -113,10 +116,10 @@ def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> T
 def read_labelled(path: str | Path, task: Task) -> tuple[list[LabelledText], int, bool]:
     """Return the examples of a file or set of files, the number of rows left out, and whether the labels are folded.
 
-    TSV, JSON and Parquet are recognised by their content. Rows without a label are left out (HIDDEN), and QQP's broken
-    ones. Folded: the file (HANS, for instance) distinguishes only class 0 from all others; the others are class 1, and
-    predictions must pass through `fold` before they are compared. Raises InputError, which names the line, at the first
-    bad row.
+    TSV, JSON and Parquet are recognised by their content. Rows without a label (HIDDEN) and QQP's broken rows are
+    left out. Folded: the file (HANS, for instance) distinguishes only class 0 from all others; the others are class 1,
+    and predictions must pass through `fold` before they are compared. Raises InputError, which names the line, at the
+    first bad row.
     """
     examples, skipped, exact, folded = [], 0, False, False
     for line, where, values in _rows(path, task):
@@ -164,7 +167,7 @@ def _is_number(text: str) -> bool:
 
 
 def _rows(source: str | Path, task: Task) -> Iterator[tuple[int, str, list | None]]:
-    """Yield line, place, and the texts and label as the file has them; None for a row that is known to be broken."""
+    """Yield line, place, and the texts and label as in the file; None for a broken row of a task with `broken_rows`."""
     return counted_on(
         _object_rows(path, task) if has_objects(path) else _tsv_rows(path, task) for path in shards(source)
     )
@@ -220,7 +223,7 @@ def _fitting(task: Task, present: Iterable[str]) -> tuple[str, ...] | None:
 
 
 def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
-    """Return the first of the task's alternatives whose columns are all there. Raises InputError if none is."""
+    """Return the first of the task's alternatives whose columns are all present. Raises InputError if there is none."""
     if columns := _fitting(task, present):
         return columns
     exact = [other for other in TASKS.values() if set(other.columns[0]) <= set(present)]  # GLUE's names come first
@@ -240,7 +243,7 @@ def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def _class(label: object, task: Task, where: str) -> int:
-    # An integer is a class of GLUE by its index, but of a custom task by its name; true and false are always names.
+    # An integer is a class's index in GLUE, but its name in a custom task; true and false are always names.
     if isinstance(label, bool) or (isinstance(label, int) and label not in task.spellings):
         label = str(label)
     if not isinstance(label, str | int) or label not in task.spellings:
@@ -261,9 +264,9 @@ def _score(label: object, where: str) -> float:
 
 
 def glue_files(folder: str | Path, task: Task) -> tuple[Path, list[Path]]:
-    """Return the training file and the dev file, or MNLI's two, of a folder as GLUE or Hugging Face distributes it.
+    """Return the training file and the dev file (MNLI has two) of a folder as GLUE or Hugging Face distributes it.
 
-    Hugging Face's are Parquet files in shards, for which the paths are patterns, in a folder of the task's name.
+    Hugging Face has Parquet shards in a folder with the task's name; the paths are then patterns.
     """
     folder = entered(Path(folder))
     if not folder.is_dir():
@@ -281,7 +284,7 @@ def glue_files(folder: str | Path, task: Task) -> tuple[Path, list[Path]]:
 
 
 def check_classes(examples: list[LabelledText], task: Task, where: str | Path) -> None:
-    """Check that every class of the task has an example to learn it from. Raises InputError if one has none."""
+    """Check that every class of the task has an example. Raises InputError if one has none."""
     present = {example.label for example in examples}
     for label, name in enumerate(task.labels or ()):
         if label not in present:
@@ -300,9 +303,9 @@ def with_label_noise(examples: list[LabelledText], share: float, classes: int, s
 
 
 def with_imbalance(examples: list[LabelledText], ratio: float, seed: int) -> list[LabelledText]:
-    """Keep the largest class (the first of several) and at most round(its size / ratio) examples of every other class.
+    """Keep the largest class (the first, if tied) and at most round(its size / ratio) examples of every other class.
 
-    ratio >= 1. The kept examples are drawn at random and stay in order. Raises InputError if no other class would stay.
+    ratio >= 1. The examples are drawn at random and stay in order. Raises InputError if no other class would remain.
     """
     rows = defaultdict(list)
     for index, example in enumerate(examples):
@@ -311,12 +314,12 @@ def with_imbalance(examples: list[LabelledText], ratio: float, seed: int) -> lis
     most = round(len(rows[largest]) / ratio)
     if most == 0 and len(rows) > 1:
         raise InputError(
-            f"an imbalance of {ratio:g} leaves nothing beside the {len(rows[largest])} rows of the largest class: "
+            f"an imbalance of {ratio:g} leaves only the {len(rows[largest])} rows of the largest class: "
             f"take at most {len(rows[largest])}"
         )
     generator = np.random.default_rng(seed)
-    kept = []
+    indices = []
     for label in sorted(rows):
         is_cut = label != largest and len(rows[label]) > most
-        kept += generator.choice(rows[label], most, replace=False).tolist() if is_cut else rows[label]
-    return [examples[index] for index in sorted(kept)]
+        indices += generator.choice(rows[label], most, replace=False).tolist() if is_cut else rows[label]
+    return [examples[index] for index in sorted(indices)]

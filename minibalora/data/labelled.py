@@ -11,7 +11,7 @@ from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.glue import LabelledText
 
-MOST_UNKNOWN = 0.8  # share of the tokens: more is a mistake, not a hard text
+MOST_UNKNOWN = 0.8  # a larger share of the tokens is a mistake, not a hard text
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ClassRow:
     index: int
     line: int
 
-    predicted = 1  # its weight in a step's mean, as `Row.predicted`
+    predicted = 1  # the row's weight in a step's mean, like `Row.predicted`
 
 
 def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tuple[list[ClassRow], int]:
@@ -40,10 +40,14 @@ def encode(examples: list[LabelledText], tok: Tokenizer, max_length: int) -> tup
 def unknown_share(rows: list[ClassRow], tok: Tokenizer, data: str | None, folder: str | Path) -> float:
     """Return the share of the rows' tokens that are unknown to the tokenizer; special tokens around a text don't count.
 
-    Raises InputError, which names `data` and the tokenizer's folder, if it is above 80 %: the texts are of a language
-    or an alphabet that the model was not trained on, or the tokenizer is another model's.
+    Raises InputError, which names `data` and the tokenizer's folder, if the share is above 80 %: the texts are in a
+    language or alphabet that the model was not trained on, or the tokenizer belongs to another model.
     """
-    names = getattr(tok.backend.model, "unk_token", None), "[UNK]", "<unk>"  # a unigram model does not say its own
+    names = (
+        getattr(tok.backend.model, "unk_token", None),
+        "[UNK]",
+        "<unk>",
+    )  # a unigram model does not name its unknown token
     unknown = {tok.backend.token_to_id(name) for name in names if name} - {None}
     ids = np.concatenate([row.ids for row in rows])
     ids = ids[~np.isin(ids, tok.encode(""))]

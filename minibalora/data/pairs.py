@@ -1,4 +1,4 @@
-"""The prompt and the response of a row, and the text that the prompt is about, by the names that collections give them.
+"""Read a row's prompt, its response and the text that the prompt is about, by the field names of published collections.
 
 A null field counts as absent: concatenated sets have null wherever a row lacks a column.
 """
@@ -6,7 +6,7 @@ A null field counts as absent: concatenated sets have null wherever a row lacks 
 from minibalora.base.errors import InputError
 from minibalora.data.files import text_of
 
-# The fields of prompt and response. The first pair of which a row has both counts.
+# The fields of prompt and response. The first pair counts of which a row has both fields.
 FIELDS = [
     ("query", "response"),  # MetaMathQA
     ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set
@@ -28,7 +28,7 @@ SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
 
 def pair_fields(row: dict) -> tuple[str, str] | None:
-    """Return the first pair of FIELDS that the row has, or else has with a null response; None if there is none."""
+    """Return the first pair of FIELDS that the row has; a null response is the last resort. None: no pair."""
     pairs = [pair for pair in FIELDS if row.get(pair[0]) is not None and pair[1] in row]
     return max(pairs, key=lambda pair: row[pair[1]] is not None, default=None)
 
@@ -40,9 +40,9 @@ def read_pair(
     response_field: str | None = None,
     input_field: str | None = None,
 ) -> tuple[str, str, str]:
-    """Return the prompt, with a system prompt before it, the text that it is about ("": none), and the response.
+    """Return the prompt (after the system prompt, if any), the text that it is about ("": none), and the response.
 
-    A field that is not named is recognised: FIELDS, INPUTS. input_field "": none. Raises InputError, which begins with
+    Fields that are not named are recognised: FIELDS, INPUTS. input_field "": none. Raises InputError, which begins with
     `where`, if a field is missing or is not a text.
     """
     recognised = pair_fields(row) or (None, None)

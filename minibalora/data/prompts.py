@@ -45,10 +45,10 @@ class Example:
     response: str
     kind: str  # the row's "type", or ""
     line: int  # its line or row, from 1, counted on through the files of a set
-    # What the model's chat template wrote, and the parts of it (start, end) that are learned; None: no chat template.
+    # The text that the chat template wrote, and its parts (start, end) that are learned; None: no chat template.
     rendered: str | None = None
     learned: tuple[tuple[int, int], ...] | None = None
-    notes: tuple[str, ...] = ()  # what is left out of the row, a note each
+    notes: tuple[str, ...] = ()  # one for each thing left out of the row
 
 
 def read_examples(
@@ -61,9 +61,9 @@ def read_examples(
 ) -> tuple[list[Example], Counter[str]]:
     """Read the first `limit` rows of a data file, or of a set of files (see `files.shards`).
 
-    Returns the examples, and how much was left out for each reason: published collections have conversations in
-    which no user is answered, and empty responses, which would teach to answer nothing. Raises InputError, which names
-    the line, at the first row that is not understood.
+    Returns the examples, and the number of things left out for each reason: published collections have conversations
+    in which no user turn is answered, and empty responses, which would teach the model to answer nothing. Raises
+    InputError, which names the line, at the first row that cannot be read.
     """
     examples, left_out = [], Counter({NO_REPLY: 0, EMPTY: 0})
     for line, where, row in islice(read_rows(path), limit):
@@ -92,10 +92,10 @@ def example_from(
     input_field: str | None = None,
     template: Template = ALPACA,
 ) -> Example | None:
-    """Return a row as an example, its prompt template filled in; None for a conversation in which no user is answered.
+    """Return a row as an example, its template filled in; None for a conversation in which no user turn is answered.
 
     input_field: the text that the prompt is about; None: the fields INPUTS; "": none. Raises InputError, which begins
-    with `where`, if the fields are not understood or the model's chat template fails on them.
+    with `where`, if the fields cannot be read or the model's chat template fails on them.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with a prompt and a response")
@@ -141,7 +141,7 @@ def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
 
 
 def ask(template: Template, messages: list[dict], where: str, tools: list | None = None) -> str:
-    """Return messages, of which the last is to be answered, as the whole prompt.
+    """Return the whole prompt that asks for an answer to the last message.
 
     Raises InputError, which begins with `where`, if the template has no room for the messages, or fails on them.
     """
@@ -152,7 +152,7 @@ def ask(template: Template, messages: list[dict], where: str, tools: list | None
 
 
 def _fill(template: Template, question: str, context: str = "") -> str:
-    """Return Alpaca's prompt, or the raw one: the question, and what it is about on a line below."""
+    """Return Alpaca's prompt, or the raw one: the question and, on the next line, the text that it is about."""
     if template.name == "raw":
         return _with_context(question, context) + template.ending
     return (PROMPT_WITH_INPUT if context else PROMPT).format(instruction=question, input=context) + template.ending
@@ -163,7 +163,7 @@ def _with_context(question: str, context: str) -> str:
 
 
 def examples_digest(examples: list) -> str:
-    """SHA-256, in hex, of what is learned from `Example`s and the like: where they stand and their kind don't count."""
+    """Return the SHA-256, in hex, of everything that is learned from examples: line, kind and notes don't count."""
     digest, aside = hashlib.sha256(), {"line", "kind", "notes"}
     for example in examples:
         learned = {name: value for name, value in vars(example).items() if value is not None and name not in aside}

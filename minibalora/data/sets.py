@@ -1,4 +1,4 @@
-"""The rows that a classifier learns from and is measured on; noise and imbalance; the order of a head's classes."""
+"""A classifier's training and evaluation sets; noise and imbalance; the order of a head's classes."""
 
 import re
 from collections import Counter
@@ -34,8 +34,8 @@ def read_sets(
 ) -> tuple[Task, list[LabelledText], int, list[EvalSet]]:
     """Return the task, the training examples, how many training rows were left out, and the evaluation sets.
 
-    data: a folder of GLUE, whose dev set is the first evaluation set, or a file or set of files. The fields are those
-    of the task "custom".
+    data: a folder of GLUE, whose dev set is the first evaluation set, or a file or set of files. The fields are used by
+    the task "custom" only.
     """
     path, dev = Path(data), []
     glue_task = TASKS.get(task)
@@ -50,7 +50,7 @@ def read_sets(
 
 
 def read_eval_sets(paths: list[Path], task: Task) -> list[EvalSet]:
-    """Read each file. A set is called by its file's name, or by the path if two files have the same name."""
+    """Read each file. A set's name is its file's name, or its path if two files have the same name."""
     if len(set(paths)) < len(paths):
         raise InputError(f"--eval names {max(paths, key=paths.count)} twice: name each file once")
     names = Counter(path.name for path in paths)
@@ -61,30 +61,30 @@ def read_eval_sets(paths: list[Path], task: Task) -> list[EvalSet]:
 def disturbed(
     examples: list[LabelledText], classes: int, imbalance: float | None, label_noise: float, seed: int
 ) -> tuple[list[LabelledText], str]:
-    """Return the examples with the imbalance and noise that are asked for, and what was changed, in words."""
-    told, count = "", len(examples)
+    """Return the examples with the requested imbalance and noise, and a description of the changes."""
+    changes, count = "", len(examples)
     if imbalance:
         examples = glue.with_imbalance(examples, imbalance, seed)
-        told += f", {count - len(examples):,} left out for the imbalance"
+        changes += f", {count - len(examples):,} left out for the imbalance"
     if label_noise:
         examples = glue.with_label_noise(examples, label_noise, classes, seed)
-        told += f", {round(label_noise * len(examples)):,} with another label"
-    return examples, told
+        changes += f", {round(label_noise * len(examples)):,} with another label"
+    return examples, changes
 
 
 def class_order(folder: str | Path, task: Task) -> list[int] | None:
-    """Return for each class of the task the row of a checkpoint's head that stands for it, by `id2label`.
+    """Return, for each class of the task, its row in a checkpoint's head according to `id2label`.
 
-    Published heads of MNLI differ in their order. Names such as LABEL_0 say nothing: then the order is the task's.
-    None: the names are those of other classes.
+    Published heads for MNLI differ in their order. Names such as LABEL_0 carry no meaning: the task's order is assumed.
+    Returns None if the names belong to other classes.
     """
     config = read_json_object(Path(folder) / "config.json")
     id2label = config.get("id2label")
     if id2label is None and isinstance(config.get("label2id"), dict):
         id2label = {str(row): name for name, row in config["label2id"].items()}
-    known = {_plain(name): index for name, index in task.spellings.items()}
+    spellings = {_plain(name): index for name, index in task.spellings.items()}
     rows = id2label if isinstance(id2label, dict) else {}
-    named = {int(row): known.get(_plain(name)) for row, name in rows.items() if row.isdigit() and _is_name(name)}
+    named = {int(row): spellings.get(_plain(name)) for row, name in rows.items() if row.isdigit() and _is_name(name)}
     order = list(range(1 if task.labels is None else len(task.labels)))
     if task.labels is None or all(row == index for row, index in named.items()):
         return order

@@ -10,14 +10,14 @@ from minibalora.base.errors import InputError
 from minibalora.data.files import Row, counted_on, has_objects, opened, rows_of_file, shards, text_of
 from minibalora.data.glue import TASKS, LabelledText, Task
 
-ONE_TEXT = ("text",), ("sentence",)  # the columns of a task that is not known
+ONE_TEXT = ("text",), ("sentence",)  # the columns if the task is unknown
 INDICES = ("index", "idx", "id")  # GLUE's, Hugging Face's, QQP's
 
 
 def columns_of(task: Task | None) -> list[tuple[str, ...]]:
     """Return the alternatives for the columns of the texts, best first."""
-    known = [columns[:-1] for each in ([task] if task else TASKS.values()) for columns in each.columns]
-    return known if task else [*ONE_TEXT, *known]
+    alternatives = [columns[:-1] for a_task in ([task] if task else TASKS.values()) for columns in a_task.columns]
+    return alternatives if task else [*ONE_TEXT, *alternatives]
 
 
 def table(source: Path) -> Iterator[Row]:
@@ -26,7 +26,7 @@ def table(source: Path) -> Iterator[Row]:
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    """Read cells between tabs, quotes as ordinary text. Files of CoLA without a header get one."""
+    """Read cells between tabs; quotes are ordinary text. CoLA's files without a header get one."""
     header = None
     with opened(path) as file:
         for line, raw in enumerate(file, start=1):
@@ -47,7 +47,7 @@ def _tsv_rows(path: Path) -> Iterator[Row]:
 
 
 def lines(columns: list[tuple[str, ...]]) -> Iterator[Row]:
-    """Yield the lines of standard input as objects with the first of the columns."""
+    """Yield the lines of standard input as objects: JSON as it is, plain texts under the first of `columns`."""
     for line, raw in enumerate(sys.stdin.buffer, start=1):
         where = f"standard input, line {line}"
         text = _decoded(raw, where)
@@ -71,9 +71,10 @@ def _decoded(raw: bytes, where: str) -> str:
 
 
 def read_texts(rows: Iterator[Row], columns: list[tuple[str, ...]], source: str) -> list[tuple[LabelledText, object]]:
-    """Return the texts of each row in the first of the columns that it has, with label 0, and the row's own index.
+    """Return each row's texts, from the first of `columns` that it has, with label 0; and its index.
 
-    The index is that of a column INDICES, or else the row's number, from 0. Raises InputError for a row without texts.
+    The index is in one of the columns INDICES, or else it is the row's number, from 0. Raises InputError for a row
+    without texts.
     """
     texts = []
     for line, where, row in rows:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
 r"""Find the final answer of a mathematical text, and compare two answers. This file works copied alone.
 
-`same_number` is for GSM8K, `same_answer` for MATH. Both compare what is written, with numbers as exact fractions, and
-never calculate: 2+3 is not 5. If the text leaves a doubt, the answers are not the same.
+`same_number` is for GSM8K, `same_answer` for MATH. Both compare the answers as written, with numbers as exact
+fractions, and never calculate: 2+3 is not 5. If in doubt, two answers are different.
 """
 
 import re
@@ -12,7 +12,7 @@ from itertools import accumulate
 __all__ = ["final_answer", "normalize", "number", "same_answer", "same_number"]
 
 MARKER, HASHES, BOXES = "The answer is:", "####", (r"\boxed", r"\fbox")  # MetaMathQA, GSM8K, MATH
-FRAME = " \t\r\n*`"  # around an answer, Markdown's included
+FRAME = " \t\r\n*`"  # removed around an answer; includes Markdown's marks
 LONGEST, BRACKETS = 500, 60  # characters and opening brackets; a longer answer is compared as it stands
 
 CHARACTERS = str.maketrans(
@@ -30,13 +30,13 @@ GROUP = r"\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}"
 # (pattern, replacement, reason), in this order. After Hendrycks et al. (arXiv 2103.03874, math_equivalence.py) and
 # Lewkowycz et al. (Minerva, arXiv 2206.14858, appendix), but none deletes a word: \text{Monday} is not \text{Friday}.
 REWRITES = [
-    (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, before other patterns meet the two backslashes"),
+    (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, before other patterns see the two backslashes"),
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\[Bb]igg?[lr]?(?![A-Za-z])|\\displaystyle", "", "size only"),
     (r"\\[cdt]frac(?![A-Za-z])", r"\\frac", "size only"),
     (r"(?<=[0-9])(?:\{,\}(?:\\!)?|,\\!|\\!,|\\,)(?=[0-9]{3}(?![0-9]))", "", "thousands, also inside brackets"),
     (r"\\[ ,;:!]|~|\\q?quad(?![A-Za-z])|\s+", " ", "spaces"),
     (rf"\\\$ *({N})", r"\1 dollars ", "currency is a unit; only with a backslash: a bare $ begins mathematics"),
-    (r"\\?\$|\\[()\[\]]", "", "mathematics begins or ends"),
+    (r"\\?\$|\\[()\[\]]", "", "delimiters of mathematics"),
     (r"\\(?:text|mbox|mathrm) *\{ *m *\}", " meters ", "a bare m is a variable"),
     (r"\\(?:text|textbf|textit|textrm|mbox|mathrm) *\{([^{}]*)\}", r" \1 ", "the words themselves stay"),
     (r"(?<![A-Za-z\\])(?:[A-Z](?=[a-z]{2})|N(?=o\b))", lambda match: match[0].lower(), "Even is even; A is not a"),
@@ -44,19 +44,23 @@ REWRITES = [
     (r"\^ *\{ *\\circ *\}|\^ *\\circ(?![A-Za-z])|\\degree(?![A-Za-z])", " degrees ", "degrees are a unit"),
     (r"\\?%", " percent ", "percent is a unit"),
     (r"\\(le|ge|ne)(?![A-Za-z])", r"\\\1q", "two names of one sign"),
-    (r"[, ] *and ", ", ", 'a list; not "or", which makes another statement of inequalities'),
+    (r"[, ] *and ", ", ", 'a list; not "or", which changes the meaning of inequalities'),
     (r"(?<![A-Za-z])(?:square|sq\.?) ([a-z]+)", r"\1^2", "square feet"),
     (r"(?<![A-Za-z])cubic ([a-z]+)", r"\1^3", "cubic feet"),
     (r"([\^_]) *(-?[0-9]+|[A-Za-z]|\\[A-Za-z]+(?![A-Za-z]| *[{\[]))", r"\1{\2}", "x^10 is meant as x^{10}"),
     (rf"\\sqrt *({ATOM})", r"\\sqrt{\1}", "arguments get braces"),
     (rf"\\frac *({ATOM})", r"\\frac{\1}", "arguments get braces"),
     (rf"(\\frac *{GROUP}) *({ATOM})", r"\1{\2}", "arguments get braces"),
-    (r"(?<![0-9./])([0-9]+) +([0-9]+) */ *([0-9]+)(?![0-9.])", r"\1\\frac{\2}{\3}", "a mixed number has its space yet"),
+    (
+        r"(?<![0-9./])([0-9]+) +([0-9]+) */ *([0-9]+)(?![0-9.])",
+        r"\1\\frac{\2}{\3}",
+        "a mixed number, while its space is still there",
+    ),
     (rf"({FACTOR} *)(?:\\times(?![A-Za-z])|\*)", r"\1\\cdot ", "the product of numbers, not of vectors"),
     (rf"({FACTOR} *)\\cdot *(?=[A-Za-z(]|\\pi|\\sqrt)", r"\1", r"but 2\cdot\frac{1}{2} is not 2\frac{1}{2}"),
     (r"(?<!\.)\. *$", "", "full stop"),
 ]
-REWRITES = [(re.compile(pattern), replacement) for pattern, replacement, reason in REWRITES]
+REWRITES = [(re.compile(pattern), replacement) for pattern, replacement, _ in REWRITES]
 
 # Bars separate the units, each with its words. No other word counts as a unit: 5 million or 5 less is not 5.
 UNITS = """percent | degrees degree | radians radian | dollars dollar | cents cent | inches inch in | feet foot ft
@@ -87,10 +91,10 @@ CALCULATION = re.compile(r"[+*^<>\\]|(?<![A-Za-z])-|-(?![A-Za-z])|/ *[A-Za-z](?!
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return what follows the last "The answer is:" or, without one, the last "####" or \boxed{}, whichever is later.
+    r"""Return the text after the last "The answer is:" or, without one, after the last "####" or in the last \boxed{}.
 
-    The answer ends with its line, or with a matrix that begins there; a box is replaced by its content, and a full stop
-    and dollar signs are removed. None if there is no marker or the box does not end, "" if nothing follows.
+    The answer ends with its line, or with a matrix that begins there. A box is replaced by its content, and a full stop
+    and dollar signs are removed. Returns None if there is no marker or the box does not end, "" if nothing follows.
     """
     _, marker, tail = text.rpartition(MARKER)
     if not marker:
@@ -120,7 +124,7 @@ def _first_line(text: str) -> str:
 
 
 def _boxed(text: str) -> str | None:
-    r"""Return the content of the \boxed{...} or \boxed ... that text begins with, None if it does not end."""
+    r"""Return the content of the \boxed{...} or \boxed ... at the start of the text; None if it does not end."""
     text = re.sub(r"^\\[a-z]+\s*", "", text)
     if not text.startswith("{"):
         return re.match(r"[^\s$]*", text)[0]
@@ -135,8 +139,8 @@ def _boxed(text: str) -> str | None:
 def number(answer: str) -> Fraction | None:
     r"""Return the number in a text such as 1,234, -$5.50, \frac{3}{4}, 1 1/2, 12 apples, 5%, 2.5 million, 6 * 3 = 18.
 
-    None if there is no number, or a calculation, or several numbers without "=" before the last. A percent sign is
-    ignored, as in the published scripts, see `benchmarks.judge_rounded`.
+    Returns None if there is no number, or a calculation, or several numbers without "=" before the last. A percent
+    sign is ignored, as in the published scripts; see `benchmarks.judge_rounded`.
     """
     text = _rewritten(answer)
     if text is None:
@@ -160,16 +164,16 @@ def same_number(answer: str | None, reference: str | None) -> bool:
 
 
 def normalize(latex: str) -> str:
-    """Return one spelling for answers that are spelt differently, without `x =` in front and without the unit.
+    """Return the normal form of an answer, without `x =` in front and without the unit.
 
-    Fractions are reduced, decimals become fractions, sets and unions are sorted, elements of brackets and cells of
+    Fractions are reduced, decimals become fractions, sets and unions are sorted, and elements of brackets and cells of
     matrices are normalised too. An answer longer than LONGEST or with more than BRACKETS brackets stays as it is.
     """
     return _parts(latex)[0]
 
 
 def same_answer(answer: str | None, reference: str | None) -> bool:
-    """Return whether two answers have one normal form and no different units or names: 5 cm is 5, but not 5 in."""
+    """Return whether two answers have one normal form and no conflicting units or names: 5 cm is 5, but not 5 in."""
     if answer is None or reference is None:
         return False
     (form, *marks), (other, *other_marks) = _parts(answer), _parts(reference)
@@ -186,7 +190,7 @@ def _rewritten(answer: str) -> str | None:
 
 
 def _joined(text: str) -> str:
-    """Remove the comma of 1,234, but not inside brackets, where (1,234) is a pair."""
+    """Remove the comma in 1,234, but not inside brackets: (1,234) is a pair."""
     return text if re.search(r"[(\[]|\\\{", text) else THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
 
 
@@ -253,7 +257,7 @@ def _element(text: str) -> str:
 
 
 def _term(text: str) -> tuple[Fraction, str] | None:
-    r"""Return coefficient and symbol, "" for a number, of 1.50, 2\pi, 3x/4, \frac{\sqrt{3}}{2} or 1\frac{1}{2}."""
+    r"""Return coefficient and symbol ("" for a number) of 1.50, 2\pi, 3x/4, \frac{\sqrt{3}}{2} or 1\frac{1}{2}."""
     if slash := SLASH.fullmatch(text):
         text = rf"{slash[1]}\frac{{{slash[2]}}}{{{slash[3]}}}"
     if (term := TERM.fullmatch(text)) and (term[2] or term[3]):

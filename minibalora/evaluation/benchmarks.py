@@ -1,4 +1,4 @@
-"""Prompts and verdicts of benchmarks: GSM8K and MATH by final answers, HumanEval(+) and MBPP(+) by running tests."""
+"""Prompts and judges of benchmarks: GSM8K and MATH by final answers, HumanEval(+) and MBPP(+) by running tests."""
 
 import re
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from minibalora.evaluation.sandbox import Limits, run_program
 THINK = " Let's think step by step."  # appended to the training prompt
 RIGHT = ("right", "passed")  # verdicts
 HUMAN_EVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
-# The published stops (arXiv 2107.03374) of a text that continues the prompt.
+# The published stop strings (arXiv 2107.03374) for a text that continues the prompt.
 HUMAN_EVAL_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
@@ -29,9 +29,9 @@ MBPP_PROMPT = (
 
 @dataclass(frozen=True)
 class Item:
-    """A problem. The program that tests a completion is before + code + after."""
+    """A problem. The program before + code + after tests a completion's code."""
 
-    name: str  # the benchmark's name for it, or the line
+    name: str  # the benchmark's name for the problem, or its line
     line: int  # its line in the file, from 1
     prompt: str  # the whole prompt, template included
     response: str  # the file's own solution
@@ -40,7 +40,7 @@ class Item:
     learned: tuple[tuple[int, int], ...] | None = None
     before: str = ""
     after: str = ""
-    defines: tuple[str, ...] = ()  # what the tests call
+    defines: tuple[str, ...] = ()  # the names that the tests call
 
 
 # (item, completion, limits of programs) -> (parsed answer, verdict, output of the program)
@@ -54,7 +54,7 @@ class Benchmark:
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...]
-    raw_stop: tuple[str, ...] = ()  # of a text that continues the prompt, as with --raw
+    raw_stop: tuple[str, ...] = ()  # for a text that continues the prompt, as with --raw
     runs_code: bool = False
 
 
@@ -63,8 +63,8 @@ def read_items(
 ) -> list[Item]:
     """Read the first `limit` problems of a benchmark's file.
 
-    template: raw asks for programs in the prompts published for base models. Raises InputError for a line that is not
-    of this benchmark, and for the second of two problems with one name.
+    template: raw asks for programs with the prompts published for base models. Raises InputError for a row that does
+    not fit the benchmark, and for the second of two problems with the same name.
     """
     rows = islice(read_rows(path), limit)
     items = [benchmark.item(row, line, where, template) for line, where, row in rows]
@@ -74,13 +74,15 @@ def read_items(
     seen = set()
     for item in items:
         if item.name in seen:
-            raise InputError(f"{path}, line {item.line}: the name {item.name} is there twice: remove one of the two")
+            raise InputError(
+                f"{path}, line {item.line}: the name {item.name} is there twice: remove one of the problems"
+            )
         seen.add(item.name)
     return items
 
 
 def as_items(examples: list[Example]) -> list[Item]:
-    """Return the examples as problems, asked in the prompts of training."""
+    """Return the examples as problems with their training prompts."""
     return [Item(str(e.line), e.line, e.prompt, e.response, e.kind, e.rendered, e.learned) for e in examples]
 
 
@@ -89,19 +91,19 @@ def _math_item(row: object, line: int, where: str, template: Template, ending: s
     if example is None:
         return None
     if final_answer(example.response) is None:
-        raise InputError(f"{where}: its solution has no final answer: is it for another --task?")
+        raise InputError(f"{where}: its solution has no final answer: give the file of this --task")
     return as_items([example])[0]
 
 
 def _gsm8k_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item | None:
     item = _math_item(row, line, where, template, ending)
     if item is not None and number(answer := final_answer(item.response)) is None:
-        raise InputError(f"{where}: its answer {answer!r} is not a number: is it for --task math?")
+        raise InputError(f"{where}: its answer {answer!r} is not a number: correct it, or give --task math")
     return item
 
 
 def _human_eval_item(row: object, line: int, where: str, template: Template) -> Item:
-    """HumanEval and HumanEval+, whose columns are the same."""
+    """Read a row of HumanEval or HumanEval+, which have the same columns."""
     task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
     request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
     asked = prompt if template == RAW else ask(template, [{"role": "user", "content": request}], where)
@@ -110,7 +112,7 @@ def _human_eval_item(row: object, line: int, where: str, template: Template) -> 
 
 
 def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
-    """All published forms: mbpp.jsonl; the sanitized one, with a `prompt` and imports; MBPP+, with more tests."""
+    """Read any published form: mbpp.jsonl; the sanitized one, with `prompt` and imports; MBPP+, with more tests."""
     text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
     tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
     if not tests:
@@ -128,21 +130,21 @@ def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
 def _texts(row: object, names: tuple[str, ...], where: str) -> list[str]:
     missing = [name for name in names if not isinstance(row, dict) or not isinstance(row.get(name), str)]
     if missing:
-        raise InputError(f"{where}: has no text in {', '.join(missing)}: is it the file of another --task?")
+        raise InputError(f"{where}: has no text in {', '.join(missing)}: give the file of this --task")
     return [row[name] for name in names]
 
 
 def _list_of_texts(row: dict, name: str, where: str) -> list[str]:
     value = row.get(name) or []
     if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
-        raise InputError(f"{where}: {name} is not a list of texts: is it the file of another --task?")
+        raise InputError(f"{where}: {name} is not a list of texts: give the file of this --task")
     return value
 
 
 def judge_answer(
     item: Item, completion: str, limits: Limits | None = None, same: Callable[[str, str], bool] = same_answer
 ) -> tuple[str | None, str, str]:
-    """Judge the final answer of a completion, thoughts left out, by that of the item's response."""
+    """Compare the final answer of a completion, without its thoughts, with the final answer of the item's response."""
     answer, gold = final_answer(without_thoughts(completion)), final_answer(item.response)
     if answer is None or gold is None:
         return answer, "no answer", ""
@@ -152,7 +154,7 @@ def judge_answer(
 def judge_rounded(item: Item, completion: str, limits: Limits | None = None) -> tuple[str | None, str, str]:
     """Judge as the scripts of BA-LoRA and PiSSA do: the first number after the last "The answer is: ", rounded.
 
-    Like them, finds 2520 in 2,520,000, 10 in 10 - 4, and no answer without this marker.
+    Like the scripts, reads 2520 in 2,520,000 and 10 in 10 - 4, and sees no answer without this marker.
     """
     _, marker, tail = without_thoughts(completion).rpartition("The answer is: ")
     match = re.search(r"[-+]?\d*[.,/]?\d+", tail.strip()) if marker else None
@@ -166,8 +168,8 @@ def judge_rounded(item: Item, completion: str, limits: Limits | None = None) -> 
 def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str, str]:
     """Run the completion's code with the problem's tests.
 
-    The code follows the item's `before`: a completion with the whole function redefines the one that `before` begins
-    and still has its imports and helpers.
+    The code follows the item's `before`. A completion with the whole function thus redefines the function that `before`
+    begins, and can use the imports and helpers in `before`.
     """
     code = code_of(completion, item.defines, item.before)
     outcome = run_program(program_of(item.before, code, item.after), limits)
@@ -175,15 +177,15 @@ def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str
 
 
 def as_generated(completion: str, benchmark: Benchmark) -> str:
-    """Return a given completion up to where `evaluate` would have ended it: a stop or an end-of-text mark.
+    """Cut another program's completion where `evaluate` would have ended it: at a stop string or an end-of-text mark.
 
-    The stops of a text that continues the prompt apply to one that begins with indented code.
+    The stop strings for a text that continues the prompt apply if the completion begins with indented code.
     """
     continues = completion.lstrip("\r\n")[:1] in (" ", "\t")
     return before_stop(completion, benchmark.stop + END_MARKS + (benchmark.raw_stop if continues else ()))
 
 
-NEXT = ("### Instruction",)  # where a base model that does not stop begins the next problem
+NEXT = ("### Instruction",)  # a base model that does not stop begins the next problem so
 GSM8K = Benchmark("gsm8k", _gsm8k_item, partial(judge_answer, same=same_number), 512, NEXT)
 BENCHMARKS = {
     "gsm8k": GSM8K,
@@ -191,7 +193,7 @@ BENCHMARKS = {
     "humaneval": Benchmark("humaneval", _human_eval_item, judge_program, 512, NEXT, HUMAN_EVAL_ENDS, runs_code=True),
     "mbpp": Benchmark("mbpp", _mbpp_item, judge_program, 512, (*NEXT, "[DONE]"), runs_code=True),
 }
-# GSM8K asked with or without THINK, and answers compared exactly or as published. github.com/llm172/BA-LoRA has both
+# GSM8K with or without THINK, and answers compared exactly or as published. github.com/llm172/BA-LoRA has both
 # "rounded" protocols: inference/gsm8k_inference.py (steps), utils/gen_vllm.py with utils/test_acc.py (plain).
 _PLAIN = partial(_gsm8k_item, ending="")
 PROTOCOLS = {

@@ -1,4 +1,4 @@
-"""The answers of a classifier to labelled texts, and their scores."""
+"""Compute a classifier's answers to labelled texts, and their scores."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def answers(
     """Return the logits (N, D) of all rows, in their order, on the CPU in float32, without dropout.
 
     part: called instead of the model, for instance `model.features` for the states (N, d) that the head reads. Raises
-    InputError if the answers are not finite, as after a step that was too large.
+    InputError if the answers are not finite, for instance after a step that was too large.
     """
     # Rows of similar length share a batch, which needs less padding.
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].ids))
@@ -82,16 +82,14 @@ def scores_of_sets(
     answer: Callable[[list[ClassRow]], Tensor], task: Task, batch_size: int, eval_sets: list[EvalSet]
 ) -> dict[str, dict[str, float]]:
     """Return the `class_scores` of each evaluation set by its name. answer: rows -> logits, see `answers`."""
-    return {
-        each.name: class_scores(answer(each.rows), each.rows, task, each.is_folded, batch_size) for each in eval_sets
-    }
+    return {dev.name: class_scores(answer(dev.rows), dev.rows, task, dev.is_folded, batch_size) for dev in eval_sets}
 
 
 # A fine-tuned teacher.
 
 
 def teacher_digest(folder: str | None) -> str | None:
-    """Return the digest of the fine-tuned checkpoint that --teacher names, None if it names none."""
+    """Return the digest of the fine-tuned checkpoint that --teacher names; None if it names none."""
     if folder in (None, "pretrained"):
         return None
     if not Path(folder).is_dir():
@@ -102,9 +100,9 @@ def teacher_digest(folder: str | None) -> str | None:
 def fine_tuned_logits(
     source: ClassSource, task: Task, examples: list[LabelledText], hardware: Hardware, batch_size: int
 ) -> Tensor:
-    """Return the logits (N, D), in the task's order of classes, of the model in `source.teacher` for every example.
+    """Return the logits (N, D) of the teacher in `source.teacher` for every example, in the task's order of classes.
 
-    Uses the model's own tokenizer. Raises InputError if it has no trained head, or a head of other classes.
+    Uses the teacher's own tokenizer. Raises InputError if it has no trained head, or a head for other classes.
     """
     folder, classes = source.teacher, 1 if task.labels is None else len(task.labels)
     teacher = load_model(folder, "classifier", None, hardware.dtype, hardware.device)
@@ -125,7 +123,7 @@ def fine_tuned_logits(
 
 
 def teacher_in_words(folder: str, logits: Tensor, rows: list[ClassRow], task: Task) -> str:
-    """Describe how good a teacher's logits (N, D) are on the training rows: a wrong order of classes shows here."""
+    """Describe how good a teacher's logits (N, D) are on the training rows, which reveals a wrong order of classes."""
     gold = np.array([row.label for row in rows])
     if task.labels is None:
         return f"teacher {folder}: Pearson correlation {metrics.pearson(logits[:, 0], gold):.3f} on the training rows"
@@ -134,13 +132,13 @@ def teacher_in_words(folder: str, logits: Tensor, rows: list[ClassRow], task: Ta
     return f"teacher {folder}: right on {share:.1%} of the training rows{doubt}"
 
 
-# Files of a run's measurements.
+# Files with a run's measurements.
 
 
 def save_features(path: Path, before: Tensor, after: Tensor, labels: list[int | float], names: Sequence[str]) -> None:
-    """Write the states (N, d) that the head reads, of the dev set before and after training, and its labels (N,).
+    """Write the states (N, d) that the head reads, before and after training, and the labels (N,) of the dev set.
 
-    The names of the classes are in the metadata.
+    The metadata has the names of the classes.
     """
     tensors = {"before": before, "after": after, "labels": torch.tensor(labels)}
     with replacing(path) as temporary:

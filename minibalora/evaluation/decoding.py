@@ -50,12 +50,12 @@ def generate_each(
 ) -> Iterator[tuple[int, str]]:
     """Yield (index of a prompt, the text that follows it), batch by batch, and show the progress.
 
-    A text ends before EOS or a stop string and has no special tokens. The other prompts of a batch do not change it,
-    unless two tokens are so nearly equally likely that rounding decides. The random numbers of a prompt depend on
+    A text ends before EOS or a stop string and has no special tokens. It does not depend on the other prompts in its
+    batch, unless two tokens are so nearly equally likely that rounding decides. A prompt's random numbers depend on
     decoding.seed and on its key, by default its index. Raises InputError for a prompt that does not fit the model.
 
-    The prompts of WINDOW batches are sorted by length, so that a batch needs little padding. Sorting all prompts would
-    delay the first ones until the last batch.
+    The prompts of WINDOW batches are sorted by length, so that a batch needs little padding. Sorting all prompts
+    could delay the first answers until the last batch.
     """
     encoded = encode_prompts(model, tok, prompts)
     order = sorted(range(len(prompts)), key=lambda i: (i // (WINDOW * batch_size), -len(encoded[i])))
@@ -101,9 +101,9 @@ def generate_ids(
 ) -> list[list[int]]:
     """Return the ids that follow each prompt, without EOS, all in one batch. A row also ends at the last position.
 
-    watches: says for each row whether a stop string has come; decoding.stop is not used here. progress(tokens of this
-    step, rows that ended with it) is called after each step. Raises ValueError for an empty prompt, and for one that
-    leaves no free position.
+    watches: detect a stop string in each row; decoding.stop is not used here. progress(tokens of this step, rows that
+    ended in it) is called after each step. Raises ValueError for an empty prompt, and for a prompt that leaves no free
+    position.
     """
     context, lengths = model.config.max_position_embeddings or math.inf, [len(ids) for ids in prompts]
     if not 0 < min(lengths) <= max(lengths) < context:
@@ -118,22 +118,22 @@ def generate_ids(
         cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
         while True:
             tokens = next_tokens(model.head(state), decoding, rngs)
-            ids, going_on = tokens.tolist(), []
+            ids, still_running = tokens.tolist(), []
             for row in running:
                 if ids[row] in ends:
                     continue
                 rows[row].append(ids[row])
                 if len(rows[row]) < room[row] and not (watches and watches[row].has_stopped(rows[row])):
-                    going_on.append(row)
-            progress(len(running), len(running) - len(going_on))
-            running = going_on
+                    still_running.append(row)
+            progress(len(running), len(running) - len(still_running))
+            running = still_running
             if not running:
                 return rows
-            state = model.decode(tokens, cache)  # also computes rows that have ended; they are not read
+            state = model.decode(tokens, cache)  # also computes the rows that have ended, which are not read
 
 
 def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generator]) -> Tensor:
-    """Return the next tokens (B,) for logits (B, V): the most likely ones, or random ones by each row's generator."""
+    """Return the next tokens (B,) for logits (B, V): the most likely ones, or random ones from each row's generator."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
     uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=logits.device)
@@ -144,7 +144,7 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
     """Return tokens (B,) from the nucleus of softmax(logits / temperature), chosen by `uniform` (B,) in [0, 1).
 
     The token is the one at which the running sum of the probabilities passes `uniform`. The sum is in float64 and in
-    the vocabulary's order: sorted by size, two nearly equal tokens could swap places with the rounding of a batch.
+    the vocabulary's order: if sorted by size, rounding in a batch could swap two nearly equal tokens.
     """
     logits = logits.double()
     below = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows exp
@@ -161,30 +161,30 @@ def least_likely(p: Tensor, top_p: float) -> Tensor:
         falling = p.topk(min(count, p.shape[-1])).values
         if (falling.sum(-1) >= top_p).all():
             break
-    is_needed = falling.cumsum(-1) - falling < top_p  # the tokens before it do not suffice
+    is_needed = falling.cumsum(-1) - falling < top_p  # the more likely tokens do not suffice
     return falling.gather(-1, is_needed.sum(-1, keepdim=True) - 1)
 
 
 class StopWatch:
     """Watches a growing text for a stop string, and decodes only its last few tokens until one appears.
 
-    A token may end inside a character (byte-level BPE), which then decodes as U+FFFD, and its text may depend on its
-    neighbour (the space before a word). So new tokens are decoded together with earlier ones, ids[context:known], whose
-    text ends with a whole character and is removed afterwards.
+    A token may end inside a character (byte-level BPE), which then decodes as U+FFFD, and a token's text may depend on
+    its neighbour (the space before a word). So new tokens are decoded together with earlier ones, ids[context:read],
+    whose text ends with a whole character and is removed afterwards.
     """
 
     def __init__(self, tok: Tokenizer, stop: tuple[str, ...], prompt: list[int]):
         self.tok, self.stop, self.prompt = tok, stop, prompt
-        self.context = self.known = 0
-        self.tail = ""  # the end of the text of ids[:known], as long as the longest stop string
+        self.context = self.read = 0
+        self.tail = ""  # the end of the text of ids[:read], as long as the longest stop string
 
     def has_stopped(self, ids: list[int]) -> bool:
-        """Return whether the text has a stop string. ids: all tokens so far, one more than in the last call."""
-        recent = self.tok.decode_after(ids[self.context : self.known] or self.prompt, ids[self.known :])
+        """Return whether the text contains a stop string. ids: all tokens so far, one more than in the last call."""
+        recent = self.tok.decode_after(ids[self.context : self.read] or self.prompt, ids[self.read :])
         text = self.tail + recent
         # A character has at most four bytes, so a U+FFFD that stays belongs to the text.
-        if not recent.endswith("\ufffd") or len(ids) - self.known > 16:
-            self.context, self.known, self.tail = self.known, len(ids), text[-max(map(len, self.stop)) :]
+        if not recent.endswith("\ufffd") or len(ids) - self.read > 16:
+            self.context, self.read, self.tail = self.read, len(ids), text[-max(map(len, self.stop)) :]
         if any(stop in text for stop in self.stop):
             text = self.tok.decode_after(self.prompt, ids)
             return any(stop in text for stop in self.stop)

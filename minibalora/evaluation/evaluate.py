@@ -28,10 +28,10 @@ from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_mode
 from minibalora.evaluation.sandbox import Limits, check_sandbox
 from minibalora.run.run_folder import check_out, check_settings, plain_settings, start_run
 
-# A stopped evaluation may be continued with other values of these flags. Digests tell whether a file is the same; the
-# other flags change no verdict.
+# A stopped evaluation may be continued with other values of these flags: digests reveal a changed file, and the other
+# flags change no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
-MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is kept with what it judges
+MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is stored with its prompt and its judge's digest
 
 
 def main() -> int:
@@ -64,7 +64,7 @@ def main() -> int:
     return 0
 
 
-# Each of these returns the summary and a line on it, and calls start() once its input is known to be good.
+# Each of these returns the summary and a line about it, and calls start() after checking its input.
 
 
 def measure_text(args: argparse.Namespace, start: Callable[[], None]) -> tuple[dict, str]:
@@ -104,7 +104,7 @@ def measure_benchmark(
 def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callable[[], None]) -> tuple[dict, str]:
     questions = mt_bench.read_questions(args.data, args.max_rows)
     references = mt_bench.read_references(args.references)
-    if args.judge is not None:  # check the judge's files before hours of answers
+    if args.judge is not None:  # check the judge's files before answering for hours
         blank = [{"choices": [{"turns": [""] * len(question.turns)}]} for question in questions]
         mt_bench.matches_of(questions, blank, args.judge_prompts, references)
         judge_digest = weights_digest(args.judge)
@@ -131,7 +131,7 @@ def measure_mt_bench(args: argparse.Namespace, template: Template, start: Callab
 
 
 def name_of(folder: Path) -> str:
-    """Return the name of a model's folder; the organisation's and model's, for a snapshot in the Hub's cache."""
+    """Return the name of a model's folder; for a snapshot in the Hub's cache, the names of organisation and model."""
     folder = folder.absolute()
     is_snapshot = folder.parent.name == "snapshots"
     return folder.parents[1].name.removeprefix("models--") if is_snapshot else folder.name
@@ -206,11 +206,11 @@ def add_judge_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_contradictions(task: str, flags: set[str]) -> None:
-    """Raise InputError for a flag that is missing or would have no effect. flags: the names of those given."""
+    """Raise InputError for a flag that is missing or would have no effect. flags: the names of the flags in use."""
     is_benchmark = task in BENCHMARKS
     runs_code = is_benchmark and BENCHMARKS[task].runs_code
     if runs_code and "allow_code_execution" not in flags:
-        raise InputError(f"--task {task} runs code that a model wrote: allow it by --allow-code-execution")
+        raise InputError(f"--task {task} runs code that a model wrote: allow it with --allow-code-execution")
     if flags >= {"gold", "completions"}:
         raise InputError("--gold and --completions are both given: leave one out")
     decoding = {"max_new_tokens", "temperature", "top_p", "seed", "batch_size"}
@@ -220,7 +220,7 @@ def refuse_contradictions(task: str, flags: set[str]) -> None:
     unused |= set() if task == "mt-bench" else judging
     unused |= set() if runs_code else {"allow_code_execution", "timeout"}
     if flags & judging and not flags >= {"judge", "judge_prompts"} and task == "mt-bench":
-        raise InputError("--judge and --judge-prompts belong together: give both, or neither")
+        raise InputError("--judge and --judge-prompts belong together: give both or neither")
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
     if "gold" in flags or "completions" in flags:
@@ -232,7 +232,7 @@ def refuse_contradictions(task: str, flags: set[str]) -> None:
 
 
 def read_completions(path: Path, data: Path, items: list[Item], samples: int) -> list[str]:
-    """Return the rows' completions in the order that `records.by_list` takes: sample 0 of all items, then sample 1.
+    """Return the completions in the order that `records.by_list` expects: sample 0 of all items, then sample 1.
 
     A row belongs to the item that its `item` or `task_id` names or, without these, to the next item of `data`.
     """
@@ -262,7 +262,7 @@ def file_digest(*paths: Path) -> str:
 
 
 def source_digests(gold: bool, completions: Path | None, model: Path, adapter: Path | None) -> dict[str, str]:
-    """Return digests of what answers: given completions, or model and adapter; none for the file's own solutions."""
+    """Return digests of the answers' source: completions, or model and adapter; {} for the file's own solutions."""
     if gold:
         return {}
     if completions is not None:

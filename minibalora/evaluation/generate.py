@@ -1,4 +1,4 @@
-"""Answers to prompts on the command line: `python -m minibalora generate`."""
+"""Answer prompts on the command line: `python -m minibalora generate`."""
 
 import json
 import re
@@ -38,10 +38,10 @@ def main() -> int:
     names, asked, prompts = map(list, zip(*read_prompts(args.prompt, args.file, template), strict=True))
     model, tok = load(args.model, args.adapter, args.dtype, args.device, template.chat)
     if not tok.eos_ids:
-        print(f"{args.model} names no EOS: answers have --max-new-tokens tokens", file=sys.stderr)
-    encode_prompts(model, tok, prompts, names)  # refuses a prompt that does not fit before anything is answered
+        print(f"{args.model} names no EOS: every answer has --max-new-tokens tokens", file=sys.stderr)
+    encode_prompts(model, tok, prompts, names)  # refuse a prompt that does not fit before answering any
     if args.adapter is not None and args.dtype == torch.float32:
-        merge(model)  # plain linears are faster; in bfloat16, rounding the sum could erase a small change
+        merge(model)  # plain linears are faster, but in bfloat16, rounding the sum could erase a small change
     answers = generate_each(model, tok, prompts, decoding, args.batch_size)
     sys.stdout.reconfigure(encoding="utf-8")
     for question, text in zip(asked, in_order(answers), strict=True):
@@ -96,15 +96,15 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=cli.positive_int, metavar="N", help="most tokens of an answer (default: 512; "
         "1024 with --task math)")  # fmt: skip
-    add("--temperature", type=cli.rate, metavar="T", help="divide the logits by T; 0: always the most likely "
-        "token (default: 0)")  # fmt: skip
+    add("--temperature", type=cli.rate, metavar="T", help="divide the logits by T; 0: always take the most "
+        "likely token (default: 0)")  # fmt: skip
     add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), metavar="P",
         help="draw from the smallest set of tokens with this probability (default: 1, all)")  # fmt: skip
     add("--seed", type=cli.natural, help="seed of the random tokens of --temperature (default: 42)")
 
 
 def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
-    """Parse the command line of a parser that has the flags of model and decoding, and fill in their defaults."""
+    """Parse a command line with the model and decoding flags, and fill in their defaults."""
     parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=42, **defaults)
     args = parser.parse_args()
     if args.top_p < 1 and args.temperature == 0:
@@ -121,16 +121,17 @@ def load(
     device: torch.device,
     chat: ChatTemplate | None = None,
 ) -> tuple[LanguageModel, Tokenizer]:
-    """Load a model with its adapter, not merged, and its tokenizer for prompts of this chat template."""
+    """Load a model with its adapter, not merged, and its tokenizer for prompts in this chat template."""
     tok, model = load_tokenizer(folder, chat), load_model(folder, dtype=dtype, device=device)
     return model if adapter is None else load_adapter(model, adapter), tok
 
 
 def read_prompts(texts: list[str] | None, file: Path | None, template: Template) -> list[tuple[str, object, str]]:
-    """Return `prompt_of` each of `texts`, else of the file, else of standard input. Raises InputError for none.
+    """Return `prompt_of` each prompt in `texts`, or else in the file, or else on standard input.
+
 
     A file has a prompt per line; blank lines are skipped. A line that begins with `{"` is a JSON object, whose prompt
-    may have newlines. The rows of a Parquet file are like such objects.
+    may have newlines. Rows of a Parquet file are read like such objects. Raises InputError if there is no prompt.
     """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", template) for text in texts]
@@ -175,7 +176,7 @@ def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, s
 
 
 def in_order(answers: Iterable[tuple[int, str]]) -> Iterator[str]:
-    """Yield the texts of (index, text) by index, each as soon as all texts before it have come."""
+    """Yield the texts in order of their indices, each as soon as all texts before it have arrived."""
     waiting, turn = {}, 0
     for index, text in answers:
         waiting[index] = text

@@ -1,4 +1,4 @@
-"""The metrics that GLUE and the generation benchmarks report.
+"""The metrics of GLUE and of the generation benchmarks.
 
 `predicted` and `gold` have one entry per example, and at least one entry. Classes are integers from 0.
 """
@@ -10,13 +10,13 @@ from numpy.typing import ArrayLike
 
 
 def accuracy(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """Return the share of right predictions, in [0, 1]."""
+    """Return the share of correct predictions, in [0, 1]."""
     predicted, gold = _paired(predicted, gold)
     return float(np.mean(predicted == gold))
 
 
 def f1(predicted: ArrayLike, gold: ArrayLike) -> float:
-    """Return 2·TP / (2·TP + FP + FN) of class 1, in [0, 1]; 0 if neither predictions nor gold labels contain it."""
+    """Return 2·TP / (2·TP + FP + FN) of class 1, in [0, 1]; 0 if neither side contains class 1."""
     predicted, gold = _paired(predicted, gold)
     positives = int((predicted == 1).sum() + (gold == 1).sum())  # TP + FP and TP + FN
     return 2 * int(((predicted == 1) & (gold == 1)).sum()) / positives if positives else 0.0
@@ -25,7 +25,7 @@ def f1(predicted: ArrayLike, gold: ArrayLike) -> float:
 def matthews(predicted: ArrayLike, gold: ArrayLike) -> float:
     """Return the Matthews correlation of any number of classes (Gorodkin 2004), in [-1, 1].
 
-    (N·c − Σ_k p_k·g_k) / √((N² − Σ_k p_k²)·(N² − Σ_k g_k²)), where c of N predictions are right and class k is
+    (N·c − Σ_k p_k·g_k) / √((N² − Σ_k p_k²)·(N² − Σ_k g_k²)), where c of N predictions are correct and class k is
     predicted p_k times and correct g_k times. Returns 0 if either side has only one class.
     """
     predicted, gold = _paired(predicted, gold)
@@ -40,7 +40,7 @@ def matthews(predicted: ArrayLike, gold: ArrayLike) -> float:
 def pearson(predicted: ArrayLike, gold: ArrayLike) -> float:
     """Return the linear correlation Σ x·y / √(Σ x²·Σ y²) of the centred scores, in [-1, 1].
 
-    Returns NaN, as SciPy does, if a side is constant (one example always is) or not finite.
+    Returns NaN, like SciPy, if a side is constant (as with one example) or not finite.
     """
     x, y = (scores.astype(np.float64) for scores in _paired(predicted, gold))
     if np.ptp(x) == 0 or np.ptp(y) == 0:
@@ -86,7 +86,7 @@ def _ranks(values: ArrayLike) -> np.ndarray:
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
-    """Return the chance that one or more of k samples of a problem pass, 1 − C(n − c, k) / C(n, k) (arXiv 2107.03374).
+    """Return the chance that at least one of k samples passes, 1 − C(n − c, k) / C(n, k) (arXiv 2107.03374).
 
     It is the unbiased estimate from n samples of which c passed; 1 <= k <= n.
     """

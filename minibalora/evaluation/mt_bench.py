@@ -1,7 +1,7 @@
 """MT-Bench (arXiv 2306.05685): two turns per question, answered and graded in the file formats of FastChat's llm_judge.
 
-FastChat (github.com/lm-sys/FastChat) is the reference: its question file, temperatures, answer file, judge prompts for
-single answers and judgment file, so that its programs can judge our answers and show our judgments.
+The question file, temperatures, answer file, judge prompts for single answers and judgment file are FastChat's
+(github.com/lm-sys/FastChat), so its programs can judge our answers and show our judgments.
 """
 
 import json
@@ -27,9 +27,12 @@ from minibalora.models import LanguageModel
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
 TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 OTHER_TEMPERATURE = 0.7
-WITH_REFERENCE = ("math", "reasoning", "coding")  # categories that are judged by a reference answer
+WITH_REFERENCE = ("math", "reasoning", "coding")  # categories judged with a reference answer
 MAX_NEW_TOKENS, JUDGE_TOKENS = 1024, 2048
-RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")  # the second where the first has no match
+RATING = (
+    re.compile(r"\[\[(\d+\.?\d*)\]\]"),
+    re.compile(r"\[(\d+\.?\d*)\]"),
+)  # the second is used if the first has no match
 NO_RATING = -1
 
 Prompt = Callable[[list[dict], str], str]  # (messages with role and content, place for errors) -> prompt
@@ -40,7 +43,7 @@ class Question:
     id: int | str
     category: str
     turns: tuple[str, ...]
-    reference: tuple[str, ...]  # short answers that the question file has, or ()
+    reference: tuple[str, ...]  # short answers in the question file, or ()
     where: str
 
 
@@ -56,7 +59,7 @@ class Match:
 
 
 def prompt_of(template: Template, messages: list[dict], where: str) -> str:
-    """Return a conversation as a prompt in the template: a chat, or turn after turn in Alpaca's template or raw.
+    """Return a conversation as a prompt in the template. Alpaca's template and raw put one turn after another.
 
     In Alpaca's template, a system message comes before the first question.
     """
@@ -73,7 +76,7 @@ def prompt_of(template: Template, messages: list[dict], where: str) -> str:
 
 
 def read_questions(path: Path, limit: int | None = None) -> list[Question]:
-    """Read the first `limit` questions of FastChat's question.jsonl. Raises InputError for a row that is none."""
+    """Read the first `limit` questions of FastChat's question.jsonl. Raises InputError for any other row."""
     questions = {}
     for number, (_, where, row) in enumerate(read_rows(path), start=1):
         turns = row.get("turns") if isinstance(row, dict) else None
@@ -81,7 +84,7 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
         if not is_list or not isinstance(row.get("question_id"), int | str) or not isinstance(row.get("category"), str):
             raise InputError(f"{where}: has no question_id, category and turns: give FastChat's question.jsonl")
         if row["question_id"] in questions:
-            raise InputError(f"{where}: the question_id {row['question_id']} is there twice: remove one of the two")
+            raise InputError(f"{where}: the question_id {row['question_id']} is there twice: remove one of them")
         reference = tuple(map(str, row.get("reference") or ()))
         questions[row["question_id"]] = Question(row["question_id"], row["category"], tuple(turns), reference, where)
         if number == limit:
@@ -100,10 +103,10 @@ def answer_questions(
     batch_size: int,
     path: Path,
 ) -> list[dict]:
-    """Return FastChat's record of each question, in order: those that `path` has, and new ones, which it gets.
+    """Return FastChat's record of each question, in order. Reads those in the file `path` and appends new ones.
 
-    A category has its own temperature. Random numbers depend on decoding.seed and on the question's place in the list.
-    A turn that does not fit the model's positions beside its conversation has the answer "".
+    The temperature depends on the category, random numbers on decoding.seed and the question's place in the list. If a
+    conversation no longer fits the model's positions, the answer is "".
     """
     model_id, places = path.stem, {question.id: index for index, question in enumerate(questions)}
     records = {row["question_id"]: row for row in keep_lines(path, lambda row: row.get("question_id") in places)}
@@ -134,7 +137,7 @@ def answer_questions(
 def _conversations(
     batch: list[Question], to_prompt: Prompt, model: LanguageModel, tok: Tokenizer, decoding: Decoding, keys: list[int]
 ) -> list[list[str]]:
-    """Return the answers to every turn of each question of a batch."""
+    """Return the answers to every turn of each question in a batch."""
     messages, answers = [[] for _ in batch], [[] for _ in batch]
     for turn in range(max(len(question.turns) for question in batch)):
         prompts = {}
@@ -157,7 +160,7 @@ def _conversations(
 
 
 def check_first_turns(questions: list[Question], to_prompt: Prompt, model: LanguageModel, tok: Tokenizer) -> None:
-    """Check that the model can take every first turn. Raises InputError for the first that it cannot."""
+    """Check that every first turn fits the model. Raises InputError for the first that does not."""
     names = [f"{question.where}: the prompt" for question in questions]
     encode_prompts(model, tok, [to_prompt(_user(q.turns[0]), q.where) for q in questions], names)
 
@@ -183,9 +186,9 @@ def read_references(path: Path | None) -> dict[int | str, list[str]]:
 def matches_of(
     questions: list[Question], answers: list[dict], prompts_file: Path, references: dict[int | str, list[str]]
 ) -> list[Match]:
-    """Return what a judge is asked: the first turn of every question, and the second where there are two.
+    """Return the matches to judge: the first turn of every question, and the second if there are two.
 
-    prompts_file: FastChat's judge_prompts.jsonl. A question of WITH_REFERENCE takes its reference answer from
+    prompts_file: FastChat's judge_prompts.jsonl. In the categories WITH_REFERENCE, the reference answer comes from
     `references` or else from the question file. Raises InputError if a prompt or a reference is missing.
     """
     prompts = {row.get("name"): row for _, _, row in read_rows(prompts_file) if isinstance(row, dict)}
@@ -196,8 +199,8 @@ def matches_of(
         if needs_reference:
             reference = references.get(question.id, question.reference)
             if len(reference) < len(question.turns):
-                raise InputError(f"{question.where}: question {question.id} is judged by a reference answer, which is "
-                                 "missing: give --references with FastChat's reference_answer/gpt-4.jsonl")  # fmt: skip
+                raise InputError(f"{question.where}: question {question.id} has no reference answer for the "
+                                 "judge: give --references with FastChat's reference_answer/gpt-4.jsonl")  # fmt: skip
             values = {f"ref_answer_{number}": text for number, text in enumerate(reference, start=1)}
         for number in range(1, len(question.turns) + 1 if len(question.turns) == 2 else 2):
             asked = {"question": question.turns[0], "answer": turns[0]}
@@ -230,9 +233,9 @@ def grade(
     path: Path,
     names: dict[str, str],
 ) -> list[dict]:
-    """Return FastChat's judgment of each match: those that `path` has, and new ones, appended batch by batch.
+    """Return FastChat's judgment of each match. Reads those in the file `path` and appends new ones, batch by batch.
 
-    names: "model", "judge" and "judge_digest", by which judgments in the file are recognised. The judge decodes
+    names: "model", "judge" and "judge_digest", which identify judgments in the file. The judge decodes
     greedily. Raises InputError if a prompt is too long for the judge.
     """
     prompts = [to_prompt(_user(match.user_prompt, match.system_prompt), match.question.where) for match in matches]
@@ -241,8 +244,8 @@ def grade(
     user_prompts = {(match.question.id, match.turn): match.user_prompt for match in matches}
 
     def belongs(row: dict) -> bool:
-        same = (row.get("model"), (row.get("judge") or [None])[0], row.get("judge_digest")) == tuple(names.values())
-        return same and user_prompts.get((row.get("question_id"), row.get("turn"))) == row.get("user_prompt")
+        is_same = (row.get("model"), (row.get("judge") or [None])[0], row.get("judge_digest")) == tuple(names.values())
+        return is_same and user_prompts.get((row.get("question_id"), row.get("turn"))) == row.get("user_prompt")
 
     judgments = {(row["question_id"], row["turn"]): row for row in keep_lines(path, belongs)}
     missing = [index for index, match in enumerate(matches) if (match.question.id, match.turn) not in judgments]
@@ -270,7 +273,7 @@ def rating_of(judgment: str) -> int | float:
 
 
 def summarize(questions: list[Question], answers: list[dict], judgments: list[dict]) -> dict:
-    """Return how many questions and empty answers there are, and the mean ratings over all, by turn and by category."""
+    """Return the numbers of questions and empty answers, and the mean ratings overall, by turn and by category."""
     empty = sum(not text for answer in answers for text in answer["choices"][0]["turns"])
     summary = {"questions": len(questions), "empty answers": empty}
     if not judgments:
@@ -287,7 +290,7 @@ def summarize(questions: list[Question], answers: list[dict], judgments: list[di
 
 
 def in_words(summary: dict, path: Path) -> str:
-    """Return a line on the result of `summarize`. path: the file of answers."""
+    """Describe the result of `summarize` in a line. path: the file of answers."""
     text = f"{summary['questions']:,} questions answered in {path}, {summary['empty answers']:,} answers empty"
     if "ratings" not in summary:
         return text

@@ -1,4 +1,4 @@
-"""Loss and perplexity of a model on text, and how far tuning moved its predictions."""
+"""Compute a model's loss and perplexity on text, and how far tuning moved its predictions."""
 
 import math
 from dataclasses import replace
@@ -41,8 +41,8 @@ def text_windows(
 ) -> list[list[int]]:
     """Return the first `limit` windows of a text file's ids, each of `length` ids including a BOS.
 
-    config: the model's; length: at most 1024 by default. Tokens at the start of a window are predicted without those of
-    the window before, so longer windows give a lower loss. Raises InputError if the model cannot predict them.
+    config: the model's; length: at most 1024 by default. The tokens of a window are predicted without the window
+    before it, so longer windows give a lower loss. Raises InputError if the model cannot predict them.
     """
     if tok.is_encoder_decoder:
         raise InputError("--task text: the model is a T5, which does not predict its input: give a decoder")
@@ -67,7 +67,7 @@ def text_windows(
 
 
 def predict_each(model: Decoder, windows: list[list[int]], path: Path) -> list[dict[str, float]]:
-    """Return `predict` of each window: those that `path` has, and new ones, which it gets. Windows count from 1."""
+    """Return `predict` of each window, numbered from 1. Reads results in the file `path` and appends new ones."""
     records = {record["window"]: record for record in keep_lines(path, lambda row: type(row.get("window")) is int)}
     with appending(path) as append:
         for number, ids in enumerate(progress.over(windows, "text", "window"), start=1):
@@ -100,12 +100,12 @@ def mean_predictions(windows: list[dict[str, float]]) -> dict[str, float]:
     names = [name for name in ("loss", "base_loss", "kl") if name in windows[0]]
     means = {name: sum(window[name] for window in windows) / tokens for name in names}
     for name in names[:2]:
-        means[name.replace("loss", "perplexity")] = math.exp(min(means[name], 700))  # more is beyond float64
+        means[name.replace("loss", "perplexity")] = math.exp(min(means[name], 700))  # larger values exceed float64
     return {"tokens": tokens} | means
 
 
 def in_words(means: dict[str, float]) -> str:
-    """Return the result of `mean_predictions` as a line."""
+    """Describe the result of `mean_predictions` in a line."""
     text = f"loss {means['loss']:.4f}, perplexity {means['perplexity']:,.2f}"
     if "kl" in means:
         text += f"; base: loss {means['base_loss']:.4f}, perplexity {means['base_perplexity']:,.2f}"

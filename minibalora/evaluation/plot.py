@@ -1,7 +1,7 @@
 """Draw the terms of runs over their steps, or t-SNE of features before and after training; see `--help`.
 
-Needs matplotlib and, for t-SNE, scikit-learn: pip install 'minibalora[plots]'. Both are imported where they are used,
-so nothing else needs them. Figures are made without pyplot: no window, no backend, no global setting.
+Needs matplotlib and, for t-SNE, scikit-learn: pip install 'minibalora[plots]'. Both are imported only where they are
+used. Figures are made without pyplot, so no window, backend or global setting is involved.
 """
 
 import argparse

@@ -42,33 +42,33 @@ def read_features(paths: list[Path], max_rows: int) -> list[Features]:
 
 def read_file(path: Path, name: str, max_rows: int) -> Features:
     """Read at most `max_rows` random rows. The seed is fixed, so files of equal length give the same rows."""
-    again = "give a file of train_nlu.py --features"
+    cure = "give a file of train_nlu.py --features"
     try:
         with safe_open(path, "pt") as file:
             stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             names = class_names((file.metadata() or {}).get("classes", "[]"))
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file: {again}") from None
+        raise InputError(f"{path}: no such file: {cure}") from None
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}): {again}") from None
+        raise InputError(f"{path}: not a readable safetensors file ({error}): {cure}") from None
     for key in ("before", "after", "labels"):
         if key not in stored:
-            raise InputError(f"{path}: has no tensor {key!r}: {again}")
+            raise InputError(f"{path}: has no tensor {key!r}: {cure}")
         if not stored[key].isfinite().all():
-            raise InputError(f"{path}: {key} has a value that is not finite: {again}")
+            raise InputError(f"{path}: {key} has a value that is not finite: {cure}")
     before, after, labels = (stored[key] for key in ("before", "after", "labels"))
     shapes = " and ".join(str(list(tensor.shape)) for tensor in (before, after, labels))
     if before.ndim != 2 or before.shape != after.shape or labels.shape != before.shape[:1]:
-        raise InputError(f"{path}: before, after and labels are {shapes}, not (N, d), (N, d) and (N,): {again}")
+        raise InputError(f"{path}: before, after and labels are {shapes}, not (N, d), (N, d) and (N,): {cure}")
     if before.shape[0] < 3 or before.shape[1] < 2:
         raise InputError(f"{path}: has {shapes}: t-SNE needs 3 rows of 2 numbers: give more")
-    kept = np.sort(np.random.default_rng(0).permutation(len(labels))[:max_rows])
-    before, after = before.double().numpy()[kept], after.double().numpy()[kept]
+    drawn = np.sort(np.random.default_rng(0).permutation(len(labels))[:max_rows])
+    before, after = before.double().numpy()[drawn], after.double().numpy()[drawn]
     labels = (labels.double() if labels.is_floating_point() else labels.long()).numpy()
     for key, values in (("before", before), ("after", after)):
         if (values == values[0]).all():
-            raise InputError(f"{path}: {key}: all rows are the same, so there is nothing to draw")
-    return Features(name, before, after, labels[kept], names, len(labels))
+            raise InputError(f"{path}: {key}: all rows are equal, so there is nothing to draw: give other features")
+    return Features(name, before, after, labels[drawn], names, len(labels))
 
 
 def class_names(text: str) -> list[str]:
@@ -82,9 +82,9 @@ def class_names(text: str) -> list[str]:
 def tsne(files: list[Features]) -> "Figure":
     """Draw a row for each file, before and after side by side, with the same settings and seed.
 
-    The features are not standardised, so that distances are those that the head sees, and the few coordinates of large
-    variance, which fine-tuning tends to create, keep their influence. t-SNE says little about distances between
-    clusters, so the title of each panel gives a score of the 5 nearest other rows *among the features*.
+    The features are not standardised, so distances are as the head sees them, and the few coordinates with large
+    variance that fine-tuning tends to create keep their influence. t-SNE says little about distances between clusters,
+    so each panel's title gives a score of the 5 nearest other rows *among the features*.
     Raises InputError for more classes than can be told apart.
     """
     classes = sorted({int(label) for features in files if features.are_classes for label in features.labels})
@@ -107,16 +107,16 @@ def tsne(files: list[Features]) -> "Figure":
     figure.supxlabel(f"5-NN: by the {NEIGHBOURS} nearest other rows in the original space, not in the picture", **SMALL)
     if classes:
         names = max((features.names for features in files), key=len)
-        known = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
-        add_legend(figure, known, [look | {"linestyle": ""} for look in POINTS])
+        legend = [names[label] if 0 <= label < len(names) else f"class {label}" for label in classes]
+        add_legend(figure, legend, [look | {"linestyle": ""} for look in POINTS])
     return figure
 
 
 def draw_points(axes: "Axes", points: np.ndarray, features: Features, classes: list[int]) -> None:
     look = {"s": float(np.clip(8000 / len(points), 6, 40)), "linewidths": 0}
     if features.are_classes:
-        for label, own in zip(classes, POINTS, strict=False):
-            axes.scatter(*points[features.labels == label].T, **look, **own, alpha=0.6, label=f"class {label}")
+        for label, marker in zip(classes, POINTS, strict=False):
+            axes.scatter(*points[features.labels == label].T, **look, **marker, alpha=0.6, label=f"class {label}")
     else:
         axes.scatter(*points.T, c=features.labels, **look, cmap="viridis", alpha=0.8)
     axes.set_aspect("equal", adjustable="datalim")
@@ -130,11 +130,11 @@ def neighbour_score(values: np.ndarray, features: Features) -> str:
     from sklearn.neighbors import NearestNeighbors
 
     neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(values) - 1)).fit(values)
-    theirs = features.labels[neighbours.kneighbors(return_distance=False)]  # (N, 5), without the row itself
+    nearest = features.labels[neighbours.kneighbors(return_distance=False)]  # (N, 5), without the row itself
     if not features.are_classes:
-        return f"5-NN R² {r2_score(features.labels, theirs.mean(1)):.3f}"
+        return f"5-NN R² {r2_score(features.labels, nearest.mean(1)):.3f}"
     classes = np.unique(features.labels)
-    most = classes[np.argmax([(theirs == label).sum(1) for label in classes], axis=0)]
+    most = classes[np.argmax([(nearest == label).sum(1) for label in classes], axis=0)]
     return f"5-NN accuracy {(most == features.labels).mean():.3f}"
 
 

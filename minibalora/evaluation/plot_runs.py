@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Key in the log -> title of its panel, in the order of the panels. The noisy ones get a moving mean.
+# Key in the log -> title of its panel, in the order of the panels. Noisy terms get a moving mean.
 NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversity": "diversity"}
 NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
@@ -37,10 +37,10 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def read_log(path: Path) -> dict[str, np.ndarray]:
-    """Return the steps and values (2, n) of each of PANELS in a log.jsonl, without steps that lack the term.
+    """Return the steps and values (2, n) of each term in PANELS from a log.jsonl, without the steps that lack the term.
 
-    Text after the last end of line is ignored, because it is still being written. Raises InputError if there is no
-    entry, and for the first line that is not one.
+    Text after the last end of line is ignored, because it is still being written. Raises InputError for the first line
+    that is not an entry, and if there are no entries.
     """
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
@@ -50,15 +50,15 @@ def read_log(path: Path) -> dict[str, np.ndarray]:
     for number, line in enumerate(lines, start=1):
         try:
             entry = json.loads(line)
-            step, known = entry["step"], {key: entry[key] for key in PANELS if entry.get(key) is not None}
-            is_finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in (step, *known.values()))
-            is_good = is_finite and step > last and {"loss", "lr"} <= known.keys()
+            step, values = entry["step"], {key: entry[key] for key in PANELS if entry.get(key) is not None}
+            is_finite = all(type(value) in (int, float) and abs(value) < 1e300 for value in (step, *values.values()))
+            is_good = is_finite and step > last and {"loss", "lr"} <= values.keys()
         except (ValueError, TypeError, KeyError, RecursionError):
             is_good = False
         if not is_good:
             raise InputError(f"{path}, line {number}: not an entry of a run's log: mend it or leave this run out")
         last = step
-        for key, value in known.items():
+        for key, value in values.items():
             terms[key].append((step, value))
     if not last:
         raise InputError(f"{path}: holds no step yet: wait for the first, or leave this run out")
@@ -77,7 +77,7 @@ def curves(runs: list[Run]) -> "Figure":
     rows = [keys[start : start + columns] for start in range(0, len(keys), columns)]
     figure = Figure(figsize=(WIDTH, 0.7 + 2.2 * len(rows)), **FIGURE)
     last = max(run.terms["loss"][0, -1] for run in runs)
-    # Six columns, so that the panels of the last row share the whole width even if they are fewer.
+    # Six columns, so that the last row's panels fill the width even if there are fewer.
     for key, axes in figure.subplot_mosaic([np.repeat(row, 6 // len(row)).tolist() for row in rows]).items():
         draw_term(axes, key, runs)
         axes.set(title=titles[key], xlim=(0, 1.02 * last), xlabel="step" if key in rows[-1] else "")
@@ -89,7 +89,7 @@ def curves(runs: list[Run]) -> "Figure":
 
 
 def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
-    """Draw the term of each run that has it. The axis shows their `main_span`; a note above names what lies beyond."""
+    """Draw the term of each run that has it. The axis shows their `main_span`; a note above gives values beyond it."""
     from matplotlib.ticker import StrMethodFormatter
 
     drawn = {index: run.terms[key] for index, run in enumerate(runs) if key in run.terms}
@@ -109,31 +109,31 @@ def draw_term(axes: "Axes", key: str, runs: list[Run]) -> None:
     axes.set_ylim(low - room, high + room)
     axes.yaxis.set_major_formatter(
         StrMethodFormatter("{x:g}")
-    )  # 2e-05 instead of 2 with a power at the end of the axis
+    )  # 2e-05 instead of 2 with the power at the end of the axis
     every = np.concatenate([values for _, values in drawn.values()])
     beyond = [f"down to {every.min():.3g}"] if every.min() < low - room else []
     beyond += [f"up to {every.max():.3g}"] if every.max() > high + room else []
     axes.set_title(", ".join(beyond), loc="right", **SMALL)
     units = {quantity(key, runs[index].settings) for index in drawn} - {""}
-    axes.set_ylabel(units.pop() if len(units) == 1 else "")  # several units would be too long
+    axes.set_ylabel(units.pop() if len(units) == 1 else "")  # a label with several units would be too long
 
 
 def task_differs(terms: dict[str, np.ndarray]) -> bool:
-    """Whether a picture can show the difference: more than 1 % of the height of the loss."""
-    (steps, loss), (known, task) = terms["loss"], terms.get("task", np.empty((2, 0)))
+    """Return whether task and loss differ visibly: by more than 1 % of the loss panel's height."""
+    (steps, loss), (task_steps, task) = terms["loss"], terms.get("task", np.empty((2, 0)))
     low, high = main_span(loss)
-    return (abs(loss[np.isin(steps, known)] - task) > 0.01 * (high - low)).any()
+    return (abs(loss[np.isin(steps, task_steps)] - task) > 0.01 * (high - low)).any()
 
 
 def moving_mean(values: np.ndarray) -> np.ndarray:
     """Return the mean (n,) of each value and its neighbours, up to 2.5 % of n on either side."""
     half = round(0.025 * len(values))
-    sums, counts = (np.convolve(each, np.ones(2 * half + 1)) for each in (values, np.ones(len(values))))
+    sums, counts = (np.convolve(row, np.ones(2 * half + 1)) for row in (values, np.ones(len(values))))
     return (sums / counts)[half : half + len(values)]
 
 
 def main_span(values: np.ndarray) -> tuple[float, float]:
-    """Return the lowest and highest value, without the outer 5 % at an end if they take twice the height of the rest.
+    """Return the lowest and highest value, but cut the outer 5 % at an end if they need twice the height of the rest.
 
     This keeps an extreme first step from squashing a run into a flat line.
     """

@@ -1,4 +1,4 @@
-"""Labels of new texts: `python -m minibalora classify`."""
+"""Label new texts: `python -m minibalora classify`."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ from minibalora.evaluation.submission import check_task, files_to_submit, write_
 from minibalora.lowrank import merge
 from minibalora.models.t5 import AsText
 
-WINDOW = 64  # batches of which the answers are written together
+WINDOW = 64  # number of batches whose answers are written together
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Classifier:
     model: nn.Module  # ids and mask -> logits (B, D); one logit is a score
     tok: Tokenizer
     labels: list[str] | None  # None: a score
-    task: Task | None  # of GLUE, or a custom one; None if nothing names it
-    is_asked: bool  # the task is put to a T5 in words, see `as_text`
+    task: Task | None  # one of GLUE's or a custom one; None if unknown
+    is_asked: bool  # a T5 is asked in words, see `as_text`
 
     def logits(self, examples: list[LabelledText], source: str, max_length: int, batch_size: int) -> Iterator[Tensor]:
-        """Yield the logits (n, D) of the next WINDOW batches of examples; say first how many texts are cut.
+        """Yield the logits (n, D) of the next WINDOW batches of examples. First prints how many texts are cut.
 
-        Raises InputError if the model cannot take a text.
+        Raises InputError if a text does not fit the model.
         """
         if self.is_asked:
             examples = as_text.questions(examples, self.task)
@@ -82,7 +82,7 @@ def main() -> int:
     sys.stdout.reconfigure(encoding="utf-8")
     if args.format == "tsv":
         if any("\t" in label or "\n" in label for label in classifier.labels or ()):
-            raise InputError("--format tsv: a class has a tab or a newline in its name: use --format jsonl")
+            raise InputError("--format tsv: the name of a class has a tab or a newline: use --format jsonl")
         print("\t".join(["line", *(["score"] if classifier.labels is None else ["label", *classifier.labels])]))
     written = 0
     for logits in classifier.logits(examples, source, length, args.batch_size):
@@ -102,7 +102,7 @@ def parse_flags() -> Namespace:
     add = parser.add_argument_group("model").add_argument
     add("--model", metavar="DIR", type=cli.folder, default=BUILT_IN / "bert", help="checkpoint folder: config.json, "
         "tokenizer.json, *.safetensors (default: the built-in tiny BERT)")  # fmt: skip
-    add("--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for it, with its run.json")
+    add("--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for the model, with its run.json")
     add("--batch-size", type=cli.positive_int, metavar="N", default=32, help="texts at a time (default: 32)")
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens per text (default: as in training, or 128)")
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
@@ -134,7 +134,7 @@ def parse_flags() -> Namespace:
 def load_classifier(
     folder: Path, adapter: Adapter | None, recorded: dict, dtype: torch.dtype, device: torch.device
 ) -> Classifier:
-    """Load model, adapter and tokenizer. recorded: the settings of the training run, {} if they are not known.
+    """Load model, adapter and tokenizer. recorded: the settings of the training run, {} if unknown.
 
     Raises InputError if the model has no trained head.
     """
@@ -151,12 +151,12 @@ def load_classifier(
         model = load_model(folder, "classifier", count, dtype, device)
         new = [name for name in model.checkpoint.new_modules if head is None]
         if new or (adapter is not None and head is None and adapter.config.get("task_type") != "SEQ_CLS"):
-            what = f"{folder}: has no trained {new[0]}" if new else f"{adapter.file}: is not a classifier's adapter"
-            raise InputError(f"{what}: give the --adapter of a classifier, or a fine-tuned model")
+            fault = f"{folder}: has no trained {new[0]}" if new else f"{adapter.file}: is not a classifier's adapter"
+            raise InputError(f"{fault}: give the --adapter of a classifier, or a fine-tuned model")
     if adapter is not None:
         put_adapter(model, adapter)
         if dtype == torch.float32:
-            merge(model)  # plain linears are faster; bfloat16 would round the sum
+            merge(model)  # plain linears are faster, but in bfloat16, the sum would be rounded
     model = AsText(model, as_text.first_tokens(task, tok)) if is_asked else model
     folders = [folder] if adapter is None else [adapter.file.parent, folder]
     labels = None if model.num_labels == 1 else labels_of(model.num_labels, names, folders)
@@ -164,7 +164,7 @@ def load_classifier(
 
 
 def labels_of(count: int, names: list[str], folders: list[Path]) -> list[str]:
-    """Return the names of the classes: of the training run, or id2label of the first config.json that has `count`."""
+    """Return the class names: those of the training run, or id2label of the first config.json with `count` classes."""
     if len(names) == count:
         return names
     for folder in folders:
@@ -176,7 +176,7 @@ def labels_of(count: int, names: list[str], folders: list[Path]) -> list[str]:
 
 
 def as_line(line: int, logits: Tensor, labels: list[str] | None, form: str) -> str:
-    """Return an answer as a line of JSON or TSV. logits (D,)."""
+    """Return a line of JSON or TSV for one text with logits (D,)."""
     if labels is None:
         score = round(logits.item(), 6)
         return f"{line}\t{score}" if form == "tsv" else json.dumps({"line": line, "score": score})

@@ -1,4 +1,4 @@
-"""The program in a completion: what a model wrote as its answer, without drafts, prose and other code blocks."""
+"""Extract the program from a completion: the code of the answer, without drafts, prose and other code blocks."""
 
 import ast
 import re
@@ -14,14 +14,14 @@ THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?</\1>|\[THINK\].*?\[/THINK\
 THOUGHTS_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]", re.IGNORECASE)
 THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought)>|\[THINK\]", re.IGNORECASE)
 
-# Demonstrations that a model adds. They are not measured, and one that is wrong must not fail a right function.
+# Demonstrations that a model adds. They are not judged: a wrong one must not fail a correct function.
 OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)  # in what is not Python
 KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUTURE = re.compile(r"^from __future__ import +(?:\([^)]*\)|[^\n(]*)", re.MULTILINE)
 
-# ``` may follow prose on its line; ~~~ may not. What follows the fence is its info string: python, {.python}, ...
+# ``` may follow prose on its line; ~~~ may not. The text after the fence is its info string: python, {.python}, ...
 OPENING = re.compile(r"^(?P<before>(?:(?!```).)*?)(?P<fence>`{3,}|(?<![^\s>])~{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
-TAG = re.compile(r"^\[(?:BEGIN|DONE|/?PYTHON)\][ \t]*\r?$", re.MULTILINE)  # fences of MBPP's and Code Llama's prompts
+TAG = re.compile(r"^\[(?:BEGIN|DONE|/?PYTHON)\][ \t]*\r?$", re.MULTILINE)  # fences in MBPP's and Code Llama's prompts
 BULLET = re.compile(r"\s*(?:(?:[-*+]|[0-9]+[.)])\s+)?")
 SENTENCE = re.compile(r"^(?!(?:from|import|async def|def|class)\b)[^\s#@)\]}]", re.MULTILINE)
 STATEMENT = re.compile(r"^(?:from|import|async def|def|class|@)\b", re.MULTILINE)
@@ -32,9 +32,9 @@ PARSING = Lock()  # catch_warnings is not safe in several threads
 
 
 def without_thoughts(completion: str) -> str:
-    """Return a completion without what stands between <think> and </think>.
+    """Return a completion without the text between <think> and </think>.
 
-    A closing tag alone ends thoughts that the prompt began; an opening tag alone begins thoughts that never ended.
+    A closing tag alone ends thoughts that the prompt began; an opening tag alone begins thoughts that never end.
     """
     text = THOUGHTS.sub("", completion)
     text = text[max((match.end() for match in THOUGHTS_END.finditer(text)), default=0) :]
@@ -42,11 +42,11 @@ def without_thoughts(completion: str) -> str:
 
 
 def code_of(completion: str, names: tuple[str, ...] = (), before: str = "") -> str:
-    """Return the code of a completion: of its Markdown blocks, those that define one of `names` and their helpers.
+    """Return the code of a completion: the Markdown blocks that define one of `names`, and their helpers.
 
     Blocks with only imports, definitions and constants are helpers. If no block defines a name, returns the first
     block that continues `before`, the prompt's own code, or else the first block. A completion without fences is code
-    as a whole; one whose first fence only closes begins with code. The model's own tests are left out.
+    as a whole; if its first fence only closes, it begins with code. The model's own tests are left out.
     """
     text = TAG.sub("```", without_thoughts(completion).removeprefix("\ufeff"))
     fence = OPENING.search(text)
@@ -70,7 +70,7 @@ def code_of(completion: str, names: tuple[str, ...] = (), before: str = "") -> s
 
 
 def program_of(before: str, code: str, after: str) -> str:
-    """Return before + code + after with all __future__ imports at the top, where Python wants them."""
+    """Return before + code + after with all __future__ imports at the top, where Python requires them."""
     body = f"{before}{code}"
     imports = "".join(f"{match[0].rstrip()}\n" for match in FUTURE.finditer(body))
     return f"{imports}{FUTURE.sub('', body)}\n{after}"
@@ -99,7 +99,7 @@ def defines(code: str, names: tuple[str, ...]) -> bool:
 def _parsed(code: str) -> ast.Module | None:
     try:
         with PARSING, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of invalid escapes
+            warnings.simplefilter("ignore")  # about invalid escapes
             return ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
@@ -108,8 +108,8 @@ def _parsed(code: str) -> ast.Module | None:
 def _blocks(text: str) -> list[str]:
     """Return the contents of a Markdown text's fenced blocks; the last one may lack its closing fence.
 
-    As in CommonMark, a block ends at a fence as long as its own that is indented by at most three more columns, and its
-    lines lose the indentation of its opening fence. A fence with an info string ends an open block, too.
+    As in CommonMark, a block ends at a fence that is at least as long as the opening fence and indented by at most
+    three more columns, and its lines lose the opening fence's indentation. A fence with an info string also ends it.
     """
     blocks, fence, indent = [], "", 0
     for line in text.split("\n"):
@@ -134,14 +134,14 @@ def _blocks(text: str) -> list[str]:
 
 
 def _is_code(text: str, names: tuple[str, ...], before: str) -> bool:
-    """Whether a text defines one of `names` or, indented, continues `before`, and is Python to its end."""
+    """Return whether a text is valid Python and defines one of `names` or, if indented, continues `before`."""
     if text.lstrip("\r\n")[:1] in (" ", "\t"):
         return bool(text.strip()) and _parsed(before + text) is not None
     return defines(text, names) and _parsed(text) is not None
 
 
 def _is_helper(block: str, names: tuple[str, ...]) -> bool:
-    """Whether a block only imports, defines and fills variables, and uses neither `names` nor input() to fill them."""
+    """Return whether a block only imports, defines and fills variables, and uses neither `names` nor input() to fill them."""
     tree = _parsed(block)
     if tree is None or not tree.body or not all(isinstance(node, HELPERS) for node in tree.body):
         return False
@@ -161,7 +161,7 @@ def _unindented(block: str, names: tuple[str, ...]) -> str:
 
 
 def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
-    """Remove sentences around code that lacks a fence. A text that is code, or has no code, stays as it is."""
+    """Remove sentences around code without a fence. A text that is code, or has no code, stays unchanged."""
     if _is_code(text, names, before):
         return text
     statement = STATEMENT.search(text)

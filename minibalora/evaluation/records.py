@@ -1,7 +1,7 @@
-"""Records of a benchmark's answers and their summary.
+"""Record a benchmark's answers and summarise them.
 
-Each answer is appended to a file as soon as it is judged, so that a stopped evaluation can be continued and every
-verdict can be looked up.
+Each answer is appended to a file as soon as it is judged, so a stopped evaluation can be continued and every verdict
+can be looked up.
 """
 
 import os
@@ -47,7 +47,7 @@ def by_model(model: LanguageModel, tok: Tokenizer, decoding: Decoding, batch_siz
 
 
 def by_list(texts: list[str]) -> Complete:
-    """Complete from a list of texts: those of the first sample of all items, then of the second. A key is an index."""
+    """Complete from a list of texts: sample 0 of all items, then sample 1, and so on. A key is an index."""
     return lambda items, keys: enumerate([texts[key] for key in keys])
 
 
@@ -60,10 +60,10 @@ def answer(
     complete: Complete,
     limits: Limits | None = None,
 ) -> list[dict]:
-    """Return a record of every sample of every item: those that `path` has, and new ones, which it gets once judged.
+    """Return a record of every sample of every item. Reads those in the file `path` and appends new ones once judged.
 
     measured: names the model and settings of these answers; records with another name are removed from the file.
-    Programs are judged on all cores while the next answers are generated. Errors of a judge are raised.
+    Programs are judged on all cores while the next answers are generated. Raises any error of a judge.
     """
     item_of = {(item.name, sample): item for sample in range(samples) for item in items}
 
@@ -109,7 +109,7 @@ def record_of(
 
 
 def summarize(records: list[dict], ks: list[int]) -> dict:
-    """Return pass@k for each k, with Wilson's interval of 95 %. With one sample, pass@1 is the share of right answers.
+    """Return pass@k for each k with a 95 % Wilson interval. With one sample, pass@1 is the share of right answers.
 
     The interval counts problems and not samples, because the samples of a problem are not independent. With several
     samples it is too wide rather than too narrow.
@@ -126,7 +126,7 @@ def summarize(records: list[dict], ks: list[int]) -> dict:
 
 
 def in_words(summary: dict) -> str:
-    """Return the result of `summarize` as a line."""
+    """Describe the result of `summarize` in a line."""
 
     def share(k: str) -> str:
         percent = {name: 100 * value for name, value in summary[k].items()}
@@ -147,16 +147,16 @@ class HeldOut:
     """The held-out data that a training script measures on before and after."""
 
     items: list[Item]
-    pretraining: list[Example]  # text like that of pre-training
-    benchmark: Benchmark | None  # None: items with a final answer are asked as in training
+    pretraining: list[Example]  # text like the pre-training corpus
+    benchmark: Benchmark | None  # None: items with a final answer, asked as in training
     batch_size: int
-    left_out: Mapping[str, int] = field(default_factory=dict)  # rows of the file, by the reason
+    left_out: Mapping[str, int] = field(default_factory=dict)  # number of rows by reason
 
 
 def read_held_out(
     path: str | None, benchmark: str | None, fields: tuple[str | None, ...], template: Template, batch_size: int
 ) -> HeldOut:
-    """Read the held-out rows or problems of a file; nothing without a file. fields: of `read_examples`."""
+    """Read the held-out rows or problems of a file; without a file, there are none. fields: see `read_examples`."""
     if path is None:
         return HeldOut([], [], None, batch_size)
     if benchmark is not None:
@@ -168,7 +168,7 @@ def read_held_out(
 def measure(
     model: LanguageModel, tok: Tokenizer, held_out: HeldOut, path: Path, measured: str
 ) -> tuple[dict[str, float], list[dict]]:
-    """Return a column of the table, with exact match by kind in percent and losses in nats, and `answer`'s records.
+    """Return a column of the table (exact match by kind in percent, losses in nats) and the records of `answer`.
 
     path and measured: see `answer`.
     """
@@ -213,7 +213,7 @@ def before_and_after(before: tuple[dict, list[dict]], after: tuple[dict, list[di
 
 
 def side_by_side(before: dict[str, float], after: dict[str, float]) -> str:
-    """Return two columns with the same names as a table."""
+    """Return two columns with the same row names as a table."""
     width = max(map(len, before))
     lines = [f"{'':{width}}  {'before':>8}  {'after':>8}"]
     lines += [f"{name:{width}}  {before[name]:8.3f}  {after[name]:8.3f}" for name in before]

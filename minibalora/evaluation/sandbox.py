@@ -1,20 +1,20 @@
-"""Run Python programs that a language model wrote: on Linux, without privileges, and without trusting them.
+"""Run untrusted Python programs that a language model wrote, on Linux and without privileges.
 
-Each program runs in an interpreter of its own, in a process that this file, run as a script, first encloses:
+Each program runs in its own interpreter, in a process that this file, run as a script, first encloses:
 
 - Landlock: the program may read only the Python installation and /usr, and write only an empty temporary folder.
 - seccomp: it may not start processes, open sockets, signal others, trace or share memory; nor call chmod, chown, utime
-  or truncate, which Landlock does not cover, or not in its first version.
+  or truncate, which Landlock does not cover, at least not in its first version.
 - rlimits: CPU time, memory, open files and file size are limited. Root's capabilities are dropped; no_new_privs is set.
 
 The caller watches the clock, the output, the threads and the temporary folder, and kills the program when it exceeds a
 limit. The program sees none of our environment variables. It may start threads. A program that needs folders,
 subprocesses or asyncio (which needs sockets) fails.
 
-Not protected: the contents of the Python installation and /usr; whether other paths exist, their sizes, and the targets
+Not protected: the contents of the Python installation and /usr; the existence and sizes of other paths, and the targets
 of links; disk space until the time is up (files that are deleted but still open or mapped are not counted); the speed
-of the machine; anything that a bug of the kernel exposes. A program that means to cheat can do so, because "passed"
-depends on a secret in the program's own source.
+of the machine; anything that a kernel bug exposes. A program that means to cheat can do so, because "passed" depends on
+a secret in the program's own source.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of 
 # Calls refused to the program, except as ALLOWED_IF says: name: (number on x86_64, on aarch64).
 # fmt: off
 REFUSED = {
-    # the enclosure itself, and calls that could let the program survive its parent
+    # calls that change the enclosure, or could let the program survive its parent
     "prctl": (157, 167), "capset": (126, 91),
     "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445), "landlock_restrict_self": (446, 446),
     # processes and signals; fcntl and tkill send signals too
@@ -59,11 +59,11 @@ REFUSED = {
     "semget": (64, 190), "semctl": (66, 191), "semop": (65, 193), "semtimedop": (220, 192), "msgget": (68, 186),
     "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
     "add_key": (248, 217), "request_key": (249, 218), "keyctl": (250, 219),
-    # memory that no limit counts, and large parts of the kernel that no exercise needs
+    # uncounted memory, and large parts of the kernel that no exercise needs
     "memfd_create": (319, 279), "memfd_secret": (447, 447), "userfaultfd": (323, 282), "bpf": (321, 280),
     "perf_event_open": (298, 241), "io_uring_setup": (425, 425), "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
-    # changes of files without opening them, or in a way that Landlock or this filter does not see
+    # changing files without opening them, or in a way that Landlock or this filter does not see
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "chown": (92, None), "fchown": (93, 55),
     "lchown": (94, None), "fchownat": (260, 54), "utime": (132, None), "utimes": (235, None),
     "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5), "lsetxattr": (189, 6),
@@ -94,13 +94,13 @@ SYSTEM = ["/usr", "/lib", "/lib64", "/bin", "/etc/ld.so.cache", "/etc/localtime"
 # Landlock's rights to files, in the order of their bits
 EXECUTE, WRITE, READ, LIST, REMOVE, MAKE, TRUNCATE = (1 << bit for bit in (0, 1, 2, 3, 5, 8, 14))
 OPEN_FILES = 64
-ENTERED = b"entered"  # the script's last words before it becomes the program
+ENTERED = b"entered"  # the script's last message before it becomes the program
 TICK = 20  # milliseconds between two looks at the temporary folder
 
 
 @dataclass(frozen=True)
 class Limits:
-    seconds: float = 10  # by the clock; also CPU time of all threads, rounded up
+    seconds: float = 10  # wall-clock time, and (rounded up) CPU time of all threads
     memory_bytes: int = 1 << 30  # address space
     output_bytes: int = 1 << 16  # stdout and stderr together
     file_bytes: int = 1 << 20  # all files in the temporary folder together, except the program itself
@@ -152,11 +152,11 @@ def can(name: str, *arguments: int | None) -> bool:
 
 
 def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
-    """Run a program in the sandbox and remove all that it leaves behind. Several threads may do so at once.
+    """Run a program in the sandbox and remove everything it leaves behind. Several threads may call this at once.
 
-    Whatever the program does becomes an Outcome. A line added at the program's end reports through a pipe that it was
-    reached, because a program may exit with status 0 before. This guards against accidents such as sys.exit(0), not
-    against a program that reads its own source. Raises InputError if the sandbox cannot be set up.
+    Anything the program does becomes an Outcome. An added last line reports through a pipe that it was reached, because
+    a program may exit early with status 0. This guards against accidents such as sys.exit(0), not against a program
+    that reads its own source. Raises InputError if the sandbox cannot be set up.
     """
     if "\0" in source:  # before 3.11.4, Python ignores the rest of such a line
         return Outcome("failed", "SyntaxError: source code cannot contain null bytes\n")
@@ -188,7 +188,7 @@ def run_program(source: str, limits: Limits = DEFAULT_LIMITS) -> Outcome:
 
 @contextmanager
 def pipe() -> Iterator[tuple[int, int]]:
-    """Yield (end to read, without waiting, end to write). Both stay open here, so the program cannot close the pipe."""
+    """Yield (reading end, non-blocking; writing end). Both stay open here, so the program cannot close the pipe."""
     reader, writer = os.pipe()
     os.set_blocking(reader, False)
     try:
@@ -199,7 +199,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def drain(reader: int, most: int) -> bytes:
-    """Return what is in a pipe now, up to `most` bytes."""
+    """Return the bytes that are in a pipe now, up to `most`."""
     content = b""
     try:
         while len(content) < most:
@@ -225,7 +225,7 @@ def start(folder: str, output: int, steps: int, end: int, limits: Limits) -> "su
 
 
 def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, bytes]:
-    """Wait for the program's end or its first excess. Returns the verdict on the excess, or "", and the output."""
+    """Wait until the program ends or exceeds a limit. Returns the verdict ("" if it ended) and the output."""
     output = b""
     deadline = time.monotonic() + limits.seconds
     poller = select.poll()
@@ -252,7 +252,7 @@ def watch(pid: int, reader: int, folder: str, limits: Limits) -> tuple[str, byte
 
 
 def file_sizes(folder: str) -> list[int]:
-    """Return the size of each file in a folder that may change meanwhile. The sandbox allows no folders in it."""
+    """Return the size of each file in a folder that may change meanwhile. The sandbox allows no subfolders."""
     sizes = []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -265,7 +265,7 @@ def file_sizes(folder: str) -> list[int]:
 
 
 def enclose(parent: int, steps: int, seconds: int, memory_bytes: int, file_bytes: int, readable: list[str]) -> None:
-    """Become the program in the current folder, or write what went wrong to `steps` and exit."""
+    """Become the program in the current folder, or write the error to `steps` and exit."""
     os.set_inheritable(steps, False)  # so that the program cannot write to it
     try:
         call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -297,10 +297,10 @@ def call(name: str, *arguments: int | bytes | None) -> int:
 
 
 def set_limits(seconds: int, memory_bytes: int, file_bytes: int) -> None:
-    import resource  # not on every system on which this file can be imported
+    import resource  # missing on some systems that can import this file
 
     for kind, soft, hard in (
-        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, and SIGKILL if that is ignored
+        (resource.RLIMIT_CPU, seconds, seconds + 1),  # SIGXCPU, then SIGKILL if SIGXCPU is ignored
         (resource.RLIMIT_AS, memory_bytes, memory_bytes),
         (resource.RLIMIT_FSIZE, file_bytes, file_bytes),
         (resource.RLIMIT_NOFILE, OPEN_FILES, OPEN_FILES),
@@ -316,12 +316,12 @@ def drop_privileges() -> None:
     with suppress(OSError):  # raised after the last capability that this kernel knows; at once if we are not root
         for capability in range(64):
             call("prctl", 24, capability)  # PR_CAPBSET_DROP
-    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # empties the ambient set too
+    call("capset", struct.pack("Ii", 0x20080522, 0), bytes(24))  # this empties the ambient set too
     call("prctl", 38, 1)  # PR_SET_NO_NEW_PRIVS
 
 
 def restrict_files(readable: list[str]) -> None:
-    """Forbid, by Landlock, all access that this kernel's version covers, except these rights beneath these paths."""
+    """Let Landlock forbid all file access that it covers on this kernel, except these rights beneath these paths."""
     abi = call("landlock_create_ruleset", None, 0, 1)
     covered = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1
     ruleset = call("landlock_create_ruleset", struct.pack("Q", covered), 8, 0)
@@ -333,7 +333,7 @@ def restrict_files(readable: list[str]) -> None:
         except FileNotFoundError:
             continue
         if not os.path.isdir(path):
-            rights &= ~LIST  # which Landlock refuses for a file
+            rights &= ~LIST  # Landlock refuses this right for a file
         call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights & covered, descriptor), 0)
         os.close(descriptor)
     call("landlock_restrict_self", ruleset, 0)

@@ -1,4 +1,4 @@
-"""The files that GLUE's server takes: index and prediction of every row of a test file, see gluebenchmark.com."""
+"""Write the files for GLUE's server (gluebenchmark.com): index and prediction of every row of a test file."""
 
 import re
 from pathlib import Path
@@ -17,9 +17,9 @@ SUBMISSIONS["mnli"] = {"test_matched": "MNLI-m", "test_mismatched": "MNLI-mm", "
 
 
 def check_task(task: Task | None, labels: list[str] | None) -> None:
-    """Check that a model with these labels (None: scores) is of a task of GLUE. Raises InputError if it is not."""
+    """Check that the task is one of GLUE's and that the labels (None: scores) fit it. Raises InputError if not."""
     if task is None or task.name not in SUBMISSIONS:
-        raise InputError("--glue-submission: the model's run names no task of GLUE: name it with --task")
+        raise InputError("--glue-submission: the model's run names no GLUE task: name it with --task")
     ours, expected = ("scores" if names is None else f"{len(names)} classes" for names in (labels, task.labels))
     if ours != expected:
         raise InputError(f"--glue-submission: the model has {ours}, but {task.name} has {expected}: "
@@ -29,7 +29,7 @@ def check_task(task: Task | None, labels: list[str] | None) -> None:
 
 
 def write_submission(path: Path, indices: list, logits: Tensor, labels: list[str] | None, task: Task) -> str:
-    """Write the file of a task with the predictions of logits (N, D), and return a line on it.
+    """Write a task's file with the predictions of logits (N, D). Returns a line about it.
 
     Scores are clipped to the range of STS-B's gold scores, 0 to 5.
     """
@@ -48,11 +48,13 @@ def write_submission(path: Path, indices: list, logits: Tensor, labels: list[str
 
 
 def class_names(labels: list[str], task: Task) -> list[str]:
-    """Return the task's name for each of the model's classes; those that the task does not know are in its order."""
+    """Return the task's name for each of the model's classes; unknown names are matched by position."""
     spellings = {_plain(str(name)): index for name, index in task.spellings.items()}
     indices = [spellings.get(_plain(name), index) for index, name in enumerate(labels)]
     if len(set(indices)) < len(indices):
-        raise InputError(f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}")
+        raise InputError(
+            f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}: give its model"
+        )
     return [task.labels[index] for index in indices]
 
 
@@ -61,7 +63,7 @@ def _plain(name: str) -> str:
 
 
 def files_to_submit(data: Path, task: Task) -> list[tuple[Path, str]]:
-    """Return the task's test files in a folder, or the one file given, each with its name at GLUE's server."""
+    """Return the task's test files in a folder, or the single file, each with its name on GLUE's server."""
     names = SUBMISSIONS[task.name]
     if data.is_dir():
         folder = entered(data)

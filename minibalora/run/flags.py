@@ -73,7 +73,7 @@ def nlg_parser() -> argparse.ArgumentParser:
     add(
         "--eval", metavar="FILE", type=path_text, help="held-out rows, scored before and after training (default: none)"
     )
-    add("--eval-task", choices=("gsm8k", "math"), help="ask and score the rows of --eval as the paper does")
+    add("--eval-task", choices=("gsm8k", "math"), help="ask and judge the rows of --eval as `evaluate --task` does")
     add("--prompt-field", metavar="NAME", help="field of the prompt (default: recognised)")
     add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input and context; "
         "'': none)")  # fmt: skip

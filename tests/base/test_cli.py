@@ -1,4 +1,4 @@
-"""How commands end: the exit status and the one line on standard error."""
+"""How commands end: the exit status and one line on standard error."""
 
 import errno
 import os

@@ -88,7 +88,7 @@ def test_other_ranks_and_short_work_show_nothing(is_terminal, stderr, clock):
 
 @pytest.mark.parametrize("is_terminal", [True, False])
 def test_the_rate_is_the_average_however_often_the_bar_is_refreshed(is_terminal, stderr, clock):
-    """As in generation: 8 prompts end together after 170 steps of 0.1 s. tqdm's own estimate was 80 prompts/s."""
+    """As in generation, 8 prompts end together after 170 steps of 0.1 s. tqdm's estimate was 80 prompts/s."""
     stream = stderr(is_terminal)
     with Progress("generate", 16, "prompt") as bar:
         for step in range(170):

@@ -38,7 +38,7 @@ SAVED |= {"adapter_gemma2": "gemma2", "adapter_mixtral": "mixtral", "adapter_t5"
 
 @pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
-def test_a_saved_adapter_is_what_peft_loads_on_the_original_base(name):
+def test_peft_loads_a_saved_adapter_on_the_original_base(name):
     """expected.safetensors holds PEFT's logits with exactly these files on transformers' model of the base."""
     *inputs, _ = golden_example(SAVED[name])
     real, golden = real_tokens(SAVED[name]), GOLDEN / name
@@ -62,7 +62,7 @@ def test_saving_gives_the_golden_adapter_again(tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "lora"])
-def test_what_is_saved_is_the_change_from_the_original_base(init, tmp_path):
+def test_the_change_from_the_original_base_is_saved(init, tmp_path):
     model = adapted(init)
     mb.save_adapter(model, tmp_path)
     assert all((change == 0).all() for change in adapter_weights(tmp_path).values())  # nothing learned yet
@@ -102,7 +102,7 @@ ADAPTERS_OF_CLASSIFIERS = {  # as in make_golden.py: base, init, whether the bas
 
 @pytest.mark.parametrize("name", ADAPTERS_OF_CLASSIFIERS)
 @torch.no_grad()
-def test_a_saved_classifier_is_what_peft_loads_on_the_original_base(name, tmp_path):
+def test_peft_loads_a_saved_classifier_on_the_original_base(name, tmp_path):
     """PEFT's logits come from these files alone, so it is enough that they give the same logits here."""
     base, _, is_headless = ADAPTERS_OF_CLASSIFIERS[name]
     *inputs, logits = golden_example(base)
@@ -237,7 +237,7 @@ def test_an_adapter_is_saved_with_a_smaller_rank(rank, tmp_path):
     assert distance(again, model(IDS)) < 1e-6 and distance(again, logits) < max(3 * error, 1e-5)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_an_init_that_does_not_follow_from_the_base_is_refused_with_the_cure(ada
 
 
 def test_a_pissa_adapter_that_pissa_cannot_have_made_is_refused(adapter, refused):
-    """Its factors would be infinite or too narrow."""
+    """The factors would be infinite or too narrow."""
     refused(adapter("peft_pissa", {"lora_alpha": 0}), "alpha 0", "pissa")
     wide = {name: torch.ones(30, 24) for name in [f"{Q0}.lora_A.weight"]} | {f"{Q0}.lora_B.weight": torch.ones(48, 30)}
     refused(adapter("peft_pissa", {"rank_pattern": {r"layers\.0.*q_proj": 30}}, wide), "rank 30", "pissa")
@@ -435,7 +435,7 @@ def test_an_embedding_that_only_repeats_the_bases_is_left_out(base, tmp_path):
 
 
 @torch.no_grad()
-def test_of_three_copies_of_a_module_the_trained_one_is_loaded(adapter, refused):
+def test_the_trained_one_of_three_copies_of_a_module_is_loaded(adapter, refused):
     """PEFT with modules_to_save and save_embedding_layers=True stores the trained module twice, and the base's."""
     base = "base_model.model.lm_head"
     trained = load_file(GOLDEN / "peft_whole_head" / "adapter_model.safetensors")[f"{base}.weight"]
@@ -473,7 +473,7 @@ def test_factors_and_heads_load_from_any_floating_dtype(adapter, dtype):
     assert torch.equal(model(inputs), again(inputs))
 
 
-def test_tensors_that_are_no_factors_are_refused_by_name(adapter, refused):
+def test_tensors_that_are_not_factors_are_refused_by_name(adapter, refused):
     embedding = "base_model.model.model.embed_tokens.lora_embedding_"
     lora = {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)}
     refused(adapter(tensors=lora), "embed_tokens.lora_embedding_A", "LoRA of an embedding")

@@ -28,7 +28,7 @@ from minibalora.objective import NLG_RECIPES
 
 
 def load(name: str, folder: Path | None = None):
-    """Load a golden checkpoint, or one like it in `folder`. Returns model, inputs and the index of real tokens."""
+    """Load a golden checkpoint, or its variant in `folder`. Returns model, inputs and the index of real tokens."""
     *inputs, _ = golden_example(name)
     model = mb.load_model(folder or GOLDEN / name, "classifier" if name in CLASSIFIERS else "lm")
     return model, inputs, real_tokens(name)
@@ -122,7 +122,7 @@ def test_a_training_step_gives_gradients_to_the_factors(name, recipe):
 
 @pytest.mark.parametrize("changes", [{"model_type": None}, {"model_type": None, "architectures": None}])
 def test_a_bert_without_model_type_is_known_by_its_architectures_or_its_keys(changes, tmp_path):
-    """As files are that were written before 2020."""
+    """Files written before 2020 lack these keys."""
     (tmp_path / "bert").mkdir()
     for path in (GOLDEN / "bert").iterdir():
         (tmp_path / "bert" / path.name).write_bytes(path.read_bytes())

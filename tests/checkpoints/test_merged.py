@@ -29,7 +29,7 @@ def adapted(init: str):
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 5000])
 @torch.no_grad()
-def test_a_saved_model_is_the_adapted_one_on_its_own(tmp_path, monkeypatch, shard_bytes):
+def test_a_saved_model_equals_the_adapted_one(tmp_path, monkeypatch, shard_bytes):
     monkeypatch.setattr(checkpoint_io, "SHARD_BYTES", shard_bytes)
     model = adapted("pissa")
     stretch(model)
@@ -150,7 +150,7 @@ def test_tokenizer_files_and_chat_templates_are_copied(tmp_path):
 
 
 def test_a_skeleton_saves_what_the_loaded_model_saves(tmp_path):
-    """Read when its turn comes, in its own dtype, GPT-2's transposed: the same bytes."""
+    """Weights are read one at a time, in their own dtype, and GPT-2's transposed: the file has the same bytes."""
     for base, adapter, head in [("gpt2", "peft_gpt2", "lm"), ("bert", "adapter_bert", "classifier")]:
         loaded = mb.load_adapter(mb.load_model(GOLDEN / base, head, dtype=torch.bfloat16), GOLDEN / adapter)
         mb.save_model(loaded, tmp_path / f"{base}-loaded")
@@ -217,7 +217,7 @@ def test_an_adapter_is_made_smaller(run_export, tmp_path):
     assert error == pytest.approx((lost / total).sqrt().item(), rel=0.01)
 
 
-def test_what_cannot_be_exported_leaves_nothing_behind(run_export, tmp_path, monkeypatch):
+def test_a_failed_export_leaves_nothing_behind(run_export, tmp_path, monkeypatch):
     used = tmp_path / "used"
     used.mkdir()
     (used / "mine.txt").write_text("mine")
@@ -239,7 +239,7 @@ def test_what_cannot_be_exported_leaves_nothing_behind(run_export, tmp_path, mon
 
 
 def test_a_merge_that_fails_half_way_leaves_nothing_behind(run_export, tmp_path, monkeypatch):
-    """The fourth shard of a base whose numbers are damaged."""
+    """The numbers in the fourth shard of the base are damaged."""
     monkeypatch.setattr(checkpoint_io, "SHARD_BYTES", 4000)
     shutil.copytree(GOLDEN / "llama2", tmp_path / "base")
     tensors = load_file(tmp_path / "base" / "model.safetensors")
@@ -262,7 +262,7 @@ print("MB", (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1000
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kB on Linux only")
-def test_merging_takes_the_memory_of_a_shard_and_not_of_the_model(tmp_path):
+def test_merging_takes_the_memory_of_a_shard_not_of_the_model(tmp_path):
     """52 MB of weights in shards of 4 MB: far below half of the model, whatever the allocator keeps."""
     config = json.loads((GOLDEN / "llama2" / "config.json").read_text())
     config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 1000}

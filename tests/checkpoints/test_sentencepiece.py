@@ -23,13 +23,13 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: ascii(row["text"]))
-def test_ids_and_token_types_are_those_of_transformers(row):
+def test_ids_and_token_types_equal_those_of_transformers(row):
     encoding = read_sentencepiece(FOLDER / "spm.model", row["settings"]).encode(*row["text"])
     assert (encoding.ids, encoding.type_ids) == (row["ids"], row["type_ids"])
 
 
 @pytest.mark.parametrize("row", SINGLE, ids=lambda row: ascii(row["text"]))
-def test_without_special_tokens_in_the_text_ids_are_those_of_sentencepiece(row):
+def test_without_special_tokens_in_the_text_ids_equal_those_of_sentencepiece(row):
     """SentencePiece splits "[CLS]" like any text, and drops a "▁" at the end like a space; transformers keeps both."""
     assert (row["ids"][1:-1] == row["sentencepiece"]) == (not set("[▁") & set(row["text"][0]))
 

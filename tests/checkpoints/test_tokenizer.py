@@ -1,4 +1,4 @@
-"""Tokenizers: special tokens as the checkpoint's own files say, and broken files refused."""
+"""Tokenizers: special tokens follow the checkpoint's files, and broken files are refused."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,7 @@ def make(tmp_path):
 )
 @pytest.mark.parametrize("flag", [True, False, None])
 def test_special_tokens_are_added_as_the_post_processor_says(make, template, expected, flag):
-    """Whatever add_bos_token says: transformers 5.23 ignores it, too, where there is a tokenizer.json."""
+    """add_bos_token is ignored, as in transformers 5.23, if there is a tokenizer.json."""
     tok = make(NAMES | {"add_bos_token": flag, "add_eos_token": flag}, template)
     assert tok.encode("one two") == expected
     assert tok.encode_prompts(["one two", "three"])[0] == [token for token in expected if token != 2]
@@ -51,7 +51,7 @@ def test_special_tokens_are_added_as_the_post_processor_says(make, template, exp
 
 
 def test_llama_s_fast_tokenizer_puts_bos_where_its_settings_alone_ask_for_it(make):
-    """As transformers 4.46 did with DeepSeek-MoE's files, whose tokenizer.json has no template."""
+    """Transformers 4.46 did this with DeepSeek-MoE's files, whose tokenizer.json has no template."""
     asked = NAMES | {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
     assert make(asked, None).encode("one two") == make(asked, "<s> $A").encode("one two") == [1, 4, 5]
     assert make(asked, None).encode("one", "two") == [1, 4, 1, 5]
@@ -75,7 +75,7 @@ def test_labelled_texts_have_token_types(make):
     assert tok.encode_labelled([], max_length=6) == ([], 0)
 
 
-def test_labelled_texts_are_cut_the_longer_of_a_pair_first(make):
+def test_the_longer_text_of_a_pair_is_cut_first(make):
     texts = [("one two three one",), ("one", "two three one two"), ("three two one", "two"), ("one two three",)]
     rows, cut = make(NAMES, **PAIRS).encode_labelled(texts, max_length=5)
     assert [ids for ids, _ in rows] == [[1, 4, 5, 6, 2], [1, 4, 2, 5, 2], [1, 6, 2, 5, 2], [1, 4, 5, 6, 2]]
@@ -136,7 +136,7 @@ def test_decoding_leaves_special_tokens_out(make):
 
 
 def test_a_continuation_keeps_the_space_that_decoding_drops_in_front():
-    """As LLaMA 2's tokenizer: the first line of a Python function would lose one of its four spaces."""
+    """Like LLaMA 2's tokenizer; otherwise, the first line of a Python function would lose one of its four spaces."""
     pieces = ["<unk>", "▁def", ":", "<0x0A>", "▁▁▁", "▁return", *(f"<0x{byte:02X}>" for byte in "é".encode())]
     backend = Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -228,13 +228,13 @@ def test_every_end_of_text_that_a_file_names_counts(make, tmp_path, files, eos_i
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("value", ["2", [2, None], True, {"id": 2}])
-def test_an_end_of_text_that_is_no_number_is_refused(make, tmp_path, refuses, name, value):
+def test_an_end_of_text_that_is_not_a_number_is_refused(make, tmp_path, refuses, name, value):
     (tmp_path / name).write_text(json.dumps({"eos_token_id": value}))
     refuses(lambda: make(None), tmp_path / name, "eos_token_id", repr(value))
 
 
-def test_a_bos_that_the_tokenizer_denies_is_none(make, tmp_path):
-    """As Qwen 2.5's config.json and tokenizer_config.json have it."""
+def test_a_bos_that_the_tokenizer_denies_is_not_used(make, tmp_path):
+    """Qwen 2.5's config.json names a BOS, and its tokenizer_config.json has null."""
     (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
     tok = make({"bos_token": None})
     assert tok.bos_id is None and tok.eos_id == 2

@@ -1,4 +1,4 @@
-"""Loading checkpoints: what is accepted, in which dtype, and how everything broken is refused."""
+"""Load checkpoints: accepted forms, dtypes, and errors for everything broken."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def edit_json(path, **changes):
 
 
 def read(path):
-    """Tensors of a file that is going to be written over, so not mapped."""
+    """Load the tensors of a file that will be overwritten, so not memory-mapped."""
     return load(path.read_bytes())
 
 
@@ -81,7 +81,7 @@ def test_changing_a_loaded_model_leaves_its_file_alone(copy):
         {"rope_theta": 500000, "rope_parameters": {"rope_type": "llama3"} | ROPE, "rope_scaling": None},
     ],
 )
-def test_old_and_new_spellings_of_rope_settings_say_the_same(copy, spelling):
+def test_old_and_new_spellings_of_rope_settings_are_equivalent(copy, spelling):
     folder = copy("llama3")
     edit_json(folder / "config.json", **{"rope_theta": ABSENT, "rope_scaling": ABSENT} | spelling)
     assert read_config(folder) == read_config(GOLDEN / "llama3")
@@ -228,7 +228,7 @@ def test_a_folder_without_weights_is_refused(copy, refuses):
     refuses(lambda: mb.load_model(folder), folder, "model.safetensors")
 
 
-def test_a_folder_that_is_none_is_refused(tmp_path, refuses):
+def test_a_path_that_is_not_a_folder_is_refused(tmp_path, refuses):
     (tmp_path / "file").touch()
     for path in (tmp_path / "absent", tmp_path / "file", tmp_path / ("x" * 300)):
         refuses(lambda path=path: mb.load_model(path), path, "no such folder")
@@ -287,7 +287,7 @@ def test_values_beyond_float16_are_refused_in_float16_only(copy, refuses):
 @pytest.mark.parametrize(
     "content", [ABSENT, b"", b"{", b"[]", b"null", b"\xff\xfe{}", b"[" * 100_000, b'{"vocab_size": %s}' % (b"9" * 5000)]
 )
-def test_a_config_that_is_no_json_object_is_refused(copy, refuses, content):
+def test_a_config_that_is_not_a_json_object_is_refused(copy, refuses, content):
     path = copy("llama2") / "config.json"
     path.unlink() if content is ABSENT else path.write_bytes(content)
     refuses(lambda: mb.load_model(path.parent), path)
@@ -307,7 +307,7 @@ def test_a_config_without_a_needed_key_is_refused(copy, refuses, name, key):
 
 @pytest.mark.parametrize("value", ["4", True, 0, -4, 4.0, float("nan"), [4], {}, 2**20 + 1, 2**40, 10**400])
 @pytest.mark.parametrize("key", [*NEEDED[:-1], "num_key_value_heads", "head_dim", "max_position_embeddings"])
-def test_a_size_that_is_none_is_refused(copy, refuses, key, value):
+def test_an_invalid_size_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent), path, key, "integer from 1 to")
@@ -315,7 +315,7 @@ def test_a_size_that_is_none_is_refused(copy, refuses, key, value):
 
 @pytest.mark.parametrize("value", ["1e-5", True, 0, -1e-5, float("nan"), float("inf"), [1], {}, 10**400])
 @pytest.mark.parametrize("key", ["rms_norm_eps", "rope_theta"])
-def test_a_number_that_is_none_is_refused(copy, refuses, key, value):
+def test_an_invalid_number_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent), path, key, "positive number")
@@ -323,14 +323,14 @@ def test_a_number_that_is_none_is_refused(copy, refuses, key, value):
 
 @pytest.mark.parametrize("value", ["true", 1, 0, [], 0.0])
 @pytest.mark.parametrize("key", ["attention_bias", "mlp_bias", "tie_word_embeddings"])
-def test_a_switch_that_is_none_is_refused(copy, refuses, key, value):
+def test_an_invalid_switch_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent), path, key, "true or false")
 
 
 @pytest.mark.parametrize("value", ["5", True, 0, -5, 2.5, 2**40])
-def test_a_window_that_is_none_is_refused(copy, refuses, value):
+def test_an_invalid_window_is_refused(copy, refuses, value):
     path = copy("mistral_window") / "config.json"
     edit_json(path, sliding_window=value)
     refuses(lambda: mb.load_model(path.parent), path, "sliding_window")
@@ -338,7 +338,7 @@ def test_a_window_that_is_none_is_refused(copy, refuses, value):
 
 @pytest.mark.parametrize("value", [None, "8", True, 0, -1, float("inf"), 10**400, []])
 @pytest.mark.parametrize("key", ROPE)
-def test_a_llama3_rope_number_that_is_none_is_refused(copy, refuses, key, value):
+def test_an_invalid_llama3_rope_number_is_refused(copy, refuses, key, value):
     path = copy("llama3") / "config.json"
     edit_json(path, rope_scaling={"rope_type": "llama3"} | ROPE | {key: value})
     refuses(lambda: mb.load_model(path.parent), path, key)
@@ -354,7 +354,7 @@ LINEAR = [
 @pytest.mark.parametrize("spelling", LINEAR)
 @torch.no_grad()
 def test_linear_rope_scaling_gives_the_logits_of_transformers(copy, spelling):
-    """The first five logits after 17 tokens, by transformers 5.24; without scaling they begin 0.031, −0.629, −0.260."""
+    """Expects transformers 5.24's first five logits; without scaling, they begin 0.031, −0.629, −0.260."""
     folder = copy("llama2")
     edit_json(folder / "config.json", **spelling)
     expected = torch.tensor([-0.00581, -0.65713, -0.12666, -0.04281, -0.29948])
@@ -405,7 +405,7 @@ def test_attention_dropout_matters_in_training_only(copy, name):
         ({"head_dim": ABSENT, "num_attention_heads": 5, "num_key_value_heads": 5}, ["hidden_size"]),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(copy, refuses, changes, parts):
+def test_unimplemented_settings_are_refused_by_name(copy, refuses, changes, parts):
     path = copy("llama2") / "config.json"
     edit_json(path, **changes)
     refuses(lambda: mb.load_model(path.parent), path, *parts)
@@ -455,7 +455,7 @@ for folder in folders:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_loading_takes_the_model_once_in_memory(tmp_path):
-    """About 15 M parameters, 60 MB as float32; where the dtype changes, the largest tensor (4 MB) comes on top."""
+    """About 15 M parameters, 60 MB in float32; a change of dtype adds the largest tensor (4 MB)."""
     for name, layers in LOADED.items():
         sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 500}
         config = json.loads((GOLDEN / name / "config.json").read_text()) | sizes | {"head_dim": 128}
@@ -485,7 +485,7 @@ NEEDED_OF = {
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in NEEDED_OF.items() for key in keys])
 @pytest.mark.parametrize("value", [ABSENT, None, 0, -3, 2.5, "7", True, [], 10**30])
-def test_a_size_that_is_no_size_is_refused_in_every_family(copy, refuses, name, key, value):
+def test_an_invalid_size_is_refused_in_every_family(copy, refuses, name, key, value):
     path = copy(name) / "config.json"
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent, head="classifier"), path, key)
@@ -521,14 +521,14 @@ def test_a_size_that_is_no_size_is_refused_in_every_family(copy, refuses, name, 
     ("gpt2_classifier", {"activation_function": "relu"}, ("relu", "gelu_new")),
     ("gpt2_classifier", {"n_head": 5}, ("5 heads",)),
 ])  # fmt: skip
-def test_a_feature_that_is_not_here_is_refused_by_name_in_every_family(copy, refuses, name, changes, parts):
+def test_an_unimplemented_feature_is_refused_by_name_in_every_family(copy, refuses, name, changes, parts):
     path = copy(name) / "config.json"
     edit_json(path, **changes)
     refuses(lambda: mb.load_model(path.parent, head="classifier"), path, *parts)
 
 
-def test_a_buffer_of_integers_that_is_not_used_does_no_harm(copy):
-    """As `embeddings.position_ids` in many a published BERT."""
+def test_an_unused_buffer_of_integers_is_harmless(copy):
+    """Many published BERTs have `embeddings.position_ids`."""
     folder = copy("bert")
     edit_tensors(folder, {"bert.embeddings.position_ids": torch.arange(20)[None]})
     mb.load_model(folder, head="classifier")

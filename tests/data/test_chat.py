@@ -1,4 +1,4 @@
-"""Conversations: what is in the prompt, what is learned, what is left out."""
+"""Conversations: the parts that are in the prompt, learned or left out."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ GOLDEN = json.loads((CHAT / "golden.json").read_text(encoding="utf-8"))
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """A model's folder with the built-in tokenizer, tokens added, and a chat template: a golden one's or a text."""
+    """Make a model's folder: the built-in tokenizer with added tokens, and a chat template, golden or given as text."""
     done = {}
 
     def folder_of(name: str, template: str | None = None) -> Path:
@@ -80,7 +80,7 @@ CASES = [(name, index) for name, golden in GOLDEN.items() for index in range(len
 
 
 @pytest.mark.parametrize("name, index", CASES)
-def test_ids_and_learned_tokens_are_those_of_transformers(chat_of, name, index):
+def test_ids_and_learned_tokens_equal_those_of_transformers(chat_of, name, index):
     template, tok = chat_of(name)
     golden = GOLDEN[name]["rows"][index]
     example = example_from({"messages": golden["messages"]}, 1, template=template)
@@ -152,7 +152,7 @@ def test_roles_and_contents_have_many_spellings(read, turn, role):
     assert read([turn, {"from": role, "value": "a"}]) == read(chat("q", "a"))
 
 
-def test_parts_of_a_content_are_one_text(read):
+def test_the_parts_of_a_content_are_joined(read):
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "2 + 2?", "cache_control": None}]
     assert read([{"role": "user", "content": parts}, *chat("q", 4)[1:]]) == read(chat("What is 2 + 2?", "4"))
 
@@ -171,7 +171,7 @@ def test_parts_of_a_content_are_one_text(read):
         ({"role": "user", "content": "\ud800"}, ["\\ud800", "half of a character"]),
     ],
 )
-def test_a_turn_that_is_none_is_refused_with_its_line(read, refuses, turn, parts):
+def test_an_invalid_turn_is_refused_with_its_line(read, refuses, turn, parts):
     refuses(lambda: read([*chat("q", "a"), turn]), "file, line 3: messages", *parts)
 
 
@@ -195,14 +195,14 @@ def test_replies_in_a_row_are_all_learned(read):
     assert learned_texts(read(turns, "gemma")) == ["a1\n\na2<end_of_turn>"]
 
 
-def test_a_blank_reply_next_to_another_is_no_turn_where_turns_alternate(read):
+def test_a_blank_reply_next_to_another_is_left_out_where_turns_alternate(read):
     turns = [*chat("q1", ""), {"role": "assistant", "content": "a1"}, *chat("q2", "a2")]
     for name in ("gemma", "qwen3"):
         assert [text.partition("<")[0] for text in learned_texts(read(turns, name))][:1] == ["a1"]
         assert chat_module.BLANK in read(turns, name).notes
 
 
-def test_what_is_not_learned_is_named(read):
+def test_parts_that_are_not_learned_are_named(read):
     hello, late = {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "bye"}
     example = read([hello, *chat("q", "a"), late, late])
     assert "Hello!" not in example.rendered and "bye" not in example.rendered
@@ -227,7 +227,7 @@ def test_a_row_s_own_system_and_tools_count(read):
 
 def test_a_broken_list_of_tools_is_refused(read, refuses):
     for tools in ("[", {"a": 1}, 5):
-        refuses(lambda tools=tools: read({"messages": chat("q", "a"), "tools": tools}), "line 3", "no list of tools")
+        refuses(lambda tools=tools: read({"messages": chat("q", "a"), "tools": tools}), "line 3", "tools is not a list")
 
 
 def test_calls_of_tools_are_learned_and_results_are_not(read):
@@ -374,7 +374,7 @@ def test_a_template_that_does_not_end_is_refused(read, refuses, monkeypatch):
     refuses(lambda: read(chat("q", "a"), template=template), "file, line 3", "did not end")
 
 
-def test_a_date_is_that_of_the_run_s_start(chat_of, folder_of):
+def test_a_template_writes_the_date_of_the_runs_start(chat_of, folder_of):
     template = "{{ strftime_now('%d %b %Y') }}" + TAGGED
     before = chat_of("smollm2", template)[0]
     folder = folder_of("smollm2", template)
@@ -385,7 +385,7 @@ def test_a_date_is_that_of_the_run_s_start(chat_of, folder_of):
     assert chat_of("smollm2")[0].settings == {"template": "chat"}
 
 
-def test_named_templates_and_those_of_tokenizer_config_are_found(folder_of, tmp_path, refuses):
+def test_named_templates_and_those_in_tokenizer_config_are_read(folder_of, tmp_path, refuses):
     folder = shutil.copytree(folder_of("qwen2_5"), tmp_path / "m")
     text = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
@@ -428,7 +428,7 @@ def test_other_rows_take_the_chat_template_as_one_question(chat_of):
     assert example.rendered == "<|user|>\nq\ni</s>\n<|assistant|>\na</s>\n" and learned_texts(example) == ["a</s>"]
 
 
-def test_the_digest_covers_what_is_learned(read):
+def test_the_digest_covers_everything_learned(read):
     turns = chat("q1", "a1", "q2", "a2")
     weightless = [dict(turn) for turn in turns]
     weightless[1]["weight"] = 0
@@ -471,17 +471,17 @@ def test_a_conversation_is_cut_like_any_row(chat_of):
             assert row.ids.tolist() == whole.ids[: len(row.ids)].tolist()
 
 
-def test_what_is_left_out_of_a_file_is_counted(chat_of, tmp_path):
+def test_rows_left_out_of_a_file_are_counted(chat_of, tmp_path):
     rows = [{"messages": chat("q", "a")}, {"messages": chat("q")}, {"messages": [*chat("q", "a"), *chat("bye")]}]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     examples, left_out = read_examples(tmp_path / "d.jsonl", template=chat_of("smollm2")[0])
     assert len(examples) == 2 and left_out == {NO_REPLY: 1, EMPTY: 0, chat_module.LATE: 1}
 
 
-# What was trained says with which template.
+# A trained model records its template.
 
 
-def test_the_template_is_kept_beside_what_was_trained(chat_of, tmp_path, refuses):
+def test_the_template_is_saved_beside_the_adapter(chat_of, tmp_path, refuses):
     template, _ = chat_of("smollm2")
     save_template(template, tmp_path)
     assert trained_template(tmp_path, None) == "chat" == trained_template(tmp_path / "none", tmp_path)

@@ -1,4 +1,4 @@
-"""Published collections in their own form, as small files: which text is asked, which is learned, what is left out."""
+"""Published collections in their original form, as small files: the text that is asked, learned or left out."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, rea
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_nlg  # noqa: E402
 
-# name -> a row as the collection has it, the instruction, the input and the response that it gives
+# name -> a row of the collection, and the instruction, the input and the response that are read from it
 COLLECTIONS = {
     "Alpaca": (
         {"instruction": "Sort.", "input": "b, a", "output": "a, b", "text": "Below is an instruction ..."},
@@ -139,7 +139,7 @@ def test_a_collection_of_another_kind_is_refused(row, parts, refuses):
 
 
 def test_fields_named_by_hand_keep_the_context():
-    """PubMedQA's context is no text: it is named as one, or left out in so many words."""
+    """PubMedQA's context is not a text: the user names another field, or leaves it out explicitly."""
     dolly = COLLECTIONS["Dolly"][0]
     assert example_from(dolly, 1, "", "instruction", "response") == example_from(dolly, 1)
     assert example_from(dolly, 1, "", "instruction", "response", "category").prompt == prompt_of("When?", "closed_qa")

@@ -79,7 +79,7 @@ def test_every_row_format_gives_prompt_and_response(row):
     assert example_from(row, 7) == Example(PROMPT.format(instruction="q"), "a", "", 7)
 
 
-def test_alpaca_s_input_has_a_template_of_its_own():
+def test_alpacas_input_has_a_separate_template():
     example = example_from({"instruction": "q", "input": "i", "output": "a"}, 1)
     assert example.prompt == PROMPT_WITH_INPUT.format(instruction="q", input="i")
     assert example.prompt.endswith("### Instruction:\nq\n\n### Input:\ni\n\n### Response:")
@@ -172,8 +172,8 @@ def test_a_limit_stops_reading(write):
         (lines(ROW, {"query": None, "response": "a"}), ["line 2", "query (null), response, none of"]),
         (lines(ROW, {"question": "q", "answer": "a", "context": {"x": []}}), ["line 2", "'context'", "dict"]),
         (lines(ROW, {"query": "\ud800", "response": "a"}), ["line 2", "'query'", "\\ud800"]),
-        (lines(ROW, {"messages": "hi"}), ["line 2", "messages", "no list of turns"]),
-        (lines(ROW, {"conversations": [5]}), ["line 2", "conversations", "no list of turns"]),
+        (lines(ROW, {"messages": "hi"}), ["line 2", "messages", "not a list of turns"]),
+        (lines(ROW, {"conversations": [5]}), ["line 2", "conversations", "not a list of turns"]),
         (lines({"conversations": []}), ["has no rows"]),
         (b"PAR1\x15\x04", ["a Parquet file"]),
         (POINTER, ["a git-lfs pointer", "`git lfs pull`"]),
@@ -194,7 +194,7 @@ def test_a_named_field_that_is_missing_is_refused(write, refuses, fields):
     refuses(lambda: read_examples(write(lines(ROW)), *fields), "line 1", "'x'")
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path, refuses):
     (tmp_path / "file").touch()
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300), tmp_path / "file" / "below"):
         refuses(lambda path=path: read_examples(path), path, "JSON Lines, Parquet")
@@ -206,7 +206,7 @@ def test_a_text_without_tokens_is_refused(refuses):
 
 
 @pytest.mark.parametrize(("name", "positions"), [("gpt2", 40), ("llama2", 2048)])
-def test_what_is_beyond_the_context_is_refused(refuses, name, positions):
+def test_rows_beyond_the_context_are_refused(refuses, name, positions):
     config, ids = read_config(GOLDEN / name), np.full(positions + 1, 5, dtype=np.int32)
     check_fits([Row(ids[1:], 1, 7)], "file", config, positions)
     refuses(lambda: check_fits([], "file", config, positions + 1, "m"), "--max-length", f"m has {positions} positions")
@@ -225,7 +225,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(refuses):
     refuses(lambda: check_ids([2, 61], "a prompt", config, model="m"), "a prompt", "token 61", "m has 61 tokens")
 
 
-def test_the_digest_is_of_what_is_learned_from():
+def test_the_digest_covers_the_texts_that_are_learned():
     examples = [example_from(ROW, 1), example_from(ROW | {"query": "q"}, 2)]
     assert examples_digest(examples) == examples_digest([replace(examples[0], line=5, kind="k"), examples[1]])
     assert examples_digest(examples) != examples_digest(examples[::-1])
@@ -285,7 +285,7 @@ def test_every_epoch_takes_every_row_once(count, batch_size, seed, epoch):
 
 
 @given(st.integers(1, 200), st.integers(1, 64), st.integers(0, 2**62), st.integers(0, 10**6))
-def test_the_rows_of_a_step_depend_on_nothing_else(count, batch_size, seed, step):
+def test_the_rows_of_a_step_depend_only_on_count_batch_size_seed_and_step(count, batch_size, seed, step):
     np.random.seed(1), torch.manual_seed(1)
     rows = rows_of_step(count, batch_size, seed, step)
     np.random.seed(2), torch.manual_seed(2)
@@ -313,7 +313,7 @@ def test_micro_batches_are_a_partition_sorted_by_length(lengths, size):
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=6), st.integers(0, 9))
 def test_packed_rows_come_back_whole_and_predict_exactly_the_response(parts, alike):
-    """Rows of the same ids as far as `alike`, then each its own."""
+    """Return rows whose first `alike` ids are equal, followed by different ids."""
     parts = [(max(prompt, 2 - response), response) for prompt, response in parts]  # two tokens at least
     rows = [row_of(prompt + response, prompt) for prompt, response in parts]
     for index, row in enumerate(rows):

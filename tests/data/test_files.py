@@ -51,7 +51,7 @@ def test_fields_that_an_object_in_parquet_lacks_are_left_out(tmp_path):
     assert "query" in row  # but columns stay
 
 
-def test_parquet_rows_are_those_of_json_lines(tmp_path):
+def test_parquet_rows_equal_those_of_json_lines(tmp_path):
     conversation = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     rows = [*ROWS, conversation, {"query": "q", "response": None, "number": 3}]
     (tmp_path / "rows.jsonl").write_text(json_lines(*rows))
@@ -141,7 +141,7 @@ def test_prompts_are_read_from_parquet(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three shards of two, two and one rows, and files that are no data."""
+    """Three shards of two, two and one rows, and files that are not data."""
     for index in range(3):
         (tmp_path / f"train-0000{index}-of-00003.jsonl").write_text("\n" + json_lines(*ROWS[2 * index : 2 * index + 2]))
     (tmp_path / "README.md").write_text("# a data set")
@@ -164,7 +164,7 @@ def test_an_error_in_a_shard_names_the_file_and_its_line(folder, refuses):
     refuses(lambda: read_examples(folder), "train-00001-of-00003.jsonl, line 2", "broken JSON")
 
 
-def test_of_several_sets_the_training_set_is_read_or_none(folder, refuses):
+def test_the_training_set_of_several_sets_is_read(folder, refuses):
     (folder / "test-00000-of-00001.jsonl").write_text(json_lines(ROWS[0]))
     assert len(texts(folder)) == 5
     (folder / "train_gen-00000-of-00001.jsonl").write_text(json_lines(ROWS[0]))

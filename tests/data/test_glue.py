@@ -215,7 +215,7 @@ def test_folded_and_exact_labels_do_not_mix(write, refuses, exact, order):
 
 
 def test_snli_rows_of_five_annotators_have_their_label_last(write, refuses):
-    """GLUE's SNLI: the header names one annotator's label, and gold_label after it."""
+    """In GLUE's SNLI, the header names one annotator's label, followed by gold_label."""
     start = "0\tc\tp\t( a\t( b\t(ROOT\t(ROOT\tA.\tB.\t"
     header = MNLI_HEADER.replace("promptID pairID genre", "captionID pairID").replace(" ", "\t")
     labels = ["neutral\tentailment", "neutral\tneutral\t-\tneutral\tentailment\tcontradiction"]
@@ -337,7 +337,7 @@ def test_custom_data_without_classes_is_refused(write, refuses, content, parts):
 
 
 @pytest.mark.parametrize("label", ["", 1.5, None, ["a"], "other", True, 0])
-def test_what_is_no_custom_class_is_refused_with_its_line(write, refuses, label):
+def test_an_invalid_custom_class_is_refused_with_its_line(write, refuses, label):
     path = write(json_lines({"t": "x", "y": "a\n"}, {"t": "x", "y": "b"}, {"t": "x", "y": label}))
     task = replace(
         TASKS["sst2"], name="custom", columns=(("t", "y"),), labels=("a\n", "b"), spellings={"a\n": 0, "b": 1}
@@ -442,7 +442,7 @@ def test_a_score_in_json_is_a_finite_number(write, refuses, score):
     refuses(lambda: read_labelled(path, TASKS["stsb"]), path, "line 1", "not a finite number")
 
 
-def test_a_path_that_is_no_file_is_refused(tmp_path, refuses):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path, refuses):
     for path in (tmp_path, tmp_path / "absent", tmp_path / ("x" * 300)):
         refuses(lambda path=path: read_labelled(path, TASKS["rte"]), path, "JSON Lines, Parquet or TSV")
 
@@ -463,7 +463,7 @@ def test_a_glue_folder_has_a_training_file_and_dev_files(tmp_path, refuses):
     assert glue_files(tmp_path, TASKS["mnli"]) == (tmp_path / "train.tsv", dev)
 
 
-# What is done to a training set.
+# Changes to a training set.
 
 
 def test_a_class_without_a_row_is_refused(refuses):
@@ -484,7 +484,7 @@ def test_label_noise_changes_exactly_its_share_to_another_class(classes_and_labe
     assert with_label_noise(examples, share, classes, seed) == noisy and examples == labelled(*labels)
 
 
-def test_label_noise_takes_all_other_classes_alike_and_depends_on_the_seed():
+def test_label_noise_is_uniform_over_other_classes_and_depends_on_the_seed():
     examples = labelled(*[1] * 3000)
     counts = Counter(example.label for example in with_label_noise(examples, 1, 4, 0))
     assert counts.keys() == {0, 2, 3}

@@ -1,4 +1,4 @@
-"""Final answers: finding them in a text, and which of them are equal."""
+"""Final answers: extract them from a text, and compare them."""
 
 import json
 import shutil

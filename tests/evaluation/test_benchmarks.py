@@ -1,4 +1,4 @@
-"""Prompts and verdicts of the benchmarks: their own solutions are right, and wrong ones are not."""
+"""Prompts and verdicts of the benchmarks: the files' solutions are right, and wrong ones are not."""
 
 import gzip
 import json
@@ -77,7 +77,7 @@ def verdict(task: str, item, completion: str) -> str:
     return BENCHMARKS[task].judge(item, completion, Limits(seconds=5))[1]
 
 
-def test_mathematical_prompts_are_those_of_training_with_the_papers_ending(items):
+def test_mathematical_prompts_are_training_prompts_with_the_papers_ending(items):
     for task, question in [("gsm8k", GSM8K[0]["question"]), ("math", MATH[0]["problem"])]:
         prompt = items(task)[0].prompt
         assert prompt.startswith("Below is an instruction") and f"### Instruction:\n{question}\n\n" in prompt
@@ -112,7 +112,7 @@ def test_answers_are_judged(items, task, index, completion, expected):
 
 
 @pytest.mark.parametrize("task, right", [("gsm8k", "The answer is: 4"), ("math", "The answer is: 0.5")])
-def test_a_draft_in_the_thoughts_is_no_answer(items, task, right):
+def test_a_draft_in_the_thoughts_does_not_count_as_an_answer(items, task, right):
     item = items(task)[0]
     for thoughts in ("<think>The answer is: 9</think>", "The answer is: 9</think>", "[THINK]The answer is: 9[/THINK]"):
         assert verdict(task, item, f"{thoughts}\n{right}") == "right"
@@ -266,7 +266,7 @@ def test_an_answer_without_a_number_is_refused(items, refuses):
     refuses(lambda: items("math", [{"problem": "q", "solution": "2"}]), "line 1", "no final answer")
 
 
-def test_a_problem_that_is_there_twice_is_refused(items, refuses):
+def test_a_duplicate_problem_is_refused(items, refuses):
     refuses(lambda: items("mbpp", [MBPP[0], MBPP[0]]), "line 2", "11 is there twice")
 
 
@@ -283,5 +283,5 @@ def test_compressed_files_and_arrays_are_read(tmp_path, refuses):
         refuses(lambda: read_items(mbpp, tmp_path / "rows.jsonl.gz"), "rows.jsonl.gz")
 
 
-def test_right_verdicts_are_those_of_answers_and_programs():
+def test_right_verdicts_are_right_and_passed():
     assert RIGHT == ("right", "passed")

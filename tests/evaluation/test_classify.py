@@ -1,4 +1,4 @@
-"""Classifiers: padding, answers in the order of the rows, and every number of the table."""
+"""Classifiers: padding, answers in row order, and every number in the table."""
 
 import math
 from dataclasses import replace
@@ -88,7 +88,7 @@ def test_rows_keep_order_texts_labels_and_lines_and_cut_texts_are_counted():
 @settings(deadline=None, max_examples=20)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=9), size=st.integers(1, 10), seed=st.integers(0, 9))
 def test_answers_come_in_the_rows_order_whatever_the_batch_size(bert, lengths, size, seed):
-    """Up to float32's rounding: padding changes only the order of summation."""
+    """Equal up to float32 rounding: padding changes only the order of summation."""
     rows = random_rows(lengths, seed=seed)
     for part, width in ((None, 3), (bert.features, 24)):
         expected = torch.cat([(part or bert)(*labelled.padded([row], bert, "cpu")[0]) for row in rows]).detach()
@@ -109,69 +109,69 @@ def test_answers_are_float32_without_dropout_or_gradient_and_the_mode_is_restore
 
 def test_scores_of_a_task_are_its_metrics_accuracy_recalls_and_ranks():
     gold, predicted = [0, 1, 1, 0, 1], [0, 1, 0, 1, 1]
-    found = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["mrpc"], False, batch_size=5)
-    assert list(found) == [
+    scores = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["mrpc"], False, batch_size=5)
+    assert list(scores) == [
         "accuracy", "f1", "recall of 0", "recall of 1", "rank of batch logits", "effective rank of them",
     ]  # fmt: skip
-    assert found["accuracy"] == 3 / 5 and found["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
-    assert found["recall of 0"] == 1 / 2 and found["recall of 1"] == pytest.approx(2 / 3)
+    assert scores["accuracy"] == 3 / 5 and scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1))
+    assert scores["recall of 0"] == 1 / 2 and scores["recall of 1"] == pytest.approx(2 / 3)
 
 
-def test_the_metric_of_a_task_is_that_of_metrics_py():
+def test_a_tasks_metric_is_computed_by_metrics_py():
     gold, predicted = [0, 1, 1, 0, 1, 1], [0, 1, 0, 1, 1, 1]
-    found = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["cola"], False, batch_size=4)
-    assert found["matthews"] == metrics.matthews(predicted, gold)
-    assert list(found)[:2] == ["matthews", "accuracy"]
+    scores = classify.class_scores(one_hot(predicted, 2), rows_of_labels(gold), TASKS["cola"], False, batch_size=4)
+    assert scores["matthews"] == metrics.matthews(predicted, gold)
+    assert list(scores)[:2] == ["matthews", "accuracy"]
 
 
 def test_ranks_are_means_over_batches_of_consecutive_rows():
     """Two batches: rank 1 with one singular value, rank 2 with two equal ones."""
     logits = torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0], [0.0, 3.0]])
-    found = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=2)
-    assert found["rank of batch logits"] == 1.5 and found["effective rank of them"] == pytest.approx(1.5)
+    scores = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=2)
+    assert scores["rank of batch logits"] == 1.5 and scores["effective rank of them"] == pytest.approx(1.5)
     together = classify.class_scores(logits, rows_of_labels([0, 0, 0, 1]), TASKS["sst2"], False, batch_size=4)
     assert together["rank of batch logits"] == 2
 
 
 def test_folded_labels_are_compared_with_folded_predictions():
     gold, predicted = [0, 1, 1, 0], [0, 1, 2, 2]
-    found = classify.class_scores(one_hot(predicted, 3), rows_of_labels(gold), TASKS["mnli"], True, batch_size=4)
-    assert found["accuracy"] == 3 / 4
-    assert found["recall of entailment"] == 1 / 2 and found["recall of not entailment"] == 1
-    assert "recall of neutral" not in found
+    scores = classify.class_scores(one_hot(predicted, 3), rows_of_labels(gold), TASKS["mnli"], True, batch_size=4)
+    assert scores["accuracy"] == 3 / 4
+    assert scores["recall of entailment"] == 1 / 2 and scores["recall of not entailment"] == 1
+    assert "recall of neutral" not in scores
 
 
 def test_the_recall_of_a_class_without_examples_is_nan():
-    found = classify.class_scores(one_hot([2, 0], 3), rows_of_labels([2, 2]), TASKS["mnli"], False, batch_size=2)
-    assert math.isnan(found["recall of entailment"]) and math.isnan(found["recall of neutral"])
-    assert found["recall of contradiction"] == 1 / 2 and found["accuracy"] == 1 / 2
+    scores = classify.class_scores(one_hot([2, 0], 3), rows_of_labels([2, 2]), TASKS["mnli"], False, batch_size=2)
+    assert math.isnan(scores["recall of entailment"]) and math.isnan(scores["recall of neutral"])
+    assert scores["recall of contradiction"] == 1 / 2 and scores["accuracy"] == 1 / 2
 
 
-def test_scores_of_a_regression_are_correlations_and_no_more():
+def test_scores_of_a_regression_are_only_correlations():
     gold, predicted = [0.5, 2.0, 5.0, 3.5], [0.1, 3.0, 4.0, 2.5]
-    found = classify.class_scores(torch.tensor(predicted)[:, None], rows_of_labels(gold), TASKS["stsb"], False, 2)
-    assert list(found) == ["pearson", "spearman"]
-    assert found["pearson"] == pytest.approx(np.corrcoef(predicted, gold)[0, 1], abs=1e-6)
-    assert found["spearman"] == pytest.approx(metrics.spearman(predicted, gold))
+    scores = classify.class_scores(torch.tensor(predicted)[:, None], rows_of_labels(gold), TASKS["stsb"], False, 2)
+    assert list(scores) == ["pearson", "spearman"]
+    assert scores["pearson"] == pytest.approx(np.corrcoef(predicted, gold)[0, 1], abs=1e-6)
+    assert scores["spearman"] == pytest.approx(metrics.spearman(predicted, gold))
 
 
 def test_a_constant_regression_has_no_correlation_and_no_dev_metric():
-    found = classify.class_scores(torch.ones(3, 1), rows_of_labels([1.0, 2.0, 3.0]), TASKS["stsb"], False, 2)
-    assert math.isnan(found["pearson"]) and math.isnan(classify.dev_metric(found, TASKS["stsb"]))
+    scores = classify.class_scores(torch.ones(3, 1), rows_of_labels([1.0, 2.0, 3.0]), TASKS["stsb"], False, 2)
+    assert math.isnan(scores["pearson"]) and math.isnan(classify.dev_metric(scores, TASKS["stsb"]))
 
 
-@pytest.mark.parametrize(("task", "found", "expected"), [
+@pytest.mark.parametrize(("task", "scores", "expected"), [
     ("mrpc", {"accuracy": 0.5, "f1": 0.8, "recall of 0": 0.0}, 0.65),
     ("stsb", {"pearson": 0.25, "spearman": 0.75}, 0.5),
     ("cola", {"matthews": -0.5, "accuracy": 1.0}, -0.5),
     ("mnli", {"accuracy": 0.75, "recall of neutral": 0.0}, 0.75),
 ])  # fmt: skip
-def test_the_best_epoch_is_chosen_by_the_mean_of_glues_metrics(task, found, expected):
-    assert classify.dev_metric(found, TASKS[task]) == pytest.approx(expected)
+def test_the_best_epoch_is_chosen_by_the_mean_of_glues_metrics(task, scores, expected):
+    assert classify.dev_metric(scores, TASKS[task]) == pytest.approx(expected)
 
 
 def test_a_custom_task_is_chosen_by_accuracy(tmp_path):
     (tmp_path / "data.tsv").write_text("text\tkind\na\tham\nb\tspam\n")
     task = custom_task(tmp_path / "data.tsv", ["text"], "kind")
-    found = classify.class_scores(one_hot([0, 1], 2), rows_of_labels([0, 0]), task, False, 2)
-    assert classify.dev_metric(found, task) == found["accuracy"] == 0.5
+    scores = classify.class_scores(one_hot([0, 1], 2), rows_of_labels([0, 0]), task, False, 2)
+    assert classify.dev_metric(scores, task) == scores["accuracy"] == 0.5

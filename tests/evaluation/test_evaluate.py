@@ -290,9 +290,9 @@ def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
     assert status == 0, error
     status, tuned, _ = run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")
     assert status == 0 and "KL(base ‖ tuned)" in tuned and "KL" not in base
-    found, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
-    assert found["base_loss"] == pytest.approx(plain["loss"]) and found["kl"] > 0.001
-    assert found["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    tuned, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
+    assert tuned["base_loss"] == pytest.approx(plain["loss"]) and tuned["kl"] > 0.001
+    assert tuned["loss"] != pytest.approx(plain["loss"], rel=1e-3)
     path = tmp_path / "tuned" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:9])

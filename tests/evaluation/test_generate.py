@@ -55,7 +55,7 @@ def gpt2():
 
 
 def tokenizer(*prompts, eos_id=None):
-    """Whatever the texts are, these are their ids; a text generated is its ids."""
+    """A tokenizer that encodes any texts as these prompts, and "decodes" ids to themselves."""
     return SimpleNamespace(
         encode_prompts=lambda texts: [list(prompt) for prompt in prompts],
         eos_ids=frozenset([eos_id]) - {None},
@@ -72,8 +72,8 @@ def test_every_language_model_has_greedy_texts_of_transformers():
 
 
 @pytest.mark.parametrize("name", GREEDY)
-def test_greedy_ids_are_those_of_transformers(name):
-    """Each token leads the second by 1.6e-3 or more, where float32 rounds by some 1e-6."""
+def test_greedy_ids_equal_those_of_transformers(name):
+    """Each token leads the runner-up by at least 1.6e-3, and float32 rounds by about 1e-6."""
     model, expected = restless(mb.load_model(GOLDEN / name)), GREEDY[name]
     decoding = Decoding(max_new_tokens=24, eos_ids=frozenset([expected["eos_id"]]))
     assert generate_ids(model, expected["prompts"], decoding) == expected["continuations"]
@@ -87,8 +87,8 @@ def test_greedy_ids_are_those_of_transformers(name):
 
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=40), SAMPLING])
 def test_a_batch_gives_each_prompt_the_text_that_it_gives_alone(toy, decoding):
-    """The texts are equal, although float32 rounds a batch otherwise, by some 1e-5: each greedy token leads the second
-    by 0.07 or more, and no number drawn is nearer than 8e-4 to where another token begins.
+    """The texts are equal although float32 rounds a batch differently, by about 1e-5: each greedy token leads the
+    runner-up by at least 0.07, and no random number is within 8e-4 of a boundary between two tokens.
     """
     model, tok = toy
     assert len({len(ids) for ids in tok.encode_prompts(PROMPTS)}) > 3
@@ -139,7 +139,7 @@ def test_no_prompts_give_no_texts(toy):
 
 
 def test_draws_follow_the_distribution():
-    """Pearson's chi-square of 20,000 draws from 6 classes: beyond 20.5 once in 1,000 times, and the seed is fixed."""
+    """Pearson's chi-square of 20,000 draws from 6 classes exceeds 20.5 once in 1,000 times; the seed is fixed."""
     logits = torch.tensor([2.0, -1.0, 0.5, 0.0, 1.5, -3.0])
     uniform = torch.from_numpy(np.random.default_rng(0).random(20_000))
     counts = sample(logits.expand(20_000, -1), uniform, 0.7, 1.0).bincount(minlength=6)
@@ -162,7 +162,7 @@ def test_nothing_outside_the_nucleus_is_drawn(logits, uniform, top_p, temperatur
     assert p[likelier].sum() < top_p + 1e-12  # and does not suffice
 
 
-def test_the_nucleus_is_drawn_from_whole():
+def test_every_token_of_the_nucleus_is_drawn():
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
     drawn = sample(p.log().expand(1000, -1), uniform, 1.0, 0.6).bincount(minlength=4) / 1000
@@ -192,7 +192,7 @@ def test_generation_ends_at_the_last_position(gpt2, prompt_tokens, generated):
     assert len(ids) == generated
 
 
-def test_a_short_prompt_goes_on_where_a_long_one_has_reached_the_last_position(gpt2):
+def test_a_short_prompt_continues_after_a_long_one_reached_the_last_position(gpt2):
     prompts = [[5] * 39, [6, 9, 12], list(range(20))]
     together = generate(gpt2, tokenizer(*prompts), [""] * 3, Decoding(100))
     assert [len(prompt) + len(ids) for prompt, ids in zip(prompts, together, strict=True)] == [40, 40, 40]
@@ -211,7 +211,7 @@ def test_eos_at_once_is_an_empty_text(gpt2):
         ([5] * 40, ["prompt 2", "40 tokens", "40 positions", "shorten"]),
         ([5] * 500, ["prompt 2", "500 tokens", "40 positions"]),
         ([], ["prompt 2", "no tokens"]),
-        ([5, 61], ["prompt 2", "token 61", "61 tokens", "do not belong together"]),
+        ([5, 61], ["prompt 2", "token 61", "61 tokens", "give the model its own tokenizer"]),
     ],
 )
 def test_a_prompt_that_the_model_cannot_take_is_refused_before_the_first_token(gpt2, refuses, ids, parts):
@@ -241,14 +241,14 @@ def byte_tokenizer(*extra):
 
 
 def encode_bytes(raw):
-    """The printable spelling that byte-level BPE gives to bytes (GPT-2)."""
+    """Return the printable spelling that byte-level BPE gives to bytes (GPT-2)."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return "".join(chr(byte if byte in printable else 256 + others.index(byte)) for byte in raw)
 
 
 def fallback_tokenizer(*words):
-    """As LLaMA 2's: pieces with ▁ for a space, and bytes for all other text."""
+    """Like LLaMA 2's tokenizer: pieces with ▁ for a space, and bytes for all other text."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(models.BPE({piece: index for index, piece in enumerate(pieces)}, [], byte_fallback=True))
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -268,7 +268,7 @@ def pieces_of(tok, raw, cuts):
 
 
 def stopped_after(tok, ids, stop):
-    """How many tokens had come when the stop string was seen, or None."""
+    """Return the number of tokens after which the stop string was detected, or None."""
     watch = StopWatch(tok, stop, prompt=[])
     return next((n for n in range(1, len(ids) + 1) if watch.has_stopped(ids[:n])), None)
 

@@ -1,4 +1,4 @@
-"""The metrics against scikit-learn's and SciPy's values, their ranges, and what leaves them as they are."""
+"""The metrics: values of scikit-learn and SciPy, ranges, and invariances."""
 
 import json
 import math
@@ -41,19 +41,19 @@ def varied(*sides):
 
 
 @pytest.mark.parametrize("case", EXPECTED["classification"] + EXPECTED["regression"])
-def test_values_are_those_of_scikit_learn_and_scipy(case):
+def test_values_equal_those_of_scikit_learn_and_scipy(case):
     for name, expected in case["expected"].items():
         if name == "recalls":
             assert recalls(case["predicted"], case["gold"], len(expected)) == expected
         else:
             expected = math.nan if expected is None else expected
-            found = getattr(metrics, name)(case["predicted"], case["gold"])
-            assert isinstance(found, float)
-            assert found == pytest.approx(expected, abs=1e-12, nan_ok=True), name
+            result = getattr(metrics, name)(case["predicted"], case["gold"])
+            assert isinstance(result, float)
+            assert result == pytest.approx(expected, abs=1e-12, nan_ok=True), name
 
 
 @pytest.mark.parametrize("case", EXPECTED["spectra"])
-def test_the_effective_rank_is_that_of_the_definition(case):
+def test_the_effective_rank_follows_its_definition(case):
     assert effective_rank(case["logits"]) == pytest.approx(case["effective_rank"], rel=1e-12)
 
 
@@ -78,7 +78,7 @@ def test_a_perfect_prediction_has_the_highest_score(gold):
 
 
 @given(class_pairs, st.permutations(range(CLASSES)), st.randoms())
-def test_matthews_minds_neither_the_names_of_classes_nor_the_order_of_rows_nor_who_predicts(pairs, names, random):
+def test_matthews_is_invariant_to_class_names_row_order_and_swapped_arguments(pairs, names, random):
     value = matthews(*both(pairs))
     assert matthews(*both([(names[p], names[g]) for p, g in pairs])) == value
     assert matthews(*both([(g, p) for p, g in pairs])) == value
@@ -148,7 +148,7 @@ def test_spearman_minds_no_monotone_map(pairs):
 
 @pytest.mark.parametrize("metric", [pearson, spearman])
 @pytest.mark.parametrize("predicted", [[0.1, 0.1, 0.1], [1.0, math.nan, 2.0], [math.nan] * 3])
-def test_what_is_constant_or_not_a_number_correlates_with_nothing(metric, predicted):
+def test_constant_or_nan_scores_have_no_correlation(metric, predicted):
     assert math.isnan(metric(predicted, [1.0, 2.0, 3.0])) and math.isnan(metric([1.0, 2.0, 3.0], predicted))
     assert math.isnan(metric([1.0], [1.0]))
 
@@ -187,8 +187,8 @@ def test_the_effective_rank_counts_equal_singular_values():
 
 @pytest.mark.parametrize("case", EXPECTED["intervals"])
 def test_wilsons_interval_is_scipys(case):
-    found = wilson(case["right"] / case["total"], case["total"])
-    assert found == pytest.approx((case["low"], case["high"]), abs=1e-6)
+    result = wilson(case["right"] / case["total"], case["total"])
+    assert result == pytest.approx((case["low"], case["high"]), abs=1e-6)
 
 
 @given(st.integers(1, 9), st.data())

@@ -68,7 +68,7 @@ def ask(messages, where):
 
 @pytest.fixture
 def generated(monkeypatch):
-    """The calls of `generate`, which answers with the number of the prompt in its call: (prompts, decoding, keys)."""
+    """Let `generate` answer with the prompt's number. Returns its calls (prompts, decoding, keys)."""
     calls = []
 
     def generate(model, tok, prompts, decoding, keys=None):
@@ -111,7 +111,7 @@ MESSAGES = [
 ]  # fmt: skip
 
 
-def test_a_conversation_goes_on_in_alpacas_template():
+def test_a_conversation_continues_in_alpacas_template():
     first = mt_bench.prompt_of(ALPACA, MESSAGES[:2], "")
     assert first == PROMPT.format(instruction="Be kind.\n\nA?")
     assert mt_bench.prompt_of(ALPACA, MESSAGES, "") == f"{first} B.\n\n### Instruction:\nC?\n\n### Response:"
@@ -184,7 +184,7 @@ def test_a_reference_file_comes_before_the_question_files(questions, prompts_fil
     assert "[Reference]\nIt is seven.\n" in matches[2].user_prompt
 
 
-def test_what_a_judge_lacks_is_refused(questions, prompts_file, tmp_path, refuses):
+def test_missing_prompts_and_references_of_a_judge_are_refused(questions, prompts_file, tmp_path, refuses):
     no_reference = [mt_bench.Question(1, "coding", ("a", "b"), (), "q.jsonl, line 9")]
     refuses(lambda: mt_bench.matches_of(no_reference, ANSWERS[:1], prompts_file, {}), "line 9", "--references")
     pairs = lines(tmp_path / "pairs.jsonl", [{"name": "pair-v2", "output_format": "[[A]]"}])
@@ -244,7 +244,7 @@ def test_judgments_are_fastchats_and_are_kept(questions, prompts_file, toy, monk
     {"question_id": 1, "category": "math", "turns": "a"}, {"question_id": 1, "category": 2, "turns": ["a"]},
     {"question_id": None, "category": "math", "turns": ["a"]}, {"question_id": 81, "category": "math", "turns": ["a"]},
 ])  # fmt: skip
-def test_a_row_that_is_no_question_is_refused_by_its_line(tmp_path, refuses, row):
+def test_a_row_that_is_not_a_question_is_refused_by_its_line(tmp_path, refuses, row):
     path = lines(tmp_path / "question.jsonl", [QUESTIONS[0], row])
     refuses(lambda: mt_bench.read_questions(path), "question.jsonl, line 2")
     path.write_text("")

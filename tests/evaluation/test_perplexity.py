@@ -50,25 +50,25 @@ def test_windows_cover_the_text_once_and_begin_with_bos(toy, tmp_path):
     assert len(text_windows(tmp_path / "text.txt", tok, config, 100, limit=3)) == 3
 
 
-def test_predictions_are_those_of_the_base_and_of_the_tuned_model(toy):
+def test_predictions_equal_plain_sums_for_the_base_and_the_tuned_model(toy):
     _, tok = toy
     base, model = mb.load_model(MODEL), mb.adapt(mb.load_model(MODEL), rank=4)
     stretch(model)
     ids = tok.encode(EXAMPLES[0].prompt)
-    found = predict(model, ids)
+    result = predict(model, ids)
     with torch.no_grad():
         log_p, log_f = (m(torch.tensor([ids]))[0, :-1].double().log_softmax(-1) for m in (base, model))
     targets = torch.tensor(ids[1:])[:, None]
-    assert found["tokens"] == len(ids) - 1
-    assert found["loss"] == pytest.approx(-log_f.gather(1, targets).sum().item(), rel=1e-5)
-    assert found["base_loss"] == pytest.approx(-log_p.gather(1, targets).sum().item(), rel=1e-5)
-    assert found["kl"] == pytest.approx((log_p.exp() * (log_p - log_f)).sum().item(), rel=1e-4)
-    assert predict(base, ids) == pytest.approx({"tokens": len(ids) - 1, "loss": found["base_loss"]})
+    assert result["tokens"] == len(ids) - 1
+    assert result["loss"] == pytest.approx(-log_f.gather(1, targets).sum().item(), rel=1e-5)
+    assert result["base_loss"] == pytest.approx(-log_p.gather(1, targets).sum().item(), rel=1e-5)
+    assert result["kl"] == pytest.approx((log_p.exp() * (log_p - log_f)).sum().item(), rel=1e-4)
+    assert predict(base, ids) == pytest.approx({"tokens": len(ids) - 1, "loss": result["base_loss"]})
 
 
 def test_an_untrained_adapter_has_no_kl(toy):
-    found = predict(mb.adapt(mb.load_model(MODEL), rank=4), toy[1].encode("Ada has 3 apples."))
-    assert found["kl"] == 0 and found["loss"] == found["base_loss"]
+    result = predict(mb.adapt(mb.load_model(MODEL), rank=4), toy[1].encode("Ada has 3 apples."))
+    assert result["kl"] == 0 and result["loss"] == result["base_loss"]
 
 
 def test_means_are_weighted_by_tokens():
@@ -76,8 +76,8 @@ def test_means_are_weighted_by_tokens():
         {"tokens": 3, "loss": 6.0, "base_loss": 3.0, "kl": 1.5},
         {"tokens": 1, "loss": 2.0, "base_loss": 5.0, "kl": 0.5},
     ]
-    found = mean_predictions([{"window": number} | window for number, window in enumerate(windows)])
-    assert found == pytest.approx(
+    result = mean_predictions([{"window": number} | window for number, window in enumerate(windows)])
+    assert result == pytest.approx(
         {"tokens": 4, "loss": 2, "base_loss": 2, "kl": 0.5, "perplexity": math.e**2, "base_perplexity": math.e**2}
     )
     assert math.isfinite(mean_predictions([{"tokens": 1, "loss": 1e6}])["perplexity"])

@@ -1,4 +1,4 @@
-"""Pictures of runs and features. What needs matplotlib or scikit-learn is skipped where they are missing."""
+"""Pictures of runs and features. Tests that need matplotlib or scikit-learn are skipped without them."""
 
 import json
 import math
@@ -166,7 +166,7 @@ def test_no_log_and_an_empty_one_are_refused(tmp_path, refuses):
         (["x/../a", "b"], ["a", "b"]),
     ],
 )
-def test_a_name_is_the_shortest_end_of_the_path_that_is_its_own(paths, names):
+def test_a_name_is_the_shortest_unique_end_of_the_path(paths, names):
     assert short_names([Path(path) for path in paths]) == names
 
 
@@ -182,7 +182,7 @@ def test_a_path_that_is_named_twice_is_refused(refuses):
 # Curves
 
 
-def test_the_moving_mean_is_that_of_the_twentieth_of_the_run_around_a_step():
+def test_the_moving_mean_covers_a_twentieth_of_the_run_around_a_step():
     for count, half in ((1, 0), (15, 0), (50, 1), (167, 4), (781, 20)):
         values = np.random.default_rng(0).normal(size=count)
         expected = [values[max(0, at - half) : at + half + 1].mean() for at in range(count)]
@@ -222,47 +222,47 @@ def test_an_exponential_fall_is_shown_whole():
         ("loss", {}, ""),
     ],
 )
-def test_the_unit_is_that_of_the_recipe_and_the_task(key, settings, expected):
+def test_the_unit_depends_on_the_recipe_and_the_task(key, settings, expected):
     assert quantity(key, settings) == expected
 
 
 def test_there_is_a_panel_for_each_term_that_a_run_has_with_a_line_for_each_run_that_has_it(pictures, ba, lora):
     figure = plot_runs.curves(plot_runs.read_runs([ba, lora]))
-    found = panels(figure)
-    assert list(found) == [
+    axes_of = panels(figure)
+    assert list(axes_of) == [
         "loss", "task", "consistency", "diversity", "singular values", "learning rate", "dev metric",
     ]  # fmt: skip
     both = {"loss", "task", "learning rate"}
-    for title, axes in found.items():
+    for title, axes in axes_of.items():
         named = [line.get_label() for line in axes.get_lines() if not line.get_label().startswith("_")]
         assert named == (["ba", "lora"] if title in both else ["ba"]), title
-    assert {line_of(axes, "ba").get_color() for axes in found.values()} == {plot_style.COLOURS[0]}
-    assert {line_of(found[title], "lora").get_color() for title in both} == {plot_style.COLOURS[1]}
+    assert {line_of(axes, "ba").get_color() for axes in axes_of.values()} == {plot_style.COLOURS[0]}
+    assert {line_of(axes_of[title], "lora").get_color() for title in both} == {plot_style.COLOURS[1]}
     assert names_in_legend(figure) == ["ba", "lora"]
-    assert found["diversity"].get_ylabel() == "−entropy, nats" and found["dev metric"].get_xlabel() == "step"
+    assert axes_of["diversity"].get_ylabel() == "−entropy, nats" and axes_of["dev metric"].get_xlabel() == "step"
 
 
 def test_the_lines_hold_the_log(pictures, ba, lora):
-    found = panels(plot_runs.curves(plot_runs.read_runs([ba, lora])))
+    axes_of = panels(plot_runs.curves(plot_runs.read_runs([ba, lora])))
     entries = [json.loads(line) for line in (ba / "log.jsonl").read_text().splitlines()]
     losses = [entry["loss"] for entry in entries]
-    raw, mean = found["loss"].get_lines()[:2]
+    raw, mean = axes_of["loss"].get_lines()[:2]
     assert raw.get_ydata().tolist() == losses and raw.get_alpha() < 0.5 and raw.get_linewidth() < 1
     assert mean.get_ydata().tolist() == moving_mean(np.array(losses)).tolist()
-    assert line_of(found["learning rate"], "ba").get_ydata().tolist() == [entry["lr"] for entry in entries]
-    assert line_of(found["diversity"], "ba").get_xdata().tolist() == list(range(11, 48))
-    metric = line_of(found["dev metric"], "ba")
+    assert line_of(axes_of["learning rate"], "ba").get_ydata().tolist() == [entry["lr"] for entry in entries]
+    assert line_of(axes_of["diversity"], "ba").get_xdata().tolist() == list(range(11, 48))
+    metric = line_of(axes_of["dev metric"], "ba")
     assert metric.get_xydata().tolist() == [[20, 20 / 47], [40, 40 / 47]] and metric.get_marker() == "."
-    assert line_of(found["loss"], "lora").get_xdata()[-1] == 71 and found["loss"].get_xlim()[1] > 71
+    assert line_of(axes_of["loss"], "lora").get_xdata()[-1] == 71 and axes_of["loss"].get_xlim()[1] > 71
 
 
-def test_the_task_has_no_panel_where_it_is_the_loss(pictures, lora, new_run):
+def test_the_task_has_no_panel_if_it_equals_the_loss(pictures, lora, new_run):
     almost = new_run("almost", [entry(step, 2 - step / 50, task=2.0001 - step / 50) for step in range(1, 40)])
     for runs in ([lora], [lora, almost]):
         assert list(panels(plot_runs.curves(plot_runs.read_runs(runs)))) == ["loss ≈ task", "learning rate"]
 
 
-def test_a_value_far_off_is_told_and_not_shown(pictures, new_run):
+def test_a_value_far_off_is_noted_but_not_shown(pictures, new_run):
     run = new_run("run", [entry(step, 50 if step == 1 else 2 + step / 100) for step in range(1, 100)])
     axes = panels(plot_runs.curves(plot_runs.read_runs([run])))["loss ≈ task"]
     assert axes.get_ylim()[1] < 10 and axes.get_title(loc="right") == "up to 50"
@@ -308,7 +308,7 @@ def test_panels_fill_the_picture(pictures, new_run, panel_count):
         assert max(box.x1 for box in row) > 0.97 and min(box.x0 for box in row) < 0.15, row
 
 
-def test_names_are_no_formulas_and_all_are_in_the_legend(pictures, new_run):
+def test_names_are_not_parsed_as_formulas_and_all_are_in_the_legend(pictures, new_run):
     folders = [new_run(name, [entry(1, 1.0)]) for name in ("_under", "a$b$c", "$\\frac{")]
     figure = plot_runs.curves(plot_runs.read_runs(folders))
     assert names_in_legend(figure) == ["_under", "a$b$c", "$\\frac{"]
@@ -328,7 +328,7 @@ def test_a_log_without_its_run_json_has_curves_without_units(pictures, lora):
 
 
 @pytest.mark.parametrize("name", ["curves.png", "curves.pdf", "curves.svg", "CURVES.PNG"])
-def test_the_format_is_that_of_the_name_and_a_picture_is_replaced(pictures, ba, lora, tmp_path, name, capsys):
+def test_the_name_sets_the_format_and_a_picture_is_replaced(pictures, ba, lora, tmp_path, name, capsys):
     out = tmp_path / name
     out.write_text("older")
     assert main([str(ba), str(lora), "-o", str(out)]) == 0
@@ -347,7 +347,7 @@ def test_a_picture_leaves_no_setting_behind(pictures, lora, tmp_path):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_nothing_is_left_of_a_picture_that_fails(pictures, lora, tmp_path, monkeypatch):
+def test_a_picture_that_fails_leaves_nothing_behind(pictures, lora, tmp_path, monkeypatch):
     from matplotlib.figure import Figure
 
     out = tmp_path / "curves.png"
@@ -363,7 +363,7 @@ def test_nothing_is_left_of_a_picture_that_fails(pictures, lora, tmp_path, monke
     assert out.read_text() == "older" and not hidden_files(tmp_path)
 
 
-def test_nothing_is_written_of_a_damaged_log(pictures, lora, tmp_path, refuses):
+def test_a_damaged_log_writes_nothing(pictures, lora, tmp_path, refuses):
     (lora / "log.jsonl").write_text("?\n")
     refuses(lambda: main([str(lora), "-o", str(tmp_path / "curves.png")]), "log.jsonl, line 1")
     assert sorted(os.listdir(tmp_path)) == ["runs"]
@@ -405,8 +405,8 @@ def test_classes_have_the_names_that_the_file_gives_them(tsne_libraries, new_fea
 
 
 def test_the_picture_is_the_same_each_time(tsne_libraries, new_features):
-    found = read_features([new_features()], 30)
-    first, second = (plot_features.tsne(found).axes[1].collections[0].get_offsets() for _ in range(2))
+    files = read_features([new_features()], 30)
+    first, second = (plot_features.tsne(files).axes[1].collections[0].get_offsets() for _ in range(2))
     assert np.array_equal(first, second)
 
 
@@ -426,7 +426,7 @@ def test_more_files_are_more_rows_with_the_same_colour_for_a_class(tsne_librarie
     assert looks[0].keys() & looks[1].keys() == {"class 2"} and looks[0]["class 2"] == looks[1]["class 2"]
 
 
-def test_scores_get_a_colour_bar_in_place_of_a_legend(tsne_libraries, new_features):
+def test_scores_get_a_colour_bar_instead_of_a_legend(tsne_libraries, new_features):
     labels = torch.rand(60, generator=torch.Generator().manual_seed(1)) * 5
     figure = plot_features.tsne(read_features([new_features(60, labels)], 2000))
     before, after, bar = figure.axes
@@ -438,7 +438,7 @@ def test_scores_get_a_colour_bar_in_place_of_a_legend(tsne_libraries, new_featur
 
 
 def test_a_row_is_not_its_own_neighbour(tsne_libraries):
-    """Two far pairs of different classes: with itself counted, each row would be half right."""
+    """Two distant pairs of different classes: if a row counted itself, each row would be half right."""
     values = np.array([[0.0, 0], [0, 1], [90, 0], [90, 1]])
     labels = np.array([0, 1, 0, 1])
     features = plot_features.Features("f", values, values, labels, [], 4)
@@ -446,7 +446,7 @@ def test_a_row_is_not_its_own_neighbour(tsne_libraries):
     assert nearest_three == "5-NN accuracy 0.000"
 
 
-def test_many_rows_are_a_sample_of_which_before_after_and_labels_are_the_same(new_features):
+def test_a_sample_of_many_rows_takes_the_same_rows_of_before_after_and_labels(new_features):
     path = new_features(50)
     (whole,), (sample,) = read_features([path], 50), read_features([path], 11)
     rows = [np.flatnonzero((whole.before == row).all(1)).item() for row in sample.before]
@@ -465,8 +465,8 @@ def test_few_rows_are_drawn(tsne_libraries, new_features, rows):
 def test_half_precision_and_boolean_labels_are_read(new_features):
     generator = torch.Generator().manual_seed(0)
     half = torch.randn(9, 7, generator=generator).bfloat16()
-    (found,) = read_features([new_features(9, changes={"before": half, "labels": torch.arange(9) % 2 == 0})], 2000)
-    assert np.array_equal(found.before, half.double().numpy()) and set(found.labels) == {0, 1}
+    (features,) = read_features([new_features(9, changes={"before": half, "labels": torch.arange(9) % 2 == 0})], 2000)
+    assert np.array_equal(features.before, half.double().numpy()) and set(features.labels) == {0, 1}
 
 
 def test_features_are_saved_as_a_picture(tsne_libraries, new_features, tmp_path, capsys):
@@ -504,7 +504,7 @@ def test_fewer_than_three_rows_are_refused(new_features, refuses):
     refuses(lambda: read_features([path], 2), "--max-rows 2", "3 rows")
 
 
-def test_what_is_no_safetensors_file_is_refused(tmp_path, refuses):
+def test_a_file_that_is_not_safetensors_is_refused(tmp_path, refuses):
     (tmp_path / "text").write_text("before, after, labels\n")
     (tmp_path / "empty").write_bytes(b"")
     for name, part in (("text", "not a readable"), ("empty", "not a readable"), ("absent", "no such file"), ("", "")):

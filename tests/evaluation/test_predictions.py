@@ -53,7 +53,7 @@ def adapters(tmp_path_factory):
 
 
 def expected(folder, texts, classes):
-    """The probabilities (N, D), or scores (N, 1), one text at a time."""
+    """Return the probabilities (N, D), or scores (N, 1), computed one text at a time."""
     model = mb.load_adapter(mb.load_model(BERT, "classifier", classes), folder)
     encoded, _ = mb.load_tokenizer(BERT).encode_labelled(texts, 64)
     with torch.no_grad():
@@ -198,7 +198,7 @@ def test_mnli_has_a_file_for_each_of_its_test_files(run, adapters, tmp_path):
     assert status == 2 and "'Premise', 'Hypothesis'" in error
 
 
-def test_scores_of_a_submission_are_in_the_range_of_stsb(run, adapters, tmp_path):
+def test_scores_of_a_submission_are_clipped_to_the_range_of_stsb(run, adapters, tmp_path):
     folder = adapters(1, task="stsb", labels=[], max_length=64)
     header = "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
     written(tmp_path / "test.tsv", header, "{i}\tg\tf\t2012\t1\tn\tn\t{a}\t{b}")

@@ -89,7 +89,7 @@ WRAPPED = {
 
 @pytest.mark.parametrize("wrapping", WRAPPED)
 @pytest.mark.parametrize("before", [BEFORE, "from typing import List\n"])
-def test_right_code_is_found_in(wrapping, before):
+def test_the_code_is_extracted_from_any_wrapping(wrapping, before):
     assert runs(WRAPPED[wrapping], before)
 
 
@@ -125,7 +125,7 @@ def test_thoughts_are_removed_wherever_they_begin_and_end():
     assert without_thoughts("1 < 2 and think") == "1 < 2 and think"
 
 
-def test_names_are_those_of_the_top_level():
+def test_names_come_from_the_top_level():
     code = "import re\nA = 1\nclass B:\n    def c(self): pass\nasync def d():\n    e = 1\n"
     assert defined_names(code) == {"A", "B", "d"} == defined_names(code.replace("A = 1\n", "")) | {"A"}
     assert defined_names("def f(:\n") == {"f"}

@@ -113,13 +113,13 @@ def test_exact_match_counts_right_answers_by_kind(toy, tmp_path, monkeypatch):
         for line, (q, answer, kind) in enumerate(rows, start=1)
     ]
     examples.append(example_from({"query": "q5", "response": "no final answer"}, 5))
-    found = measure(*toy, HeldOut(as_items(examples), [], None, 3), tmp_path / "r.jsonl", "this")
-    exact = {name: value for name, value in found[0].items() if name.startswith("exact")}
+    results = measure(*toy, HeldOut(as_items(examples), [], None, 3), tmp_path / "r.jsonl", "this")
+    exact = {name: value for name, value in results[0].items() if name.startswith("exact")}
     assert exact == pytest.approx(
         {"exact match, a (1)": 100, "exact match, b (3)": 100 / 3, "exact match, all (4)": 50}
     )
-    assert len(found[1]) == 4
-    assert "95 % Wilson interval of the exact match of all: 15.0 to 85.0 before, " in before_and_after(found, found)
+    assert len(results[1]) == 4
+    assert "95 % Wilson interval of the exact match of all: 15.0 to 85.0 before, " in before_and_after(results, results)
 
 
 def test_a_task_has_its_own_length_and_stop_strings(toy, tmp_path, monkeypatch):
@@ -157,9 +157,9 @@ def test_measuring_uses_neither_gradients_nor_dropout(toy, tmp_path, monkeypatch
 
 
 def test_the_summary_counts_problems_and_not_samples():
-    found = summarize([{"item": n, "verdict": v} for n in range(50) for v in ("passed", "failed")], [1, 2])
-    assert found["pass@1"]["share"] == 0.5 and found["pass@2"]["share"] == 1
-    assert found["pass@1"]["high"] - found["pass@1"]["low"] == pytest.approx(0.268, abs=1e-3)  # of 50, not of 100
+    summary = summarize([{"item": n, "verdict": v} for n in range(50) for v in ("passed", "failed")], [1, 2])
+    assert summary["pass@1"]["share"] == 0.5 and summary["pass@2"]["share"] == 1
+    assert summary["pass@1"]["high"] - summary["pass@1"]["low"] == pytest.approx(0.268, abs=1e-3)  # of 50, not of 100
 
 
 def test_the_table_has_both_columns():

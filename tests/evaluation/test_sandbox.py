@@ -43,7 +43,7 @@ def attempt(source):
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path, monkeypatch):
-    """The folder for the sandbox's own. Checks that a test leaves no file and no process there."""
+    """The parent of the sandbox's folders. Checks that a test leaves no file and no process behind."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -69,14 +69,14 @@ def bystander():
 
 
 def processes_in(folder: Path) -> list[int]:
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit() and os.readlink(entry / "cwd").startswith(f"{folder}/"):
-                found.append(int(entry.name))
+                pids.append(int(entry.name))
         except OSError:  # the process has ended, or is not ours
             continue
-    return found
+    return pids
 
 
 def wait_for(condition):
@@ -96,9 +96,9 @@ def run_attempts(*sources, setup="") -> Outcome:
 
 
 def number(name: str) -> int:
-    """Return the number of a system call on this machine; -1 if it has none of that name."""
-    found = sandbox.REFUSED[name][sandbox.MACHINES[os.uname().machine][0]]
-    return -1 if found is None else found
+    """Return the number of a system call on this machine; -1 if it does not exist."""
+    number = sandbox.REFUSED[name][sandbox.MACHINES[os.uname().machine][0]]
+    return -1 if number is None else number
 
 
 ALL_REFUSED = Outcome("passed", "")
@@ -541,9 +541,9 @@ def test_eight_threads_get_their_own_outcomes():
     }
     wanted = [list(sources)[n % 2 if n % 8 else 2] for n in range(24)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda n: run(sources[wanted[n]].format(n), seconds=2), range(24)))
-    assert [outcome.verdict for outcome in found] == wanted
-    assert [outcome.output.splitlines()[0] for outcome in found] == [str(n) for n in range(24)]
+        outcomes = list(pool.map(lambda n: run(sources[wanted[n]].format(n), seconds=2), range(24)))
+    assert [outcome.verdict for outcome in outcomes] == wanted
+    assert [outcome.output.splitlines()[0] for outcome in outcomes] == [str(n) for n in range(24)]
 
 
 def test_nothing_leaks():

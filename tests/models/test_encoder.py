@@ -273,7 +273,7 @@ def test_merging_keeps_the_logits_and_drops_the_initial_head():
 
 @torch.no_grad()
 def test_dropout_is_random_in_training_and_depends_on_the_seed():
-    """The rates are those of config.json."""
+    """The rates come from config.json."""
     for name in ("bert", "roberta", "deberta", "gpt2_classifier", "t5_classifier"):
         *inputs, expected = golden_example(name)
         model = classifier(name).train()

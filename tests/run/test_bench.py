@@ -1,4 +1,4 @@
-"""The benchmark as a user runs it, and that what it counts and times is a step of train_nlg.py."""
+"""The benchmark as a user runs it; it counts and times a step of train_nlg.py."""
 
 import json
 import sys
@@ -70,7 +70,7 @@ def test_random_weights_depend_on_the_name_alone_and_are_made_in_their_dtype():
 
 
 @pytest.mark.parametrize("contender", EVERY, ids=lambda contender: f"{contender} {contender.form}")
-def test_a_step_is_that_of_train_nlg(contender, tmp_path):
+def test_a_step_equals_that_of_train_nlg(contender, tmp_path):
     step = workload.steps_of(LOAD, [contender], tmp_path)[contender]
     losses = [step(index) for index in range(3)]
 
@@ -87,7 +87,7 @@ def test_a_step_is_that_of_train_nlg(contender, tmp_path):
     assert len(set(losses)) == 3
 
 
-def test_contenders_share_what_is_frozen_and_are_timed_in_turn():
+def test_contenders_share_frozen_weights_and_are_timed_in_turn():
     contenders, order = EVERY[:2], []
     with LiveBytes() as live:
         steps = workload.steps_of(LOAD, contenders)
@@ -116,7 +116,7 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
     change is folded into W. Attention: 4 · width · pairs of tokens a pass, the backward pass two, pairs beyond the
     diagonal included. In the last block only response tokens are queries and go through the MLP; only they reach the
     head, whose (V, d) takes part in their logits, the teacher's and the gradient. The spectral term: as fused.py takes
-    it from (M, d) states, but for the eigenvectors.
+    it from (M, d) states, except for the eigenvectors.
     """
     config, rank, objective = load.config, load.rank, contender.objective
     tokens, predicted = len(batch.input_ids), sum(batch.wanted)
@@ -148,7 +148,7 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
 
 @pytest.mark.parametrize("rows", [1, 8])  # few tokens: the change stays beside W; many: it is folded in
 @pytest.mark.parametrize("contender", [each for each in EVERY if each.form == "fused"], ids=str)
-def test_flops_are_those_of_a_step(contender, rows, tmp_path):
+def test_flops_equal_those_counted_in_a_step(contender, rows, tmp_path):
     wide = replace(workload.SMALL, vocab_size=1000, num_hidden_layers=3)
     load = replace(LOAD, rows=rows, rank=8, config=wide if rows == 1 else TINY)
     step = workload.steps_of(load, [contender], tmp_path)[contender]
@@ -179,11 +179,11 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     assert written["settings"]["config"]["vocab_size"] == 1000 and written["settings"]["rounds"] == 2
     assert written["machine"]["threads"] == torch.get_num_threads() and written["machine"]["gpu"] is None
     assert written["init_seconds"] > 0
-    for found, contender in zip(written["results"], EVERY, strict=True):
-        assert {name: found[name] for name in vars(contender)} == vars(contender)
-        assert len(found["seconds"]) == len(found["tokens"]) == 2 and found["flops_per_token"] > 4 * 100_000
-        assert found["fastest_ms"] <= found["median_ms"] and 0 < found["share_of_peak"] < 1
-        assert (found["peak_bytes"] is not None) == sys.platform.startswith("linux")
+    for result, contender in zip(written["results"], EVERY, strict=True):
+        assert {name: result[name] for name in vars(contender)} == vars(contender)
+        assert len(result["seconds"]) == len(result["tokens"]) == 2 and result["flops_per_token"] > 4 * 100_000
+        assert result["fastest_ms"] <= result["median_ms"] and 0 < result["share_of_peak"] < 1
+        assert (result["peak_bytes"] is not None) == sys.platform.startswith("linux")
     assert written["results"][0]["times_lora"] == 1
 
 
@@ -194,10 +194,10 @@ def test_memory_is_taken_in_another_process_and_without_lora_there_is_no_ratio(r
     assert status == 0, error
     assert [line.split()[:2] for line in out.splitlines()[3:-3]] == [["pissa", "plain"]]
     assert out.splitlines()[3].split()[-1] == "-"
-    (found,) = json.loads((tmp_path / "a.json").read_text())["results"]
-    assert found["times_lora"] is None
+    (result,) = json.loads((tmp_path / "a.json").read_text())["results"]
+    assert result["times_lora"] is None
     if sys.platform.startswith("linux"):
-        assert found["peak_bytes"] > 4 * 1000 * 64  # the embedding alone
+        assert result["peak_bytes"] > 4 * 1000 * 64  # the embedding alone
 
 
 @pytest.mark.parametrize(
@@ -212,13 +212,13 @@ def test_memory_is_taken_in_another_process_and_without_lora_there_is_no_ratio(r
         (("--json", "."), ["--json .", "is a folder"]),
     ],
 )
-def test_what_can_not_be_meant_is_refused_in_a_line(run, flags, words):
+def test_contradictory_flags_are_refused_in_a_line(run, flags, words):
     status, out, error = run(*flags)
     assert status == 2 and out == "" and len(error.splitlines()) == 1
     assert all(word in error for word in words), error
 
 
-def test_what_does_not_fit_memory_is_said_in_a_line(run, monkeypatch):
+def test_exhausted_memory_is_reported_in_a_line(run, monkeypatch):
     monkeypatch.setattr(bench, "matmul_rate", lambda *_: 1e12)
     monkeypatch.setattr(bench, "in_own_process", lambda *_: (_ for _ in ()).throw(bench.BrokenProcessPool("killed")))
     status, _, error = run("--device", "cpu")

@@ -15,7 +15,7 @@ from minibalora.run.run_folder import check_features, check_out
 
 @pytest.fixture
 def out(tmp_path) -> Path:
-    """The folder of a run that was stopped after step 1 and an evaluation on the dev set."""
+    """The folder of a run that was stopped after step 1 and its evaluation on the dev set."""
     model = mb.adapt(nn.Sequential(nn.Linear(4, 3)), rank=2)
     optimizer = torch.optim.AdamW(trained_parameters(model).values())
     save_checkpoint(tmp_path, model, optimizer, 0)

@@ -58,14 +58,14 @@ GOLDENS |= dict.fromkeys(("gpt2", "t5_gated", "mixtral_window", "deepseek"), tor
 
 
 def command(folder: Path, name: str, *more: str) -> list[str]:
-    """The arguments of a run whose --out is folder / name; the model is a tiny one beside the folders."""
+    """Return the arguments of a run with --out folder / name; the tiny model is beside the folders."""
     rank = [] if "full" in more else COMMON[:2]
     source = ["--model", str(folder.parent / "tiny"), "--data", str(folder / "data.jsonl")]
     return [*source, *rank, *COMMON[2:], "--out", str(folder / name), *more]
 
 
 def in_one_process(*arguments: str) -> int:
-    """In one thread, as torchrun gives each of its processes: Adam's first steps make much of a rounding."""
+    """Run in one thread, like torchrun's processes: Adam's first steps amplify rounding errors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -89,7 +89,7 @@ def stopping(seed_step, stopped_rank: int):
     return seed_and_stop
 
 
-# What each of the two ranks does.
+# The program of each of the two ranks.
 
 
 def as_a_rank(folder: Path) -> None:
@@ -118,7 +118,7 @@ def as_a_rank(folder: Path) -> None:
 
 
 class reading:
-    """Inside, how many numbers of each tensor are read; a tensor that is read twice counts as much as once."""
+    """Count how many numbers of each tensor are read inside; a second read of a tensor does not count."""
 
     def __enter__(self) -> dict[str, int]:
         self.as_stored, sizes = weights._as_stored, {}
@@ -136,7 +136,7 @@ class reading:
 
 
 def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
-    """How far states, and gradients of all A and B, of a sharded model are from those of one that is whole."""
+    """Return the distances of a sharded model's states, and gradients of all A and B, from the whole model's."""
     hardware = Hardware(torch.device("cpu"), dtype)
     whole = mb.adapt(mb.load_model(GOLDEN / name, dtype=dtype), 3, 5)
     use_lean_product(whole)
@@ -146,18 +146,18 @@ def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
     assert all(not parameter.is_meta for parameter in sharded.parameters())
     rng = np.random.default_rng(distributed.rank())
     rows = [Row(rng.integers(0, 61, length).astype(np.int32), 2, 0) for length in (5, 9)]
-    batch, found = pack(rows, "cpu"), []
+    batch, results = pack(rows, "cpu"), []
     for model in (whole, sharded):
         states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
         with mb.pretrained(model):
             teacher = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
         states.float().square().sum().backward()
         gradients = [factor.grad for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)]
-        found.append([states, teacher, *gradients])
-    return [distance(a, b) for a, b in zip(*found, strict=True)]
+        results.append([states, teacher, *gradients])
+    return [distance(a, b) for a, b in zip(*results, strict=True)]
 
 
-# What is tested.
+# Tests.
 
 
 @pytest.fixture(scope="module")
@@ -181,8 +181,8 @@ def folder(tiny, tmp_path_factory) -> Path:
             assert in_one_process(*arguments) == 0
         monkeypatch.setattr(loop, "seed_step", stopping(loop.seed_step, stopped_rank=0))
         assert in_one_process(*command(folder / "one", "stopped")) == 128 + signal.SIGTERM
-    found_by = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the package, and helpers
-    result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True, env=os.environ | found_by)
+    search_path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}  # the package, and helpers
+    result = subprocess.run(torchrun(__file__, folder), capture_output=True, text=True, env=os.environ | search_path)
     assert (folder / "report1.json").exists() and (result.returncode != 0) == CAN_SHARD, result.stderr
     (folder / "stderr").write_text(result.stderr)
     (folder / "stdout").write_text(result.stdout)
@@ -213,8 +213,9 @@ def errors_of(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", RUNS)
 def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports):
-    """To 1e-5. Two ranks add gradients in another order, which changes them by some 1e-7 (float32) of their usual size.
-    Adam divides each by its own size, the smallest of 5,000 by a 5,000th of the usual one: 5e-4 of a step of 1e-3.
+    """Equal to 1e-5. Two ranks add gradients in another order, which in float32 changes them by 1e-7 of the usual size.
+    Adam divides each gradient by its own size, which for the smallest of 5,000 is a 5,000th of the usual size: an
+    error of 5e-4 in a step of 1e-3.
     """
     assert [report[name] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / name, folder / "two" / name)
@@ -222,12 +223,12 @@ def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports)
     assert (json.loads(entries[-1])["svd"] is not None) == (name not in ("lora sharded", "full"))
 
 
-def test_a_run_stopped_by_one_process_goes_on_with_two_that_share_its_weights(folder, reports):
+def test_a_run_stopped_in_one_process_resumes_in_two_that_share_its_weights(folder, reports):
     assert [report["resumed by two"] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / WHOLE, folder / "one" / "stopped")
 
 
-def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports):
+def test_a_signal_to_one_rank_stops_both_and_one_process_resumes(folder, reports):
     assert [report["stopped by two"] for report in reports] == [128 + signal.SIGTERM] * 2
     out = folder / "two" / "stopped"
     assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT
@@ -236,7 +237,7 @@ def test_a_signal_to_one_rank_stops_both_and_one_process_goes_on(folder, reports
 
 
 @needs_shards
-def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports, tiny):
+def test_a_rank_reads_only_its_own_rows_of_a_sharded_weight(reports, tiny):
     stored = {tensor.name: tensor for tensor in weights.stored_tensors(tiny).values()}
     for report in reports:
         assert report["read"].keys() == stored.keys()
@@ -247,8 +248,8 @@ def test_a_rank_reads_of_a_sharded_weight_only_its_own_rows(reports, tiny):
 
 @needs_shards
 @pytest.mark.parametrize("name", GOLDENS)
-def test_a_sharded_model_computes_what_the_whole_one_computes(name, reports):
-    """Of each family, with biases, transposed weights and a tied head; rows that two ranks can't halve, too.
+def test_a_sharded_model_computes_the_same_as_the_whole_one(name, reports):
+    """Covers each family, biases, transposed weights, a tied head, and rows that two ranks can't halve.
 
     The sums of float32 are the same, but in another order: ATen's plain kernels (ATEN_CPU_CAPABILITY=default) were
     1.02e-5 off in a gradient of t5_gated, AVX2's less.
@@ -257,7 +258,7 @@ def test_a_sharded_model_computes_what_the_whole_one_computes(name, reports):
         assert max(report["golden"][name]) < 5e-5
 
 
-def test_what_ranks_refuse_is_said_once(folder, reports):
+def test_an_error_of_all_ranks_is_printed_once(folder, reports):
     assert [report["refused"] for report in reports] == [report["wrong flag"] for report in reports] == [2, 2]
     refused = [line for line in errors_of(folder) if "holds a run already" in line or "rank 129" in line]
     assert len(refused) == 2 and refused == errors_of(folder)[:2]
@@ -269,7 +270,7 @@ def test_only_one_rank_speaks(folder):
 
 
 @needs_shards
-def test_what_one_rank_alone_finds_wrong_ends_both(folder):
+def test_an_error_of_one_rank_ends_both(folder):
     """Rank 1 reads the last rows of a weight, rank 0 does not."""
     wrong, *others = errors_of(folder)[2:]
     assert "model.layers.1.input_layernorm.weight has NaN" in wrong
@@ -292,12 +293,14 @@ loop.seed_step = stop
 
 
 def test_torchrun_stopped_by_a_signal_leaves_a_checkpoint(folder, tmp_path):
-    """SIGTERM goes to torchrun, from one of its ranks, and torchrun hands it on to all."""
+    """One rank sends SIGTERM to torchrun, which passes it on to all ranks."""
     out = folder / "two" / "terminated"
     (tmp_path / "train.py").write_text(f"{STOPPED}\n{SCRIPT.read_text()}")
     arguments = command(folder / "two", "terminated", "--epochs", "1000", "--recipe", "2024")
-    found_by = {"PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(torchrun(tmp_path / "train.py", *arguments), capture_output=True, env=os.environ | found_by)
+    search_path = {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        torchrun(tmp_path / "train.py", *arguments), capture_output=True, env=os.environ | search_path
+    )
     assert ended.returncode != 0
     steps = len((out / "log.jsonl").read_text().splitlines())
     with weights.safe_open(out / "checkpoint" / "state.safetensors", "pt") as state:
@@ -339,7 +342,7 @@ FSDP = ["--fsdp", "--model", "m", "--data", "d", "--device", "cpu"]
         ([], "2.6.0", ["--fsdp", "torch 2.7", "2.6.0"]),
     ],
 )
-def test_what_shards_can_not_do_is_refused(more, version, parts, monkeypatch, refuses):
+def test_unsupported_flags_are_refused_with_fsdp(more, version, parts, monkeypatch, refuses):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
     refuses(lambda: flags.parse_nlg_flags([*FSDP, *more]), *parts)
@@ -352,7 +355,7 @@ def test_torchrun_is_refused_where_it_has_no_use(monkeypatch, refuses):
     refuses(lambda: flags.parse_nlu_flags(["--device", "cpu"]), "train_nlu.py", "torchrun")
 
 
-def test_each_rank_has_a_gpu_of_its_own_or_none(monkeypatch, refuses):
+def test_each_rank_has_its_own_gpu_or_none(monkeypatch, refuses):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

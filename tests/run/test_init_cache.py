@@ -1,4 +1,4 @@
-"""PiSSA's factors on disk: the same bits, and nothing believed that is not what was asked for."""
+"""PiSSA's factors on disk: the same bits as computed, and no file is trusted that belongs to another request."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def weight():
 
 @pytest.fixture
 def computed(monkeypatch):
-    """How often factors were computed, as a list that grows."""
+    """A list that grows by one entry whenever factors are computed."""
     calls = []
 
     def counted(init):
@@ -52,7 +52,7 @@ def test_a_second_run_gets_the_same_bits_and_computes_nothing(weight, computed, 
     assert file.suffix == ".safetensors" and not file.stat().st_mode & 0o111
 
 
-def test_whatever_the_factors_depend_on_has_its_own_file(weight, computed, tmp_path):
+def test_everything_that_the_factors_depend_on_changes_the_file(weight, computed, tmp_path):
     changed = weight.clone()
     changed[5, 7] += 1e-6
     cases = [
@@ -71,7 +71,7 @@ def test_whatever_the_factors_depend_on_has_its_own_file(weight, computed, tmp_p
 
 
 def rewrite(path, change):
-    """Write the file again, whole for safetensors, with change(tensors, metadata) done to it."""
+    """Rewrite the file, valid for safetensors, after change(tensors, metadata)."""
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     with safe_open(path, "pt") as file:
         metadata = file.metadata()

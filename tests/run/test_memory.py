@@ -84,7 +84,7 @@ def run(in_command):
         "toy pissa bfloat16 formulas",
     ],
 )
-def test_the_estimate_is_within_a_tenth_of_what_a_step_holds(case):
+def test_the_estimate_is_within_a_tenth_of_the_tensors_that_a_step_holds(case):
     shape, method, dtype, kind = case.split()
     predicted, measured = compare(
         shape, method, dtype, {"plain": "", "one": "one micro-batch", "formulas": "plain form"}.get(kind, kind), 96

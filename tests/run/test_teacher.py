@@ -1,4 +1,4 @@
-"""The teacher's states: what they are, and what a cache of them believes."""
+"""The teacher's states, and which cached files are trusted."""
 
 import dataclasses
 import shutil
@@ -41,7 +41,7 @@ def micro_of(rows, size=3):
 
 
 def states_of(model, rows, cache, size=3):
-    """The states of each row, and how many micro-batches were computed for them."""
+    """Return the states of each row, and the number of micro-batches that were computed for them."""
     calls, compute = [], model.packed
     model.packed = lambda *batch: calls.append(batch) or compute(*batch)
     micro = micro_of(rows, size)
@@ -52,7 +52,7 @@ def states_of(model, rows, cache, size=3):
     return parts, len(calls)
 
 
-def test_states_are_those_of_the_model_before_training(model):
+def test_states_come_from_the_model_before_training(model):
     rows = random_rows(7, 0)
     base = mb.load_model(GOLDEN / "llama3")
     for row, states in zip(rows, states_of(model, rows, None)[0], strict=True):
@@ -71,7 +71,7 @@ def test_a_cache_gives_the_same_bits_in_any_order_and_batch(model, tmp_path):
     assert computed == 0 and all(torch.equal(a, b) for a, b in zip(got[::-1], expected, strict=True))
 
 
-def test_only_what_is_missing_is_computed_and_then_it_is_there(model, tmp_path):
+def test_only_missing_states_are_computed_and_then_cached(model, tmp_path):
     rows = random_rows(9, 0)
     cache = cache_in(tmp_path)
     assert states_of(model, rows[:6], cache)[1] == 2
@@ -80,7 +80,7 @@ def test_only_what_is_missing_is_computed_and_then_it_is_there(model, tmp_path):
     assert states_of(model, rows, cache)[1] == 0
 
 
-def test_what_another_process_wrote_meanwhile_is_found_and_nothing_is_written_twice(model, tmp_path):
+def test_states_that_another_process_wrote_meanwhile_are_read_and_not_written_twice(model, tmp_path):
     rows = random_rows(6, 0)
     mine, other = cache_in(tmp_path), cache_in(tmp_path)
     assert states_of(model, rows[:3], other)[1] == 1
@@ -98,8 +98,8 @@ def test_another_teacher_and_other_rows_are_never_met(model, tmp_path):
     other_token = dataclasses.replace(one, ids=np.append(one.ids[:-1], (one.ids[-1] + 1) % 61).astype(np.int32))
     longer_prompt = dataclasses.replace(rest[0], prompt_length=rest[0].prompt_length + 1)
     other_line = dataclasses.replace(rest[1], line=99)
-    found = missing(cache_in(tmp_path), [other_token, longer_prompt, other_line])
-    assert found == [other_token, longer_prompt]
+    rows = missing(cache_in(tmp_path), [other_token, longer_prompt, other_line])
+    assert rows == [other_token, longer_prompt]
 
 
 def flip_last_byte(path):
@@ -138,7 +138,7 @@ DAMAGES += [(forget_digests, False)]  # a cache that is open remembers them
 
 
 @pytest.mark.parametrize("damage, is_open", DAMAGES)
-def test_what_is_damaged_is_computed_anew_and_mended(model, tmp_path, damage, is_open):
+def test_damaged_states_are_recomputed_and_replaced(model, tmp_path, damage, is_open):
     rows = random_rows(3, 0)
     cache = cache_in(tmp_path)
     expected, _ = states_of(model, rows, cache)
