@@ -10,9 +10,10 @@ from threading import Lock
 END_MARKS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<eos>")
 END_MARKS += ("<end_of_turn>", "<|EOT|>", "<｜end▁of▁sentence｜>", "<|return|>")
 
-THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL | re.IGNORECASE)
-THOUGHTS_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]", re.IGNORECASE)
-THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought)>|\[THINK\]", re.IGNORECASE)
+_TAG = "think|thinking|thoughts?|reasoning|seed:think"
+THOUGHTS = re.compile(rf"<({_TAG})>.*?</\1>|\[THINK\].*?\[/THINK\]|◁think▷.*?◁/think▷", re.DOTALL | re.IGNORECASE)
+THOUGHTS_END = re.compile(rf"</(?:{_TAG})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+THOUGHTS_BEGIN = re.compile(rf"<(?:{_TAG})>|\[THINK\]|◁think▷", re.IGNORECASE)
 
 # Demonstrations that a model adds. They are not judged: a wrong one must not fail a correct function.
 OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)  # in what is not Python
@@ -141,7 +142,7 @@ def _is_code(text: str, names: tuple[str, ...], before: str) -> bool:
 
 
 def _is_helper(block: str, names: tuple[str, ...]) -> bool:
-    """Return whether a block only imports, defines and fills variables, and uses neither `names` nor input() to fill them."""
+    """Return whether a block only imports, defines and fills variables, without the use of `names` or input()."""
     tree = _parsed(block)
     if tree is None or not tree.body or not all(isinstance(node, HELPERS) for node in tree.body):
         return False

@@ -123,6 +123,9 @@ def test_thoughts_are_removed_wherever_they_begin_and_end():
     assert without_thoughts("b<think>a") == "b" == without_thoughts("<thinking>a</thinking>b<think></think>")
     assert without_thoughts("<think>a<think>b</think>c</think>d") == "d"
     assert without_thoughts("1 < 2 and think") == "1 < 2 and think"
+    for tag in ("think", "thoughts", "reasoning", "seed:think"):
+        assert without_thoughts(f"<{tag}>a</{tag}>b") == "b" == without_thoughts(f"a</{tag}>b")
+    assert without_thoughts("◁think▷a◁/think▷b") == "b"
 
 
 def test_names_come_from_the_top_level():
