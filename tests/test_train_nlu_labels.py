@@ -14,6 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
 from minibalora.checkpoints import export
+from minibalora.data.glue import TASKS
+from minibalora.data.sets import class_order
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_nlu  # noqa: E402
@@ -121,6 +123,15 @@ def test_a_head_in_another_order_is_permuted_by_its_names(copy, train, tmp_path)
         assert ("in the task's order by id2label" in out) == (name == "theirs") and "no classifier" not in out
     ours, theirs, silent = (load_file(tmp_path / f"run_{name}" / ADAPTER) for name in ("ours", "theirs", "silent"))
     assert all(torch.equal(ours[key], theirs[key]) and torch.equal(ours[key], silent[key]) for key in ours)
+
+
+def test_label2id_alone_names_the_classes_too(copy):
+    folder = copy("turned", ["entailment", "neutral", "contradiction"])
+    config = json.loads((folder / "config.json").read_text())
+    del config["id2label"]
+    config["label2id"] = {"contradiction": 0, "entailment": 1, "neutral": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert class_order(folder, TASKS["mnli"]) == [1, 2, 0]
 
 
 def test_a_head_for_other_classes_is_replaced_and_named(copy, train):

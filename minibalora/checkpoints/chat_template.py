@@ -17,7 +17,7 @@ from pathlib import Path
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
 
-FILE = "chat_template.jinja"
+FILE, MORE = "chat_template.jinja", "additional_chat_templates"
 SECONDS = 5  # limit for one rendering
 # Noncharacters, which no text contains: they mark what a `generation` tag encloses, and stand for a reply.
 OPEN, CLOSE, REPLY = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -43,7 +43,7 @@ class ChatTemplate:
 
     @property
     def has_date(self) -> bool:
-        return "strftime_now" in self.text
+        return any("strftime_now" in text for text in self.texts.values())
 
     @cached_property
     def end_of_turn(self) -> str | None:
@@ -102,7 +102,7 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
     file, settings_file = folder / FILE, folder / "tokenizer_config.json"
     source, texts = file, {}
     if os.path.isfile(file):
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        more = sorted((folder / MORE).glob("*.jinja"))
         texts = {path.stem: _read(path) for path in more} | {"default": _read(file)}
     elif os.path.isfile(settings_file):
         source, stored = settings_file, read_json_object(settings_file).get("chat_template")

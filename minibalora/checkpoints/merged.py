@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, replacing, write_json
+from minibalora.checkpoints.chat_template import MORE
 from minibalora.checkpoints.families import FAMILIES
 from minibalora.checkpoints.weights import is_stored_transposed, read
 from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values
@@ -20,7 +21,6 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json tokenizer.model spiece.model "
     "spm.model sentencepiece.bpe.model vocab.txt vocab.json merges.txt chat_template.jinja generation_config.json"
 ).split()
-CHAT_TEMPLATES = "additional_chat_templates"
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def save_model(
         if (source / name).exists():
             with replacing(folder / name) as temporary:
                 shutil.copyfile(source / name, temporary)
-    if (source / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(source / CHAT_TEMPLATES, folder / CHAT_TEMPLATES, dirs_exist_ok=True)
+    if (source / MORE).is_dir():
+        shutil.copytree(source / MORE, folder / MORE, dirs_exist_ok=True)
 
 
 def _code_files(config: dict) -> list[str]:

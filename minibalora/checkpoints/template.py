@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, recorded_settings, replacing, write_json
-from minibalora.checkpoints.chat_template import FILE, ChatTemplate, read_chat_template
+from minibalora.checkpoints.chat_template import FILE, MORE, ChatTemplate, read_chat_template
 
 NAMES = ("alpaca", "chat", "raw")
 RECORD = "minibalora.json"  # in an exported folder: the name of the template used in training
@@ -87,8 +87,11 @@ def recorded_name(folder: Path) -> str | None:
 def save_template(template: Template, folder: Path) -> None:
     """Write the chat template into a trained model's folder, and its name if there is no run.json to record it."""
     if template.chat is not None:
-        with replacing(folder / FILE) as temporary:
-            temporary.write_text(template.chat.text, encoding="utf-8")
+        for name, text in template.chat.texts.items():
+            path = folder / (FILE if name == "default" else f"{MORE}/{name}.jinja")
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
     if not (folder / "run.json").exists():
         write_json(folder / RECORD, {"template": template.name})
 
@@ -98,6 +101,9 @@ def copy_template(source: Path, folder: Path) -> None:
     name = recorded_name(source)
     if name is not None:
         write_json(folder / RECORD, {"template": name})
-    if (source / FILE).exists():
-        with replacing(folder / FILE) as temporary:
-            shutil.copyfile(source / FILE, temporary)
+    for file in (source / FILE, *(source / MORE).glob("*.jinja")):
+        if file.exists():
+            path = folder / file.relative_to(source)
+            path.parent.mkdir(exist_ok=True)
+            with replacing(path) as temporary:
+                shutil.copyfile(file, temporary)

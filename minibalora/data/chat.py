@@ -12,7 +12,7 @@ from functools import partial
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
-from minibalora.data.pairs import SYSTEMS
+from minibalora.data.pairs import SYSTEMS, refuse_media
 
 CONVERSATIONS = ("conversations", "messages", "conversation")  # the names in ShareGPT, OpenAI and LMSYS
 SYNONYMS = {
@@ -24,8 +24,11 @@ SYNONYMS = {
 ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
+WEIGHTS = ("weight", "loss", "train", "training")  # 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies that the template writes without a part"
+LOST = "replies that the template leaves out, not learned"
 PROMPTED = "conversations whose prompt ends with text that no reply begins with, for instance <think>"
+SPECIAL = {"tool_calls", "tool_call_id", "name", "reasoning_content"}  # keys of turns that are not joined to others
 TOOLS = "lists of tools that the template leaves out"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as the template requires"
 
@@ -72,10 +75,13 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is not a list of turns, each an object with role and content: mend the row")
+    refuse_media(row, where)
     messages = [_message(turn, place) for turn in turns]
-    system = "\n\n".join(row[name] for name in SYSTEMS if isinstance(row.get(name), str) and row[name].strip())
-    if system and [message["role"] for message in messages[:1]] != ["system"]:
-        messages.insert(0, {"role": "system", "content": system})
+    own = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
+    systems = [_text(row[name], f"{where}: {name}") for name in SYSTEMS if row.get(name)]
+    systems = [*(text for text in systems if text.strip() and text.strip() not in own), *([own] if own.strip() else [])]
+    if systems:
+        messages.insert(0, {"role": "system", "content": "\n\n".join(systems)})
     start = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     early = [message for message in messages[:start] if message["role"] != "system"]
     messages = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
@@ -84,12 +90,12 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     if asks:
         if not messages or messages[-1]["role"] == "assistant":
             raise InputError(f"{place} does not end with a question: remove its last reply")
-        return Conversation(messages, [], _tools(row, where))
+        return Conversation(messages, [], tools_of(row, where))
     if not learned:
         return None
     end = learned[-1] + 1
     notes = [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
-    return Conversation(messages[:end], learned, _tools(row, where), tuple(notes))
+    return Conversation(messages[:end], learned, tools_of(row, where), tuple(notes))
 
 
 def conversation_of(question: str, reply: str) -> Conversation:
@@ -100,7 +106,7 @@ def with_ending(conversation: Conversation, ending: str) -> Conversation:
     """Return the conversation with `ending` at the end of its last question."""
     messages = list(conversation.messages)
     last = max(index for index, message in enumerate(messages) if message["role"] == "user")
-    messages[last] = messages[last] | {"content": messages[last].get("content", "") + ending}
+    messages[last] = messages[last] | {"content": messages[last]["content"] + ending}
     return replace(conversation, messages=messages)
 
 
@@ -114,6 +120,8 @@ def _message(turn: dict, place: str) -> dict:
         raise InputError(f"{place} has a turn with the role {name!r}, none of {', '.join(ROLES)}: rename it")
     texts = [turn.pop(name) for name in ("content", "value", "text") if name in turn]
     message = {"role": role} | ({"content": _text(texts[0], place)} if texts else {})
+    if call := turn.pop("function_call", None):  # OpenAI's older name
+        turn.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in turn and not turn["tool_calls"]:
         del turn["tool_calls"]
     thoughts = next((turn[name] for name in ("reasoning_content", "thinking", "reasoning") if name in turn), None)
@@ -139,17 +147,19 @@ def _text(content: object, place: str) -> str:
 
 
 def _why_not_learned(message: dict) -> str | None:
-    """Return why a reply is not learned; None if it is learned or is not a reply. OpenAI marks replies by weight 0."""
-    weight = message.pop("weight", 1)
+    """Return why a reply is not learned; None if it is learned or is not a reply."""
+    weights = [message.pop(name, 1) for name in WEIGHTS]
     if message["role"] != "assistant":
         return None
-    is_blank = not message.get("content", "").strip() and "tool_calls" not in message
-    return BLANK if is_blank else WEIGHTLESS if weight == 0 else None
+    is_blank = not (message.get("content") or "").strip() and "tool_calls" not in message
+    return BLANK if is_blank else WEIGHTLESS if any(weight in (0, "0", "false") for weight in weights) else None
 
 
-def _tools(row: dict, where: str) -> list | None:
+def tools_of(row: dict, where: str) -> list | None:
     """Return the tools that a row offers as a list or as JSON text. None without tools."""
     tools = row.get("tools")
+    if not tools and isinstance(row.get("functions"), list):  # OpenAI's older name
+        tools = [{"type": "function", "function": function} for function in row["functions"]]
     try:
         tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
     except ValueError:
@@ -220,12 +230,15 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
         raise refusal
     unseen, messages, learned, text, spans, prompt = min(results, key=lambda result: result[0])
     notes = [*conversation.notes, *[UNSEEN] * unseen, *[JOINED] * (len(messages) < len(conversation.messages))]
+    written = [(start, end) for start, end in spans if text[start:end].strip() != chat.end_of_turn]
+    notes += [LOST] * (len(spans) - len(written))
     for index, (start, end) in zip(learned, spans, strict=True):
-        notes += [CURTAILED] * any(not _has(text[start:end], part) for part in _parts_of(messages[index]))
+        is_cut = any(not _has(text[start:end], part) for part in _parts_of(messages[index]))
+        notes += [CURTAILED] * (is_cut and (start, end) in written)
     notes += [] if text.startswith(prompt) else [PROMPTED]
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
-    return Rendered(prompt, text, tuple(spans), tuple(notes))
+    return Rendered(prompt, text, tuple(written), tuple(notes))
 
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
@@ -238,18 +251,53 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
     for index, message in enumerate(conversation.messages):
         if message["role"] == "system":
             message = message | {"role": "user"}
-        if message == {"role": "assistant", "content": message.get("content")} and not message["content"].strip():
+        is_plain = SPECIAL.isdisjoint(message)
+        if is_plain and message["role"] == "assistant" and not message["content"].strip():
             continue
-        before = joined[-1] if joined else {}
-        is_plain = {*before} == {*message} == {"role", "content"} and before["role"] == message["role"]
+        before = joined[-1] if joined else {"role": None}
+        is_plain = is_plain and SPECIAL.isdisjoint(before) and before["role"] == message["role"]
         if is_plain and (index in conversation.learned) == (len(joined) - 1 in learned):
             joined[-1] = message | {"content": f"{before['content']}\n\n{message['content']}"}
         else:
             joined.append(message)
             if index in conversation.learned:
                 learned.append(len(joined) - 1)
-    versions = [(conversation.messages, conversation.learned)]
+    versions = [(_with_calls(conversation.messages, form), conversation.learned) for form in (dict, str)]
+    versions = versions[:1] if versions[0] == versions[1] else versions
     return versions if len(joined) == len(conversation.messages) else [*versions, (joined, learned)]
+
+
+def _with_calls(messages: list[dict], form: type) -> list[dict]:
+    """Return the messages with the arguments of all tool calls as objects (form: dict), or as JSON text and with a null
+    content beside them if there is none (str).
+
+    Some templates, such as DeepSeek's, take only the second. Others would quote a text twice and write None.
+    """
+    changed = []
+    for message in messages:
+        calls = message.get("tool_calls")
+        if isinstance(calls, list):
+            null = {"content": None} if form is str else {}
+            message = null | message | {"tool_calls": [_with_form(call, form) for call in calls]}
+        changed.append(message)
+    return changed
+
+
+def _with_form(call: object, form: type) -> object:
+    if not isinstance(call, dict):
+        return call
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_form(call["function"], form)}
+    arguments = call.get("arguments")
+    if form is str and isinstance(arguments, dict):
+        return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}
+    if form is dict and isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        return call | {"arguments": value} if isinstance(value, dict) else call
+    return call
 
 
 def _learned_spans(
@@ -294,7 +342,7 @@ def _start(write: Write, asked: list[dict], prompt: str, text: str) -> int | Non
 
 def _end(chat: ChatTemplate, write: Write, messages: list[dict], index: int, text: str, start: int) -> int | None:
     """Return the end in the text of the reply at `index`, which begins at `start`, with its end of turn."""
-    end, content = chat.end_of_turn, messages[index].get("content", "").strip()
+    end, content = chat.end_of_turn, (messages[index].get("content") or "").strip()
     rest = text[start:].lstrip()
     if content and rest.startswith(content) and rest[len(content) :].lstrip().startswith(end):
         return text.index(end, len(text) - len(rest) + len(content)) + len(end)

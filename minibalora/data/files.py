@@ -151,12 +151,19 @@ def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
         for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield number, f"{path}, row {number}", value
+                yield number, f"{path}, row {number}", {name: _without_nulls(cell) for name, cell in value.items()}
     except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are their subclasses
         reason = str(error).partition("\n")[0][:200]
         raise InputError(
             f"{path}: a Parquet file that is damaged after row {number} ({reason}): download it again"
         ) from None
+
+
+def _without_nulls(cell: object) -> object:
+    """Leave out the null fields of objects inside a cell: in Parquet all objects of a column have all fields."""
+    if isinstance(cell, dict):
+        return {name: _without_nulls(value) for name, value in cell.items() if value is not None}
+    return [_without_nulls(value) for value in cell] if isinstance(cell, list) else cell
 
 
 def _parse(raw: bytes, path: Path, line: int) -> object:

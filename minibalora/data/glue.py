@@ -99,6 +99,11 @@ def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> T
         first = next(filter(FRACTION.fullmatch, names))
         raise InputError(f"{path}: {label_field!r} has numbers with a fraction ({first}), which are scores and not "
                          "classes: give --task stsb with columns sentence1, sentence2, score")  # fmt: skip
+    twins = {}
+    for name in names:
+        if (other := twins.setdefault(name.strip().lower(), name)) != name:
+            differ = "differ in spaces or upper and lower case only"
+            raise InputError(f"{path}: the labels {other!r} and {name!r} {differ}: rename one of the two")
     if len(names) < 2:
         raise InputError(f"{path}: {label_field!r} has {len(names)} different labels: give a file with two or more")
     with suppress(ValueError):  # int() of words
@@ -186,7 +191,10 @@ def _tsv_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list[str] | No
             if header is None:
                 headerless = task.header and len(cells) == len(task.header) and not _fitting(task, cells)
                 header = list(task.header) if headerless else cells
-                indices = [header.index(name) for name in _columns(task, header, where)]
+                columns = _columns(task, header, where)
+                if twice := [name for name in columns if header.count(name) > 1]:
+                    raise InputError(f"{where}: has two columns {twice[0]!r}: rename one of the two")
+                indices = [header.index(name) for name in columns]
                 if not headerless:
                     continue
             if header[-2:] == ANNOTATIONS and all(_is_label(cell, task) for cell in cells[len(header) - 2 :]):

@@ -19,7 +19,10 @@ FIELDS = [
     ("prompt", "completion"),
     ("inputs", "targets"),  # FLAN, Aya
 ]
-INPUTS = ("input", "context")  # what the prompt is about: Alpaca's, Dolly's
+# What the prompt is about: Alpaca's, Dolly's, those of sets of questions about a text.
+INPUTS = ("input", "context", "article", "passage", "document", "story", "question")
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+CHOICES = ("choices", "options")  # MMLU's, RACE's
 EMPTY = (None, "", [], {})
 SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
@@ -53,14 +56,29 @@ def read_pair(
         )
     if row.get("history"):
         raise InputError(f"{where}: has earlier turns in 'history': write the row as a conversation in 'messages'")
+    refuse_media(row, where)
+    for name in CHOICES if prompt_field is None else ():
+        if row.get(name):
+            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
+                             "prompt, and name its field with --prompt-field")  # fmt: skip
     names = INPUTS if input_field is None else (input_field,) if input_field else ()
     system, inputs = (
-        [field_text(row, name, where) for name in group if name not in fields and row.get(name, absent) not in EMPTY]
+        [
+            field_text(row, name, where)
+            for name in group
+            if name not in fields and row.get(name, absent) not in (*EMPTY, row.get(fields[0]))
+        ]
         for group, absent in ((SYSTEMS, None), (names, input_field))  # a row without the named field is refused
     )
     question = "\n\n".join([*filter(str.strip, system), field_text(row, fields[0], where)])
     response = "" if row.get(fields[1], "") is None else field_text(row, fields[1], where)  # null: an empty cell
     return question, "\n".join(filter(str.strip, inputs)), response
+
+
+def refuse_media(row: dict, where: str) -> None:
+    """Raise InputError if a row is about more than text."""
+    if media := [name for name in MEDIA if row.get(name)]:
+        raise InputError(f"{where}: has {media[0]!r}: only texts can be learned from, leave the row out")
 
 
 def field_text(row: dict, field: str, where: str) -> str:

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.template import ALPACA, Template
 from minibalora.data.chat import (
+    TOOLS,
     Conversation,
     conversation_key,
     conversation_of,
@@ -17,6 +18,7 @@ from minibalora.data.chat import (
     read_conversation,
     render,
     render_prompt,
+    tools_of,
     with_ending,
 )
 from minibalora.data.files import read_rows
@@ -108,12 +110,18 @@ def example_from(
         if template.chat is not None and not response.strip():
             return Example("", response, kind, line)  # nothing to learn
     if template.chat is not None:
-        conversation = conversation or conversation_of(_with_context(question, context), response)
+        conversation = conversation or replace(
+            conversation_of(_with_context(question, context), response), tools=tools_of(row, where)
+        )
         result = render(with_ending(conversation, template.ending), template.chat, where)
+        if not result.learned:
+            return None
         response = conversation.messages[-1].get("content", "")
         return Example(result.prompt, response, kind, line, result.text, result.learned, result.notes)
     if conversation is not None:
         question, response, notes = pair_of(conversation, where, template.name)
+    else:
+        notes = (TOOLS,) * bool(tools_of(row, where))
     return Example(_fill(template, question, context), response, kind, line, notes=notes)
 
 
@@ -127,7 +135,8 @@ def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
         return ask(template, conversation.messages, where, conversation.tools)
     question, context, _ = read_pair(row, where, field, field)
     if template.chat is not None:
-        return ask(template, [{"role": "user", "content": _with_context(question, context)}], where)
+        question = [{"role": "user", "content": _with_context(question, context)}]
+        return ask(template, question, where, tools_of(row, where))
     return _fill(template, question, context)
 
 

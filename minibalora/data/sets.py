@@ -78,7 +78,10 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     Published heads for MNLI differ in their order. Names such as LABEL_0 carry no meaning: the task's order is assumed.
     Returns None if the names belong to other classes.
     """
-    id2label = read_json_object(Path(folder) / "config.json").get("id2label")
+    config = read_json_object(Path(folder) / "config.json")
+    id2label = config.get("id2label")
+    if id2label is None and isinstance(config.get("label2id"), dict):
+        id2label = {str(row): name for name, row in config["label2id"].items()}
     spellings = {_plain(name): index for name, index in task.spellings.items()}
     rows = id2label if isinstance(id2label, dict) else {}
     named = {int(row): spellings.get(_plain(name)) for row, name in rows.items() if row.isdigit() and _is_name(name)}

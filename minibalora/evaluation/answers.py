@@ -105,7 +105,7 @@ def final_answer(text: str) -> str | None:
         line = _boxed(tail[start:])
     if line is None:
         return None
-    line = re.sub(r"(?<!\\)(?:\$|\\[()\[\]])", "", line).strip(FRAME)
+    line = re.sub(r"(?<!\\)(?:(?:\bUS)?\$|\\[()\[\]])", "", line).strip(FRAME)
     return line if line.endswith("..") else line.removesuffix(".").strip(FRAME)
 
 

@@ -32,6 +32,7 @@ from minibalora.run.run_folder import check_out, check_settings, plain_settings,
 # flags change no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
 MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is stored with its prompt and its judge's digest
+QUESTIONS = ("question", "prompt", "query", "problem", "instruction")  # fields of completions that tell their problem
 
 
 def main() -> int:
@@ -240,7 +241,11 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
     for index, (_, where, row) in enumerate(read_rows(path)):
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
             raise InputError(f"{where}: has no text in the field completion: correct the row")
-        name = str(row.get("item", row.get("task_id", items[index % len(items)].name)))
+        item = items[index % len(items)]
+        name = str(row.get("item", row.get("task_id", item.name)))
+        asked = [row[field].strip() for field in QUESTIONS if isinstance(row.get(field), str)]
+        if name == item.name and any(_asks_another(text, item, items) for text in asked):
+            raise InputError(f"{where}: asks another question than problem {name}: name its own problem in item")
         if name not in completions:
             raise InputError(f"{where}: is for problem {name}, which {data} does not have: remove the row")
         completions[name].append(row["completion"])
@@ -249,6 +254,11 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
             counts = f"{len(texts)} completions of problem {name}, not {samples}"
             raise InputError(f"{path}: has {counts}: give as many as --samples for each problem")
     return [completions[item.name][sample] for sample in range(samples) for item in items]
+
+
+def _asks_another(text: str, item: Item, items: list[Item]) -> bool:
+    """Return whether a text is in the prompt of another problem than `item`, but not in its own."""
+    return text not in item.prompt and any(text in other.prompt for other in items)
 
 
 def file_digest(*paths: Path) -> str:

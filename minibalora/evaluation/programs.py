@@ -10,21 +10,24 @@ from threading import Lock
 END_MARKS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<eos>")
 END_MARKS += ("<end_of_turn>", "<|EOT|>", "<｜end▁of▁sentence｜>", "<|return|>")
 
-THOUGHTS = re.compile(r"<(think|thinking|thought)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL | re.IGNORECASE)
-THOUGHTS_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]", re.IGNORECASE)
-THOUGHTS_BEGIN = re.compile(r"<(?:think|thinking|thought)>|\[THINK\]", re.IGNORECASE)
+_TAG = "think|thinking|thoughts?|reasoning|seed:think"
+THOUGHTS = re.compile(rf"<({_TAG})>.*?</\1>|\[THINK\].*?\[/THINK\]|◁think▷.*?◁/think▷", re.DOTALL | re.IGNORECASE)
+THOUGHTS_END = re.compile(rf"</(?:{_TAG})>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+THOUGHTS_BEGIN = re.compile(rf"<(?:{_TAG})>|\[THINK\]|◁think▷", re.IGNORECASE)
 
 # Demonstrations that a model adds. They are not judged: a wrong one must not fail a correct function.
-OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)
+OWN_TESTS = re.compile(r"^(?:assert\b|if __name__ ?==|# Example usage)", re.MULTILINE)  # in what is not Python
+KEPT = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 FUTURE = re.compile(r"^from __future__ import +(?:\([^)]*\)|[^\n(]*)", re.MULTILINE)
 
 # ``` may follow prose on its line; ~~~ may not. The text after the fence is its info string: python, {.python}, ...
 OPENING = re.compile(r"^(?P<before>(?:(?!```).)*?)(?P<fence>`{3,}|(?<![^\s>])~{3,})(?P<info>[^`\n]*)$", re.MULTILINE)
 TAG = re.compile(r"^\[(?:BEGIN|DONE|/?PYTHON)\][ \t]*\r?$", re.MULTILINE)  # fences in MBPP's and Code Llama's prompts
 BULLET = re.compile(r"\s*(?:(?:[-*+]|[0-9]+[.)])\s+)?")
-SENTENCE = re.compile(r"^[A-Z*>-]", re.MULTILINE)
+SENTENCE = re.compile(r"^(?!(?:from|import|async def|def|class)\b)[^\s#@)\]}]", re.MULTILINE)
 STATEMENT = re.compile(r"^(?:from|import|async def|def|class|@)\b", re.MULTILINE)
-HELPERS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
+MOST_ENDS = 200  # lines at which code may end before prose
+HELPERS = (*KEPT, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.If, ast.Try)
 
 PARSING = Lock()  # catch_warnings is not safe in several threads
 
@@ -44,24 +47,26 @@ def code_of(completion: str, names: tuple[str, ...] = (), before: str = "") -> s
 
     Blocks with only imports, definitions and constants are helpers. If no block defines a name, returns the first
     block that continues `before`, the prompt's own code, or else the first block. A completion without fences is code
-    as a whole; if its first fence only closes, it begins with code. Each piece ends where the model's own tests begin.
+    as a whole; if its first fence only closes, it begins with code. The model's own tests are left out.
     """
     text = TAG.sub("```", without_thoughts(completion).removeprefix("\ufeff"))
     fence = OPENING.search(text)
     if fence is None or _is_code(text, names, before):  # a docstring may have fences
-        return _without_tests(_without_prose(text, names, before))
+        return _without_tests(_without_prose(text, names, before), names, before)
     head = text[: fence.start("fence")]
     if not fence["info"].strip() and _is_code(head, names, before):  # the prompt opened this fence
         blocks = [head, *_blocks(text[fence.end() :])]
     else:
         blocks = _blocks(text)
-    blocks = [_without_tests(_without_prose(_unindented(block, names), names, before)) for block in blocks]
+    pieces = [_without_prose(_unindented(block, names), names, before) for block in blocks]
+    blocks = [_without_tests(piece, names, before) for piece in pieces]
     definitions = [block for block in blocks if defines(block, names)]
     complete = [block for block in definitions if _parsed(block)] or definitions
     if complete:
-        return "\n".join(block for block in blocks if block in complete or _is_helper(block, names))
+        chosen = [block in complete or _is_helper(piece, names) for piece, block in zip(pieces, blocks, strict=True)]
+        return "\n".join(block for block, is_chosen in zip(blocks, chosen, strict=True) if is_chosen)
     if defines(head, names):
-        return _without_tests(_without_prose(head, names, before))
+        return _without_tests(_without_prose(head, names, before), names, before)
     return next((block for block in blocks if block.strip() and _parsed(before + block)), blocks[0])
 
 
@@ -77,9 +82,15 @@ def defined_names(code: str) -> set[str]:
     tree = _parsed(code)
     if tree is None:
         return set(re.findall(r"^(?:(?:async +)?def|class) +(\w+)", code, re.MULTILINE))
-    names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    targets = [target for node in tree.body if isinstance(node, ast.Assign) for target in node.targets]
-    return names | {target.id for target in targets if isinstance(target, ast.Name)}
+    return set().union(*map(_names, tree.body))
+
+
+def _names(node: ast.stmt) -> set[str]:
+    """Return the name of a function or class, or those of the variables that a statement assigns to."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def defines(code: str, names: tuple[str, ...]) -> bool:
@@ -131,13 +142,18 @@ def _is_code(text: str, names: tuple[str, ...], before: str) -> bool:
 
 
 def _is_helper(block: str, names: tuple[str, ...]) -> bool:
-    """Return whether a block has only imports and definitions, and no variable in it uses one of `names`."""
+    """Return whether a block only imports, defines and fills variables, without the use of `names` or input()."""
     tree = _parsed(block)
     if tree is None or not tree.body or not all(isinstance(node, HELPERS) for node in tree.body):
         return False
-    values = [node for node in tree.body if isinstance(node, ast.Assign | ast.AnnAssign)]
-    used = {node.id for value in values for node in ast.walk(value) if isinstance(node, ast.Name)}
-    return used.isdisjoint(names)
+    imports = [alias for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    if any(alias.name in names for alias in imports):
+        return False
+    return all(isinstance(node, KEPT) or _used(node).isdisjoint((*names, "input")) for node in tree.body)
+
+
+def _used(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def _unindented(block: str, names: tuple[str, ...]) -> str:
@@ -150,11 +166,26 @@ def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
     if _is_code(text, names, before):
         return text
     statement = STATEMENT.search(text)
-    start = statement.start() if statement and SENTENCE.match(text.lstrip()) else 0
-    ends = [len(text), *(match.start() for match in reversed([*SENTENCE.finditer(text, start + 1)]))]
-    return next((text[start:end] for end in ends if _is_code(text[start:end], names, before)), text)
+    ends = [len(text), *(match.start() for match in reversed([*SENTENCE.finditer(text)][:MOST_ENDS]))]
+    parts = (text[start:end] for start in (0, *([statement.start()] if statement else ())) for end in ends)
+    return next((part for part in parts if _is_code(part, names, before)), text)
 
 
-def _without_tests(code: str) -> str:
-    tests = OWN_TESTS.search(code)
-    return code[: tests.start()] if tests else code
+def _without_tests(code: str, names: tuple[str, ...], before: str) -> str:
+    """Leave out what demonstrates or tests `names` behind their definition: asserts, calls, a main, what uses it."""
+    tree, start = _parsed(code), 0
+    if tree is None or not defines(code, names):
+        tree, start = _parsed(before + code), len(before)
+    nodes = [] if tree is None else tree.body
+    last = max((i for i, node in enumerate(nodes) if not _names(node).isdisjoint(names)), default=None)
+    if last is None:
+        tests = OWN_TESTS.search(code)
+        return code[: tests.start()] if tests else code
+    lines, aside = re.findall(r"[^\n]*\n|[^\n]+", before[:start] + code), {*names, "input", "__name__"}
+    for node in nodes[last + 1 :]:
+        if isinstance(node, KEPT):
+            continue
+        if isinstance(node, ast.Assert | ast.Expr) or not _used(node).isdisjoint(aside):
+            aside |= _names(node)
+            lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
+    return "".join(lines)[start:]

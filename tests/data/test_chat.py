@@ -118,8 +118,8 @@ def learned_texts(example):
 
 @pytest.fixture
 def read(chat_of):
-    def read(row: dict | list, name: str = "smollm2", template: str | None = None):
-        row = {"messages": row} if isinstance(row, list) else row
+    def read(row: dict | list, name: str = "smollm2", template: str | None = None, **more):
+        row = {"messages": row} | more if isinstance(row, list) else row
         return example_from(row, 3, "file, line 3", template=chat_of(name, template)[0])
 
     return read
@@ -257,9 +257,81 @@ def test_a_turn_or_a_thought_that_the_template_leaves_out_is_named(read):
     assert read(aside, "qwen3").rendered == read(chat("q", f"{thought}a"), "qwen3").rendered
     assert read(aside).notes == (chat_module.CURTAILED,)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
-    assert (
-        read([*chat("q"), call]).notes == (chat_module.CURTAILED,) and read([*chat("q"), call], "qwen2_5").notes == ()
-    )
+    assert read([*chat("q"), call]) is None and read([*chat("q"), call], "qwen2_5").notes == ()
+    both = read([*chat("q"), call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "b"}])
+    assert learned_texts(both) == [f"b{END}"] and both.notes == (chat_module.LOST,)
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+@pytest.mark.parametrize("arguments", [{"city": "Paris"}, '{"city": "Paris"}'])
+def test_arguments_of_a_call_are_written_as_the_template_wants_them_an_object_or_json_text(read, content, arguments):
+    call = {"role": "assistant", **content, "tool_calls": [{"type": "function", "function": {"name": "w"}}]}
+    call["tool_calls"][0]["function"]["arguments"] = arguments
+    own = '<tool_call>\n{"name": "w", "arguments": {"city": "Paris"}}\n</tool_call>'
+    assert learned_texts(read([*chat("q"), call], "qwen2_5")) == [own + END]
+    assert '"parameters": {"city": "Paris"}' in learned_texts(read([*chat("q"), call], "llama3_1"))[0]
+    if content != {"content": ""}:
+        assert '{"city": "Paris"}\n```' in learned_texts(read([*chat("q"), call], "deepseek_v3"))[0]
+
+
+def test_the_older_names_of_a_call_and_of_tools_are_known(read):
+    call, tool = {"name": "w", "arguments": '{"city": "Paris"}'}, {"name": "w", "description": "weather"}
+    old = read([*chat("q"), {"role": "assistant", "content": None, "function_call": call}], "qwen2_5", functions=[tool])
+    called = {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]}
+    new = read([*chat("q"), called], "qwen2_5", tools=[{"type": "function", "function": tool}])
+    assert old == new and '"weather"' in old.prompt
+
+
+def test_a_pair_with_tools_has_them_in_the_prompt_or_they_are_counted(chat_of):
+    row = {"query": "q", "answer": "a", "tools": '[{"name": "w", "description": "weather"}]'}  # xLAM's
+    assert '"weather"' in example_from(row, 1, template=chat_of("qwen2_5")[0]).prompt
+    assert example_from(row, 1, template=chat_of("gemma")[0]).notes == (chat_module.TOOLS,)
+    assert example_from(row, 1).notes == (chat_module.TOOLS,)
+
+
+@pytest.mark.parametrize("mark", [{"loss": False}, {"train": False}, {"weight": 0}, {"weight": "0"}])
+def test_replies_that_are_marked_as_not_learned_are_not(read, mark):
+    turns = chat("q", "bad", "r", "good")
+    example = read([turns[0], turns[1] | mark, turns[2], turns[3] | dict.fromkeys(mark, True)])
+    assert learned_texts(example) == [f"good{END}"] and example.notes == (chat_module.WEIGHTLESS,)
+
+
+def test_a_system_text_beside_the_conversation_is_in_the_prompt_whatever_its_form(read):
+    assert "be brief<" in read(chat("q", "a"), system=[{"type": "text", "text": "be brief"}]).prompt
+    turns = [{"role": "system", "content": "in French"}, *chat("q", "a")]
+    assert "be brief\n\nin French<" in read(turns, system="be brief").prompt
+    assert read(turns, system="in French") == read(turns)
+
+
+def test_turns_are_joined_whatever_else_their_rows_say_of_them(read):
+    turns = [{"role": "system", "content": "s"}, *chat("q", "a")]
+    more = [turn | {"toxic": False, "turn_identifier": 1} for turn in turns]  # WildChat's
+    assert read(more, "gemma").rendered == read(turns, "gemma").rendered
+
+
+def test_rows_with_an_image_or_with_answers_to_choose_from_are_refused(read):
+    with pytest.raises(mb.InputError, match="has 'image': only texts"):  # LLaVA's
+        read(chat("q", "a"), image="cat.jpg")
+    with pytest.raises(mb.InputError, match="has 'images': only texts"):
+        example_from({"question": "q", "images": ["cat.jpg"], "answer": "a"}, 1)
+    with pytest.raises(mb.InputError, match="choose from in 'choices'"):  # MMLU's
+        example_from({"question": "q", "choices": ["b", "c"], "answer": 1}, 1)
+
+
+def test_an_adapter_keeps_the_template_for_tools_too(tmp_path, folder_of):
+    model, out, merged = folder_of("smollm2"), tmp_path / "out", tmp_path / "merged"
+    stored = [
+        {"name": "default", "template": "d {{ strftime_now('%Y') }}"},
+        {"name": "tool_use", "template": "with tools"},
+    ]
+    for folder in (tmp_path / "model", out, merged):
+        folder.mkdir()
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps({"chat_template": stored}))
+    chat = read_chat_template(tmp_path / "model", model)
+    save_template(Template("chat", chat), out)
+    copy_template(out, merged)
+    assert read_chat_template(out, model).texts == read_chat_template(merged, model).texts == chat.texts
+    assert len(chat.texts) == 2 and chat.has_date
 
 
 # Templates.

@@ -20,6 +20,15 @@ COLLECTIONS = {
     "Aya": ({"inputs": "Habari?", "targets": "Nzuri.", "language": "Swahili"}, ("Habari?", "", "Nzuri.")),
     "CodeAlpaca": ({"instruction": "Add.", "input": "", "output": "a + b"}, ("Add.", "", "a + b")),
     "CodeFeedback": ({"query": "Add.", "answer": "a + b", "resource": "evol", "lang": "py"}, ("Add.", "", "a + b")),
+    "DROP": (
+        {"passage": "It opened in 1990.", "question": "When?", "answer": "1990"},
+        ("When?", "It opened in 1990.", "1990"),
+    ),
+    "an instruction and a question": (
+        {"instruction": "Be brief.", "question": "When?", "context": "It opened in 1990.", "response": "1990"},
+        ("Be brief.", "It opened in 1990.\nWhen?", "1990"),
+    ),
+    "a question twice": ({"instruction": "When?", "question": "When?", "response": "1990"}, ("When?", "", "1990")),
     "Dolly": (
         {"instruction": "When?", "context": "It opened in 1990.", "response": "In 1990.", "category": "closed_qa"},
         ("When?", "It opened in 1990.", "In 1990."),

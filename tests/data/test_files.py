@@ -42,6 +42,15 @@ def texts(source):
 # Parquet.
 
 
+def test_fields_that_an_object_in_parquet_lacks_are_left_out(tmp_path):
+    calls = [{"name": "w", "arguments": {"city": "Paris"}}, {"name": "t", "arguments": {"zone": "UTC"}}]
+    turns = [{"role": "assistant", "content": None, "tool_calls": [call]} for call in calls]
+    path = write_parquet(tmp_path / "rows.parquet", [{"messages": turns, "query": None, "response": "r"}])
+    row = next(read_rows(path))[2]  # Arrow gives both calls both arguments
+    assert [turn["tool_calls"][0] for turn in row["messages"]] == calls and "content" not in row["messages"][0]
+    assert "query" in row  # but columns stay
+
+
 def test_parquet_rows_equal_those_of_json_lines(tmp_path):
     conversation = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
     rows = [*ROWS, conversation, {"query": "q", "response": None, "number": 3}]

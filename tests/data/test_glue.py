@@ -321,6 +321,9 @@ def test_custom_pairs_and_a_dev_file_with_fewer_classes(write):
     [
         ("t\ty\na\tx\nb\tx\n", ["'y'", "1 different"]),
         ("t\ty\n", ["'y'", "0 different"]),
+        ("t\ty\na\tpos\nb\tneg\nc\tpos \n", ["'pos'", "'pos '", "spaces"]),
+        ('{"t": "a", "y": true}\n{"t": "a", "y": "true"}\n{"t": "a", "y": "no"}', ["'True'", "'true'", "case"]),
+        ("t\ty\ty\na\tx\tz\n", ["line 1", "two columns 'y'"]),
         ("t\tz\na\tx\n", ["line 1", "'t', 'z'", "custom's t, y", "test file"]),
         ('{"t": "a", "y": 1.5}', ["line 1", "1.5", "float", "stsb"]),
         ('{"t": "a", "y": "x"}\n{"t": "a", "y": [1, 0]}', ["line 2", "[1, 0]", "list"]),

@@ -76,6 +76,7 @@ def test_same_answer_does_not_depend_on_the_order(pair):
             "The answer is: \\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}.\nDone.",
             "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}",
         ),
+        ("The answer is: US$5.", "5"),
         ("The answer is 5", None),  # as in the paper: without the colon, the sentence may be anywhere
         ("the answer is: 5", None),
         ("twelve", None),

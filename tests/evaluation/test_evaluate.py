@@ -184,6 +184,18 @@ def test_completions_from_a_file_are_cut_and_judged_by_the_protocol(run, problem
     assert status == 2 and "--protocol is plain-rounded" in error
 
 
+def test_completions_of_other_questions_are_not_judged_by_their_place(run, problems, tmp_path):
+    path = tmp_path / "completions.jsonl"
+    rows = [{"question": row["query"], "completion": row["response"]} for row in PROBLEMS]
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, out, error = run(*flags, "--out", tmp_path / "right")
+    assert status == 0 and "12 right" in out, error
+    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
+    status, _, error = run(*flags, "--out", tmp_path / "wrong")
+    assert status == 2 and "completions.jsonl, line 1: asks another question than problem 1" in error
+
+
 @pytest.fixture
 def mt_bench_files(tmp_path):
     """(questions, judge prompts) in FastChat's formats."""

@@ -64,6 +64,20 @@ WRAPPED = {
     "a second one cut off": f"{PY}{WHOLE}{F}\nOr:\n{PY}def twice(xs):\n    return [2 *",
     "wrong tests of its own": f"{PY}{WHOLE}{F}\n{PY}assert twice([1]) == [3]\n{F}",
     "a main": f"{PY}{WHOLE}\nif __name__ == '__main__':\n    print(input())\n{F}",
+    "a main in brackets": f"{PY}{WHOLE}\nif (__name__ == '__main__'):\n    assert False\n{F}",
+    "a main that is called": f"{PY}import sys\n{WHOLE}\ndef main():\n    print(input())\n\nmain()\nsys.exit(0)\n{F}",
+    "tests before it": f"{PY}# Example usage: twice([1])\nassert True\n{WHOLE}{F}",
+    "wrong tests in a function": f"{PY}{WHOLE}\ndef test():\n    assert twice([1]) == [3]\n\ntest()\n{F}",
+    "wrong tests in a loop": f"{PY}{WHOLE}\ncases = [1]\nfor x in cases:\n    assert twice(x) == 3\n{F}",
+    "unittest": f"{PY}import unittest\n{WHOLE}\nclass T(unittest.TestCase):\n    pass\n\nunittest.main()\n{F}",
+    "a script that reads": f"{PY}{WHOLE}\nn = int(input())\nm = n + 1\nprint(twice([m]))\n{F}",
+    "usage that imports it": f"{PY}{WHOLE}{F}\n{PY}from solution import twice\nprint(twice([1]))\n{F}",
+    "a table behind it": f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n\nT = {{1: 2, 2: 4}}\n{F}",
+    "a table in a block": f"{PY}T = {{}}\nfor i in range(9):\n    T[i] = 2 * i\n{F}\n"
+    f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n{F}",
+    "a text with an assert": f"{PY}T = '''\nassert x\n'''\n{WHOLE}{F}",
+    "prose in lower case": f"here it is:\n\n{WHOLE}\nthis doubles each.\n`twice` is short.\n1. It takes a list.\n",
+    "tags": f"<answer>\n{WHOLE}</answer>",
     "a lambda": f"{PY}twice = lambda xs: [2 * x for x in xs]\n{F}",
     "prose around it": f"Here is the function:\n\n{WHOLE}\nIt takes 1 list.\n\nIt returns another.\n",
     "a future import": f"{PY}from __future__ import annotations\n\n{WHOLE}{F}",
@@ -90,7 +104,7 @@ def test_a_body_continues_the_prompt(completion):
 @pytest.mark.parametrize("completion", [
     "", f"<think>{PY}{WHOLE}{F}", f"{PY}{WHOLE}    (\n{F}", f"{PY}def other(xs):\n{BODY}{F}",
     f"{PY}class Solution:\n{indented(WHOLE, '    ')}{F}",
-    f"{PY}{WHOLE}{F}\n{PY}def twice(xs):\n    pass\n{F}",
+    f"{PY}{WHOLE}{F}\n{PY}def twice(xs):\n    pass\n{F}", f"{PY}{WHOLE}\ntwice = None\n{F}",
     "def twice(xs):\n    return [2 * x for x in xs\n",
 ])  # fmt: skip
 def test_wrong_code_does_not_become_right(completion):
@@ -109,6 +123,9 @@ def test_thoughts_are_removed_wherever_they_begin_and_end():
     assert without_thoughts("b<think>a") == "b" == without_thoughts("<thinking>a</thinking>b<think></think>")
     assert without_thoughts("<think>a<think>b</think>c</think>d") == "d"
     assert without_thoughts("1 < 2 and think") == "1 < 2 and think"
+    for tag in ("think", "thoughts", "reasoning", "seed:think"):
+        assert without_thoughts(f"<{tag}>a</{tag}>b") == "b" == without_thoughts(f"a</{tag}>b")
+    assert without_thoughts("◁think▷a◁/think▷b") == "b"
 
 
 def test_names_come_from_the_top_level():
