@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -76,6 +77,11 @@ def read_examples(
     if not examples:
         raise InputError(f"{path}: has no rows with a response: give a data file with prompts and responses")
     return examples, left_out
+
+
+def counts_in_words(left_out: Mapping[str, int]) -> str:
+    """Describe how much was left out for each reason."""
+    return ", ".join(f"{count:,} {reason}" for reason, count in left_out.items())
 
 
 def has_conversations(path: str | Path) -> bool:
