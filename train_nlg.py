@@ -90,11 +90,9 @@ def main() -> int:
     memory = expected_memory(model, hardware, amount, objective, *whole)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data))]
-    data += [", ".join(f"{count:,} {reason}" for reason, count in left_out.items()), f"template {template}"]
+    data += [", ".join(f"{count:,} {kind}" for kind, count in left_out.items()), f"template {template}"]
     if any(held_out.left_out.values()):
-        data.append(
-            f"of {source.eval} " + ", ".join(f"{count:,} {reason}" for reason, count in held_out.left_out.items())
-        )
+        data.append(f"of {source.eval} " + ", ".join(f"{count:,} {kind}" for kind, count in held_out.left_out.items()))
     if not tok.eos_ids:
         data.append("no EOS: none of the model's files names one, so the model will not learn to end a response")
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)

@@ -57,11 +57,9 @@ def main() -> int:
     examples, changes = sets.disturbed(examples, classes, source.imbalance, source.label_noise, seed)
     tok, config = mb.load_tokenizer(source.model), read_config(Path(source.model))
     if classes == 2 and objective.non_target_kl > 0:
-        raise InputError("--non-target-kl needs three or more classes; with two, the term is always 0: leave it out")
+        raise InputError("--non-target-kl needs at least three classes; with two, the term is always 0: leave it out")
     if hardware.compile and isinstance(config, MixtureConfig):
-        raise InputError(
-            "--compile: a mixture would be recompiled whenever its experts get other numbers of tokens: leave it out"
-        )
+        raise InputError("--compile: a mixture is recompiled whenever its experts get other token counts: leave it out")
     words = as_text.first_tokens(task, tok) if source.as_text else []
     if source.as_text:
         examples = as_text.questions(examples, task)

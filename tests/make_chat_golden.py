@@ -28,7 +28,7 @@ CHAT = ROOT / "tests" / "golden" / "chat"
 CHATML, LLAMA3 = ["<|im_start|>", "<|im_end|>"], ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
 DEEPSEEK, TURN = ["<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"], ["<start_of_turn>", "<end_of_turn>"]
 THINK = "<think>\n\n</think>\n\n"
-# name: (tokens to add, BOS, EOS, the token that ends a reply, what stands between a header and a reply's words)
+# name: (tokens to add, BOS, EOS, the token that ends a reply, the text between a header and a reply's words)
 TEMPLATES = {
     "llama2": (["[INST]", "[/INST]"], "<s>", "</s>", "</s>", " "),
     "llama3": (LLAMA3, "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", ""),
@@ -47,7 +47,7 @@ TEMPLATES = {
     "deepseek_v3": (DEEPSEEK, "<｜begin▁of▁sentence｜>", DEEPSEEK[2], DEEPSEEK[2], ""),
     "deepseek_r1": ([*DEEPSEEK, "<think>", "</think>"], "<｜begin▁of▁sentence｜>", DEEPSEEK[2], DEEPSEEK[2], ""),
 }
-NO_SYSTEM = {"gemma", "gemma_tagged", "mistral", "mistral_v3"}  # or leaves it out, where a reply comes last
+NO_SYSTEM = {"gemma", "gemma_tagged", "mistral", "mistral_v3"}  # or leaves it out if a reply comes last
 
 
 def turns(*contents: str, system: str | None = None) -> list[dict]:
@@ -87,9 +87,9 @@ def expected(name: str, tok: PreTrainedTokenizerFast, messages: list[dict]) -> d
     assert encoded["input_ids"] == tok.apply_chat_template(messages)["input_ids"]
     mask, at = [0] * len(encoded["input_ids"]), 0
     for message in messages:
-        said = message["content"].strip() if message["content"].strip() in text[at:] else message["content"]
-        start = text.index(said, at)
-        at = start + len(said)
+        content = message["content"].strip() if message["content"].strip() in text[at:] else message["content"]
+        start = text.index(content, at)
+        at = start + len(content)
         if message["role"] == "assistant":
             padding = message["content"][: len(message["content"]) - len(message["content"].lstrip())]
             start = len(text[:start].removesuffix(padding).removesuffix(lead))

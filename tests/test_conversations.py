@@ -54,9 +54,9 @@ def data(tmp_path_factory) -> Path:
 
 
 def flags_of(model: Path, data: Path, out: Path) -> list:
-    given = {"model": model, "data": data, "out": out, "rank": 2, "batch-size": 6, "epochs": 2, "save-every": 2}
-    given |= {"device": "cpu", "lr": 1e-2, "init": "pissa", "eval": data}
-    return [part for name, value in given.items() for part in (f"--{name}", value)]
+    flags = {"model": model, "data": data, "out": out, "rank": 2, "batch-size": 6, "epochs": 2, "save-every": 2}
+    flags |= {"device": "cpu", "lr": 1e-2, "init": "pissa", "eval": data}
+    return [part for name, value in flags.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +67,9 @@ def trained(model, data, tmp_path_factory) -> Path:
 
 
 def test_the_plan_names_the_template_and_what_is_left_out(model, data, tmp_path, in_command):
-    status, said, _ = in_command(train_nlg.main, *flags_of(model, data, tmp_path / "o"), "--max-steps", 1)
-    assert status == 0 and "1 conversations without a reply" in said and "1 turns after the last reply" in said
-    assert "template chat, the model's own" in said and f"a reply ends with {END}" in said
+    status, printed, _ = in_command(train_nlg.main, *flags_of(model, data, tmp_path / "o"), "--max-steps", 1)
+    assert status == 0 and "1 conversations without a reply" in printed and "1 turns after the last reply" in printed
+    assert "template chat, the model's own" in printed and f"a reply ends with {END}" in printed
 
 
 def test_a_conversation_s_run_resumes_byte_for_byte_on_another_day(model, data, trained, tmp_path, monkeypatch):
@@ -100,16 +100,16 @@ def test_an_adapter_is_asked_in_the_template_that_it_was_trained_with(model, tra
         ([*base, *adapter, "--raw"], "Hi"),
         ([*base, "--template", "alpaca"], "Below"),
     ):
-        status, _, said = in_command(generate.main, *flags)
+        status, _, printed = in_command(generate.main, *flags)
         assert status == 0 and asked[-1][0].lstrip("0123456789").startswith(start)
-        assert ("template: chat" in said) == (start == START)
+        assert ("template: chat" in printed) == (start == START)
 
 
-def test_an_adapter_of_alpaca_s_is_asked_in_alpaca_s(model, tmp_path, in_command, monkeypatch):
+def test_an_adapter_trained_with_alpacas_template_is_asked_in_it(model, tmp_path, in_command, monkeypatch):
     (tmp_path / "d.jsonl").write_text('{"query": "1+1?", "response": "2"}\n' * 4)
     out, merged, smaller = (tmp_path / name for name in ("out", "merged", "smaller"))
-    status, said, _ = in_command(train_nlg.main, *flags_of(model, tmp_path / "d.jsonl", out)[:-2], "--max-steps", 1)
-    assert status == 0 and "template alpaca" in said
+    status, printed, _ = in_command(train_nlg.main, *flags_of(model, tmp_path / "d.jsonl", out)[:-2], "--max-steps", 1)
+    assert status == 0 and "template alpaca" in printed
     assert not (out / "minibalora.json").exists() and not (out / "chat_template.jinja").exists()
     asked = []
     monkeypatch.setattr(generate, "generate_each", lambda m, t, prompts, *_: asked.append(prompts) or [(0, "")])
@@ -128,8 +128,8 @@ def test_a_benchmark_is_asked_in_the_chat_template(model, trained, tmp_path, in_
     (record,) = map(json.loads, (tmp_path / "o" / "records.jsonl").read_text().splitlines())
     assert record["prompt"].endswith(f"1 + 1? Let's think step by step.{END}\n{START}assistant\n")
     assert json.loads((tmp_path / "o" / "run.json").read_text())["settings"]["template"] == "chat"
-    status, _, said = in_command(evaluate.main, *flags, "--out", tmp_path / "o", "--raw")
-    assert status == 2 and "--template is raw" in said
+    status, _, printed = in_command(evaluate.main, *flags, "--out", tmp_path / "o", "--raw")
+    assert status == 2 and "--template is raw" in printed
 
 
 def test_a_conversation_is_answered_where_its_last_turn_asks(model, tmp_path, in_command, monkeypatch):
@@ -137,12 +137,12 @@ def test_a_conversation_is_answered_where_its_last_turn_asks(model, tmp_path, in
     monkeypatch.setattr(generate, "generate_each", lambda m, t, prompts, *_: asked.append(prompts) or [(0, "Aye.")])
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps({"messages": [PIRATE, *turns("Hi", "Ahoy", "And?")]}))
-    status, said, _ = in_command(generate.main, "--model", model, "--device", "cpu", "--file", path)
+    status, printed, _ = in_command(generate.main, "--model", model, "--device", "cpu", "--file", path)
     assert status == 0 and asked[0][0].endswith(f"assistant\nAhoy{END}\n{START}user\nAnd?{END}\n{START}assistant\n")
-    assert json.loads(said) == {"prompt": [PIRATE, *turns("Hi", "Ahoy", "And?")], "completion": "Aye."}
+    assert json.loads(printed) == {"prompt": [PIRATE, *turns("Hi", "Ahoy", "And?")], "completion": "Aye."}
     path.write_text(json.dumps({"messages": turns("Hi", "Ahoy")}))
-    status, _, said = in_command(generate.main, "--model", model, "--device", "cpu", "--file", path)
-    assert status == 2 and "does not end with a question" in said
+    status, _, printed = in_command(generate.main, "--model", model, "--device", "cpu", "--file", path)
+    assert status == 2 and "does not end with a question" in printed
 
 
 def test_generation_ends_at_the_end_of_a_turn(model):
@@ -164,24 +164,26 @@ def test_a_t5_has_no_chat(model, tmp_path, refuses):
     refuses(lambda: mb.load_tokenizer(folder, chat_template.read_chat_template(model, model)), "T5", "--template chat")
 
 
-def test_a_model_without_an_end_of_text_is_told(tiny, data, tmp_path, in_command):
+def test_a_model_without_an_end_of_text_is_reported(tiny, data, tmp_path, in_command):
     folder = shutil.copytree(tiny, tmp_path / "m")
     (folder / "tokenizer_config.json").write_text("{}")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
     (tmp_path / "d.jsonl").write_text('{"query": "1+1?", "response": "2"}\n' * 4)
     flags = flags_of(folder, tmp_path / "d.jsonl", tmp_path / "o")[:-2]
-    status, said, _ = in_command(train_nlg.main, *flags, "--max-steps", 1)
-    assert status == 0 and "no EOS" in said
-    status, _, said = in_command(generate.main, "--model", folder, "--prompt", "Hi", "--max-new-tokens", 2)
-    assert status == 0 and "no EOS" in said
+    status, printed, _ = in_command(train_nlg.main, *flags, "--max-steps", 1)
+    assert status == 0 and "no EOS" in printed
+    status, _, printed = in_command(generate.main, "--model", folder, "--prompt", "Hi", "--max-new-tokens", 2)
+    assert status == 0 and "no EOS" in printed
 
 
 def test_more_than_a_pair_needs_a_chat_template(tiny, data, tmp_path, in_command):
-    status, _, said = in_command(train_nlg.main, *flags_of(tiny, data, tmp_path / "o"))
-    assert status == 2 and "line 1: a conversation of 5 turns" in said and "--template chat" in said
+    status, _, printed = in_command(train_nlg.main, *flags_of(tiny, data, tmp_path / "o"))
+    assert status == 2 and "line 1: a conversation of 5 turns" in printed and "--template chat" in printed
     assert not (tmp_path / "o").exists()
-    status, _, said = in_command(train_nlg.main, *flags_of(tiny, data, tmp_path / "o"), "--template", "chat")
-    assert status == 2 and "no chat_template.jinja" in said
-    status, _, said = in_command(train_nlg.main, *flags_of(tiny, data, tmp_path / "o"), "--template", "chat", "--raw")
-    assert status == 2 and "not allowed with" in said
+    status, _, printed = in_command(train_nlg.main, *flags_of(tiny, data, tmp_path / "o"), "--template", "chat")
+    assert status == 2 and "no chat_template.jinja" in printed
+    status, _, printed = in_command(
+        train_nlg.main, *flags_of(tiny, data, tmp_path / "o"), "--template", "chat", "--raw"
+    )
+    assert status == 2 and "not allowed with" in printed

@@ -62,7 +62,7 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_reading_weight_gives_the_matrix_that_the_layer_acts_as(dtype):
+def test_weight_is_the_matrix_that_the_layer_applies(dtype):
     """torch's fast path of an encoder layer (eval mode, no gradients) reads linear1.weight."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0).to(dtype).eval()

@@ -25,7 +25,9 @@ ROWS = [
     ["toy"],
     ["__main__"],
 ]
-COPYABLE = {name: {"torch"} for name in ("lowrank", "regularizers", "fused", "krylov", "nf4")}  # what each needs
+COPYABLE = {
+    name: {"torch"} for name in ("lowrank", "regularizers", "fused", "krylov", "nf4")
+}  # -> the packages that it needs
 COPYABLE |= {f"models.{path.stem}": {"torch"} for path in (ROOT / "minibalora" / "models").glob("[!_]*.py")}
 COPYABLE |= {"evaluation.answers": set()}
 USE = """
@@ -111,7 +113,7 @@ def test_few_files_stand_directly_in_the_package():
 def test_copyable_files_need_torch_at_most(name):
     others = {module.partition(".")[0] for module in imports(name) if not module.startswith("minibalora.models.")}
     if name == "lowrank":
-        others -= {"minibalora"}  # krylov.py, asked for where an init needs it
+        others -= {"minibalora"}  # krylov.py, imported only if an init needs it
     assert others - set(sys.stdlib_module_names) == COPYABLE[name]
 
 

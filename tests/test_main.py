@@ -11,7 +11,7 @@ from minibalora.__main__ import COMMANDS, main
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",)])
-def test_without_a_command_all_are_listed(words, in_command):
+def test_without_a_command_all_commands_are_listed(words, in_command):
     status, listed, error = in_command(main, *words)
     assert (status, error) == (0, "")
     lines = [line.split(maxsplit=1) for line in listed.splitlines()[2:]]

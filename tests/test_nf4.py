@@ -244,7 +244,7 @@ def test_qpissa_has_a_smaller_error_than_qlora_if_the_spectrum_decays(decay, ran
     qlora, qpissa = errors(decaying(256, decay), rank)
     ratio = (qpissa.norm(p="nuc") / qlora.norm(p="nuc")).item()
     energy = (torch.arange(256) + 1.0) ** (-2 * decay)
-    # For numbers of one distribution, the error is proportional to the norm of the quantised matrix: the ratio is
+    # For numbers from one distribution, the error is proportional to the norm of the quantised matrix: the ratio is
     # ‖W_res‖ / ‖W‖. If few directions hold most of W, its numbers are not normal; we measured a deviation of 9 %.
     assert ratio == pytest.approx((energy[rank:].sum() / energy.sum()).sqrt().item(), rel=0.15)
     assert ratio < 0.8

@@ -74,7 +74,7 @@ def test_a_step_is_the_same_whatever_the_micro_batch_size(count, size, seed, ada
 
 @pytest.mark.parametrize("name", ["llama3", "gemma", "gpt2"])
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
-def test_packed_and_without_logits_a_step_is_the_padded_one_with_them(name, recipe):
+def test_a_packed_step_without_whole_logits_equals_a_padded_step_with_them(name, recipe):
     """float32: 6e-8 a rounding, and a few hundred of them in a row; T² = 4 of them in a KL, which may be small."""
     model, rows, objective = mb.adapt(mb.load_model(GOLDEN / name), rank=3), random_rows(7, 0), NLG_RECIPES[recipe]
     stretch(model)
@@ -117,7 +117,7 @@ def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trai
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma"])
-def test_checkpointing_blocks_changes_no_gradient(name):
+def test_checkpointing_blocks_does_not_change_gradients(name):
     rows, objective = random_rows(5, 2), NLG_RECIPES["iclr2026"]
     plain, checkpointed = (mb.adapt(mb.load_model(GOLDEN / name), rank=3) for _ in range(2))
     checkpoint_blocks(checkpointed)
@@ -302,7 +302,7 @@ def test_flags_that_change_the_method_run(flags, train, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
-def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, train, tmp_path):
+def test_the_plain_layer_and_loss_give_the_same_run_up_to_rounding(recipe, train, tmp_path):
     flags = ("--max-steps", "4", "--seed", "3", "--recipe", recipe, "--adaptive-lambda1", "--non-target-kl", "0.1")
     for name, more in (("lean", ()), ("plain", ("--plain",))):
         assert train(tmp_path / name, *flags, *more)[0] == 0
@@ -311,7 +311,7 @@ def test_the_plain_layer_and_loss_give_the_same_run_to_rounding(recipe, train, t
         known = {name: value for name, value in expected.items() if value is not None}
         assert {name: value for name, value in entry.items() if value is not None} == pytest.approx(known, 1e-4, 1e-6)
     trained, expected = (load_file(tmp_path / name / ADAPTER) for name in ("lean", "plain"))
-    assert all(distance(trained[name], expected[name]) < 1e-3 for name in expected)  # Adam divides by what is near 0
+    assert all(distance(trained[name], expected[name]) < 1e-3 for name in expected)  # Adam divides by numbers near 0
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_krylov_1"])
@@ -410,7 +410,7 @@ def test_an_eval_task_uses_the_benchmarks_prompt_and_judge_and_a_stopped_evaluat
 
 
 @pytest.mark.parametrize("rank", ["3", "50"])
-def test_the_adapter_is_saved_with_the_rank_asked_for(rank, train, tiny, tmp_path):
+def test_the_adapter_is_saved_with_the_requested_rank(rank, train, tiny, tmp_path):
     assert train(tmp_path / "out", "--max-steps", "2", "--adapter-rank", rank)[0] == 0
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["r"] == min(int(rank), 2 * 4)
@@ -507,7 +507,7 @@ def test_a_damaged_log_is_cut_back_on_resume(train, tmp_path):
     assert logged(out) == expected
 
 
-def test_resuming_without_the_rest_of_the_command_says_so(train, in_command, tmp_path):
+def test_resuming_without_the_rest_of_the_command_is_reported(train, in_command, tmp_path):
     out = tmp_path / "out"
     assert train(out, "--max-steps", "1")[0] == 0
     status, _, error = in_command(train_nlg.main, "--out", out, "--resume")

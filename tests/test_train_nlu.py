@@ -360,7 +360,7 @@ def falling(monkeypatch, values: list[float]) -> dict[int, torch.Tensor]:
     ([0.9, 0.5, 0.1], 1), ([0.1, 0.9, 0.5], 2), ([0.5, 0.5, 0.5], 1), ([float("nan"), -1.0, float("nan")], 2),
     ([float("nan")] * 3, 1),
 ])  # fmt: skip
-def test_the_best_epoch_is_saved_and_of_equals_the_first(values, best, bert, data, tmp_path, train, monkeypatch):
+def test_the_best_epoch_is_saved_and_a_tie_goes_to_the_first(values, best, bert, data, tmp_path, train, monkeypatch):
     heads = falling(monkeypatch, values)
     status, printed, _ = train(flags_of(bert, data, tmp_path / "out", "--epochs", "3"))
     assert status == 0 and f"best on dev.tsv: step {best * STEPS}\n" in printed
@@ -384,7 +384,7 @@ def test_the_best_epoch_is_kept_across_a_stop(bert, data, tmp_path, train, monke
     assert torch.equal(saved, heads[STEPS]) and report_of(tmp_path / "out")["best_step"] == STEPS
 
 
-def test_a_run_that_has_ended_writes_the_same_once_more(whole_runs, bert, data, tmp_path, train):
+def test_resuming_an_ended_run_writes_the_same_files_again(whole_runs, bert, data, tmp_path, train):
     out = shutil.copytree(whole_runs["ba-lora"], tmp_path / "out")
     before = contents(out)
     assert train([*flags_of(bert, data, out, "--epochs", "3", "--save-every", "5"), "--resume"])[0] == 0
@@ -421,7 +421,7 @@ def test_two_files_with_the_same_name_stay_apart(bert, data, tmp_path, train):
     assert list(report_of(tmp_path / "out")["after"]) == [str(data / "dev.tsv"), other]
 
 
-def test_where_data_is_a_file_the_first_evaluation_file_selects(bert, data, tmp_path, train):
+def test_if_data_is_a_file_the_first_evaluation_file_selects_the_epoch(bert, data, tmp_path, train):
     files = [write_sst2(tmp_path / f"{name}.tsv", reviews(6, seed=3)) for name in ("first", "second")]
     flags = flags_of(bert, data / "train.tsv", tmp_path / "out", "--max-steps", "1", "--eval", *files)
     status, printed, _ = train(flags)
@@ -596,7 +596,7 @@ def test_a_full_run_saves_the_model_that_it_reports_on(bert, data, tmp_path, tra
     )
 
 
-def test_a_model_that_diverged_is_one_line(bert, data, tmp_path, train):
+def test_a_model_that_diverged_is_reported_in_one_line(bert, data, tmp_path, train):
     flags = ["--method", "full", "--lr", "1e30", "--max-steps", "1"]
     refused_late = train(flags_of(bert, data, tmp_path / "out", *flags))
     assert refused_late[0] == 2 and "not finite: lower --lr" in refused_late[2].splitlines()[-1]
@@ -718,7 +718,7 @@ def test_a_wrong_flag_or_file_is_refused_and_nothing_is_written(flags, parts, pl
     assert contents(place) == before
 
 
-def test_a_file_without_one_to_select_by_is_refused(place, bert, train):
+def test_a_training_file_without_a_dev_file_is_refused(place, bert, train):
     before = contents(place)
     refused(train(flags_of(bert, "train.tsv", Path("out"))), "--data train.tsv", "needs --eval")
     assert contents(place) == before
@@ -756,7 +756,7 @@ def test_a_damaged_file_of_the_best_epoch_is_refused_on_resume(damage, whole_run
     assert contents(out) == before
 
 
-def test_an_ended_run_without_its_best_epoch_is_not_written_once_more(whole_runs, bert, data, tmp_path, train):
+def test_resuming_an_ended_run_without_its_best_epoch_writes_nothing(whole_runs, bert, data, tmp_path, train):
     out = shutil.copytree(whole_runs["ba-lora"], tmp_path / "out")
     (out / "checkpoint" / "best.safetensors").unlink()
     before = contents(out)
@@ -765,7 +765,7 @@ def test_an_ended_run_without_its_best_epoch_is_not_written_once_more(whole_runs
     assert contents(out) == before
 
 
-def test_the_files_of_the_best_epoch_say_step_and_score(whole_runs):
+def test_the_files_of_the_best_epoch_record_step_and_score(whole_runs):
     out = whole_runs["ba-lora"]
     with safe_open(out / "checkpoint" / "best.safetensors", "pt") as best:
         report = report_of(out)

@@ -120,7 +120,7 @@ def test_a_head_in_another_order_is_permuted_by_its_names(copy, train, tmp_path)
     ):
         status, out, error = train(f"run_{name}", copy(name, names, order), "mnli", rows)
         assert status == 0, error
-        assert ("put in the task's order" in out) == (name == "theirs") and "no classifier" not in out
+        assert ("in the task's order by id2label" in out) == (name == "theirs") and "no classifier" not in out
     ours, theirs, silent = (load_file(tmp_path / f"run_{name}" / ADAPTER) for name in ("ours", "theirs", "silent"))
     assert all(torch.equal(ours[key], theirs[key]) and torch.equal(ours[key], silent[key]) for key in ours)
 
@@ -159,7 +159,7 @@ def test_the_plan_says_on_which_share_of_the_rows_a_teacher_is_right(copy, train
     assert shares["ours"] == shares["theirs"] != shares["silent"]
 
 
-def test_the_share_is_of_the_training_rows(copy, train):
+def test_the_teachers_share_is_measured_on_the_training_rows(copy, train):
     model = mb.load_model(copy("model", MNLI), "classifier")
     tok, rows = mb.load_tokenizer(copy("same", MNLI)), pairs(8, [0])
     with torch.no_grad():

@@ -51,7 +51,7 @@ def _refuse_name(model: nn.Module, name: str, adapter: Adapter) -> NoReturn:
         raise InputError(f"{adapter.file}: {name}: the adapter was trained on the model without its head (AutoModel), "
                          f"whose names lack {checkpoint.family.names.backbone!r}: merge the adapter in PEFT, into "
                          "AutoModel")  # fmt: skip
-    raise InputError(f"{adapter.file}: {name} is no linear layer of this model: it is for another base"
+    raise InputError(f"{adapter.file}: {name} is not a linear layer of this model: it is for another base"
                      f"{_base_of(adapter)}: give that one")  # fmt: skip
 
 

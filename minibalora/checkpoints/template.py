@@ -75,9 +75,8 @@ def recorded_name(folder: Path) -> str | None:
     if not os.path.isdir(folder):
         return None
     settings = recorded_settings(folder)
-    name = settings.get(
-        "template", {True: "raw", False: "alpaca"}.get(settings.get("raw"))
-    )  # older runs recorded `raw`
+    # Older runs recorded `raw`.
+    name = settings.get("template", {True: "raw", False: "alpaca"}.get(settings.get("raw")))
     if (folder / RECORD).exists():
         name = read_json_object(folder / RECORD).get("template")
     if name not in (None, *NAMES):

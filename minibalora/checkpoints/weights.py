@@ -194,7 +194,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     files = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or file in ("", ".", "..") or "/" in file or "\\" in file:
-            raise InputError(f"{index}: puts {name} in {file!r}, which is no file of this folder: download it again")
+            raise InputError(f"{index}: puts {name} in {file!r}, which is not a file in this folder: download it again")
         files.setdefault(folder / file, set()).add(name)
     return files
 

@@ -194,9 +194,7 @@ def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) ->
         else:
             if not _unseen(messages, text):
                 return text
-            refusal = InputError(
-                f"{where}: the chat template in {chat.source} leaves out a turn: join it to another turn"
-            )
+            refusal = InputError(f"{where}: the chat template in {chat.source} leaves out a turn: join it to another")
     raise refusal
 
 

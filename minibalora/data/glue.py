@@ -44,10 +44,8 @@ def _spellings(*classes: str) -> dict[str | int, int]:
 # These replace a label in GLUE's hidden test sets, and in MNLI and SNLI where annotators disagree. A custom task may
 # have a class with such a name.
 HIDDEN = ("-", "-1", "-1.0", -1)
-ANNOTATIONS = [
-    "label1",
-    "gold_label",
-]  # the last columns of GLUE's SNLI, whose rows have one or five cells for the first
+# The last columns of GLUE's SNLI, whose rows have one or five cells for the first.
+ANNOTATIONS = ["label1", "gold_label"]
 FRACTION = re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 _ENTAILMENT = _spellings("entailment", "not_entailment non-entailment")
 _PAIR, _NLI_PAIR = ("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label")

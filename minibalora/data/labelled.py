@@ -43,11 +43,7 @@ def unknown_share(rows: list[ClassRow], tok: Tokenizer, data: str | None, folder
     Raises InputError, which names `data` and the tokenizer's folder, if the share is above 80 %: the texts are in a
     language or alphabet that the model was not trained on, or the tokenizer belongs to another model.
     """
-    names = (
-        getattr(tok.backend.model, "unk_token", None),
-        "[UNK]",
-        "<unk>",
-    )  # a unigram model does not name its unknown token
+    names = getattr(tok.backend.model, "unk_token", None), "[UNK]", "<unk>"  # a unigram model does not name it
     unknown = {tok.backend.token_to_id(name) for name in names if name} - {None}
     ids = np.concatenate([row.ids for row in rows])
     ids = ids[~np.isin(ids, tok.encode(""))]

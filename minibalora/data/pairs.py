@@ -6,7 +6,7 @@ A null field counts as absent: concatenated sets have null wherever a row lacks 
 from minibalora.base.errors import InputError
 from minibalora.data.files import text_of
 
-# The fields of prompt and response. The first pair counts of which a row has both fields.
+# The fields of prompt and response. The first pair that a row has counts.
 FIELDS = [
     ("query", "response"),  # MetaMathQA
     ("instruction", "output"),  # Alpaca, Evol-Instruct, the PiSSA data set

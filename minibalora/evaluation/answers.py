@@ -51,11 +51,7 @@ REWRITES = [
     (rf"\\sqrt *({ATOM})", r"\\sqrt{\1}", "arguments get braces"),
     (rf"\\frac *({ATOM})", r"\\frac{\1}", "arguments get braces"),
     (rf"(\\frac *{GROUP}) *({ATOM})", r"\1{\2}", "arguments get braces"),
-    (
-        r"(?<![0-9./])([0-9]+) +([0-9]+) */ *([0-9]+)(?![0-9.])",
-        r"\1\\frac{\2}{\3}",
-        "a mixed number, while its space is still there",
-    ),
+    (r"(?<![0-9./])([0-9]+) +([0-9]+) */ *([0-9]+)(?![0-9.])", r"\1\\frac{\2}{\3}", "mixed numbers still have a space"),
     (rf"({FACTOR} *)(?:\\times(?![A-Za-z])|\*)", r"\1\\cdot ", "the product of numbers, not of vectors"),
     (rf"({FACTOR} *)\\cdot *(?=[A-Za-z(]|\\pi|\\sqrt)", r"\1", r"but 2\cdot\frac{1}{2} is not 2\frac{1}{2}"),
     (r"(?<!\.)\. *$", "", "full stop"),
@@ -91,7 +87,7 @@ CALCULATION = re.compile(r"[+*^<>\\]|(?<![A-Za-z])-|-(?![A-Za-z])|/ *[A-Za-z](?!
 
 
 def final_answer(text: str) -> str | None:
-    r"""Return the text after the last "The answer is:" or, without one, after the last "####" or in the last \boxed{}.
+    r"""Return the text after the last "The answer is:", or else after "####" or in \boxed{}, whichever comes last.
 
     The answer ends with its line, or with a matrix that begins there. A box is replaced by its content, and a full stop
     and dollar signs are removed. Returns None if there is no marker or the box does not end, "" if nothing follows.

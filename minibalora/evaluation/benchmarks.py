@@ -74,9 +74,7 @@ def read_items(
     seen = set()
     for item in items:
         if item.name in seen:
-            raise InputError(
-                f"{path}, line {item.line}: the name {item.name} is there twice: remove one of the problems"
-            )
+            raise InputError(f"{path}, line {item.line}: the name {item.name} is there twice: remove one of them")
         seen.add(item.name)
     return items
 

@@ -29,10 +29,7 @@ TEMPERATURES |= {"stem": 0.1, "humanities": 0.1}
 OTHER_TEMPERATURE = 0.7
 WITH_REFERENCE = ("math", "reasoning", "coding")  # categories judged with a reference answer
 MAX_NEW_TOKENS, JUDGE_TOKENS = 1024, 2048
-RATING = (
-    re.compile(r"\[\[(\d+\.?\d*)\]\]"),
-    re.compile(r"\[(\d+\.?\d*)\]"),
-)  # the second is used if the first has no match
+RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]")  # the second if the first has no match
 NO_RATING = -1
 
 Prompt = Callable[[list[dict], str], str]  # (messages with role and content, place for errors) -> prompt

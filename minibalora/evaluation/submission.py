@@ -53,7 +53,7 @@ def class_names(labels: list[str], task: Task) -> list[str]:
     indices = [spellings.get(_plain(name), index) for index, name in enumerate(labels)]
     if len(set(indices)) < len(indices):
         raise InputError(
-            f"--glue-submission: the model's classes {', '.join(labels)} are not those of {task.name}: give its model"
+            f"--glue-submission: the classes {', '.join(labels)} are not those of {task.name}: give its model"
         )
     return [task.labels[index] for index in indices]
 

@@ -77,7 +77,7 @@ def test_a_failure_leaves_a_line_with_the_count(stderr, clock):
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_other_ranks_and_short_work_show_nothing(is_terminal, stderr, clock):
+def test_other_ranks_and_short_tasks_show_nothing(is_terminal, stderr, clock):
     stream = stderr(is_terminal)
     for _ in progress.over(range(3), "answers", "batch", delay=2):
         clock.now += 0.1

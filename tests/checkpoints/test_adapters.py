@@ -336,7 +336,7 @@ def test_olora_of_transposed_layers_is_refused(adapter, refused):
 
 
 def test_unknown_keys_that_are_off_are_ignored_and_named(adapter, capsys):
-    """Nothing is said about known keys: those that PEFT 0.21 writes, or that matter in training only."""
+    """No note about known keys, which PEFT 0.21 writes or which matter only in training."""
     known = {"use_dora": False, "qalora_group_size": 16, "runtime_config": {"ephemeral_gpu_offload": False}}
     known |= {"megatron_core": "megatron.core", "lora_dropout": 0.1, "layer_replication": [], "peft_version": "0.99"}
     mb.load_adapter(mb.load_model(GOLDEN / "llama3"), adapter(config=known))
@@ -353,7 +353,7 @@ def test_a_missing_factor_is_refused(adapter, refused, side):
     refused(adapter(tensors={f"{Q0}.lora_{side}.weight": None}), f"q_proj has no lora_{side}")
 
 
-def test_a_layer_that_target_modules_names_must_be_there(adapter, refused):
+def test_a_layer_named_in_target_modules_must_exist(adapter, refused):
     pair = {f"{Q0}.lora_{side}.weight": None for side in "AB"}
     refused(adapter(tensors=pair), "model.layers.0.self_attn.q_proj", "target_modules")
     refused(adapter(config={"target_modules": r".*\.gate_proj"}), "mlp.gate_proj", "target_modules")
@@ -370,8 +370,8 @@ def test_a_rank_that_contradicts_the_config_is_refused(adapter, refused):
 
 def test_an_adapter_for_another_base_is_refused(adapter, refused):
     refused(adapter(config={"base_model_name_or_path": "that/one"}), "24 x 16", "24 x 24", "that/one", base="llama2")
-    refused(GOLDEN / "peft_gpt2", "no linear layer of this model")
-    refused(GOLDEN / "peft_lora", "no linear layer of this model", base="gpt2")
+    refused(GOLDEN / "peft_gpt2", "not a linear layer of this model")
+    refused(GOLDEN / "peft_lora", "not a linear layer of this model", base="gpt2")
     refused(GOLDEN / "peft_bert", "another base or head", base="roberta", head="classifier")
     refused(GOLDEN / "peft_adapted_head", "lm_head", "tie_word_embeddings", base="llama_bias_tied")
 
@@ -426,7 +426,7 @@ def test_an_embedding_that_only_repeats_the_bases_is_left_out(base, tmp_path):
     embedding = model.embedding.weight
     copies = ("encoder.embed_tokens", "decoder.embed_tokens") if base == "t5" else ("model.embed_tokens",)
     whole = {f"base_model.model.{name}.weight": embedding.clone() for name in copies}
-    whole["base_model.model.lm_head.weight"] = model.head_weight.to(torch.bfloat16)  # as the base's file has it
+    whole["base_model.model.lm_head.weight"] = model.head_weight.to(torch.bfloat16)  # the dtype of the base's file
     file = tmp_path / "adapter_model.safetensors"
     save_file(load_file(file) | whole, file)
     again = mb.load_adapter(mb.load_model(GOLDEN / base), tmp_path)

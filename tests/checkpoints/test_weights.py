@@ -104,7 +104,7 @@ def test_plain_rope_needs_no_settings(copy, spelling, theta):
 
 
 @pytest.mark.parametrize(("name", "default"), [("llama2", 2048), ("mistral", 131072), ("gemma", 8192)])
-def test_the_context_is_config_json_s_or_the_family_s(copy, name, default):
+def test_the_context_comes_from_config_json_or_the_family(copy, name, default):
     path = copy(name) / "config.json"
     for value, expected in ((ABSENT, default), (77, 77)):
         edit_json(path, max_position_embeddings=value)
@@ -423,7 +423,7 @@ def test_a_head_that_is_not_implemented_is_refused(refuses, head):
     refuses(lambda: mb.load_model(GOLDEN / "llama2", head=head), "head", "'lm'")
 
 
-def test_the_digest_tells_checkpoints_apart(copy):
+def test_the_digest_distinguishes_checkpoints(copy):
     folder = copy("llama2")
     digest = weights_digest(GOLDEN / "llama2")
     assert weights_digest(folder) == digest
@@ -443,8 +443,8 @@ def peak():
 small, *folders = sys.argv[1:]
 for folder in folders:
     for dtype in (torch.float32, torch.bfloat16):
-        if os.fork() == 0:  # with a peak of its own
-            mb.load_model(small, dtype=dtype)  # what torch itself takes at first use
+        if os.fork() == 0:  # to measure a separate peak
+            mb.load_model(small, dtype=dtype)  # so that torch's own first allocations do not count
             before = peak()
             model = mb.load_model(folder, dtype=dtype)
             print((peak() - before) / sum(p.nbytes for p in model.parameters()), flush=True)
@@ -454,7 +454,7 @@ for folder in folders:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_loading_takes_the_model_once_in_memory(tmp_path):
+def test_loading_takes_the_memory_of_one_model(tmp_path):
     """About 15 M parameters, 60 MB in float32; a change of dtype adds the largest tensor (4 MB)."""
     for name, layers in LOADED.items():
         sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": layers, "vocab_size": 500}

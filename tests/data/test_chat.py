@@ -40,27 +40,27 @@ GOLDEN = json.loads((CHAT / "golden.json").read_text(encoding="utf-8"))
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
     """Make a model's folder: the built-in tokenizer with added tokens, and a chat template, golden or given as text."""
-    done = {}
+    folders = {}
 
     def folder_of(name: str, template: str | None = None) -> Path:
-        if (name, template) in done:
-            return done[name, template]
+        if (name, template) in folders:
+            return folders[name, template]
         golden, folder = GOLDEN[name], tmp_path_factory.mktemp(name)
         backend = json.loads((BUILT_IN / "llama" / "tokenizer.json").read_text())
-        known = {token["content"]: token["id"] for token in backend["added_tokens"]}
+        ids = {token["content"]: token["id"] for token in backend["added_tokens"]}
         size = len(backend["model"]["vocab"])
         settings = {key: golden[key] for key in ("bos_token", "eos_token") if golden[key]}
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
         # transformers adds EOS first, then BOS, then the template's.
         for content in [golden["eos_token"], golden["bos_token"], *golden["tokens"]]:
-            if content is not None and content not in known:
-                known[content] = size + len(known) - len([token for token in known if known[token] < size])
-                backend["added_tokens"].append({"id": known[content], "content": content} | flags)
+            if content is not None and content not in ids:
+                ids[content] = size + len(ids) - len([token for token in ids if ids[token] < size])
+                backend["added_tokens"].append({"id": ids[content], "content": content} | flags)
         (folder / "tokenizer.json").write_text(json.dumps(backend))
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
         text = (CHAT / f"{name}.jinja").read_text(encoding="utf-8") if template is None else template
         (folder / "chat_template.jinja").write_text(text, encoding="utf-8")
-        done[name, template] = folder
+        folders[name, template] = folder
         return folder
 
     return folder_of
@@ -70,8 +70,8 @@ def folder_of(tmp_path_factory):
 def chat_of(folder_of):
     def chat_of(name: str, template: str | None = None) -> tuple[Template, mb.checkpoints.tokenizer.Tokenizer]:
         folder = folder_of(name, template)
-        own = Template("chat", read_chat_template(folder, folder))
-        return own, mb.load_tokenizer(folder, own.chat)
+        parsed = Template("chat", read_chat_template(folder, folder))
+        return parsed, mb.load_tokenizer(folder, parsed.chat)
 
     return chat_of
 
@@ -219,8 +219,8 @@ def test_parts_that_are_not_learned_are_named(read):
 def test_a_row_s_own_system_and_tools_count(read):
     assert "Be brief." in read({"messages": chat("q", "a"), "system": "Be brief."}).prompt
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    for given in (tools, json.dumps(tools)):
-        assert '"name": "add"' in read({"messages": chat("q", "a"), "tools": given}, "qwen2_5").prompt
+    for offered in (tools, json.dumps(tools)):
+        assert '"name": "add"' in read({"messages": chat("q", "a"), "tools": offered}, "qwen2_5").prompt
     assert read({"messages": chat("q", "a"), "tools": tools}).notes == (chat_module.TOOLS,)
     assert read({"messages": chat("q", "a"), "tools": []}) == read(chat("q", "a"))
 
@@ -238,8 +238,8 @@ def test_calls_of_tools_are_learned_and_results_are_not(read):
         {"role": "tool", "content": "2"},
         {"role": "assistant", "content": "It is 2.", "tool_calls": None},
     ]
-    called, said = learned_texts(read(turns, "qwen2_5"))
-    assert '{"name": "add", "arguments": {"a": 1}}' in called and called.endswith(END) and said == f"It is 2.{END}"
+    called, reply = learned_texts(read(turns, "qwen2_5"))
+    assert '{"name": "add", "arguments": {"a": 1}}' in called and called.endswith(END) and reply == f"It is 2.{END}"
     assert "<tool_response>\n2\n</tool_response>" in read(turns, "qwen2_5").prompt
 
 
@@ -367,14 +367,14 @@ def test_an_end_of_turn_behind_a_tag_is_learned_too(read):
         ),
     ],
 )
-def test_a_template_that_fails_is_one_error_with_the_row(read, refuses, template, parts):
+def test_a_template_that_fails_is_one_error_that_names_the_row(read, refuses, template, parts):
     refuses(lambda: read(chat("q", "a", "r", "b"), template=template), parts[0], *parts[1:], "chat_template.jinja")
 
 
 def test_a_template_that_does_not_end_is_refused(read, refuses, monkeypatch):
     monkeypatch.setattr("minibalora.checkpoints.chat_template.SECONDS", 0.5)
     template = "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}"
-    refuses(lambda: read(chat("q", "a"), template=template), "file, line 3", "did not end")
+    refuses(lambda: read(chat("q", "a"), template=template), "file, line 3", "did not finish")
 
 
 def test_a_template_writes_the_date_of_the_runs_start(chat_of, folder_of):
@@ -442,7 +442,7 @@ def test_the_digest_covers_everything_learned(read):
 # Rows.
 
 
-def test_a_mask_s_rows_are_packed_with_the_learned_tokens_for_targets(chat_of):
+def test_rows_with_a_mask_are_packed_with_the_learned_tokens_as_targets(chat_of):
     template, tok = chat_of("smollm2")
     rows = [chat("q1", "a1", "q2", "a2 a2"), chat("q", "a")]
     examples = [example_from({"messages": row}, line, template=template) for line, row in enumerate(rows)]

@@ -256,10 +256,10 @@ def test_truncation_keeps_a_response_token_or_drops_the_row_and_counts_it(tok, m
     whole, truncated, dropped = encode_examples(examples, tok, 10_000)
     assert len(whole) == len(examples) and truncated == dropped == 0
     rows, truncated, dropped = encode_examples(examples, tok, max_length)
-    kept = [row for row in whole if row.prompt_length < max_length]
-    assert [row.line for row in rows] == [row.line for row in kept] and dropped == len(whole) - len(kept)
-    assert truncated == sum(len(row.ids) > max_length for row in kept)
-    for row, complete in zip(rows, kept, strict=True):
+    fitting = [row for row in whole if row.prompt_length < max_length]
+    assert [row.line for row in rows] == [row.line for row in fitting] and dropped == len(whole) - len(fitting)
+    assert truncated == sum(len(row.ids) > max_length for row in fitting)
+    for row, complete in zip(rows, fitting, strict=True):
         assert row.ids.tolist() == complete.ids[:max_length].tolist() and row.prompt_length == complete.prompt_length
         assert row.prompt_length < len(row.ids) <= max_length
 
@@ -302,9 +302,9 @@ def test_epochs_and_seeds_differ_in_order():
 def test_micro_batches_are_a_partition_sorted_by_length(lengths, size):
     rows = [row_of(length, 1, line) for line, length in enumerate(lengths)]
     batches = micro_batches(rows, size)
-    taken = [row for batch in batches for row in batch]
-    assert sorted(row.line for row in taken) == list(range(len(rows)))
-    assert [len(row.ids) for row in taken] == sorted(lengths)
+    ordered = [row for batch in batches for row in batch]
+    assert sorted(row.line for row in ordered) == list(range(len(rows)))
+    assert [len(row.ids) for row in ordered] == sorted(lengths)
     assert all(len(batch) == size for batch in batches[:-1]) and 1 <= len(batches[-1]) <= size
     assert [[row.line for row in batch] for batch in micro_batches(rows[::-1], size)] == [
         [row.line for row in batch] for batch in batches

@@ -287,7 +287,7 @@ def test_scores_in_a_custom_task_are_refused_in_tsv_as_in_json(write, refuses, l
     refuses(lambda: custom_task(path, ["t"], "y"), path, "line 1", "float", "--task stsb")
 
 
-# Data of one's own.
+# Custom data.
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def test_same_answer_does_not_depend_on_the_order(pair):
         ("", None),
     ],
 )
-def test_final_answer_is_what_follows_the_last_marker(text, answer):
+def test_final_answer_follows_the_last_marker(text, answer):
     assert final_answer(text) == answer
 
 

@@ -161,7 +161,7 @@ def test_rounded_protocols_read_as_the_published_scripts(items, answer, verdict)
     ("humaneval", "import re\n\ndef root(x):\n    return 1\n", "import re\n\ndef root(x):\n    return 1\n"),
     ("humaneval", "def root(x):\n    return 1\n<|endoftext|>import", "def root(x):\n    return 1\n"),
 ])  # fmt: skip
-def test_given_completions_end_where_a_generated_one_would(task, completion, kept):
+def test_completions_from_a_file_end_where_a_generated_one_would(task, completion, kept):
     assert as_generated(completion, BENCHMARKS[task]) == kept
 
 

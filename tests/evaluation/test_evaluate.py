@@ -149,7 +149,7 @@ def test_programs_end_at_the_tasks_stops(run, programs, tmp_path, monkeypatch, f
     assert (set(decodings[0].stop), decodings[0].max_new_tokens) == (stops, more)
 
 
-def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
+def test_completions_from_a_file_are_judged_and_pass_at_k_is_unbiased(run, programs, tmp_path):
     rows = [{"task_id": 1, "completion": code} for code in (ADD["code"], "x", ADD["code"], "x")]
     rows += [{"task_id": 2, "completion": code} for code in ("x", "x", NEGATE["code"], "x")]
     path = tmp_path / "completions.jsonl"
@@ -170,7 +170,7 @@ def test_given_completions_are_judged_and_pass_at_k_is_unbiased(run, programs, t
     assert status == 2 and "problem 7, which" in error
 
 
-def test_given_completions_are_cut_and_judged_by_the_protocol(run, problems, tmp_path):
+def test_completions_from_a_file_are_cut_and_judged_by_the_protocol(run, problems, tmp_path):
     path = tmp_path / "completions.jsonl"
     answers = [row["response"].rpartition("The answer is: ")[2] for row in PROBLEMS]
     rows = [{"completion": f"The answer is: {answer}.2</s>The answer is: 9999"} for answer in answers]
@@ -221,12 +221,12 @@ def test_mt_bench_is_answered_and_then_judged(run, mt_bench_files, tmp_path):
     questions, prompts = mt_bench_files
     out = tmp_path / "out"
     flags = ("--task", "mt-bench", "--data", questions, "--out", out, "--max-new-tokens", 9)
-    status, said, error = run(*flags)
-    assert status == 0 and said.startswith("mt-bench: 2 questions answered in"), error
+    status, printed, error = run(*flags)
+    assert status == 0 and printed.startswith("mt-bench: 2 questions answered in"), error
     answers = (out / "model_answer" / "llama.jsonl").read_text()
     assert [len(json.loads(line)["choices"][0]["turns"]) for line in answers.splitlines()] == [2, 2]
-    status, said, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
-    assert status == 0 and "4 judgments without one" in said, error
+    status, printed, error = run(*flags, "--judge", MODEL, "--judge-prompts", prompts)
+    assert status == 0 and "4 judgments without one" in printed, error
     assert (out / "model_answer" / "llama.jsonl").read_text() == answers
     judgments = [json.loads(line) for line in (out / "model_judgment" / "llama_single.jsonl").read_text().splitlines()]
     first = json.loads(answers.splitlines()[0])["choices"][0]["turns"]
@@ -302,9 +302,9 @@ def test_text_is_measured_with_and_without_an_adapter(run, tmp_path):
     assert status == 0, error
     status, tuned, _ = run(*flags, "--adapter", tmp_path / "adapter", "--out", tmp_path / "tuned")
     assert status == 0 and "KL(base ‖ tuned)" in tuned and "KL" not in base
-    tuned, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
-    assert tuned["base_loss"] == pytest.approx(plain["loss"]) and tuned["kl"] > 0.001
-    assert tuned["loss"] != pytest.approx(plain["loss"], rel=1e-3)
+    summary, plain = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("tuned", "base"))
+    assert summary["base_loss"] == pytest.approx(plain["loss"]) and summary["kl"] > 0.001
+    assert summary["loss"] != pytest.approx(plain["loss"], rel=1e-3)
     path = tmp_path / "tuned" / "records.jsonl"
     lines = path.read_text().splitlines(keepends=True)
     path.write_text(lines[0] + lines[1][:9])

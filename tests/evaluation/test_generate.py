@@ -82,11 +82,11 @@ def test_greedy_ids_equal_those_of_transformers(name):
     assert len({len(row) for row in expected["continuations"]}) > 1  # some stopped early
 
 
-# A batch is what its prompts are alone.
+# A batch gives the same texts as its prompts alone.
 
 
 @pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=40), SAMPLING])
-def test_a_batch_gives_each_prompt_the_text_that_it_gives_alone(toy, decoding):
+def test_a_prompt_gets_the_same_text_in_a_batch_as_alone(toy, decoding):
     """The texts are equal although float32 rounds a batch differently, by about 1e-5: each greedy token leads the
     runner-up by at least 0.07, and no random number is within 8e-4 of a boundary between two tokens.
     """
@@ -293,7 +293,7 @@ def stopped_after(tok, ids, stop):
         ("\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd stop", [], [], ("stop",), "\ufffd\ufffd\ufffd\ufffd\ufffd\ufffd "),
     ],
 )
-def test_a_stop_string_is_seen_with_its_last_token(text, extra, cuts, stop, expected):
+def test_a_stop_string_is_detected_with_its_last_token(text, extra, cuts, stop, expected):
     tok = byte_tokenizer(*extra)
     ids = pieces_of(tok, text.encode(), cuts)
     assert tok.decode(ids) == text and before_stop(text, stop) == expected
@@ -310,7 +310,7 @@ BYTES = byte_tokenizer(*{SOME[start : start + size] for start in range(len(SOME)
     st.text("ab 日🤖é\n", max_size=30), st.lists(st.text("ab 日🤖é\n", min_size=1, max_size=4), min_size=1), st.data()
 )
 @pytest.mark.parametrize("kind", ["bytes", "fallback"])
-def test_a_stop_string_is_seen_whatever_the_tokens(kind, text, stop, data):
+def test_a_stop_string_is_detected_whatever_the_tokens(kind, text, stop, data):
     if kind == "bytes":
         cuts = sorted(data.draw(st.sets(st.integers(1, max(1, len(text.encode()) - 1)))))
         tok = BYTES
@@ -356,7 +356,7 @@ def test_a_stop_string_ends_the_loop(toy, monkeypatch):
 # The cache, and the model's mode.
 
 
-def test_the_cache_is_the_same_memory_from_the_first_token_to_the_last(toy, monkeypatch):
+def test_the_cache_keeps_its_memory_from_the_first_token_to_the_last(toy, monkeypatch):
     seen, old = [], KVCache.extend
 
     def extend(self, layer, k, v):
@@ -369,7 +369,7 @@ def test_the_cache_is_the_same_memory_from_the_first_token_to_the_last(toy, monk
     generate(*toy, PROMPTS[:3], Decoding(12))
     caches, pointers, filled = zip(*seen, strict=True)
     assert len(set(map(id, caches))) == 1 and all(pointer == pointers[0] for pointer in pointers)
-    assert filled == tuple(range(filled[0], filled[0] + len(seen)))  # only what is filled is attended to
+    assert filled == tuple(range(filled[0], filled[0] + len(seen)))  # attention reads only the filled positions
 
 
 def test_each_module_gets_its_mode_back(gpt2):
@@ -431,7 +431,7 @@ def test_a_prompt_is_answered_on_standard_output_and_nothing_else_is_there(toy, 
     expected = generate(*toy, [PROMPT.format(instruction=ASK), PROMPT.format(instruction="Hi")], Decoding(30))
     assert command("--prompt", ASK, "--max-new-tokens", "30")[:2] == (0, f"{expected[0]}\n")
     status, out, _ = command("--prompt", ASK, "--prompt", "Hi", "--max-new-tokens", "30")
-    answers = [json.loads(line) for line in out.splitlines()]  # so that it shows where one ends
+    answers = [json.loads(line) for line in out.splitlines()]  # so that it is clear where an answer ends
     assert status == 0 and [answer["completion"] for answer in answers] == expected
 
 
@@ -547,7 +547,7 @@ def test_as_a_module_with_prompts_from_a_pipe(toy):
     ]
 
 
-def test_a_closed_pipe_ends_it_quietly(tmp_path):
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path):
     file = tmp_path / "prompts"
     file.write_text("".join(f"prompt {number}\n" for number in range(40)))
     program = run_module("--file", str(file), "--max-new-tokens", "2", "--batch-size", "1")

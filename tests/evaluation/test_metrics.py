@@ -128,7 +128,7 @@ def test_correlations_are_in_range_or_undefined(pairs):
 
 
 @given(score_pairs, st.floats(0.1, 10), st.floats(-10, 10, allow_subnormal=False))
-def test_pearson_minds_no_affine_map(pairs, scale, shift):
+def test_pearson_is_invariant_to_affine_maps(pairs, scale, shift):
     predicted, gold = both(pairs)
     varied(predicted, gold)
     mapped = np.array(predicted) * scale + shift
@@ -138,7 +138,7 @@ def test_pearson_minds_no_affine_map(pairs, scale, shift):
 
 
 @given(score_pairs)
-def test_spearman_minds_no_monotone_map(pairs):
+def test_spearman_is_invariant_to_monotone_maps(pairs):
     predicted, gold = both(pairs)
     varied(predicted, gold)
     assert spearman(np.exp(predicted), gold) == spearman(predicted, gold)
@@ -159,7 +159,7 @@ def test_single_precision_is_widened_first():
 
 
 @pytest.mark.parametrize("metric", [accuracy, f1, matthews, pearson, spearman])
-def test_sides_of_different_length_are_a_defect_of_ours(metric):
+def test_predictions_and_labels_of_different_length_are_a_bug(metric):
     for predicted, gold in (([1], [1, 0]), ([], []), ([[1, 0]], [[1, 0]])):
         with pytest.raises(AssertionError):
             metric(predicted, gold)
@@ -169,7 +169,7 @@ def test_sides_of_different_length_are_a_defect_of_ours(metric):
 
 
 @given(spectra, st.integers(0, 3), st.integers(0, 2**32 - 1))
-def test_the_effective_rank_is_in_range_and_minds_neither_scale_nor_rotation(sigma, more_rows, seed):
+def test_the_effective_rank_is_in_range_and_invariant_to_scale_and_rotation(sigma, more_rows, seed):
     logits = np.diag(sigma)
     logits = np.concatenate([logits, np.zeros((more_rows, len(sigma)))])
     rank = effective_rank(logits)
@@ -186,7 +186,7 @@ def test_the_effective_rank_counts_equal_singular_values():
 
 
 @pytest.mark.parametrize("case", EXPECTED["intervals"])
-def test_wilsons_interval_is_scipys(case):
+def test_wilsons_interval_equals_scipys(case):
     result = wilson(case["right"] / case["total"], case["total"])
     assert result == pytest.approx((case["low"], case["high"]), abs=1e-6)
 

@@ -269,7 +269,7 @@ def test_a_value_far_off_is_noted_but_not_shown(pictures, new_run):
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_few_steps_are_seen_as_points(pictures, new_run, steps):
+def test_few_steps_are_drawn_as_points(pictures, new_run, steps):
     run = new_run("run", [entry(step, 1.0) for step in range(1, steps + 1)])
     figure = plot_runs.curves(plot_runs.read_runs([run]))
     (line,) = panels(figure)["loss ≈ task"].get_lines()
@@ -278,7 +278,7 @@ def test_few_steps_are_seen_as_points(pictures, new_run, steps):
     assert low < 1 < high
 
 
-def test_runs_with_the_same_learning_rates_are_both_seen(pictures, lora, new_run):
+def test_runs_with_the_same_learning_rates_are_both_visible(pictures, lora, new_run):
     other = new_run("other", [entry(step, 1.0) for step in range(1, 72)])
     axes = panels(plot_runs.curves(plot_runs.read_runs([lora, other])))["learning rate"]
     assert line_of(axes, "lora").get_linewidth() > line_of(axes, "other").get_linewidth() + 1
@@ -315,7 +315,7 @@ def test_names_are_not_parsed_as_formulas_and_all_are_in_the_legend(pictures, ne
     figure.draw_without_rendering()
 
 
-def test_every_run_of_many_looks_different(pictures, new_run, refuses):
+def test_many_runs_all_look_different(pictures, new_run, refuses):
     folders = [new_run(f"run{index}", [entry(1, 1.0)]) for index in range(plot_style.MOST)]
     axes = plot_runs.curves(plot_runs.read_runs(folders)).axes[0]
     assert len({(line.get_color(), line.get_linestyle()) for line in axes.get_lines()}) == plot_style.MOST
@@ -410,7 +410,7 @@ def test_the_picture_is_the_same_each_time(tsne_libraries, new_features):
     assert np.array_equal(first, second)
 
 
-def test_more_files_are_more_rows_with_the_same_colour_for_a_class(tsne_libraries, new_features):
+def test_each_file_gets_a_row_and_a_class_has_one_colour_in_all_rows(tsne_libraries, new_features):
     paths = [new_features(name="a.safetensors"), new_features(12, torch.arange(12) % 2 + 2, name="b.safetensors")]
     figure = plot_features.tsne(read_features(paths, 2000))
     assert [axes.get_ylabel().splitlines()[0] for axes in figure.axes[::2]] == ["a.safetensors", "b.safetensors"]
@@ -485,7 +485,7 @@ def test_features_are_saved_as_a_picture(tsne_libraries, new_features, tmp_path,
         ({"labels": torch.zeros(39)}, ["[39]"]),
         ({"before": torch.randn(40), "after": torch.randn(40)}, ["(N, d)"]),
         ({"before": torch.randn(40, 1), "after": torch.randn(40, 1)}, ["2 numbers"]),
-        ({"before": torch.ones(40, 7)}, ["before", "the same"]),
+        ({"before": torch.ones(40, 7)}, ["before", "all rows are equal"]),
         ({"labels": torch.arange(40)}, ["40 classes", plot_style.MOST]),
     ],
 )
@@ -542,7 +542,7 @@ def test_a_missing_run_is_refused(pictures, tmp_path, refuses):
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
-def test_a_missing_library_is_told_with_how_to_get_it(missing, monkeypatch, tmp_path, refuses):
+def test_a_missing_library_is_named_with_the_command_that_installs_it(missing, monkeypatch, tmp_path, refuses):
     for module in ("matplotlib", "sklearn"):  # whatever is installed
         monkeypatch.setitem(sys.modules, module, None if module == missing else sys)
     flags = ["--features", str(tmp_path / "f")] if missing == "sklearn" else [str(tmp_path)]

@@ -265,8 +265,8 @@ def test_the_labels_of_a_trained_adapter_are_as_good_as_its_report_says(in_comma
     flags = ("--device", "cpu", "--epochs", 1, "--max-steps", 12, "--max-rows", 200, "--batch-size", 8, "--out", out)
     assert in_command(train_nlu.main, *flags)[0] == 0
     rows = clean_reviews(600, seed=-1)
-    status, said, _ = run("--adapter", out, stdin="".join(f"{row.texts[0]}\n" for row in rows))
-    labels = [TASK.labels.index(json.loads(line)["label"]) for line in said.splitlines()]
+    status, printed, _ = run("--adapter", out, stdin="".join(f"{row.texts[0]}\n" for row in rows))
+    labels = [TASK.labels.index(json.loads(line)["label"]) for line in printed.splitlines()]
     accuracy = sum(label == row.label for label, row in zip(labels, rows, strict=True)) / 600
     assert status == 0
     assert accuracy == pytest.approx(

@@ -23,7 +23,7 @@ except InputError as error:
     pytest.skip(f"no sandbox here: {error}", allow_module_level=True)
 
 SECRET = "the quick brown fox"
-# The start of programs that try one thing after another with `attempt`, which prints what is not refused.
+# The start of programs that try several calls with `attempt`, which prints those that are not refused.
 ATTEMPTS = """
 import ctypes, errno, fcntl, os, resource, signal, socket, struct, subprocess, sys, threading
 libc = ctypes.CDLL(None, use_errno=True)

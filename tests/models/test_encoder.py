@@ -170,7 +170,7 @@ def test_a_checkpoint_with_half_a_head_is_refused(tmp_path, refuses):
 @pytest.mark.parametrize(
     ("name", "classes"), [("bert", 3), ("roberta", 2), ("deberta", 2), ("gpt2_classifier", 3), ("t5_classifier", 3)]
 )
-def test_a_stored_head_of_another_number_of_classes_is_replaced_by_a_new_one(name, classes):
+def test_a_stored_head_with_another_number_of_classes_is_replaced(name, classes):
     assert classifier(name).num_labels == classifier(name, num_labels=classes).num_labels == classes
     assert classifier(name, num_labels=classes).checkpoint.new_modules == []
     other = classifier(name, num_labels=classes + 1)

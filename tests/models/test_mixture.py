@@ -190,7 +190,7 @@ def test_load_balance_adds_to_the_loss_and_to_the_gradient_of_earlier_layers():
     assert "load balance" not in nlg_formula(NLG_RECIPES["iclr2026"])
 
 
-def test_load_balance_is_of_the_last_pass_with_gradients_and_is_read_once():
+def test_load_balance_comes_from_the_last_pass_with_gradients_and_is_read_once():
     model = mb.adapt(mb.load_model(GOLDEN / "mixtral"), rank=3)
     ids, others = torch.tensor([[3, 5]]), torch.tensor([[7]])
     keep_router_outputs(model)

@@ -50,7 +50,7 @@ def test_a_shape_has_the_parameters_of_its_checkpoint(shape, parameters):
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
 
 
-def test_rows_share_the_preamble_and_come_again_an_epoch_later():
+def test_rows_share_the_preamble_and_repeat_an_epoch_later():
     rows = workload.rows_of_step(1000, 1, 4)
     lengths = [(row.prompt_length, len(row.ids) - row.prompt_length) for row in rows]
     assert lengths == list(zip(workload.PROMPTS, workload.RESPONSES, strict=True))[4:8]
@@ -187,7 +187,7 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     assert written["results"][0]["times_lora"] == 1
 
 
-def test_memory_is_taken_in_another_process_and_without_lora_there_is_no_ratio(run, tmp_path):
+def test_memory_is_measured_in_another_process_and_without_lora_there_is_no_ratio(run, tmp_path):
     status, out, error = run(
         *("--device", "cpu", "--rounds", 1, "--warmup", 1, "--methods", "pissa", "--forms", "plain", "--json", "a.json")
     )

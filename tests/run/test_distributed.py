@@ -51,7 +51,7 @@ RUNS = {
     "lora sharded": ["--method", "lora", *SHARDED, "--grad-checkpoint", "--targets", "q_proj", "down_proj"],
     "full": ["--method", "full"],
 }
-WHOLE = "iclr2026 sharded"  # what a stopped and resumed run is compared with
+WHOLE = "iclr2026 sharded"  # for comparison with a stopped and resumed run
 STOPPED_AT = 3  # of 5 steps
 GOLDENS = {"llama_bias_tied": torch.float32, "mistral_window": torch.float32, "gemma": torch.bfloat16}
 GOLDENS |= dict.fromkeys(("gpt2", "t5_gated", "mixtral_window", "deepseek"), torch.float32)
@@ -162,9 +162,9 @@ def distance_from_whole(name: str, dtype: torch.dtype) -> list[float]:
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory) -> Path:
-    """one/ has the runs of this process, two/ those of two ranks, whose reports are beside; one/stopped was stopped by
-    this process and resumed by two ranks, two/stopped was stopped by one of two ranks. tiny/ is the model; in damaged/,
-    a number that only rank 1 reads is NaN."""
+    """one/ has the runs of this process; two/ has the runs of two ranks, with their reports beside it. one/stopped was
+    stopped by this process and resumed by two ranks; two/stopped was stopped by one of two ranks. tiny/ is the model.
+    In damaged/, a number that only rank 1 reads is NaN."""
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(tiny, folder / "tiny")
     shutil.copytree(tiny, folder / "damaged")
@@ -275,7 +275,7 @@ def test_an_error_of_one_rank_ends_both(folder):
     wrong, *others = errors_of(folder)[2:]
     assert "model.layers.1.input_layernorm.weight has NaN" in wrong
     assert all("another process of this run has ended" in line for line in others)
-    assert "[rank" not in (folder / "stderr").read_text()  # as torch begins the lines of a traceback
+    assert "[rank" not in (folder / "stderr").read_text()  # torch begins the lines of a traceback so
 
 
 STOPPED = """
@@ -348,7 +348,7 @@ def test_unsupported_flags_are_refused_with_fsdp(more, version, parts, monkeypat
     refuses(lambda: flags.parse_nlg_flags([*FSDP, *more]), *parts)
 
 
-def test_torchrun_is_refused_where_it_has_no_use(monkeypatch, refuses):
+def test_torchrun_is_refused_where_it_is_useless(monkeypatch, refuses):
     refuses(lambda: flags.parse_nlg_flags(FSDP), "--fsdp", "torchrun")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     refuses(lambda: flags.parse_nlg_flags(["--fsdp", "--device", "cpu"]), "--fsdp", "--model")

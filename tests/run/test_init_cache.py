@@ -100,7 +100,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_file_is_never_believed_and_is_written_again(weight, computed, tmp_path, damage):
+def test_a_damaged_file_is_never_trusted_and_is_rewritten(weight, computed, tmp_path, damage):
     expected = cached_factors(tmp_path, RANK, SCALING, INIT, weight)
     (path,) = files_in(tmp_path)
     whole = path.read_bytes()
@@ -109,7 +109,7 @@ def test_a_damaged_file_is_never_believed_and_is_written_again(weight, computed,
     assert len(computed) == 2 and path.read_bytes() == whole and files_in(tmp_path) == [path]
 
 
-def test_the_file_of_another_weight_is_never_believed(weight, computed, tmp_path):
+def test_the_file_of_another_weight_is_never_trusted(weight, computed, tmp_path):
     cached_factors(tmp_path, RANK, SCALING, INIT, weight)
     (path,) = files_in(tmp_path)
     expected = cached_factors(tmp_path, RANK, SCALING, INIT, 2 * weight)

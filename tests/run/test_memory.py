@@ -92,7 +92,7 @@ def test_the_estimate_is_within_a_tenth_of_the_tensors_that_a_step_holds(case):
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
-def test_live_bytes_counts_tensors_that_live_at_once_and_no_views():
+def test_live_bytes_counts_tensors_alive_at_once_without_views():
     kept = torch.zeros(10)
     with LiveBytes(kept) as live:
         view = kept[2:]

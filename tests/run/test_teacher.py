@@ -85,12 +85,12 @@ def test_states_that_another_process_wrote_meanwhile_are_read_and_not_written_tw
     mine, other = cache_in(tmp_path), cache_in(tmp_path)
     assert states_of(model, rows[:3], other)[1] == 1
     assert states_of(model, rows[:3], mine)[1] == 0
-    assert states_of(model, rows[2:5], mine)[1] == 1  # of which one row is known
+    assert states_of(model, rows[2:5], mine)[1] == 1  # one of these rows is cached
     held = [name for path in tmp_path.rglob("*.safetensors") for name in load_file(path)]
     assert len(held) == len(set(held)) == 5
 
 
-def test_another_teacher_and_other_rows_are_never_met(model, tmp_path):
+def test_states_of_another_teacher_or_other_rows_are_never_read(model, tmp_path):
     rows = random_rows(4, 0)
     states_of(model, rows, cache_in(tmp_path))
     assert len(missing(cache_in(tmp_path, "another"), rows)) == 4
@@ -178,7 +178,7 @@ def test_a_folder_that_cant_be_written_to_is_named(model, tmp_path):
         states_of(model, random_rows(3, 0), Cache(tmp_path / "file", "it", "--teacher-cache"))
 
 
-def test_a_new_version_meets_nothing_of_the_old(model, tmp_path, monkeypatch):
+def test_a_new_version_does_not_read_files_of_the_old(model, tmp_path, monkeypatch):
     rows = random_rows(3, 0)
     states_of(model, rows, cache_in(tmp_path))
     monkeypatch.setattr(teacher, "VERSION", teacher.VERSION + 1)
