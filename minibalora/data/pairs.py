@@ -57,10 +57,6 @@ def read_pair(
     if row.get("history"):
         raise InputError(f"{where}: has earlier turns in 'history': write the row as a conversation in 'messages'")
     refuse_media(row, where)
-    for name in CHOICES if prompt_field is None else ():
-        if row.get(name):
-            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
-                             "prompt, and name its field with --prompt-field")  # fmt: skip
     names = INPUTS if input_field is None else (input_field,) if input_field else ()
     system, inputs = (
         [
@@ -71,8 +67,19 @@ def read_pair(
         for group, absent in ((SYSTEMS, None), (names, input_field))  # a row without the named field is refused
     )
     question = "\n\n".join([*filter(str.strip, system), field_text(row, fields[0], where)])
+    text = "\n".join(filter(str.strip, inputs))
+    for name in CHOICES if prompt_field is None else ():
+        if not all(choice in f"{question}\n{text}" for choice in _choices(row.get(name))):
+            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
+                             "prompt, and name its field with --prompt-field")  # fmt: skip
     response = "" if row.get(fields[1], "") is None else field_text(row, fields[1], where)  # null: an empty cell
-    return question, "\n".join(filter(str.strip, inputs)), response
+    return question, text, response
+
+
+def _choices(value: object) -> list[str]:
+    """Return the texts in a list or object of choices, or a text itself."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value or ""]
+    return [text for value in values for text in (_choices(value) if isinstance(value, dict | list) else [str(value)])]
 
 
 def refuse_media(row: dict, where: str) -> None:

@@ -26,6 +26,7 @@ TAG = re.compile(r"^\[(?:BEGIN|DONE|/?PYTHON)\][ \t]*\r?$", re.MULTILINE)  # fen
 BULLET = re.compile(r"\s*(?:(?:[-*+]|[0-9]+[.)])\s+)?")
 SENTENCE = re.compile(r"^(?!(?:from|import|async def|def|class)\b)[^\s#@)\]}]", re.MULTILINE)
 STATEMENT = re.compile(r"^(?:from|import|async def|def|class|@)\b", re.MULTILINE)
+DEMONSTRATING = ("input", "print", "exit", "quit", "main", "testmod", "__name__")  # names in what is not the solution
 MOST_ENDS = 200  # lines at which code may end before prose
 HELPERS = (*KEPT, ast.Assign, ast.AnnAssign, ast.AugAssign, ast.For, ast.If, ast.Try)
 
@@ -153,7 +154,10 @@ def _is_helper(block: str, names: tuple[str, ...]) -> bool:
 
 
 def _used(node: ast.AST) -> set[str]:
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+    """Return the names in a statement, and the last parts of dotted ones."""
+    parts = list(ast.walk(node))
+    attributes = {part.attr for part in parts if isinstance(part, ast.Attribute)}
+    return attributes | {part.id for part in parts if isinstance(part, ast.Name)}
 
 
 def _unindented(block: str, names: tuple[str, ...]) -> str:
@@ -172,7 +176,7 @@ def _without_prose(text: str, names: tuple[str, ...], before: str) -> str:
 
 
 def _without_tests(code: str, names: tuple[str, ...], before: str) -> str:
-    """Leave out what demonstrates or tests `names` behind their definition: asserts, calls, a main, what uses it."""
+    """Leave out what demonstrates or tests `names` behind their definition: asserts, prints, a main, what uses them."""
     tree, start = _parsed(code), 0
     if tree is None or not defines(code, names):
         tree, start = _parsed(before + code), len(before)
@@ -181,11 +185,11 @@ def _without_tests(code: str, names: tuple[str, ...], before: str) -> str:
     if last is None:
         tests = OWN_TESTS.search(code)
         return code[: tests.start()] if tests else code
-    lines, aside = re.findall(r"[^\n]*\n|[^\n]+", before[:start] + code), {*names, "input", "__name__"}
-    for node in nodes[last + 1 :]:
+    lines, aside = re.findall(r"[^\n]*\n|[^\n]+", before[:start] + code), {*names, *DEMONSTRATING}
+    for index, node in enumerate(nodes):
         if isinstance(node, KEPT):
-            continue
-        if isinstance(node, ast.Assert | ast.Expr) or not _used(node).isdisjoint(aside):
+            aside |= set() if _used(node).isdisjoint(aside) else _names(node)
+        elif index > last and (isinstance(node, ast.Assert) or not _used(node).isdisjoint(aside)):
             aside |= _names(node)
             lines[node.lineno - 1 : node.end_lineno] = [""] * (node.end_lineno - node.lineno + 1)
     return "".join(lines)[start:]

@@ -316,6 +316,9 @@ def test_rows_with_an_image_or_with_answers_to_choose_from_are_refused(read):
         example_from({"question": "q", "images": ["cat.jpg"], "answer": "a"}, 1)
     with pytest.raises(mb.InputError, match="choose from in 'choices'"):  # MMLU's
         example_from({"question": "q", "choices": ["b", "c"], "answer": 1}, 1)
+    with pytest.raises(mb.InputError, match="choose from in 'options'"):
+        example_from({"question": "q", "options": {"A": "b", "B": 5}, "answer": "A"}, 1)
+    assert example_from({"question": "q: b or 5?", "options": {"A": "b", "B": 5}, "answer": "A"}, 1).response == "A"
 
 
 def test_an_adapter_keeps_the_template_for_tools_too(tmp_path, folder_of):

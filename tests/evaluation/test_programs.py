@@ -75,6 +75,10 @@ WRAPPED = {
     "a table behind it": f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n\nT = {{1: 2, 2: 4}}\n{F}",
     "a table in a block": f"{PY}T = {{}}\nfor i in range(9):\n    T[i] = 2 * i\n{F}\n"
     f"{PY}def twice(xs):\n    return [T[x] for x in xs]\n{F}",
+    "a table that a call fills": f"{PY}T = {{}}\ndef twice(xs):\n    return [T[x] for x in xs]\n\n"
+    f"def fill():\n    T.update({{1: 2, 2: 4}})\n\nfill()\n{F}",
+    "a deep recursion": f"{PY}import sys\ndef deep(n):\n    return n and deep(n - 1)\n\ndef twice(xs):\n"
+    f"    deep(2000)\n{BODY}\nsys.setrecursionlimit(5000)\n{F}",
     "a text with an assert": f"{PY}T = '''\nassert x\n'''\n{WHOLE}{F}",
     "prose in lower case": f"here it is:\n\n{WHOLE}\nthis doubles each.\n`twice` is short.\n1. It takes a list.\n",
     "tags": f"<answer>\n{WHOLE}</answer>",
