@@ -263,7 +263,9 @@ def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:
             if index in conversation.learned:
                 learned.append(len(joined) - 1)
     versions = [(_with_calls(conversation.messages, form), conversation.learned) for form in (dict, str)]
-    versions = versions[:1] if versions[0] == versions[1] else versions
+    # Templates that know no tool calls fail on a missing content.
+    versions.append(([{"content": ""} | message for message in conversation.messages], conversation.learned))
+    versions = [version for index, version in enumerate(versions) if version not in versions[:index]]
     return versions if len(joined) == len(conversation.messages) else [*versions, (joined, learned)]
 
 

@@ -258,8 +258,10 @@ def test_a_turn_or_a_thought_that_the_template_leaves_out_is_named(read):
     assert read(aside).notes == (chat_module.CURTAILED,)
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
     assert read([*chat("q"), call]) is None and read([*chat("q"), call], "qwen2_5").notes == ()
-    both = read([*chat("q"), call, {"role": "tool", "content": "3"}, {"role": "assistant", "content": "b"}])
-    assert learned_texts(both) == [f"b{END}"] and both.notes == (chat_module.LOST,)
+    for content in ("", None):  # with null, this template fails until the content is a text
+        turns = [*chat("q"), call | {"content": content}, {"role": "tool", "content": "3"}, *chat("?", "b")[1:]]
+        both = read(turns)
+        assert learned_texts(both) == [f"b{END}"] and both.notes == (chat_module.LOST,)
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
