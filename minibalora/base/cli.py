@@ -138,6 +138,19 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def add_hardware_flags(add: Callable) -> None:
+    """Add --device and --dtype with a group's `add_argument`; `settle_hardware` fills in their defaults."""
+    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    add("--dtype", choices=("float32", "bfloat16"), help="dtype of weights and activations (default: bfloat16 on GPUs, "
+        "float32 on CPUs)")  # fmt: skip
+
+
+def settle_hardware(args: argparse.Namespace) -> None:
+    """Replace the names in args.device and args.dtype, or None, by a device and a dtype."""
+    args.device = device(args.device)
+    args.dtype = dtype(args.dtype, args.device)
+
+
 def device(name: str | None) -> torch.device:
     """Return the named device; by default a GPU if there is one. Raises InputError if the device can't be used."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -71,7 +71,7 @@ class Progress:
 
 def over(items: Iterable, name: str, unit: str, delay: float = 0, is_shown: bool = True) -> Iterator:
     """Yield the items of a list, and show how many are finished."""
-    with Progress(name, len(items), unit, delay=delay, is_shown=is_shown) as progress:
+    with Progress(name, len(items), unit, delay=delay, is_shown=is_shown and len(items) > 0) as progress:
         for item in items:
             yield item
             progress.update()

@@ -139,6 +139,23 @@ def rows_of_file(path: Path) -> Iterator[Row]:
                     yield number, f"{path}, line {number}", _parse(line, path, number)
 
 
+def rows_of_tsv(path: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Yield line, place and cells between tabs of each line that is not blank. Quotes are ordinary text."""
+    with opened(path) as file:
+        for line, raw in enumerate(file, start=1):
+            if raw.strip(b"\r\n"):
+                where = f"{path}, line {line}"
+                yield line, where, line_of(raw, where).split("\t")
+
+
+def line_of(raw: bytes, where: str) -> str:
+    """Return a line as text, without its end. Raises InputError if it is not UTF-8."""
+    try:
+        return raw.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError:
+        raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
+
+
 def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     try:
         from pyarrow import parquet

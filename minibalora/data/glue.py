@@ -17,7 +17,7 @@ import numpy as np
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import entered
-from minibalora.data.files import counted_on, has_objects, opened, rows_of_file, shards, text_of
+from minibalora.data.files import counted_on, has_objects, rows_of_file, rows_of_tsv, shards, text_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,14 @@ class Task:
     header: tuple[str, ...] | None = None  # the columns of GLUE's own files if these have no header
     broken_rows: bool = False  # GLUE's own files have rows with a wrong number of columns, which are left out
     dev: tuple[str, ...] = ("dev.tsv",)
+
+    def class_named(self, name: str | int) -> int | None:
+        """Return the class of a name, whatever its case and punctuation; None if it is not one of the task's."""
+        return {plain_name(spelling): index for spelling, index in self.spellings.items()}.get(plain_name(name))
+
+
+def plain_name(name: str | int) -> str:
+    return re.sub(r"[\W_]+", "_", str(name).lower())
 
 
 def _spellings(*classes: str) -> dict[str | int, int]:
@@ -182,38 +190,26 @@ def _object_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list]]:
 def _tsv_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list[str] | None]]:
     """Read cells between tabs. Quotes are ordinary text, and only a newline ends a row."""
     header = None
-    with opened(path) as file:
-        for line, raw in enumerate(file, start=1):
-            if not raw.strip(b"\r\n"):
+    for line, where, cells in rows_of_tsv(path):
+        if header is None:
+            headerless = task.header and len(cells) == len(task.header) and not _fitting(task, cells)
+            header = list(task.header) if headerless else cells
+            columns = _columns(task, header, where)
+            if twice := [name for name in columns if header.count(name) > 1]:
+                raise InputError(f"{where}: has two columns {twice[0]!r}: rename one of the two")
+            indices = [header.index(name) for name in columns]
+            if not headerless:
                 continue
-            where = f"{path}, line {line}"
-            cells = _decoded(raw, where).rstrip("\r\n").split("\t")
-            if header is None:
-                headerless = task.header and len(cells) == len(task.header) and not _fitting(task, cells)
-                header = list(task.header) if headerless else cells
-                columns = _columns(task, header, where)
-                if twice := [name for name in columns if header.count(name) > 1]:
-                    raise InputError(f"{where}: has two columns {twice[0]!r}: rename one of the two")
-                indices = [header.index(name) for name in columns]
-                if not headerless:
-                    continue
-            if header[-2:] == ANNOTATIONS and all(_is_label(cell, task) for cell in cells[len(header) - 2 :]):
-                cells = [*cells[: len(header) - 1], *cells[len(header) - 1 :][-1:]]
-            while len(cells) > len(header) and not cells[-1]:
-                cells.pop()
-            if max(indices) < len(cells) <= len(header):
-                yield line, where, [cells[index] for index in indices]
-            elif task.broken_rows:
-                yield line, where, None
-            else:
-                raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
+        if header[-2:] == ANNOTATIONS and all(_is_label(cell, task) for cell in cells[len(header) - 2 :]):
+            cells = [*cells[: len(header) - 1], *cells[len(header) - 1 :][-1:]]
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()
+        if max(indices) < len(cells) <= len(header):
+            yield line, where, [cells[index] for index in indices]
+        elif task.broken_rows:
+            yield line, where, None
+        else:
+            raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
 
 
 def _fitting(task: Task, present: Iterable[str]) -> tuple[str, ...] | None:
@@ -261,15 +257,20 @@ def _score(label: object, where: str) -> float:
     return score
 
 
+def task_folder(folder: Path, task: Task) -> Path:
+    """Return the folder with a task's files: `folder`, its snapshot, or the folder with the task's name in it."""
+    folder = entered(folder)
+    return folder / task.name if (folder / task.name).is_dir() else folder
+
+
 def glue_files(folder: str | Path, task: Task) -> tuple[Path, list[Path]]:
     """Return the training file and the dev file (MNLI has two) of a folder as GLUE or Hugging Face distributes it.
 
     Hugging Face has Parquet shards in a folder with the task's name; the paths are then patterns.
     """
-    folder = entered(Path(folder))
+    folder = task_folder(Path(folder), task)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder: give {task.name}'s folder of GLUE")
-    folder = folder / task.name if (folder / task.name).is_dir() else folder
     names = ["train.tsv", *task.dev]
     if not (folder / names[0]).exists() and any(folder.glob("train-*.parquet")):
         names = [name.replace("dev", "validation").replace(".tsv", "-*.parquet") for name in names]

@@ -82,9 +82,8 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     id2label = config.get("id2label")
     if id2label is None and isinstance(config.get("label2id"), dict):
         id2label = {str(row): name for name, row in config["label2id"].items()}
-    spellings = {_plain(name): index for name, index in task.spellings.items()}
     rows = id2label if isinstance(id2label, dict) else {}
-    named = {int(row): spellings.get(_plain(name)) for row, name in rows.items() if row.isdigit() and _is_name(name)}
+    named = {int(row): task.class_named(name) for row, name in rows.items() if row.isdigit() and _is_name(name)}
     order = list(range(1 if task.labels is None else len(task.labels)))
     if task.labels is None or all(row == index for row, index in named.items()):
         return order
@@ -93,12 +92,8 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     return sorted(named, key=named.get)
 
 
-def _plain(name: str | int) -> str:
-    return re.sub(r"[\W_]+", "_", str(name).lower())
-
-
 def _is_name(name: object) -> bool:
-    return isinstance(name, str | int) and re.fullmatch(r"label_\d+", _plain(name)) is None
+    return isinstance(name, str | int) and re.fullmatch(r"label_\d+", glue.plain_name(name)) is None
 
 
 def in_words(examples: list[LabelledText], task: Task, source: str | None) -> str:

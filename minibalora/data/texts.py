@@ -7,7 +7,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.data.files import Row, counted_on, has_objects, opened, rows_of_file, shards, text_of
+from minibalora.data.files import (
+    Row,
+    counted_on,
+    has_objects,
+    line_of,
+    rows_of_file,
+    rows_of_tsv,
+    shards,
+    text_of,
+)
 from minibalora.data.glue import TASKS, LabelledText, Task
 
 ONE_TEXT = ("text",), ("sentence",)  # the columns if the task is unknown
@@ -26,31 +35,28 @@ def table(source: Path) -> Iterator[Row]:
 
 
 def _tsv_rows(path: Path) -> Iterator[Row]:
-    """Read cells between tabs; quotes are ordinary text. CoLA's files without a header get one."""
+    """Yield the rows of a TSV file as objects. CoLA's files without a header get one."""
     header = None
-    with opened(path) as file:
-        for line, raw in enumerate(file, start=1):
-            where = f"{path}, line {line}"
-            cells = _decoded(raw, where).split("\t")
-            if cells == [""]:
+    for line, where, cells in rows_of_tsv(path):
+        if cells == [""]:  # a byte order mark alone
+            continue
+        if header is None:
+            is_cola = len(cells) == 4 and "sentence" not in cells and cells[1] in ("0", "1")
+            header = TASKS["cola"].header if is_cola else cells
+            if not is_cola:
                 continue
-            if header is None:
-                is_cola = len(cells) == 4 and "sentence" not in cells and cells[1] in ("0", "1")
-                header = TASKS["cola"].header if is_cola else cells
-                if not is_cola:
-                    continue
-            while len(cells) > len(header) and not cells[-1]:
-                cells.pop()
-            if len(cells) != len(header):
-                raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
-            yield line, where, dict(zip(header, cells, strict=True))
+        while len(cells) > len(header) and not cells[-1]:
+            cells.pop()
+        if len(cells) != len(header):
+            raise InputError(f"{where}: has {len(cells)} columns, not {len(header)}, between tabs: correct the row")
+        yield line, where, dict(zip(header, cells, strict=True))
 
 
 def lines(columns: list[tuple[str, ...]]) -> Iterator[Row]:
     """Yield the lines of standard input as objects: JSON as it is, plain texts under the first of `columns`."""
     for line, raw in enumerate(sys.stdin.buffer, start=1):
         where = f"standard input, line {line}"
-        text = _decoded(raw, where)
+        text = line_of(raw, where)
         if re.match(r'\{\s*"', text):
             try:
                 yield line, where, json.loads(text)
@@ -61,13 +67,6 @@ def lines(columns: list[tuple[str, ...]]) -> Iterator[Row]:
             if len(texts) != len(columns[0]):
                 raise InputError(f"{where}: has {len(texts)} texts between tabs, not a pair: correct the line")
             yield line, where, dict(zip(columns[0], texts, strict=True))
-
-
-def _decoded(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8-sig").rstrip("\r\n")
-    except UnicodeDecodeError:
-        raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
 
 
 def read_texts(rows: Iterator[Row], columns: list[tuple[str, ...]], source: str) -> list[tuple[LabelledText, object]]:

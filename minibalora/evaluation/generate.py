@@ -87,9 +87,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
         help="folder of an adapter for this model, from train_nlg.py or PEFT",
     )
     add("--batch-size", type=cli.positive_int, metavar="N", help="prompts per batch (default: 8)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="dtype of weights and activations (default: bfloat16 "
-        "on GPUs, float32 on CPUs)")  # fmt: skip
+    cli.add_hardware_flags(add)
 
 
 def add_decoding_flags(parser: ArgumentParser) -> None:
@@ -109,8 +107,7 @@ def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
     args = parser.parse_args()
     if args.top_p < 1 and args.temperature == 0:
         raise InputError("--top-p has no meaning without --temperature: add it")
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
+    cli.settle_hardware(args)
     return args
 
 

@@ -117,7 +117,7 @@ def answer_questions(
         for start in range(0, len(group), batch_size)
     ]
     with appending(path) as append:
-        for temperature, batch in progress.over(batches, "mt-bench", "batch") if batches else ():
+        for temperature, batch in progress.over(batches, "mt-bench", "batch"):
             keys = [places[question.id] for question in batch]
             turns = _conversations(batch, to_prompt, model, tok, replace(decoding, temperature=temperature), keys)
             for question, answers in zip(batch, turns, strict=True):
@@ -248,7 +248,7 @@ def grade(
     missing = [index for index, match in enumerate(matches) if (match.question.id, match.turn) not in judgments]
     batches = [missing[start : start + batch_size] for start in range(0, len(missing), batch_size)]
     with appending(path) as append:
-        for batch in progress.over(batches, "judge", "batch") if batches else ():
+        for batch in progress.over(batches, "judge", "batch"):
             decoding = Decoding(max_new_tokens=JUDGE_TOKENS)
             texts = generate(judge, tok, [prompts[index] for index in batch], decoding)
             for match, text in zip((matches[index] for index in batch), texts, strict=True):

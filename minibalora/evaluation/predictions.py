@@ -105,9 +105,7 @@ def parse_flags() -> Namespace:
     add("--adapter", metavar="DIR", type=cli.folder, help="folder of an adapter for the model, with its run.json")
     add("--batch-size", type=cli.positive_int, metavar="N", default=32, help="texts at a time (default: 32)")
     add("--max-length", type=cli.positive_int, metavar="N", help="tokens per text (default: as in training, or 128)")
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of weights and activations (default: bfloat16 on GPUs, "
-        "float32 on CPUs)")  # fmt: skip
+    cli.add_hardware_flags(add)
     add = parser.add_argument_group("texts").add_argument
     add("--data", metavar="FILE", type=cli.path, help="TSV with a header, JSON Lines, an array or Parquet. Without it "
         "or with -, standard input: JSON Lines, or a text per line with a tab between the texts of a pair")  # fmt: skip
@@ -119,8 +117,7 @@ def parse_flags() -> Namespace:
     add("--glue-submission", metavar="DIR", type=cli.path, help="write the files that GLUE's server takes, such as "
         "CoLA.tsv; --data: the task's test file or GLUE's folder of it")  # fmt: skip
     args = parser.parse_args()
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
+    cli.settle_hardware(args)
     if args.text_field and (len(args.text_field) > 2 or len(set(args.text_field)) < len(args.text_field)):
         raise InputError(f"--text-field {' '.join(args.text_field)}: give one column, or two different ones")
     if args.glue_submission is not None and (args.format or args.data in (None, Path("-"))):

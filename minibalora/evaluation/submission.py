@@ -1,13 +1,12 @@
 """Write the files for GLUE's server (gluebenchmark.com): index and prediction of every row of a test file."""
 
-import re
 from pathlib import Path
 
 from torch import Tensor
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import entered, replacing
-from minibalora.data.glue import Task
+from minibalora.base.files import replacing
+from minibalora.data.glue import Task, task_folder
 
 # The test files of GLUE and Hugging Face -> the files that the server takes.
 SUBMISSIONS = {"cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "stsb": "STS-B", "qqp": "QQP", "qnli": "QNLI"}
@@ -49,8 +48,8 @@ def write_submission(path: Path, indices: list, logits: Tensor, labels: list[str
 
 def class_names(labels: list[str], task: Task) -> list[str]:
     """Return the task's name for each of the model's classes; unknown names are matched by position."""
-    spellings = {_plain(str(name)): index for name, index in task.spellings.items()}
-    indices = [spellings.get(_plain(name), index) for index, name in enumerate(labels)]
+    named = [task.class_named(name) for name in labels]
+    indices = [index if known is None else known for index, known in enumerate(named)]
     if len(set(indices)) < len(indices):
         raise InputError(
             f"--glue-submission: the classes {', '.join(labels)} are not those of {task.name}: give its model"
@@ -58,16 +57,11 @@ def class_names(labels: list[str], task: Task) -> list[str]:
     return [task.labels[index] for index in indices]
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]+", "_", name.lower())
-
-
 def files_to_submit(data: Path, task: Task) -> list[tuple[Path, str]]:
     """Return the task's test files in a folder, or the single file, each with its name on GLUE's server."""
     names = SUBMISSIONS[task.name]
     if data.is_dir():
-        folder = entered(data)
-        folder = folder / task.name if (folder / task.name).is_dir() else folder
+        folder = task_folder(data, task)
         shards_of = {stem: folder / f"{stem}-*.parquet" for stem in names if any(folder.glob(f"{stem}-*.parquet"))}
         files = [(shards_of.get(stem, folder / f"{stem}.tsv"), stem) for stem in names]
         return [(path, names[stem]) for path, stem in files if stem != "diagnostic" or path.exists()]

@@ -95,9 +95,7 @@ def parse_flags() -> argparse.Namespace:
     )
     add("--warmup", type=cli.positive_int, default=2, help="steps before these that are not counted (default: 2)")
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    add("--dtype", choices=("float32", "bfloat16"), help="dtype of weights and activations (default: bfloat16 on "
-        "GPUs, float32 on CPUs)")  # fmt: skip
+    cli.add_hardware_flags(add)
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="use torch.compile; raise --warmup to leave out the compilation")
     add = parser.add_argument_group("output").add_argument
@@ -106,8 +104,7 @@ def parse_flags() -> argparse.Namespace:
     args = parser.parse_args()
     config = SHAPES[args.shape]
     args.rank = args.rank or config.hidden_size // 32
-    args.device = cli.device(args.device)
-    args.dtype = cli.dtype(args.dtype, args.device)
+    cli.settle_hardware(args)
     largest = min(config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
     if args.rank > largest:
         raise InputError(f"--rank {args.rank} does not fit {args.shape}: give 1 to {largest}")
