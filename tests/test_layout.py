@@ -22,6 +22,7 @@ ROWS = [
     ["data"],
     ["run"],
     ["evaluation"],
+    ["sweep"],
     ["toy"],
     ["__main__"],
 ]
