@@ -16,7 +16,7 @@ from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.batches import Packed, Row
 from minibalora.lowrank import pretrained
 from minibalora.models import LanguageModel
-from minibalora.run.cache import Cache
+from minibalora.run.cache import Cache, device_name
 from minibalora.run.settings import Adaptation, Hardware
 
 VERSION = 2  # raise it when the same weights and tokens give other states
@@ -51,6 +51,7 @@ def run_cache(
     if adaptation.quantize:
         teacher += [adaptation.quantize, adaptation.init, adaptation.rank, adaptation.alpha, adaptation.targets, seed]
         teacher += [distributed.is_torchrun()]  # pissa_niter_N draws other numbers there
+        teacher += [device_name(hardware.device)] if adaptation.init != "lora" else []  # its rounding decides on codes
     width = read_config(Path(checkpoint)).hidden_size
     return open_cache(folder, json.dumps(teacher), rows, width * hardware.dtype.itemsize)
 
