@@ -117,7 +117,7 @@ def main() -> int:
             if objective.adaptive_lambda1:
                 shares = [head.entropy_share(teacher, objective.temperature) for teacher in teachers]
                 mean = sum(part.share * share for part, share in zip(parts, shares, strict=True))
-                unsure = distributed.total(mean.item())
+                unsure = distributed.total(mean.item())  # waits for a GPU, as else only run.update does
             weights = lambdas(objective, step, steps, unsure)
 
             for part, batch, teacher in zip(parts, packed, teachers, strict=True):

@@ -139,7 +139,9 @@ def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generat
     """Return the next tokens (B,) for logits (B, V): the most likely ones, or random ones from each row's generator."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    uniform = torch.tensor([rng.random() for rng in rngs], dtype=widest_float(logits.device))
+    dtype = widest_float(logits.device)
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    uniform = torch.tensor([min(rng.random(), below_one) for rng in rngs], dtype=dtype)
     return sample(logits, to_device(uniform, logits.device), decoding.temperature, decoding.top_p)
 
 

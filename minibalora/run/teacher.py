@@ -16,6 +16,7 @@ from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.batches import Packed, Row
 from minibalora.lowrank import pretrained
 from minibalora.models import LanguageModel
+from minibalora.models.decoder import to_device
 from minibalora.run.cache import Cache, device_name
 from minibalora.run.settings import Adaptation, Hardware
 
@@ -33,13 +34,15 @@ def teacher_states(
     cached = [cache.read(names) for names in digests] if cache else [None] * len(micro)
     with pretrained(model):  # not inference_mode: the student could not use the weights that FSDP gathers in it
         states = [
-            torch.cat(tensors).to(batch.input_ids.device) if tensors is not None else batch.states(model)
+            batch.states(model) if tensors is None else to_device(torch.cat(tensors), batch.input_ids.device)
             for batch, tensors in zip(batches, cached, strict=True)
         ]
-    if cache:
-        new = [index for index, tensors in enumerate(cached) if tensors is None]
-        of_rows = ((digests[index], states[index].split([row.predicted for row in micro[index]])) for index in new)
-        cache.write({name: part for names, parts in of_rows for name, part in zip(names, parts, strict=True)})
+    new = [index for index, tensors in enumerate(cached) if tensors is None]
+    if cache and new:
+        names = [name for index in new for name in digests[index]]
+        on_cpu = torch.cat([states[index] for index in new]).cpu()  # waits for a GPU once
+        parts = on_cpu.split([row.predicted for index in new for row in micro[index]])
+        cache.write(dict(zip(names, parts, strict=True)))
     return states
 
 
