@@ -74,6 +74,9 @@ def nlg_parser() -> argparse.ArgumentParser:
         "--eval", metavar="FILE", type=path_text, help="held-out rows, scored before and after training (default: none)"
     )
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge the rows of --eval as `evaluate --task` does")
+    add("--retain", metavar="FILE", type=path_text, nargs="+", help="texts, or prompts and responses, to measure "
+        "forgetting: the loss before and after training and, of an adapter, KL(pre-trained ‖ tuned)")  # fmt: skip
+    add("--retain-every", type=positive_int, metavar="N", help="measure --retain also every N steps, for log.jsonl")
     add("--prompt-field", metavar="NAME", help="field of the prompt (default: recognised)")
     add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input and context; "
         "'': none)")  # fmt: skip
@@ -367,6 +370,8 @@ def _refuse_contradictions(flags: dict) -> None:
 def _refuse_text_contradictions(flags: dict) -> None:
     if flags["eval_task"] and flags["eval"] is None:
         raise InputError("--eval-task goes with --eval: give both")
+    if flags["retain_every"] and flags["retain"] is None:
+        raise InputError("--retain-every goes with --retain: give both")
     if flags["quantize"] and flags["method"] == "full":
         raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
     if flags["quantize"] and flags["compile"]:
@@ -389,6 +394,8 @@ def _refuse_without_shards(flags: dict) -> None:
         raise InputError("--fsdp is for large models, but the built-in one is tiny: give --model and --data")
     if flags["eval"] is not None:
         raise InputError("--fsdp trains only: leave --eval out, then run python -m minibalora evaluate on the adapter")
+    if flags["retain"] is not None:
+        raise InputError("--fsdp trains only: leave --retain out")
     for name in ("compile", "quantize", "teacher_cache"):  # a cache would let one rank skip a forward pass
         if flags[name]:
             raise InputError(f"{cli.flag(name)} does not go with --fsdp: leave one out")

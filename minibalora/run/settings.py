@@ -77,6 +77,8 @@ class TextSource:
     prompt_field: str | None
     response_field: str | None
     input_field: str | None
+    retain: list[str] | None  # texts or rows on which forgetting is measured
+    retain_every: int | None  # steps between their measurements
     template: str | None  # "alpaca", "chat" or "raw"; None: by model and data
     max_rows: int | None
     max_length: int

@@ -22,6 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     out, failed = args.out[0], {}
     if args.script is not None:
         runs = plan_runs(args.script, training, out)
+        check_score(args.script, runs, args.score)
         check_writable(out / max((run.name for run in runs), key=len), "--out")
         if not args.report:
             with only_sweep(out) as lock:
@@ -68,6 +69,13 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     if distributed.is_torchrun():
         raise InputError("sweep starts processes of its own: start it with python, not torchrun")
     return args, training
+
+
+def check_score(script: Path, runs: list[PlannedRun], score: str | None) -> None:
+    """Raise InputError if nothing but the training loss would tell the runs apart."""
+    if script.name == "train_nlg.py" and score is None:
+        if any(run.settings["eval"] is None and not run.settings["is_toy"] for run in runs):
+            raise InputError("the runs have no score without --eval: give it, or --retain and --score")
 
 
 def train(script: Path, runs: list[PlannedRun], out: Path, jobs: int, lock: int) -> dict[Path, str]:

@@ -75,7 +75,7 @@ def choose_measurements(results: list[Result], score: str | None, tune: str | No
     scores += [name for name in names if name.startswith("exact match, all")]
     scores += [name for name in names if name == "loss on held-out responses"]
     if score is None and not scores:
-        raise InputError("the runs have no score: give --eval to the sweep")
+        raise InputError(f"the runs have no score of their own: give --score, one of {'; '.join(names) or 'none'}")
     score = score or scores[0]
     kept = [name for name in names if name.startswith("KL")]
     kept += [name for name in names if name.startswith("loss on") and name != "loss on held-out responses"]

@@ -355,6 +355,7 @@ FSDP = ["--fsdp", "--model", "m", "--data", "d", "--device", "cpu"]
     [
         (["--method", "full"], "2.7.0", ["--fsdp", "--method full"]),
         (["--eval", "e"], "2.7.0", ["--fsdp", "--eval", "minibalora evaluate"]),
+        (["--retain", "r"], "2.7.0", ["--fsdp", "--retain"]),
         (["--compile"], "2.7.0", ["--fsdp", "--compile"]),
         ([], "2.6.0", ["--fsdp", "torch 2.7", "2.6.0"]),
     ],

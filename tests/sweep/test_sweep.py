@@ -127,6 +127,13 @@ def test_a_wrong_command_is_refused(words, part, refuses, tmp_path, monkeypatch)
     assert os.listdir(tmp_path) == ["file"]
 
 
+def test_runs_without_a_score_are_refused(tiny, tmp_path, refuses):
+    data = tmp_path / "rows.jsonl"
+    words = [str(NLG), "--out", str(tmp_path / "new"), "--model", str(tiny), "--data", str(data), "--seed", "1", "2"]
+    refuses(lambda: main(words), "no score without --eval")
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_with_other_runs_is_refused(tmp_path, refuses):
     finish(tmp_path, NLG, "--seed 1 2 --epochs 1")
     refuses(lambda: plan_runs(NLG, "--seed 1 2 --epochs 3".split(), tmp_path), "--epochs is 3", "another --out")
