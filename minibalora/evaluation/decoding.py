@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minibalora.base.progress import Progress
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import check_ids
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
 
@@ -114,7 +115,7 @@ def generate_ids(
     rows: list[list[int]] = [[] for _ in lengths]
     ends = decoding.eos_ids or ()
     running = range(len(rows))
-    with evaluating(model):
+    with evaluating(model), factors_kept(model):
         cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
         while True:
             tokens = next_tokens(model.head(state), decoding, rngs)

@@ -16,6 +16,7 @@ from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.progress import Progress
 from minibalora.data.batches import micro_batches, rows_of_step, steps_per_epoch
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import adapted_layers
 from minibalora.run.checkpoint import load_checkpoint, save_checkpoint, trained_parameters
 from minibalora.run.run_folder import open_log
@@ -114,7 +115,9 @@ class Run:
             self._losses, self._terms = [], {}
             counts = [sum(row.predicted for row in part) for part in self._micro]
             parts = [Part(part, count / sum(counts)) for part, count in zip(self._micro, counts, strict=True)]
-            yield self.step, distributed.deal(parts, idle=replace(parts[-1], share=0.0))
+            with ExitStack() as self._until_update:
+                self._until_update.enter_context(factors_kept(self.model))
+                yield self.step, distributed.deal(parts, idle=replace(parts[-1], share=0.0))
 
             self._log(self.entry)
             self._show()
@@ -147,6 +150,7 @@ class Run:
 
         rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)
         self.optimizer.param_groups[0]["lr"] = rate
+        self._until_update.close()  # A and B change
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
