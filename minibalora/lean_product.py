@@ -12,11 +12,13 @@ If X is float32 and has so many rows that computing ΔW costs less than X ΔW, t
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from minibalora.lowrank import LowRankLinear, adapted_layers
 
@@ -42,17 +44,20 @@ def use_lean_product(model: nn.Module) -> None:
 
 @contextmanager
 def factors_kept(model: nn.Module) -> Iterator[None]:
-    """Compute the factors of each lean layer once inside, not in each forward pass: for decoding, and for the passes of
-    an optimisation step. They take r (2m + 2n + m) numbers of a PiSSA layer in the dtype of X until the end.
+    """Inside, compute the factors of each lean layer once, not in each forward pass: for training and for decoding.
 
-    Nothing may write into A or B inside. An assignment and most in-place operations are noticed, and the factors then
-    computed again; but a fused optimizer and `A.data.add_()` leave no trace, so step the optimizer outside.
+    They take r (3m + 2n) numbers of a PiSSA layer in the dtype of X, until an optimizer's step or the end. They are
+    computed again after a step of any torch optimizer (a fused one leaves no trace in the tensors), an assignment, or
+    an in-place operation that autograd sees. Do not write into `A.data` or `B.data` inside: nothing shows that.
     """
     layers = [layer for _, layer in adapted_layers(model) if layer not in KEPT]
-    KEPT.update(dict.fromkeys(layers))
+    forget = partial(KEPT.update, dict.fromkeys(layers))
+    forget()
+    hook = register_optimizer_step_post_hook(lambda *_: forget())
     try:
         yield
     finally:
+        hook.remove()
         for layer in layers:
             del KEPT[layer]
 

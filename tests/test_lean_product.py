@@ -107,6 +107,7 @@ CHANGES = {
     "in place": lambda layer: layer.A.detach().add_(1),
     "in inference mode": torch.inference_mode()(lambda layer: layer.B.mul_(2)),
     "foreach optimizer": lambda layer: torch.optim.SGD([layer.A, layer.B], foreach=True).step(),
+    "fused optimizer": lambda layer: torch.optim.AdamW([layer.A, layer.B], fused=True).step(),
     "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
     "assigned": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}, assign=True),
     ".data": lambda layer: setattr(layer.A, "data", layer.A + 1),

@@ -86,6 +86,7 @@ class Run:
             self._bar = opened.enter_context(bar)
             self._log = opened.enter_context(open_log(self.output.folder, self.step))
             opened.enter_context(self._noting_signals())
+            opened.enter_context(factors_kept(self.model))
             self._opened = opened.pop_all()
         return self
 
@@ -115,9 +116,7 @@ class Run:
             self._losses, self._terms = [], {}
             counts = [sum(row.predicted for row in part) for part in self._micro]
             parts = [Part(part, count / sum(counts)) for part, count in zip(self._micro, counts, strict=True)]
-            with ExitStack() as self._until_update:
-                self._until_update.enter_context(factors_kept(self.model))
-                yield self.step, distributed.deal(parts, idle=replace(parts[-1], share=0.0))
+            yield self.step, distributed.deal(parts, idle=replace(parts[-1], share=0.0))
 
             self._log(self.entry)
             self._show()
@@ -150,7 +149,6 @@ class Run:
 
         rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)
         self.optimizer.param_groups[0]["lr"] = rate
-        self._until_update.close()  # A and B change
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
