@@ -23,7 +23,7 @@ try:
 except ImportError:
     HAS_VARLEN = False  # an older torch
 
-__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put visible".split()
+__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put to_device visible".split()
 
 # (layer, q, k, v, dropout) -> the attention output of each query over its visible keys; shapes as in `attention`.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -234,8 +234,7 @@ def can_use_varlen(q: Tensor, dropout: float, cap: float | None) -> bool:
 
 def row_starts(counts: list[int], device: torch.device) -> Tensor:
     """Return where rows of these lengths start when laid end to end, and their end: (rows + 1,) int32."""
-    starts = torch.tensor([0, *accumulate(counts)], dtype=torch.int32)
-    return starts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else starts
+    return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
 
 
 def with_shared(parts: tuple[Tensor, ...]) -> Tensor:
@@ -284,8 +283,18 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return causal if window is None else causal & (keys > queries - window)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor to a device; if it goes to a GPU, from pinned memory, so that the host does not wait."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_right_padding(attention_mask: Tensor | None) -> None:
-    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding."""
+    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding.
+
+    The host waits for a mask on a GPU, but not for a mask on the CPU, which all models here accept beside ids on a GPU.
+    """
     if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
 
@@ -298,11 +307,12 @@ def _check_positions(length: int, config: DecoderConfig) -> None:
 def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the state (B, d) of the last real token of each right-padded row (B, T, d).
 
-    lengths (B,): the number of real tokens of each row; None: all tokens are real.
+    lengths (B,): the number of real tokens of each row, on any device; None: all tokens are real.
     """
     if lengths is None:
         return states[:, -1]
-    return states[torch.arange(len(states), device=lengths.device), lengths.clamp_min(1) - 1]
+    rows, last = torch.arange(len(states), device=states.device), lengths.clamp_min(1) - 1
+    return states[rows, to_device(last, states.device)]
 
 
 def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -337,7 +347,7 @@ class KVCache:
         positions = torch.where(slots < width, slots, slots - (width - row_lengths))
         # Clamp: a row that has reached the last position has ended, but its batch may go on.
         positions = positions.clamp(max=limit - 1).masked_fill((row_lengths <= slots) & (slots < width), limit)
-        self.positions = positions.to(device)  # (B, capacity); padding is at `limit`, which is after every query
+        self.positions = to_device(positions, device)  # (B, capacity); padding is at `limit`, after every query
 
     def take(self, count: int) -> Tensor:
         """Reserve `count` more slots: the prompts' in the first call, then one at a time. Returns their positions."""
