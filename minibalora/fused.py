@@ -22,18 +22,18 @@ The spectral term φ = −s/t, s = Σ_{i≤k} σ_i, t = ‖Z‖, is of all rows 
 computed once, S = Z Zᵀ = H G Hᵀ = U Σ² Uᵀ is only (M, M). By hand ∂σ_i/∂Z = u_i v_iᵀ, so ∂σ_i/∂H = u_i v_iᵀ W; and
 H G = Z W = U Σ Vᵀ W, so u_iᵀ H G = σ_i v_iᵀ W. Together ∂σ_i/∂H = (u_i u_iᵀ / σ_i) H G, and
 
-    ∂s/∂H = (Σ_{i≤k} u_i u_iᵀ / σ_i) H G                ∂φ/∂H = −(∂s/∂H + φ ∂t/∂H) / t
+    ∂s/∂H = C H G, C = Σ_{i≤k} u_i u_iᵀ / σ_i                ∂φ/∂H = −(∂s/∂H + φ ∂t/∂H) / t
     ∂t/∂H = S^(−½) H G for t = Σ σ_i = tr S^½ (nuclear), H G / t for t² = Σ σ_i² = tr S (Frobenius)
 
 Nothing is divided by a gap σ_i − σ_j, so equal values are harmless. Where σ is 0, 1/σ is set to 0, the smallest
 subgradient. If M > 1.5 d, H = Q R makes S smaller: Z = Q (R Wᵀ), so φ is that of R (d, d), and ∂φ/∂H = Q ∂φ/∂R.
 
-For s alone, T = Xᵀ S X replaces S, where X is a basis of the Krylov space of S Ω, ..., S¹⁰ Ω: it has the same leading
-values and vectors (for σ_i = i^−½ and steeper, s to 1e-9 and ∂s to 1e-4). Without a gap after σ_k, the leading k
+s and C need no whole S: T = Xᵀ S X has the same leading values, and vectors but for X, if X is a basis of the Krylov
+space of S Ω, ..., S¹⁰ Ω (for σ_i = i^−½ and steeper, s is 1e-9 and ∂s 1e-4 off). Without a gap after σ_k, the leading k
 are not unique, but s is: exact for equal values, 1e-4 off for a Gaussian H, whose values crowd around σ_k.
 
 On a CPU, `eigh` decomposes S or T. On a GPU it would make the host wait, so two iterations of products take its place.
-Their matrices commute, so each acts on every eigenvalue by itself; division by tr S scales these to [0, 1]:
+Their matrices commute, so each acts on every eigenvalue by itself; Z / √(tr S) has the same φ, and these in [0, 1]:
 
     S^½, S^(−½)   Y = S, Z = I; then P = a (3 I − a² Z Y) / 2, Y ← Y P, Z ← P Z. So x = √(z y) → a x (3 − a² x²) / 2,
                   at most 1; for a² = 3 / (1 + ℓ + ℓ²) it is equal at x = ℓ and 1, so the smallest x, ℓ, grows fastest.
@@ -300,19 +300,20 @@ def spectral_share(S: Tensor, Y: Tensor, k: int, norm: str, by_eigh: bool) -> tu
 
     by_eigh: decompose exactly; otherwise by products of matrices alone, which a GPU does without making the host wait.
     """
-    is_finite = S.isfinite().all()
-    S = torch.where(is_finite, S, 0.0)  # eigh would raise, and hide which rows caused it
-    is_whole = norm == "nuclear" or (by_eigh and len(S) <= WHOLE)
-    X = None if is_whole else _krylov_basis(S, k, by_eigh)
-    s, C, t, D = (_by_eigh if by_eigh else _by_products)(S if X is None else X.T @ (S @ X), k)
+    is_finite, scale = S.isfinite().all(), torch.where(S.trace() > 0, S.trace(), 1.0)
+    S = torch.where(is_finite, S / scale, 0.0)  # eigh would raise, and hide which rows caused it
+    X = None if by_eigh and (norm == "nuclear" or len(S) <= WHOLE) else _krylov_basis(S, k, by_eigh)
+    s, C, t, inverse = (_by_eigh if by_eigh else _by_products)(S if X is None else X.T @ (S @ X), k)
     if norm == "frobenius":
-        t = S.trace().clamp_min(0).sqrt()
+        share = -s + torch.where(is_finite, 0.0, torch.nan)
+        slope = C.to(Y) @ Y if X is None else (X @ C).to(Y) @ (X.T.to(Y) @ Y)
+        return share, slope.add_(share.to(Y) * Y).div_(-scale)
+    if X is not None:
+        C, (root, inverse) = X @ C @ X.T, _roots(S)
+        t = root.trace()
     t = torch.where(t > 0, t, 1.0)  # Z = 0: everything is 0
     share = -s / t + torch.where(is_finite, 0.0, torch.nan)
-    if norm == "nuclear":
-        return share, ((C + share * D) / -t).to(Y) @ Y
-    slope = C.to(Y) @ Y if X is None else (X @ C).to(Y) @ (X.T.to(Y) @ Y)
-    return share, (slope + (share / t).to(Y) * Y).div_(-t)
+    return share, ((C + share * inverse) / (-t * scale)).to(Y) @ Y
 
 
 def _krylov_basis(S: Tensor, k: int, by_eigh: bool) -> Tensor:
@@ -326,8 +327,13 @@ def _krylov_basis(S: Tensor, k: int, by_eigh: bool) -> Tensor:
     return X @ torch.linalg.eigh(X.T @ (S @ X))[1][:, -k:] if by_eigh else X
 
 
+def _rounding(S: Tensor) -> float:
+    """Return the size below which eigenvalues of S (tr S = 1) may be rounding errors, with room for a GPU's sums."""
+    return (1000 + len(S)) * torch.finfo(S.dtype).eps
+
+
 def _by_eigh(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return Σ_{i≤k} σ_i, Σ_{i≤k} u_i u_iᵀ / σ_i, and the same of all i: tr S^½ and S^(−½)."""
+    """Return Σ_{i≤k} σ_i, C = Σ_{i≤k} u_i u_iᵀ / σ_i, and the same of all i: tr S^½ and S^(−½)."""
     squares, U = torch.linalg.eigh(S)
     squares, U = squares.flip(0), U.flip(1)  # descending
     is_noise = squares <= squares[0] * len(S) * torch.finfo(S.dtype).eps
@@ -336,23 +342,28 @@ def _by_eigh(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return sigma[:k].sum(), scaled[:, :k] @ U[:, :k].T, sigma.sum(), scaled @ U.T
 
 
-def _by_products(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what `_by_eigh` returns, by the two iterations of the file's docstring."""
-    eps, scale = (1000 + len(S)) * torch.finfo(S.dtype).eps, torch.where(S.trace() > 0, S.trace(), 1.0)
+def _roots(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S^½ and S^(−½) by Newton-Schulz, for tr S = 1."""
     one = torch.eye(len(S), dtype=S.dtype, device=S.device)
-    Y, Z, smallest = S / scale, one, math.sqrt(eps)
-    P = (Y + eps * one) / (1 + eps * len(S))  # no eigenvalue is negative by rounding
+    Y, Z, smallest = S, one, math.sqrt(_rounding(S))
     while 1 - smallest > 1e-15:
         a = math.sqrt(3 / (1 + smallest + smallest**2))
-        step = torch.addmm(one, Z, Y, beta=1.5 * a, alpha=-(a**3) / 2)
-        Y, Z, smallest = Y @ step, step @ Z, a * smallest * (3 - (a * smallest) ** 2) / 2
+        P = torch.addmm(one, Z, Y, beta=1.5 * a, alpha=-(a**3) / 2)
+        Y, Z, smallest = Y @ P, P @ Z, a * smallest * (3 - (a * smallest) ** 2) / 2
+    return Y, Z
+
+
+def _by_products(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_by_eigh` returns, for tr S = 1, by the two iterations of the file's docstring."""
+    root, inverse = _roots(S)
+    one, tiny = torch.eye(len(S), dtype=S.dtype, device=S.device), _rounding(S)
+    P = (S + tiny * one) / (1 + tiny * len(S))  # no eigenvalue is negative by rounding
     for _ in range(45 if S.dtype == torch.float64 else 30):  # resolves σ_k² − σ_{k+1}² of 1e-9 or 1e-5 tr S
         P = P.addcmul(torch.addmm(P, P, P, alpha=-1), (k - P.trace()).sign())
     P = torch.addmm(P @ P, P @ P, one - P, alpha=2)  # 3 P² − 2 P³ removes rounding errors, which P² doubles
     rest = torch.addmm(P, P, P, alpha=-1)  # 0 but for equal values around the k-th: they share what k leaves for them
     P = P + rest * torch.where(rest.trace() == 0, 0.0, (k - P.trace()) / rest.trace())
-    root = scale.sqrt()
-    return (P * Y).sum() * root, P @ Z / root, Y.trace() * root, Z / root
+    return (P * root).sum(), P @ inverse, root.trace(), inverse
 
 
 @torch.no_grad()

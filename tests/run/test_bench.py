@@ -11,6 +11,7 @@ from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibalora.data.batches import Packed, pack
+from minibalora.fused import WHOLE
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
