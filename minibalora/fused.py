@@ -29,8 +29,8 @@ Nothing is divided by a gap σ_i − σ_j, so equal values are harmless. Where �
 subgradient. If M > 1.5 d, H = Q R makes S smaller: Z = Q (R Wᵀ), so φ is that of R (d, d), and ∂φ/∂H = Q ∂φ/∂R.
 
 s and C need no whole S: T = Xᵀ S X has the same leading values, and vectors but for X, if X is a basis of the Krylov
-space of S Ω, ..., S¹⁰ Ω (for σ_i = i^−½ and steeper, s is 1e-9 and ∂s 1e-4 off). Without a gap after σ_k, the leading k
-are not unique, but s is: 1e-5 off for equal values, 1e-4 for a Gaussian H, whose values crowd around σ_k.
+space of S Ω, ..., S¹⁰ Ω. For σ_i = i^−½ and steeper, s is 1e-11 and ∂s 1e-6 off. Without a gap after σ_k, the leading
+k are not unique, but s is: 1e-5 off for equal values, 1e-4 for a Gaussian H, whose values crowd around σ_k.
 
 On a CPU, `eigh` decomposes S or T. On a GPU it would make the host wait, so two iterations of products take its place.
 Their matrices commute, so each acts on every eigenvalue by itself; Z / √(tr S) has the same φ, and these in [0, 1]:
@@ -298,10 +298,10 @@ def spectral_place(device: torch.device) -> tuple[torch.device, torch.dtype]:
 def spectral_share(S: Tensor, Y: Tensor, k: int, norm: str, by_eigh: bool) -> tuple[Tensor, Tensor]:
     """Return φ and its gradient (M, n) from S = Z Zᵀ (M, M) and Y (M, n): H G for the gradient in H, Z for that in Z.
 
-    by_eigh: decompose exactly; otherwise by products of matrices alone, which a GPU does without making the host wait.
+    by_eigh: use `eigh`, which makes the host of a GPU wait; otherwise only products and QR.
     """
     is_finite, scale = S.isfinite().all(), torch.where(S.trace() > 0, S.trace(), 1.0)
-    S = torch.where(is_finite, S / scale, 0.0)  # eigh would raise, and hide which rows caused it
+    S = torch.where(is_finite, S / scale, 0.0)  # φ does not change; for NaN, eigh would raise and hide which rows have it
     X = None if by_eigh and (norm == "nuclear" or len(S) <= WHOLE) else _krylov_basis(S, k, by_eigh)
     s, C, t, inverse = (_by_eigh if by_eigh else _by_products)(S if X is None else X.T @ (S @ X), k)
     if norm == "frobenius":
