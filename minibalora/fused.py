@@ -301,7 +301,7 @@ def spectral_share(S: Tensor, Y: Tensor, k: int, norm: str, by_eigh: bool) -> tu
     by_eigh: use `eigh`, which makes the host of a GPU wait; otherwise only products and QR.
     """
     is_finite, scale = S.isfinite().all(), torch.where(S.trace() > 0, S.trace(), 1.0)
-    S = torch.where(is_finite, S / scale, 0.0)  # φ does not change; for NaN, eigh would raise and hide which rows have it
+    S = torch.where(is_finite, S / scale, 0.0)  # the same φ; eigh would raise for NaN
     X = None if by_eigh and (norm == "nuclear" or len(S) <= WHOLE) else _krylov_basis(S, k, by_eigh)
     s, C, t, inverse = (_by_eigh if by_eigh else _by_products)(S if X is None else X.T @ (S @ X), k)
     if norm == "frobenius":
