@@ -17,7 +17,7 @@ value. Seconds and error on one core of an AMD EPYC:
 A flat 4096 x 4096 took 27 s (pissa), 3.2 s (niter_16) and 4.4 s (krylov_8, error 4.9e-2). The flatter the spectrum, the
 less it matters which directions are used. If the Krylov basis would span the whole space, as in the last two numbers,
 the code takes the eigenvectors of the Gram matrix in float64. That is as accurate as the plain SVD, but faster only for
-elongated weights, so "pissa" stays the plain SVD. In pissa_krylov_N, it takes up to 11 % less time than a QR and an SVD.
+elongated weights, so "pissa" stays the plain SVD. In pissa_krylov_N, it takes up to 11 % less time than an SVD.
 """
 
 import time
