@@ -79,9 +79,6 @@ def svd_share(logits: Tensor, k: int, norm: str = "nuclear") -> Tensor:
     """
     if norm not in ("nuclear", "frobenius"):
         raise ValueError(f"unknown norm {norm!r}: give nuclear or frobenius")
-    if norm == "nuclear" and k >= min(logits.shape):  # the share of all: -1, and without an SVD a GPU need not wait
-        total = _numbers(logits).abs().sum()
-        return -total / torch.where(total > 0, total, 1.0)
     sigma = _singular_values(logits)
     total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
     return -sigma[:k].sum() / torch.where(total > 0, total, 1.0)

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from minibalora.base.progress import Progress
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import check_ids
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
 from minibalora.models.decoder import to_device
@@ -116,7 +117,7 @@ def generate_ids(
     rows: list[list[int]] = [[] for _ in lengths]
     ends = decoding.eos_ids or ()
     running = range(len(rows))
-    with evaluating(model):
+    with evaluating(model), factors_kept(model):
         input_ids = to_device(input_ids, model.embedding.weight.device)
         cache, state = model.prefill(input_ids, lengths, max(room))  # (B, d)
         while True:

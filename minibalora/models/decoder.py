@@ -8,11 +8,20 @@ needs no code for blocks.
 """
 
 from collections.abc import Callable
+from inspect import signature
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters
+except ImportError:
+    HAS_VARLEN = False  # an older torch
 
 __all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put to_device visible".split()
 
@@ -119,12 +128,19 @@ class Decoder(nn.Module):
         start, *rows = tokens.split(parts)
         positions = torch.cat([start, *(row - row[0] + shared for row in rows)])
         last = torch.cat([row[len(row) - count :] for row, count in zip(rows, wanted, strict=True)])
+        keys = [shared + length for length in lengths]
+        first = [keys[0], *lengths[1:]]  # the queries of the shared tokens go with the first row
+        starts = [row_starts(counts, input_ids.device) for counts in (first, wanted, keys)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-            counts = parts if q.shape[2] == k.shape[2] else [0, *wanted]
-            q_parts, k_parts, v_parts = q.split(counts, 2), k.split(parts, 2), v.split(parts, 2)
-            window, cap = self.config.windows[layer], self.config.attention_cap
-            return packed_attention(q_parts, k_parts, v_parts, window, dropout, cap)
+            is_last, window, cap = q.shape[2] < k.shape[2], self.config.windows[layer], self.config.attention_cap
+            if can_use_varlen(q, dropout, cap):
+                longest = max(wanted if is_last else first), max(keys)
+                if shared:
+                    k, v = (with_shared(t.split(parts, 2)) for t in (k, v))
+                return varlen_attention(q, k, v, (starts[is_last], starts[2]), longest, window)
+            counts = [0, *wanted] if is_last else parts
+            return packed_attention(q.split(counts, 2), k.split(parts, 2), v.split(parts, 2), window, dropout, cap)
 
         return self.backbone(input_ids[None], positions[None], attend, last)[0]
 
@@ -207,6 +223,39 @@ def packed_attention(
         y = attention(*row, last_queries_mask(*row[:2], window), dropout, cap)
         outputs.append(y if not outputs else y[:, :, shared:])
     return torch.cat([y.transpose(1, 2) for y in outputs], dim=1).transpose(1, 2)
+
+
+def can_use_varlen(q: Tensor, dropout: float, cap: float | None) -> bool:
+    """Whether torch's varlen_attn, which is flash attention, computes these queries on their GPU."""
+    has_kernel = HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    fits = not dropout and cap is None and q.shape[3] % 8 == 0 and q.shape[3] <= 192  # wider: no gradient on some GPUs
+    return has_kernel and fits and torch.cuda.is_bf16_supported(including_emulation=False)  # flash needs Ampere, too
+
+
+def row_starts(counts: list[int], device: torch.device) -> Tensor:
+    """Return where rows of these lengths start when laid end to end, and their end: (rows + 1,) int32."""
+    return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
+
+
+def with_shared(parts: tuple[Tensor, ...]) -> Tensor:
+    """Put the part that all rows share, which comes first, before the part (1, heads, T_i, head_dim) of each row."""
+    shared, *rows = parts
+    return torch.cat([part for row in rows for part in (shared, row)], dim=2)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    """Compute `packed_attention` in one call, on a GPU. Rows are end to end in q, k and v (1, heads, T, head_dim).
+
+    A row's keys begin with the shared tokens; its queries are its last tokens. starts: `row_starts` of queries and
+    keys; longest: the most queries and keys of a row. Returns the shape of q.
+    """
+    left = -1 if window is None or longest[1] <= window else window - 1
+    tokens = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # (T, heads, head_dim)
+    is_grouped = q.shape[1] != k.shape[1]
+    y = varlen_attn(*tokens, *starts, *longest, window_size=(left, 0), enable_gqa=is_grouped)
+    return y.transpose(0, 1).unsqueeze(0)
 
 
 def causal_mask(positions: Tensor, cache: "KVCache | None", window: int | None) -> Tensor | None:

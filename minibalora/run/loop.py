@@ -16,6 +16,7 @@ from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.progress import Progress
 from minibalora.data.batches import micro_batches, rows_of_step, steps_per_epoch
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import adapted_layers
 from minibalora.run.checkpoint import load_checkpoint, save_checkpoint, trained_parameters
 from minibalora.run.run_folder import open_log
@@ -85,6 +86,7 @@ class Run:
             self._bar = opened.enter_context(bar)
             self._log = opened.enter_context(open_log(self.output.folder, self.step))
             opened.enter_context(self._noting_signals())
+            opened.enter_context(factors_kept(self.model))
             self._opened = opened.pop_all()
         return self
 
