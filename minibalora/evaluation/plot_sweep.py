@@ -49,7 +49,7 @@ def score_over(lines: dict[str, list[Point]], setting: str, score: str, is_lower
     axes = figure.subplots()
     ticks = sorted({value for points in lines.values() for value, _, _ in points})
     for index, points in enumerate(lines.values()):
-        aside = 0.3 * (index - (len(lines) - 1) / 2) / len(lines)  # so that the bars do not hide each other
+        aside = min(0.05, 0.3 / len(lines)) * (index - (len(lines) - 1) / 2)  # so that bars do not hide each other
         values, means, halves = zip(*sorted(points), strict=True)
         places = [ticks.index(value) + aside for value in values]
         axes.errorbar(places, means, [0 if math.isnan(half) else half for half in halves], **LINES[index],

@@ -195,7 +195,7 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path, refuses):
 
 def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_command):
     words = [str(NLU), "--out", str(tmp_path), "--lr", "1e-3", "1e30", "--max-steps", "12", "--max-rows", "96"]
-    words += ["--method", "lora", "--batch-size", "8", "--device", "cpu", "--jobs", "2"]
+    words += ["--method", "lora", "--batch-size", "8", "--device", "cpu"]
     command = [sys.executable, "-m", "minibalora", "sweep", *words]
     sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     good, bad = tmp_path / "method=lora,lr=0.001", tmp_path / "method=lora,lr=1e+30"
@@ -207,7 +207,7 @@ def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_com
     assert sweep.returncode == 130 and error == "error: interrupted; give the same command to continue\n", error
     assert (good / "checkpoint").is_dir() and not (good / "report.json").exists()
 
-    status, printed, error = in_command(main, *words, "--baseline", "lora")
+    status, printed, error = in_command(main, *words, "--baseline", "lora", "--jobs", "2")
     assert status == 1 and "2 runs in" in printed and "0 are finished" in printed
     assert (
         f"{bad.name}: failed: error: step" in printed
