@@ -22,14 +22,14 @@ def main(argv: list[str] | None = None) -> int:
     out, failed = args.out[0], {}
     if args.script is not None:
         runs = plan_runs(args.script, training, out)
-        check_score(args.script, runs, args.score)
+        check_comparison(args, runs)
         check_writable(out / max((run.name for run in runs), key=len), "--out")
         if not args.report:
             with only_sweep(out) as lock:
                 record_runs(out, args.script.name, runs)
                 failed = train(args.script, runs, out, args.jobs, lock)
-    names = [run.name for run in runs] if args.script is not None else list(recorded_runs(out))
-    print_report(out, names, args)
+    given = recorded_runs(out) if args.script is None else {run.name: run.given for run in runs}
+    print_report(out, given, args)
     return 1 if failed else 0
 
 
@@ -71,9 +71,13 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     return args, training
 
 
-def check_score(script: Path, runs: list[PlannedRun], score: str | None) -> None:
-    """Raise InputError if nothing but the training loss would tell the runs apart."""
-    if script.name == "train_nlg.py" and score is None:
+def check_comparison(args: argparse.Namespace, runs: list[PlannedRun]) -> None:
+    """Raise InputError if the runs will have nothing to compare, or no baseline."""
+    methods = {run.settings["method"] for run in runs}
+    if args.baseline is not None and args.baseline.partition(", ")[0] not in methods:
+        mend = f"give one of {', '.join(sorted(methods))}, or --report without the script for all sweeps of the folder"
+        raise InputError(f"--baseline {args.baseline}: not a method of this sweep: {mend}")
+    if args.script.name == "train_nlg.py" and args.score is None:
         if any(run.settings["eval"] is None and not run.settings["is_toy"] for run in runs):
             raise InputError("the runs have no score without --eval: give it, or --retain and --score")
 
@@ -104,10 +108,11 @@ def command_of(script: Path, run: PlannedRun, out: Path) -> list[str]:
     return [str(script), *run.argv, "--out", str(out / run.name), *resume]
 
 
-def print_report(out: Path, names: list[str], args: argparse.Namespace) -> None:
-    """Print the table of the named runs, and write table.csv, runs.csv and the pictures into `out`."""
-    recorded = recorded_runs(out)
-    given = {name: recorded[name] for name in names}
+def print_report(out: Path, given: dict[str, dict], args: argparse.Namespace) -> None:
+    """Print the table, and write table.csv, runs.csv and the pictures into `out`.
+
+    given: the flags of the runs to compare, by the names of their folders.
+    """
     results = read_results(out, given)
     print(f"\n{len(results)} of {len(given)} runs are finished")
     for name in given:

@@ -100,6 +100,7 @@ def test_a_run_that_is_there_keeps_its_folder_though_more_differs_now(tmp_path):
         ("--method lora ba-lora --lambda1 0 1", ["--method lora --lambda1 0:", "on its own"]),
         ("--plain maybe", ["--plain", "maybe"]),
         ("--method lora full --rank 8", ["--method full: --rank"]),
+        ("--method lora --baseline pissa", ["--baseline pissa", "lora"]),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_any_starts(words, parts, refuses, tmp_path):
@@ -279,6 +280,15 @@ def test_each_method_gets_its_best_rate_then_mean_and_paired_difference(compared
     assert [row["difference"] for row in table] == ["-10.0", ""] and {row["rates"] for row in table} == {"3"}
     runs = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     assert len(runs) == 18 and runs[0]["after: loss on held-out responses"] and runs[0]["lr"] == "0.0005"
+
+
+def test_a_report_on_a_script_covers_the_runs_of_that_command(compared, tmp_path, in_command):
+    compared(["--method lora pissa --seed 1 2"], exact_match)
+    words = [str(NLG), "--out", str(tmp_path), *"--method lora --seed 1 2 3 --report".split()]
+    status, printed, _ = in_command(main, *words)
+    assert status == 0 and "2 of 3 runs are finished" in printed and "\nlora" in printed and "\npissa" not in printed
+    status, printed, _ = in_command(main, *words[:2], str(tmp_path / "new"), "--report")
+    assert status == 0 and "0 of 1 runs are finished" in printed and not (tmp_path / "new").exists()
 
 
 def test_a_lower_loss_is_better(compared):
