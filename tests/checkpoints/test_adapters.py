@@ -36,6 +36,12 @@ SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "
 SAVED |= {"adapter_gemma2": "gemma2", "adapter_mixtral": "mixtral", "adapter_t5": "t5", "adapter_t5_gated": "t5_gated"}
 
 
+SAVED |= {"adapter_dora": "llama3", "adapter_dylora": "llama3", "adapter_deltalora": "llama3"}
+SAVED |= {"adapter_adalora": "llama2", "adapter_adalora_lora": "llama2"}
+SAVED |= {"adapter_dora_gpt2": "gpt2", "adapter_adalora_gpt2": "gpt2"}
+SAVED |= {"adapter_loha": "mistral_window", "adapter_loha_lora": "mistral_window"}  # by make_peft_adapters.py
+
+
 @pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
 def test_peft_loads_a_saved_adapter_on_the_original_base(name):
@@ -154,8 +160,13 @@ PEFTS = {
     "peft_pissa_rslora": "llama2",
     "peft_pissa_gpt2": "gpt2",
     "peft_olora": "qwen2",
+    "peft_dora": "llama3",
+    "peft_dora_pissa": "qwen2",
+    "peft_dora_gpt2": "gpt2",
+    "peft_adalora": "llama2",
+    "peft_loha": "mistral_window",
 }
-SUBTRACTED = ("peft_pissa", "peft_pissa_rslora", "peft_pissa_gpt2", "peft_olora")
+SUBTRACTED = ("peft_pissa", "peft_pissa_rslora", "peft_pissa_gpt2", "peft_olora", "peft_dora_pissa")
 
 
 def base_of(name: str, dtype: torch.dtype = torch.float32):
@@ -478,7 +489,7 @@ def test_tensors_that_are_not_factors_are_refused_by_name(adapter, refused):
     lora = {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)}
     refused(adapter(tensors=lora), "embed_tokens.lora_embedding_A", "LoRA of an embedding")
     shutil.rmtree(adapter())
-    refused(adapter(tensors={f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "lora_magnitude_vector", "implemented")
+    refused(adapter(tensors={f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "lora_magnitude_vector", "used")
     shutil.rmtree(adapter())
     refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.ones(3, 24).to(torch.int8)}), "q_proj.lora_A", "int8")
 
