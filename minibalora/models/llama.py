@@ -59,7 +59,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · (offset + w), in float32."""
+    """x / √(mean(x²) + eps) · (offset + w), in float32 inside."""
 
     def __init__(self, size: int, eps: float, offset: float):
         super().__init__()
@@ -67,6 +67,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.offset == 0 and self.weight.dtype == x.dtype:  # torch computes in float32, on a GPU in one kernel
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         y = F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps)
         return y.to(x.dtype)
 
@@ -225,16 +227,16 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position · frequency, each (B, 1, T, head_dim): the second half repeats the first."""
+    """Return cos and ∓sin of position · frequency, each (B, 1, T, head_dim): the second half repeats the first, where
+    the sine is negative."""
     angle = positions[:, None, :, None].float() * rotary_frequencies(config, positions.device)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([-angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + head_dim/2}) of x (B, heads, T, head_dim) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:

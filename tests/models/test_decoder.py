@@ -7,6 +7,7 @@ from helpers import GOLDEN, LANGUAGE_MODELS, distance, stretch
 from safetensors.torch import load_file
 
 import minibalora as mb
+from minibalora.models import decoder
 from minibalora.models.decoder import KVCache, attention, visible
 from minibalora.models.llama import swiglu
 
@@ -94,11 +95,31 @@ def test_head_of_hidden_equals_the_logits():
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
 
 
+def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """Compute what torch's GPU kernel of this name does: (T, heads, head_dim) -> the same, as in its docstring. A row's
+    last query sees its last key; a query sees window_size[0] keys before its own (-1: all) and none after it."""
+    left, right = window_size
+    assert right == 0 and enable_gqa == (q.shape[1] != k.shape[1])
+    counts, key_counts = (starts.diff().tolist() for starts in (cu_seq_q, cu_seq_k))
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and (max_q, max_k) == (max(counts), max(key_counts))
+    outputs = []
+    for row_q, row_k, row_v in zip(q.split(counts), k.split(key_counts), v.split(key_counts), strict=True):
+        before = torch.arange(len(row_q))[:, None] + len(row_k) - len(row_q) - torch.arange(len(row_k))
+        mask = (before >= 0) & (before <= left) if left >= 0 else before >= 0
+        row = (t.transpose(0, 1) for t in (row_q, row_k, row_v))
+        outputs.append(F.scaled_dot_product_attention(*row, attn_mask=mask, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("form", ["a call a row", "one call"])
 @pytest.mark.parametrize("name", [name for name in LANGUAGE_MODELS if name not in ("llama2", "mistral", "yi")])
 @pytest.mark.parametrize("shared", [0, 1, 6])
-def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared):
+def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared, form, monkeypatch):
     """Use rows shorter and longer than mistral_window's window, and one row with a single wanted token."""
     torch.manual_seed(shared)
+    if form == "one call":
+        monkeypatch.setattr(decoder, "varlen_attn", varlen_attn, raising=False)
+        monkeypatch.setattr(decoder, "can_use_varlen", lambda q, dropout, cap: not dropout and cap is None)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
     stretch(model)
     lengths, wanted = [13, 20, 9, 3], [5, 12, 2, 1]
