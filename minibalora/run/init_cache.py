@@ -8,7 +8,7 @@ from minibalora.base.files import tensors_digest
 from minibalora.lowrank import factors_of
 from minibalora.run.cache import Cache, device_name
 
-VERSION = 2  # raise it when an init gives other factors
+VERSION = 3  # raise it when an init gives other factors
 
 
 def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: Tensor) -> tuple[Tensor, Tensor]:

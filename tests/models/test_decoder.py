@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 import minibalora as mb
 from minibalora.models import decoder
 from minibalora.models.decoder import KVCache, attention, visible
-from minibalora.models.llama import swiglu
+from minibalora.models.llama import RMSNorm, swiglu
 
 
 def golden(name: str):
@@ -162,3 +162,30 @@ def test_swiglu_has_the_value_and_gradient_of_its_formula(dtype):
     assert torch.equal(fused, plain)
     for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (fused, plain)), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "in place", "assigned", "dtype", "trained", "inference"])
+def test_a_norm_with_an_offset_notices_every_change_of_its_weight(change):
+    norm, x = RMSNorm(8, 1e-6, offset=1.0).requires_grad_(False), torch.randn(3, 8)
+    weight = torch.linspace(-1, 1, 8)
+    with torch.inference_mode(change == "inference"):
+        norm(x)
+    assert norm.gain() is norm.gain()  # kept
+    if change == "load_state_dict":
+        norm.load_state_dict({"weight": weight})
+    elif change == "in place":
+        norm.weight.copy_(weight)
+    elif change == "assigned":
+        norm.weight.data = weight
+    elif change == "inference":
+        norm.weight.copy_(weight)
+        x.requires_grad_()
+    else:
+        norm.weight.data = weight
+        norm(x)
+        norm = norm.bfloat16() if change == "dtype" else norm.requires_grad_()
+    y = norm(x)
+    assert torch.allclose(y, F.rms_norm(x, (8,), 1 + norm.weight.float(), 1e-6))
+    if change in ("trained", "inference"):
+        y.sum().backward()
+        assert (norm.weight if change == "trained" else x).grad.abs().sum() > 0
