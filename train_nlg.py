@@ -86,7 +86,7 @@ def main() -> int:
     if not is_full:
         adapt_model(model, adaptation, hardware, optimisation.seed, out if resumed is not None else None)
     fit_hardware(model, hardware)
-    optimizer, head = optimizer_of(model), head_of(model, adaptation.is_plain)
+    optimizer, head = optimizer_of(model, adaptation.rate_of_b), head_of(model, adaptation.is_plain)
     if not output.resume:
         distributed.on_main(run_folder.start_run, out, recorded)
     amount = packed_amount(batches.pack(batches.longest(rows, rows_at_once), "cpu"))

@@ -97,7 +97,7 @@ def main() -> int:
         adapt_model(base, adaptation, hardware, seed, out if resumed is not None else None)
     if hardware.grad_checkpoint:
         checkpoint_blocks(base)
-    optimizer = optimizer_of(base)
+    optimizer = optimizer_of(base, adaptation.rate_of_b)
     if not output.resume:
         run_folder.start_run(out, recorded)
     skipped = f", {skipped:,} rows without a label" if source.data is not None else ""
