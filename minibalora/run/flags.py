@@ -184,7 +184,8 @@ def _add_method_flags(
     add("--rank", type=positive_int, metavar="R", help=f"rank r of the adapters (published: {rank})")
     add("--alpha", type=positive_rate, help="scale of the adapters, s = alpha / rank (default: the rank, as published)")
     add("--init", type=init, help="start of A and B: lora; olora (QR); pissa (exact SVD, published); pissa_krylov_N "
-        "(faster, N + 1 blocks; N = 8 is the default with --model); pissa_niter_N (N subspace iterations, less exact)")  # fmt: skip
+        "(faster, N + 1 blocks; N = 8 is the default with --model); pissa_niter_N (N subspace iterations, less "
+        "exact)")  # fmt: skip
     add("--init-cache", type=path, metavar="DIR", help="folder that keeps the start of pissa and pissa_krylov_N: later "
         "runs on the same weights need no SVD (default: none)")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all in attention and MLP)")
