@@ -49,6 +49,8 @@ RUNS = {
     "iclr2026 sharded": SHARDED,
     "2024 adaptive": ["--recipe", "2024", "--adaptive-lambda1", "--non-target-kl", "0.1"],
     "lora sharded": ["--method", "lora", *SHARDED, "--grad-checkpoint", "--targets", "q_proj", "down_proj"],
+    "adalora sharded": ["--method", "adalora", "--method-settings", "target=2", "every=1", *SHARDED],
+    "dylora sharded": ["--method", "dylora", *SHARDED],
     "full": ["--method", "full"],
 }
 WHOLE = "iclr2026 sharded"  # for comparison with a stopped and resumed run
