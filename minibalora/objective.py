@@ -9,7 +9,7 @@ For generation, the 2024 papers and the authors' first code differ. Rows are pre
 |---|---|---|---|
 | KL | mean over rows | sum over all positions, with prompts and padding, divided by the batch | as the papers |
 | entropy | of the rows | masked with labels that are not shifted: one position too late | as the papers |
-| σ | of the rows, over Σ σ | if V > 4096, by randomised SVD (k + 5 columns, 2 iterations); over ‖Z‖_F | exact, over Σ σ |
+| σ | of the rows, over Σ σ | if V > 4096, by randomised SVD (k + 5 columns, 2 iterations); over ‖Z‖_F | as the papers |
 
 So in that code λ1 = 1e-4 weighs as much as 1e-4 · T here, if rows have T positions each and all have a like KL. The
 flags that come nearest to it, for T = 512: `--recipe 2024 --lambda1 0.05`. The norm ‖Z‖_F has no flag of its own: it
