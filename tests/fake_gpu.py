@@ -130,6 +130,9 @@ class DeviceModule(backend_registration._DummyBackendModule):
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
     max_memory_allocated = staticmethod(lambda device=None: 0)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
+    get_device_capability = staticmethod(lambda device=None: (9, 0))
+    get_device_name = staticmethod(lambda device=None: "imitation")
+    is_bf16_supported = staticmethod(lambda including_emulation=True: including_emulation)  # no varlen_attn here
 
 
 class FindProject(PathFinder):
@@ -146,6 +149,7 @@ class FindProject(PathFinder):
 
 
 backend_registration._setup_privateuseone_for_python_backend("gpu", backend_module=DeviceModule())
+torch.version.gpu = "imitation"
 torch.backends.gpu = SimpleNamespace(matmul=SimpleNamespace(allow_tf32=False))
 Tensor.pin_memory = pinned
 Tensor.is_pinned = lambda tensor: hasattr(tensor.untyped_storage(), "is_in_pinned_memory")
