@@ -27,7 +27,7 @@ from minibalora.run.loop import optimizer_of
 from minibalora.run.settings import Hardware
 
 GATHERED = 3  # blocks that FSDP2 holds whole: the current one, the next one, and the buffer that receives it
-FEW = 3  # blocks of a stack in the first measurement of a deep model; the second one has two more
+FEW = 4  # blocks of a stack in the first measurement of a deep model; the second one has two more
 Loss = Callable[[], tuple[Tensor, ...]]  # computes a micro-batch's loss, and returns what a step holds beside it
 
 
@@ -94,16 +94,16 @@ def by_straight_line(model: nn.Module, measure: Callable[[list[int]], np.ndarray
 
 def empty_run(
     model: nn.Module, hardware: Hardware, loss_of: Callable[[nn.Module], Loss], counts: list[int]
-) -> tuple[Loss, torch.optim.Optimizer]:
-    """Return the loss and the optimizer, with its moments, of a copy of the model with so many blocks, see `empty_copy`.
-    Call it and them inside `without_numbers`."""
+) -> tuple[nn.Module, torch.optim.Optimizer, Loss]:
+    """Return a copy of the model with so many blocks, see `empty_copy`, its optimizer after a first step, and its loss.
+    Call it, and use them, inside `without_numbers`."""
     twin = empty_copy(model, counts).train()
-    for block in blocks_of(twin) if hardware.grad_checkpoint else ():  # as `fit_hardware`, but with no numbers to check
+    for block in blocks_of(twin) if hardware.grad_checkpoint else ():  # as `fit_hardware`, but there is nothing to check
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, determinism_check="none")
     optimizer, loss = optimizer_of(twin), loss_of(twin)
     for parameter in optimizer.param_groups[0]["params"]:
         parameter.grad = torch.empty_like(parameter)
-    optimizer.step()
+    optimizer.step()  # allocates the moments
     optimizer.zero_grad()
     is_mixed = not adapted_layers(model) and hardware.dtype != torch.float32
 
@@ -111,25 +111,31 @@ def empty_run(
         with torch.autocast("cpu", hardware.dtype, is_mixed):
             return loss()
 
-    return mixed_loss, optimizer
+    return twin, optimizer, mixed_loss
 
 
 def peaks_of(
     model: nn.Module, hardware: Hardware, loss_of: Callable[[nn.Module], Loss], accumulates: bool, counts: list[int]
 ) -> np.ndarray:
-    """Return the largest numbers of bytes, beside weights and Adam's moments, before the backward pass and in each half
-    of it: within such a part, the peak is linear in the number of blocks."""
+    """Return the largest numbers of bytes, beside weights and Adam's moments, in three parts of a step: before the
+    backward pass, in that of the last two blocks, and in the rest of it. In each part, they are linear in the number of
+    blocks: at first most bytes are kept tensors, at last gradients."""
     with without_numbers(hardware.device), LiveBytes() as live:
-        loss, optimizer = empty_run(model, hardware, loss_of, counts)
-        always, start = live.now, len(live.history)
+        twin, optimizer, loss = empty_run(model, hardware, loss_of, counts)
+        always, cuts = live.now, [len(live.history)]
+
+        def note_backward(_, inputs: tuple) -> None:
+            if inputs[0].requires_grad:
+                inputs[0].register_hook(lambda _: cuts.append(len(live.history)))
+
+        blocks_of(twin)[-2:][0].register_forward_pre_hook(note_backward)
         for parameter in optimizer.param_groups[0]["params"] if accumulates else ():
             parameter.grad = torch.empty_like(parameter)  # as after the first micro-batch
         value, *_held = loss()
-        middle = len(live.history)
+        cuts.append(len(live.history))
         backward(value)
-        end = len(live.history)
-    cuts = (start, middle, (middle + end) // 2, end)
-    return np.array([max(live.history[a:b], default=0) - always for a, b in pairwise(cuts)])
+    parts = np.split(np.array(live.history), [*cuts, len(live.history)][:4])[1:4]
+    return np.array([part.max(initial=always) - always for part in parts])
 
 
 def generation_loss(
