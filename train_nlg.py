@@ -98,6 +98,7 @@ def main() -> int:
     print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
+    torch.backends.cuda.matmul.allow_tf32 = hardware.tf32  # only now: PiSSA's SVDs need every bit
     measure = partial(records.measure, model, tok, held_out)
     before = distributed.on_main(measure, out / "eval-before.jsonl", recorded["model_digest"])
 
@@ -116,7 +117,7 @@ def main() -> int:
             if objective.adaptive_lambda1:
                 shares = [head.entropy_share(teacher, objective.temperature) for teacher in teachers]
                 mean = sum(part.share * share for part, share in zip(parts, shares, strict=True))
-                unsure = distributed.total(mean.item())
+                unsure = distributed.total(mean.item())  # waits for a GPU, as else only run.update does
             weights = lambdas(objective, step, steps, unsure)
 
             for part, batch, teacher in zip(parts, packed, teachers, strict=True):

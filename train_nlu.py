@@ -21,6 +21,7 @@ from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.weights import arrange_head, weights_digest
 from minibalora.data import as_text, batches, files, glue, labelled, prompts, sets
 from minibalora.evaluation import classify, records
+from minibalora.models.decoder import to_device
 from minibalora.models.mixture import MixtureConfig
 from minibalora.models.t5 import AsText
 from minibalora.objective import entropy_share, lambdas, nlu_loss
@@ -119,6 +120,7 @@ def main() -> int:
     print_plan(settings, base, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step, the student is the pre-trained model, whatever the init.
+    torch.backends.cuda.matmul.allow_tf32 = hardware.tf32  # only now: PiSSA's SVDs need every bit
     answer = partial(classify.answers, model, batch_size=asked_at_once, device=device)
     judge = partial(classify.scores_of_sets, answer, task, optimisation.batch_size)
     before = judge(eval_sets)
@@ -139,7 +141,8 @@ def main() -> int:
                 unsure = float(entropy_share(asked, objective.temperature).mean())
             weights = lambdas(objective, step, steps, unsure)
             for part in parts:
-                teacher_logits = None if teacher is None else teacher[[row.index for row in part.rows]].to(device)
+                indices = [row.index for row in part.rows]
+                teacher_logits = None if teacher is None else to_device(teacher[indices], device)
                 inputs, labels = labelled.padded(part.rows, model, device)
                 with run.autocast():
                     loss, terms = nlu_loss(forward(*inputs), teacher_logits, labels, objective, weights)

@@ -18,16 +18,35 @@ With f = softmax(z), f_T = softmax(z/T), p_T = softmax(z_P/T) and ∂ log f_j / 
     ... of the top K  the same over the K largest z_i           the same, 0 elsewhere
     non-target KL     consistency at T = 1, entry y left out    f̃ − p̃, exactly 0 at y
 
-The spectral term is a function φ of the singular values of all rows together, Z = H Wᵀ. Take any R (d, d) with
-RᵀR = WᵀW, computed once: then Z Zᵀ = H RᵀR Hᵀ = Y Yᵀ with Y = H Rᵀ, so Z (M, V) has the singular values of Y (M, d).
-If Y = U Σ Vᵀ, then ∂φ/∂Y = U φ'(Σ) Vᵀ = U (φ'(Σ) Σ⁻¹) Uᵀ Y, and U and Σ² are the eigenvectors and -values of Y Yᵀ; or,
-where M > d, of YᵀY from the other side. Nothing is divided by a gap σ_i − σ_j, so equal values are harmless. Where
-σ is 0, φ'(Σ) Σ⁻¹ is set to 0, the smallest subgradient. Squaring halves the number of digits, so this part uses
-float64: for σ_i = i⁻³, i ≤ 512, the nuclear norm would be 1.2 % off in float32; in float64 it is 3e-8 off.
+The spectral term φ = −s/t, s = Σ_{i≤k} σ_i, t = ‖Z‖, is of all rows together: Z = H Wᵀ = U Σ Vᵀ. With G = WᵀW (d, d),
+computed once, S = Z Zᵀ = H G Hᵀ = U Σ² Uᵀ is only (M, M). By hand ∂σ_i/∂Z = u_i v_iᵀ, so ∂σ_i/∂H = u_i v_iᵀ W; and
+H G = Z W = U Σ Vᵀ W, so u_iᵀ H G = σ_i v_iᵀ W. Together ∂σ_i/∂H = (u_i u_iᵀ / σ_i) H G, and
+
+    ∂s/∂H = C H G, C = Σ_{i≤k} u_i u_iᵀ / σ_i                ∂φ/∂H = −(∂s/∂H + φ ∂t/∂H) / t
+    ∂t/∂H = S^(−½) H G for t = Σ σ_i = tr S^½ (nuclear), H G / t for t² = Σ σ_i² = tr S (Frobenius)
+
+Nothing is divided by a gap σ_i − σ_j, so equal values are harmless. Where σ is 0, 1/σ is set to 0, the smallest
+subgradient. If M > 1.5 d, H = Q R makes S smaller: Z = Q (R Wᵀ), so φ is that of R (d, d), and ∂φ/∂H = Q ∂φ/∂R.
+
+s and C need no whole S: T = Xᵀ S X has the same leading values, and vectors but for X, if X is a basis of the Krylov
+space of S Ω, ..., S¹⁰ Ω. For σ_i = i^−½ and steeper, s is 1e-11 and ∂s 1e-6 off. Without a gap after σ_k, the leading
+k are not unique, but s is: 1e-5 off for equal values, 1e-4 for a Gaussian H, whose values crowd around σ_k.
+
+On a CPU, `eigh` decomposes S or T. On a GPU it would make the host wait, so two iterations of products take its place.
+Their matrices commute, so each acts on every eigenvalue by itself; Z / √(tr S) has the same φ, and these in [0, 1]:
+
+    S^½, S^(−½)   Y = S, Z = I; then P = a (3 I − a² Z Y) / 2, Y ← Y P, Z ← P Z. So x = √(z y) → a x (3 − a² x²) / 2,
+                  at most 1; for a² = 3 / (1 + ℓ + ℓ²) it is equal at x = ℓ and 1, so the smallest x, ℓ, grows fastest.
+    leading k     P = S; then P ← P² if tr P > k, else 2 P − P². Both keep the order of eigenvalues in [0, 1], so the
+                  k largest become 1, the others 0: P = Σ_{i≤k} u_i u_iᵀ (Niklasson, Phys. Rev. B 66, 155115).
+
+Squaring halves the number of digits: in float64, σ below 3e-7 σ_1 count as 0, and Σ i⁻³, i ≤ 512, is 2e-5 off. A GPU
+with slow float64 uses float32, which loses σ below 1e-2 σ_1: s is 1e-6 off if σ_k is larger, Σ σ_i up to 2e-2.
 
 BA-LoRA: arXiv 2408.04556. Non-target KL: arXiv 2605.29498. Cross-entropy in blocks: arXiv 2411.09009.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,10 +55,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FrozenHead", "Terms", "fused_objective", "mean_entropy"]
+__all__ = ["FrozenHead", "Terms", "WithGradient", "fused_objective", "mean_entropy"]
+__all__ += ["spectral_place", "spectral_share"]
 
 BLOCK = {"cpu": 192, "cuda": 512}  # rows at a time; fewer slow matrix products down; 5 blocks of logits are held
 ROOT_ROWS = 4096  # rows of the head that are converted to float64 at once
+WHOLE = 160  # rows of the largest S (M, M) that a CPU decomposes faster than it computes a Krylov basis
+DEPTH = 10  # powers of S in a Krylov basis
+FAST_FLOAT64 = ((6, 0), (7, 0), (8, 0), (9, 0), (10, 0))  # compute capabilities: P100, V100, A100, H100, B200
 LEFT_OUT = -1e30  # a logit whose probability is exactly 0; unlike with −∞, the difference of two is not NaN
 
 
@@ -78,12 +101,12 @@ class FrozenHead:
         self.buffers = []
 
     @cached_property
-    def root(self) -> Tensor:
-        """R (d, d) with RᵀR = WᵀW in float64: R = Λ^½ Qᵀ from WᵀW = Q Λ Qᵀ, which exists for a W of any rank."""
+    def gram(self) -> Tensor:
+        """G = WᵀW (d, d), where and in the dtype in which the spectral term is computed."""
+        device, dtype = spectral_place(self.weight.device)
         with torch.inference_mode(False), torch.no_grad():  # training cannot use an inference tensor
-            gram = sum(part.double().T @ part.double() for part in self.weight.split(ROOT_ROWS))
-            values, Q = torch.linalg.eigh(gram)
-            return values.clamp_min(0).sqrt()[:, None] * Q.T
+            parts = (part.to(device, torch.float64) for part in self.weight.split(ROOT_ROWS))
+            return sum(part.T @ part for part in parts).to(dtype)
 
     def workspace(self, count: int, rows: int) -> list[Tensor]:
         """Return `count` blocks (rows, V) in float32 or wider. Every call reuses the same memory: on a CPU, new memory
@@ -119,11 +142,15 @@ def fused_objective(
     with torch.autocast(states.device.type, enabled=False):
         values, gradient = _token_terms(states, teacher, targets.long(), head, terms)
         if terms.lambda3 != 0:
-            values["svd"], slope = _spectral_share(states, head.root, terms.svd_k, terms.svd_norm)
-            gradient.add_(slope, alpha=terms.lambda3)
+            H = states.to(head.gram.device, head.gram.dtype)
+            Q, H = torch.linalg.qr(H) if 2 * len(H) > 3 * H.shape[1] else (None, H)
+            HG = H @ head.gram
+            share, slope = spectral_share(HG @ H.T, HG, terms.svd_k, terms.svd_norm, H.is_cpu)
+            values["svd"] = share.to(gradient)
+            gradient.add_((slope if Q is None else Q @ slope).to(gradient), alpha=terms.lambda3)
     weights = terms.of_tokens | {"svd": terms.lambda3}
     total = sum(weights[name] * value for name, value in values.items())
-    return _WithGradient.apply(student, total, gradient), values
+    return WithGradient.apply(student, total, gradient), values
 
 
 def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms) -> None:
@@ -135,7 +162,8 @@ def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: 
         raise ValueError(
             f"targets are {targets.dtype} of shape {list(targets.shape)}: give a token for each of {M} rows"
         )
-    if not targets.is_cuda and not ((targets >= 0) & (targets < len(head.weight))).all():  # a GPU's gather checks it
+    is_checked = targets.device.type in ("cpu", "mps")  # CUDA's gather checks it, without making the host wait
+    if is_checked and not ((targets >= 0) & (targets < len(head.weight))).all():
         raise ValueError(f"a target lies outside 0 to {len(head.weight) - 1}: leave out rows without a target")
     is_needed = terms.lambda1 != 0 or terms.non_target_kl != 0
     if is_needed and (teacher is None or teacher.shape != student.shape):
@@ -143,7 +171,7 @@ def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: 
         raise ValueError(f"teacher of shape {shape}, student {list(student.shape)}: give the same rows")
 
 
-class _WithGradient(torch.autograd.Function):
+class WithGradient(torch.autograd.Function):
     """Attach a gradient that is already computed to a value."""
 
     @staticmethod
@@ -155,7 +183,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor):
         if torch.is_grad_enabled():
-            raise RuntimeError("fused_objective can't be differentiated twice: use the formulas of regularizers.py")
+            raise RuntimeError("fused.py can't be differentiated twice: use the formulas of regularizers.py")
         (gradient,) = ctx.saved_tensors
         return (upstream.to(gradient.dtype) * gradient).to(ctx.dtype), None, None  # scale before rounding
 
@@ -256,27 +284,81 @@ def _largest(z: Tensor, k: int, width: int = 64) -> tuple[Tensor, Tensor]:
     return largest, columns.gather(1, place)
 
 
-@torch.no_grad()
-def _spectral_share(student: Tensor, root: Tensor, k: int, norm: str) -> tuple[Tensor, Tensor]:
-    """Return −Σ_{i≤k} σ_i / ‖Z‖ of Z = H Wᵀ and its gradient (M, d), in float64. root: R, see the file's docstring."""
-    Y = student.double() @ root.T
-    M, d = Y.shape
-    gram = Y @ Y.T if M <= d else Y.T @ Y
-    if not gram.isfinite().all():  # eigh would raise, and hide which rows caused it
-        return gram.new_tensor(torch.nan), torch.full_like(student, torch.nan, dtype=gram.dtype)
-    squares, Q = torch.linalg.eigh(gram)
-    squares, Q = squares.flip(0), Q.flip(1)  # descending
-    is_noise = squares <= squares[0] * len(gram) * torch.finfo(gram.dtype).eps
-    sigma = squares.masked_fill(is_noise, 0.0).sqrt()
+def spectral_place(device: torch.device) -> tuple[torch.device, torch.dtype]:
+    """Return where the spectral term of tensors on `device` is computed: in float64; on the CPU if the device has no
+    float64 or no QR; in float32 on an NVIDIA GPU with slow float64, unless TF32 rounds its products."""
+    if device.type in ("mps", "xpu"):
+        return torch.device("cpu"), torch.float64
+    if device.type != "cuda" or torch.version.cuda is None or torch.backends.cuda.matmul.allow_tf32:
+        return device, torch.float64
+    return device, torch.float64 if torch.cuda.get_device_capability(device) in FAST_FLOAT64 else torch.float32
 
-    total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
-    if total == 0:
-        return total, torch.zeros_like(student, dtype=gram.dtype)
-    share = -sigma[:k].sum() / total
-    slope = -share / total * (torch.ones_like(sigma) if norm == "nuclear" else sigma / total)  # φ'
-    slope[:k] -= 1 / total
-    core = (Q * (slope / sigma).masked_fill(is_noise, 0.0)) @ Q.T
-    return share, (core @ Y if M <= d else Y @ core) @ root
+
+@torch.no_grad()
+def spectral_share(S: Tensor, Y: Tensor, k: int, norm: str, by_eigh: bool) -> tuple[Tensor, Tensor]:
+    """Return φ and its gradient (M, n) from S = Z Zᵀ (M, M) and Y (M, n): H G for the gradient in H, Z for that in Z.
+
+    by_eigh: use `eigh`, which makes the host of a GPU wait; otherwise only products and QR.
+    """
+    is_finite, scale = S.isfinite().all(), torch.where(S.trace() > 0, S.trace(), 1.0)
+    S = torch.where(is_finite, S / scale, 0.0)  # the same φ; eigh would raise for NaN
+    X = None if by_eigh and (norm == "nuclear" or len(S) <= WHOLE) else _krylov_basis(S, k, by_eigh)
+    s, C, t, inverse = (_by_eigh if by_eigh else _by_products)(S if X is None else X.T @ (S @ X), k)
+    if norm == "frobenius":
+        share = -s + torch.where(is_finite, 0.0, torch.nan)
+        slope = C.to(Y) @ Y if X is None else (X @ C).to(Y) @ (X.T.to(Y) @ Y)
+        return share, slope.add_(share.to(Y) * Y).div_(-scale)
+    if X is not None:
+        C, (root, inverse) = X @ C @ X.T, _roots(S)
+        t = root.trace()
+    t = torch.where(t > 0, t, 1.0)  # Z = 0: everything is 0
+    share = -s / t + torch.where(is_finite, 0.0, torch.nan)
+    return share, ((C + share * inverse) / (-t * scale)).to(Y) @ Y
+
+
+def _krylov_basis(S: Tensor, k: int, by_eigh: bool) -> Tensor:
+    """Return an orthonormal basis of [S Ω, ..., S¹⁰ Ω], Ω (M, k + 2): all of it, or by `eigh` its k best vectors."""
+    X = torch.arange(len(S) * (k + 2), device=S.device).to(S.dtype).square().sin().view(len(S), -1)  # no upload
+    blocks = []
+    for _ in range(DEPTH):
+        X = torch.linalg.qr(S @ X)[0]  # without it, every column would turn to the first eigenvector
+        blocks.append(X)
+    X = torch.linalg.qr(torch.cat(blocks, dim=1))[0]
+    return X @ torch.linalg.eigh(X.T @ (S @ X))[1][:, -k:] if by_eigh else X
+
+
+def _by_eigh(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return Σ_{i≤k} σ_i, C = Σ_{i≤k} u_i u_iᵀ / σ_i, and the same of all i: tr S^½ and S^(−½)."""
+    squares, U = torch.linalg.eigh(S)
+    squares, U = squares.flip(0), U.flip(1)  # descending
+    is_noise = squares <= squares[0] * len(S) * torch.finfo(S.dtype).eps
+    sigma = squares.masked_fill(is_noise, 0.0).sqrt()
+    scaled = U * (1 / sigma).masked_fill(is_noise, 0.0)
+    return sigma[:k].sum(), scaled[:, :k] @ U[:, :k].T, sigma.sum(), scaled @ U.T
+
+
+def _roots(S: Tensor) -> tuple[Tensor, Tensor]:
+    """Return S^½ and S^(−½) by Newton-Schulz, for tr S = 1."""
+    one = torch.eye(len(S), dtype=S.dtype, device=S.device)
+    Y, Z, smallest = S, one, math.sqrt(max(3e-13, len(S) * torch.finfo(S.dtype).eps))
+    while 1 - smallest > 1e-15:
+        a = math.sqrt(3 / (1 + smallest + smallest**2))
+        P = torch.addmm(one, Z, Y, beta=1.5 * a, alpha=-(a**3) / 2)
+        Y, Z, smallest = Y @ P, P @ Z, a * smallest * (3 - (a * smallest) ** 2) / 2
+    return Y, Z
+
+
+def _by_products(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return what `_by_eigh` returns, for tr S = 1, by the two iterations of the file's docstring."""
+    root, inverse = _roots(S)
+    one, tiny = torch.eye(len(S), dtype=S.dtype, device=S.device), max(3e-13, len(S) * torch.finfo(S.dtype).eps)
+    P = (S + tiny * one) / (1 + tiny * len(S))  # no eigenvalue is negative by rounding
+    for _ in range(45 if S.dtype == torch.float64 else 30):  # resolves σ_k² − σ_{k+1}² of 1e-9 or 1e-5 tr S
+        P = P.addcmul(torch.addmm(P, P, P, alpha=-1), (k - P.trace()).sign())
+    P = torch.addmm(P @ P, P @ P, one - P, alpha=2)  # 3 P² − 2 P³ removes rounding errors, which P² doubles
+    rest = torch.addmm(P, P, P, alpha=-1)  # 0 but for equal values around the k-th: they share what k leaves for them
+    P = P + rest * torch.where(rest.trace() > 1e-6, (k - P.trace()) / rest.trace(), 0.0)
+    return (P * root).sum(), P @ inverse, root.trace(), inverse
 
 
 @torch.no_grad()

@@ -51,11 +51,16 @@ def krylov_svd(W: Tensor, rank: int, depth: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def wide_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the leading r of the exact SVD of W (m, n), m <= n. The QR comes first, so only r vectors of the long side
-    are computed: for n = 4 m this is 3 times faster than torch.linalg.svd."""
-    Q, R = torch.linalg.qr(W.T)
-    U, S, Vh = torch.linalg.svd(R.T)
-    return U[:, :rank], S[:rank], Vh[:rank] @ Q.T
+    """Return the leading r of the SVD of W (m, n), m <= n, from the eigenvectors of W Wᵀ (m, m): W Wᵀ = U S² Uᵀ, and
+    Vᵀ = S⁻¹ Uᵀ W. In float64, since squares have half the digits; where there is no float64, on the CPU.
+
+    On a CPU this takes up to 11 % less time than a QR and an SVD do, see `tests/bench_pissa.py`.
+    """
+    wide = W.to("cpu" if W.device.type in ("mps", "xpu") else W.device).double()
+    squares, U = torch.linalg.eigh(wide @ wide.T)
+    S, U = squares[-rank:].flip(0).clamp_min(0).sqrt(), U[:, -rank:].flip(1)  # descending
+    Vh = U.T @ wide / torch.where(S > 0, S, 1.0)[:, None]
+    return U.to(W), S.to(W), Vh.to(W)
 
 
 def krylov_basis(W: Tensor, width: int, depth: int) -> Tensor:

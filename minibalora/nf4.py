@@ -6,6 +6,7 @@ This file needs only torch.
 NF4: QLoRA, Dettmers et al., arXiv 2305.14314, section 3.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from math import inf, prod
 
@@ -19,6 +20,7 @@ BLOCK = 64  # neighbouring weights in memory that share one scale
 SCALE_BLOCK = 256  # neighbouring scales that share one step
 TABLES: dict[torch.device, Tensor] = {}  # the tables of `_levels_of_a_byte`
 CHUNK = 2**14  # blocks that are unpacked at a time, so that temporary tensors take a few MB for a weight of any size
+GPU_CHUNK = 2**19  # on a GPU, where each chunk costs 4 kernels: the temporary tensors take 0.2 GB
 
 
 def normal_levels() -> Tensor:
@@ -74,7 +76,7 @@ class NF4(nn.Module):
         packed = cls(weight.shape, codes, *_quantized_scales(scales))
         levels = normal_levels().float().to(weight.device)
         borders = (levels[1:] + levels[:-1]) / 2
-        parts = zip(blocks.split(CHUNK), codes.split(CHUNK), packed.scales().split(CHUNK), strict=True)
+        parts = _chunks(blocks, codes, packed.scales())
         for numbers, target, scale in parts:
             # a stored scale of 0 gives inf or NaN here; any code is right, because it is multiplied by 0
             index = torch.bucketize(numbers.float() / scale[:, None], borders, out_int32=True)
@@ -85,7 +87,7 @@ class NF4(nn.Module):
         """Return the dense weight in its original shape, computed in float32 and rounded once."""
         weight = torch.empty(len(self.codes), BLOCK, dtype=dtype, device=self.codes.device)
         table = _levels_of_a_byte(self.codes.device)
-        parts = zip(weight.split(CHUNK), self.codes.split(CHUNK), self.scales().split(CHUNK), strict=True)
+        parts = _chunks(weight, self.codes, self.scales())
         for target, codes, scale in parts:
             levels = table.index_select(0, codes.flatten().int()).view(torch.float32).view(-1, BLOCK)
             target.copy_(levels.mul_(scale[:, None]))
@@ -98,6 +100,12 @@ class NF4(nn.Module):
 
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.shape))
+
+
+def _chunks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the parts of tensors (blocks, ...) that are packed or unpacked at a time."""
+    count = GPU_CHUNK if tensors[0].is_cuda else CHUNK
+    return zip(*(tensor.split(count) for tensor in tensors), strict=True)
 
 
 def _quantized_scales(scales: Tensor) -> tuple[Tensor, Tensor, Tensor]:

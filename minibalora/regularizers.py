@@ -77,9 +77,9 @@ def svd_share(logits: Tensor, k: int, norm: str = "nuclear") -> Tensor:
     norm "frobenius", ‖Z‖ = √Σ_j σ_j² (NLG iclr2026): in [−√k, 0), so not strictly a share.
     The value is not additive over rows: it depends on how a batch is cut. A matrix of zeros gives 0.
     """
-    sigma = _singular_values(logits)
     if norm not in ("nuclear", "frobenius"):
         raise ValueError(f"unknown norm {norm!r}: give nuclear or frobenius")
+    sigma = _singular_values(logits)
     total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
     return -sigma[:k].sum() / torch.where(total > 0, total, 1.0)
 
@@ -141,4 +141,5 @@ def _singular_values(logits: Tensor) -> Tensor:
     NaN or +∞ in the logits gives NaN, as in every other term: svdvals would raise, and hide which rows caused it.
     """
     Z = _numbers(logits)
-    return torch.linalg.svdvals(Z) if Z.isfinite().all() else Z.sum() * Z.new_full((min(Z.shape),), torch.nan)
+    is_finite = Z.isfinite().all()  # not a Python bool, for which the host would wait for a GPU
+    return torch.linalg.svdvals(torch.where(is_finite, Z, 0.0)) + torch.where(is_finite, 0.0, torch.nan)

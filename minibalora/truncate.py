@@ -37,7 +37,11 @@ def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor
     Returns factors (m, r) and (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product; those
     after the first r are lost. After a QR of both factors, the SVD is one of an R x R matrix.
     """
-    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left.double()), torch.linalg.qr(right.T.double())
+    device = left.device
+    place = "cpu" if device.type in ("mps", "xpu") else device  # these have no float64, or no QR
+    left, right = left.to(place).double(), right.to(place).double()
+    (Q_left, R_left), (Q_right, R_right) = torch.linalg.qr(left), torch.linalg.qr(right.T)
     U, S, Vh = torch.linalg.svd(R_left @ R_right.T, full_matrices=False)
     root = S[:rank].sqrt()
-    return (Q_left @ (U[:, :rank] * root)).float(), (root[:, None] * Vh[:rank] @ Q_right.T).float(), S
+    left, right = Q_left @ (U[:, :rank] * root), root[:, None] * Vh[:rank] @ Q_right.T
+    return left.float().to(device), right.float().to(device), S

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from minibalora import fused
 from minibalora import regularizers as R
 from minibalora.fused import FrozenHead, fused_objective, mean_entropy
-from minibalora.objective import NLG_RECIPES, LogitsInBlocks, Objective, WholeLogits, entropy_share
+from minibalora.objective import NLG_RECIPES, LogitsInBlocks, Objective, WholeLogits, entropy_share, lean_svd_share
 
 WEIGHTS = {"consistency": 0.3, "diversity": 0.2, "svd": 0.5, "non_target_kl": 0.7}
 RECIPES = list(NLG_RECIPES)
@@ -167,6 +167,167 @@ def test_equal_and_zero_singular_values_give_finite_gradients(norm):
         loss.backward()
         assert states.grad.isfinite().all()
         assert terms["svd"].item() == pytest.approx(R.svd_share(states @ head.T, 2, norm).item(), abs=1e-7)
+
+
+SPECTRA = {
+    "i^-1/2": lambda i: i**-0.5,
+    "i^-1": lambda i: 1 / i,
+    "i^-2": lambda i: i**-2,
+    "spiked": lambda i: torch.where(i == 1, 1e3, 1 / i),
+    "rank 15": lambda i: torch.where(i <= 15, 1 / i, 0.0),
+    "rank 5, fewer than k": lambda i: torch.where(i <= 5, 1 / i, 0.0),
+    "zero": lambda i: 0 * i,
+}
+FORMS = {"by eigh": True, "by products": False}
+
+
+def with_spectrum(name, M, d, seed=0):
+    """Return H (M, d) with that spectrum, and its share's value and gradient by the SVD; k = 10."""
+    torch.manual_seed(seed)
+    rank = min(M, d)
+    U, V = (torch.linalg.qr(torch.randn(n, rank, dtype=torch.float64))[0] for n in (M, d))
+    sigma = SPECTRA[name](torch.arange(1, rank + 1, dtype=torch.float64))
+    return (U * sigma) @ V.T, U, sigma, V
+
+
+def share_of_spectrum(U, sigma, V, norm, k=10):
+    """Return φ and U φ'(Σ) Vᵀ, the definition; φ' is 0 where σ is 0."""
+    total = sigma.sum() if norm == "nuclear" else torch.linalg.vector_norm(sigma)
+    total = total if total > 0 else torch.tensor(1.0)
+    share = -sigma[:k].sum() / total
+    slope = -share / total * (torch.ones_like(sigma) if norm == "nuclear" else sigma / total)
+    slope[:k] -= 1 / total
+    return share, (U * torch.where(sigma > 0, slope, 0.0)) @ V.T
+
+
+@pytest.mark.parametrize("by_eigh", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("M, d", [(1, 8), (7, 30), (30, 24), (64, 48), (190, 250)])
+def test_both_forms_of_the_spectral_share_equal_its_definition(M, d, spectrum, norm, by_eigh):
+    """Bars: 1e-9 of the value, 1e-4 of the gradient. (190, 250) is large enough for the Krylov basis."""
+    H, *parts = with_spectrum(spectrum, M, d)
+    expected, gradient = share_of_spectrum(*parts, norm)
+    share, slope = fused.spectral_share(H @ H.T, H, 10, norm, by_eigh)
+    assert share.item() == pytest.approx(expected.item(), rel=1e-9, abs=1e-12)
+    unit = 1 / max(parts[1].max().item(), 1e-9)  # a share of all values is constant, so its gradient is rounding alone
+    assert (slope - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6 * unit
+
+
+@pytest.mark.parametrize("by_eigh", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("values", [{1.0: 40}, {1.0: 7, 0.5: 20, 0.1: 13}, {1.0: 3, 0.3: 200}], ids=str)
+def test_equal_values_around_the_kth_keep_the_value(values, norm, by_eigh):
+    """The leading k are not unique, and neither is the gradient."""
+    torch.manual_seed(0)
+    sigma = torch.cat([torch.full((count,), value, dtype=torch.float64) for value, count in values.items()])
+    H = torch.linalg.qr(torch.randn(len(sigma), len(sigma), dtype=torch.float64))[0] * sigma
+    share, slope = fused.spectral_share(H @ H.T, H, 10, norm, by_eigh)
+    total = sigma.sum() if norm == "nuclear" else sigma.norm()
+    assert share.item() == pytest.approx(-(sigma[:10].sum() / total).item(), rel=1e-9)
+    assert slope.isfinite().all()
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_values_without_a_gap_are_1e_3_off_at_most(norm):
+    torch.manual_seed(0)
+    H = torch.randn(300, 320, dtype=torch.float64)
+    exact = R.svd_share(H, 10, norm).item()
+    for by_eigh in FORMS.values():
+        assert fused.spectral_share(H @ H.T, H, 10, norm, by_eigh)[0].item() == pytest.approx(exact, rel=1e-3)
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_float32_products_keep_six_digits_of_values_above_a_percent(norm):
+    """On a GPU with slow float64. Σ i^-½ has no values below 1 % of the largest; k = 10 > rank stays finite."""
+    H, *parts = with_spectrum("i^-1/2", 190, 250)
+    expected, gradient = share_of_spectrum(*parts, norm)
+    share, slope = fused.spectral_share((H @ H.T).float(), H.float(), 10, norm, by_eigh=False)
+    assert share.dtype == slope.dtype == torch.float32
+    assert share.item() == pytest.approx(expected.item(), rel=2e-6) and distance(slope.double(), gradient) < 1e-4
+    for spectrum in SPECTRA:
+        H = with_spectrum(spectrum, 60, 50)[0].float()
+        assert all(x.isfinite().all() for x in fused.spectral_share(H @ H.T, H, 10, norm, by_eigh=False))
+
+
+@pytest.mark.parametrize("by_eigh", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("M", [9, 200])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_numbers_that_are_not_finite_give_nan_and_no_exception(bad, M, norm, by_eigh):
+    H = torch.randn(M, 210, dtype=torch.float64)
+    H[3, 1] = bad
+    share, slope = fused.spectral_share(H @ H.T, H, 10, norm, by_eigh)
+    assert share.isnan() and slope.isnan().all()
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_many_more_rows_than_columns_use_the_short_side(norm):
+    """With the whole S, 4000 × 4000, this test would take minutes."""
+    student, _, targets, W = states_and_head(4000, 64, 90)
+    with Largest() as largest:
+        weights = dict.fromkeys(WEIGHTS, 0.0) | {"svd": 1.0}
+        loss, terms = LogitsInBlocks(W).loss(student, None, targets, Objective(svd_norm=norm), weights)
+    assert largest.numbers <= 4000 * 90
+    expected = R.svd_share(student @ W.T, 10, norm)
+    assert terms["svd"].item() == pytest.approx(expected.item(), rel=1e-10)
+
+
+class Forbidden(TorchDispatchMode):
+    """Raises at everything that makes the host wait for a GPU."""
+
+    waits = ("_local_scalar_dense", "eigh", "svd", "nonzero", "is_nonzero", "item", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(word in function.name() for word in self.waits), function.name()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+def test_the_products_never_make_the_host_wait(norm):
+    H = torch.randn(70, 80, dtype=torch.float64)
+    with Forbidden():
+        fused.spectral_share(H @ H.T, H, 10, norm, by_eigh=False)
+    with pytest.raises(AssertionError, match="eigh"), Forbidden():
+        fused.spectral_share(H @ H.T, H, 10, norm, by_eigh=True)
+
+
+@pytest.mark.parametrize(
+    "device, capability, tf32, place, dtype",
+    [
+        ("cpu", None, False, "cpu", torch.float64),
+        ("mps", None, False, "cpu", torch.float64),
+        ("cuda", (9, 0), False, "cuda", torch.float64),
+        ("cuda", (8, 9), False, "cuda", torch.float32),
+        ("cuda", (8, 9), True, "cuda", torch.float64),
+    ],
+)
+def test_float64_is_left_where_it_is_slow_or_missing(device, capability, tf32, place, dtype, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        assert fused.spectral_place(torch.device(device)) == (torch.device(place), dtype)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("norm", ["nuclear", "frobenius"])
+@pytest.mark.parametrize("M, V", [(12, 9000), (190, 5000), (1, 40), (30, 20)])
+def test_the_lean_share_of_whole_logits_equals_the_plain_one(M, V, norm):
+    """As for Gemma 2, whose logits are capped."""
+    torch.manual_seed(0)
+    logits = 30 * torch.tanh(torch.randn(M, V) * torch.arange(1, V + 1) ** -0.6)
+    results = []
+    for function in (R.svd_share, lean_svd_share):
+        Z = logits.clone().requires_grad_()
+        share = function(Z, 10, norm)
+        share.backward()
+        results.append((share.item(), Z.grad))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-6)
+    if M < V:  # else there are noise values, whose gradient is arbitrary
+        assert distance(results[1][1], results[0][1]) < 1e-4 or results[0][1].norm() < 1e-6
 
 
 @pytest.mark.parametrize("norm", ["nuclear", "frobenius"])

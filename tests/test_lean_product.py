@@ -1,15 +1,17 @@
 """Tests of the lean product: values and gradients equal the plain product's, and fewer tensors are saved."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from helpers import distance
 from torch import nn
 
-from minibalora.lean_product import LeanLowRankLinear, use_lean_product
+from minibalora.lean_product import KEPT, LeanLowRankLinear, factors_kept, use_lean_product
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, pretrained
 from minibalora.nf4 import quantize
+from minibalora.truncate import truncate
 
 INITS = ("lora", "pissa")
 ROWS = [(1,), (2, 40)]  # for few rows the layer computes X W + X left right, for many X (W + ΔW)
@@ -67,7 +69,75 @@ def test_only_x_and_the_factors_are_saved_for_backward(init):
     x, saved = torch.randn(5, 30, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         lean(x)
-    assert {t.shape for t in saved} == {x.shape, lean.A.shape, lean.B.shape}
+    left, right = lean.update()
+    assert {t.shape for t in saved} == {x.shape, lean.A.shape, left.shape, right.shape}
+
+
+def count_updates(monkeypatch: pytest.MonkeyPatch) -> list[LowRankLinear]:
+    """Return a list to which each computation of a layer's factors adds the layer."""
+    layers, update = [], LowRankLinear.update
+    monkeypatch.setattr(LowRankLinear, "update", lambda layer: layers.append(layer) or update(layer))
+    return layers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", INITS)
+def test_factors_are_computed_once_inside_factors_kept_and_once_a_forward_pass_outside(init, dtype, monkeypatch):
+    _, lean = both(init, dtype)
+    x, updates, results = torch.randn(3, 30, dtype=dtype), count_updates(monkeypatch), []
+    with torch.inference_mode(), factors_kept(lean):
+        lean(x)
+    for scope in (factors_kept(lean), nullcontext()):
+        updates.clear()
+        with scope:
+            with torch.inference_mode():
+                lean(x)
+            for _ in range(2):  # a micro-batch each
+                lean(x).square().sum().backward()
+            with factors_kept(lean):
+                lean(x)
+            lean(x)
+        results.append([lean(x), lean.A.grad, lean.B.grad])
+        lean.zero_grad()
+        assert len(updates) == (2 if len(results) == 1 else 6), "one of these is the last call, which is outside"
+    assert all(map(torch.equal, *results)) and not KEPT
+
+
+CHANGES = {
+    "in place": lambda layer: layer.A.detach().add_(1),
+    "in inference mode": torch.inference_mode()(lambda layer: layer.B.mul_(2)),
+    "foreach optimizer": lambda layer: torch.optim.SGD([layer.A, layer.B], foreach=True).step(),
+    "fused optimizer": lambda layer: torch.optim.AdamW([layer.A, layer.B], fused=True).step(),
+    "load_state_dict": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}),
+    "assigned": lambda layer: layer.load_state_dict({k: v + 1 for k, v in layer.state_dict().items()}, assign=True),
+    ".data": lambda layer: setattr(layer.A, "data", layer.A + 1),
+    ".data, same memory": lambda layer: setattr(layer.A, "data", layer.A.data.T.reshape(30, 5).flip(0)),
+    "another parameter": lambda layer: setattr(layer, "B", nn.Parameter(layer.B + 1)),
+    "initial value": lambda layer: layer.A0.detach().add_(1),
+    "truncated": lambda layer: truncate(layer, 2),
+    "dtype": lambda layer: layer.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_factors_that_were_changed_inside_factors_kept_are_computed_again(change):
+    _, lean = both("pissa")
+    x = torch.randn(3, 30)
+    with factors_kept(lean):
+        before = lean(x)
+        lean.A.grad, lean.B.grad = torch.ones_like(lean.A), torch.ones_like(lean.B)
+        change(lean)
+        inside = lean(x.to(lean.A.dtype))
+    assert torch.equal(inside, lean(x.to(lean.A.dtype))) and not torch.equal(inside, before)
+
+
+def test_a_copy_of_a_layer_keeps_no_factors():
+    _, lean = both("pissa")
+    with factors_kept(lean):
+        lean(torch.randn(3, 30))
+        other = copy.deepcopy(lean)
+        assert other not in KEPT and KEPT[lean] is not None
+    assert not KEPT
 
 
 def test_a_second_derivative_is_refused():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from minibalora.objective import (
     NLU_RECIPES,
     Objective,
     entropy_share,
+    head_of,
     lambdas,
     nlg_loss,
     nlu_loss,
@@ -155,3 +157,22 @@ def test_the_spectral_share_of_three_classes_has_no_gradient_but_the_sum_has():
         _, terms = nlu_loss(student, None, torch.zeros(8, dtype=torch.long), objective, lambdas(objective, 0, 1))
         gradients.append(torch.autograd.grad(terms["svd"], student)[0].norm().item())
     assert gradients[0] < 1e-6 < 0.1 < gradients[1]
+
+
+@pytest.mark.parametrize("recipe", NLG_RECIPES)
+def test_capped_logits_take_the_lean_spectral_term_unless_plain(recipe, monkeypatch):
+    """As for Gemma 2. The numbers are the same; only `--plain` runs the paper's SVD."""
+    torch.manual_seed(0)
+    W, objective = torch.randn(90, 24, dtype=torch.float64), dataclasses.replace(NLG_RECIPES[recipe], svd_k=4)
+    head = lambda states: 5 * torch.tanh(states @ W.T / 5)  # noqa: E731
+    model = SimpleNamespace(head=head, head_weight=W, config=SimpleNamespace(logit_cap=5.0))
+    states, targets = torch.randn(20, 24, dtype=torch.float64, requires_grad=True), torch.randint(90, (20,))
+    weights = {"consistency": 0.3, "diversity": 0.2, "svd": 0.5, "non_target_kl": 0.0}
+    teacher, results, calls = states.detach() + 0.1, [], []
+    monkeypatch.setattr(R, "_singular_values", lambda Z: calls.append(1) or torch.linalg.svdvals(Z))
+    for is_plain in (False, True):
+        loss, terms = head_of(model, is_plain).loss(states, teacher, targets, objective, weights)
+        results.append((loss.item(), terms["svd"].item(), torch.autograd.grad(loss, states)[0]))
+        assert len(calls) == is_plain
+    assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-12)
+    assert torch.allclose(results[0][2], results[1][2], rtol=1e-9, atol=1e-12)

@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from datetime import timedelta
+from itertools import accumulate, groupby
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 
 T = TypeVar("T")
+BUCKET = 2**23
 PATIENCE = timedelta(days=7)  # ranks wait for each other, for instance in evaluation; torchrun notices dead ones
 
 
@@ -119,11 +121,20 @@ def total(number: float) -> float:
 
 
 def sum_gradients(parameters: Iterable[Tensor]) -> None:
-    """Sum each parameter's gradient over the ranks, in place. All ranks get the same bits."""
-    if size() > 1:
-        works = [dist.all_reduce(parameter.grad, async_op=True) for parameter in parameters]
-        for work in works:
-            work.wait()
+    """Sum each parameter's gradient over the ranks, in place. All ranks get the same bits.
+
+    About BUCKET numbers are summed at once: a call for each of a thousand small gradients would mostly wait.
+    """
+    if size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    ends = accumulate(gradient.numel() for gradient in gradients)
+    for _, group in groupby(zip(gradients, ends, strict=True), key=lambda pair: pair[1] // BUCKET):
+        bucket = [gradient for gradient, _ in group]
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
+        dist.all_reduce(flat)  # on a GPU, the host does not wait for it
+        for gradient, sums in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(sums.view_as(gradient))
 
 
 def largest(number: int) -> int:

@@ -10,6 +10,7 @@ from torch import Tensor
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.models import LanguageModel
+from minibalora.models.decoder import to_device
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,6 @@ def common_start(texts: list[np.ndarray]) -> int:
     shortest = min(len(ids) for ids in texts)
     differs = (np.stack([ids[:shortest] for ids in texts]) != texts[0][:shortest]).any(axis=0)
     return int(differs.argmax()) if differs.any() else shortest
-
-
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Move a tensor to a device; if it is a GPU, from pinned memory, so that the host does not wait."""
-    if torch.device(device).type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
 
 
 def check_fits(rows: list, source: str | None, config: object, max_length: int, model: str = "the model") -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.glue import LabelledText
+from minibalora.models.decoder import to_device
 
 MOST_UNKNOWN = 0.8  # a larger share of the tokens is a mistake, not a hard text
 
@@ -57,7 +58,8 @@ def unknown_share(rows: list[ClassRow], tok: Tokenizer, data: str | None, folder
 def padded(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -> tuple[tuple[Tensor, ...], Tensor]:
     """Return the model's arguments, each (N, T) and padded on the right with 0, and the labels (N,).
 
-    The arguments are ids, attention mask, and token types if the model has more than one.
+    The arguments are ids, attention mask, and token types if the model has more than one. The mask stays on the CPU,
+    where the model can check it without waiting for a GPU.
     """
     width = max(len(row.ids) for row in rows)
     arrays = np.zeros((3, len(rows), width), dtype=np.int64)
@@ -65,6 +67,7 @@ def padded(rows: list[ClassRow], model: nn.Module, device: torch.device | str) -
         arrays[0, index, : len(row.ids)] = row.ids
         arrays[1, index, : len(row.ids)] = 1
         arrays[2, index, : len(row.ids)] = row.token_types
+    ids, mask, types = torch.from_numpy(arrays)
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
-    inputs = tuple(torch.from_numpy(array).to(device) for array in (arrays if has_types else arrays[:2]))
-    return inputs, torch.tensor([row.label for row in rows], device=device)
+    inputs = (to_device(ids, device), mask, *([to_device(types, device)] if has_types else []))
+    return inputs, to_device(torch.tensor([row.label for row in rows]), device)

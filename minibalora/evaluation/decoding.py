@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,8 +14,10 @@ from torch.nn.utils.rnn import pad_sequence
 from minibalora.base.progress import Progress
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import check_ids
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import evaluating
 from minibalora.models import LanguageModel
+from minibalora.models.decoder import to_device
 
 WINDOW = 16  # batches whose prompts are sorted together
 
@@ -114,11 +117,12 @@ def generate_ids(
     rows: list[list[int]] = [[] for _ in lengths]
     ends = decoding.eos_ids or ()
     running = range(len(rows))
-    with evaluating(model):
-        cache, state = model.prefill(input_ids.to(model.embedding.weight.device), lengths, max(room))  # (B, d)
+    with evaluating(model), factors_kept(model):
+        input_ids = to_device(input_ids, model.embedding.weight.device)
+        cache, state = model.prefill(input_ids, lengths, max(room))  # (B, d)
         while True:
             tokens = next_tokens(model.head(state), decoding, rngs)
-            ids, still_running = tokens.tolist(), []
+            ids, still_running = tokens.tolist(), []  # the only wait for a GPU
             for row in running:
                 if ids[row] in ends:
                     continue
@@ -136,17 +140,29 @@ def next_tokens(logits: Tensor, decoding: Decoding, rngs: list[np.random.Generat
     """Return the next tokens (B,) for logits (B, V): the most likely ones, or random ones from each row's generator."""
     if decoding.temperature == 0:
         return logits.argmax(-1)
-    uniform = torch.tensor([rng.random() for rng in rngs], dtype=torch.float64, device=logits.device)
-    return sample(logits, uniform, decoding.temperature, decoding.top_p)
+    dtype = widest_float(logits.device)
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    uniform = torch.tensor([min(rng.random(), below_one) for rng in rngs], dtype=dtype)
+    return sample(logits, to_device(uniform, logits.device), decoding.temperature, decoding.top_p)
+
+
+@cache
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return float64, or float32 for a device without float64, such as MPS."""
+    try:
+        return torch.zeros(1, dtype=torch.float64, device=device).dtype
+    except (TypeError, RuntimeError):
+        return torch.float32
 
 
 def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Return tokens (B,) from the nucleus of softmax(logits / temperature), chosen by `uniform` (B,) in [0, 1).
 
-    The token is the one at which the running sum of the probabilities passes `uniform`. The sum is in float64 and in
-    the vocabulary's order: if sorted by size, rounding in a batch could swap two nearly equal tokens.
+    The token is the one at which the running sum of the probabilities passes `uniform`. The sum is in the dtype of
+    `uniform`, float64 where there is one, and in the vocabulary's order: if sorted by size, rounding in a batch could
+    swap two nearly equal tokens.
     """
-    logits = logits.double()
+    logits = logits.to(uniform.dtype)
     below = logits - logits.amax(-1, keepdim=True)  # at most 0, so that no temperature overflows exp
     p = (below / temperature).softmax(-1)
     if top_p < 1:
@@ -157,9 +173,10 @@ def sample(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) ->
 
 def least_likely(p: Tensor, top_p: float) -> Tensor:
     """Return the smallest probability (B, 1) in each row's nucleus, the fewest tokens that sum to top_p."""
-    for count in (256, 4096, p.shape[-1]):  # a few usually suffice, and sorting a whole vocabulary is slow
+    # A few usually suffice, and a CPU is slow to sort a whole vocabulary. A GPU is slow to answer whether they do.
+    for count in (256, 4096, p.shape[-1]) if p.device.type == "cpu" else (p.shape[-1],):
         falling = p.topk(min(count, p.shape[-1])).values
-        if (falling.sum(-1) >= top_p).all():
+        if count >= p.shape[-1] or (falling.sum(-1) >= top_p).all():
             break
     is_needed = falling.cumsum(-1) - falling < top_p  # the more likely tokens do not suffice
     return falling.gather(-1, is_needed.sum(-1, keepdim=True) - 1)

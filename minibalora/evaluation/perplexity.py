@@ -16,7 +16,7 @@ from minibalora.data.batches import Row, check_ids, micro_batches, pack
 from minibalora.data.files import opened
 from minibalora.lowrank import adapted_layers, pretrained
 from minibalora.models import LanguageModel
-from minibalora.models.decoder import Decoder
+from minibalora.models.decoder import Decoder, to_device
 from minibalora.regularizers import consistency_kl
 
 
@@ -83,15 +83,15 @@ def predict(model: Decoder, ids: list[int]) -> dict[str, float]:
 
     For an adapted model also `base_loss`, of the pre-trained model, and `kl`, KL(base ‖ tuned) of the predictions.
     """
-    input_ids = torch.tensor([ids], device=model.embedding.weight.device)
+    input_ids = to_device(torch.tensor([ids]), model.embedding.weight.device)
     logits, targets = model(input_ids)[0, :-1].float(), input_ids[0, 1:]  # (T - 1, V)
-    sums = {"tokens": len(targets), "loss": F.cross_entropy(logits, targets, reduction="sum").item()}
+    sums = {"loss": F.cross_entropy(logits, targets, reduction="sum")}
     if adapted_layers(model):
         with pretrained(model):
             base = model(input_ids)[0, :-1].float()
-        sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum").item()
-        sums["kl"] = len(targets) * consistency_kl(logits, base).item()
-    return sums
+        sums["base_loss"] = F.cross_entropy(base, targets, reduction="sum")
+        sums["kl"] = len(targets) * consistency_kl(logits, base)
+    return {"tokens": len(targets)} | dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
 def mean_predictions(windows: list[dict[str, float]]) -> dict[str, float]:

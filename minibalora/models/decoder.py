@@ -8,13 +8,22 @@ needs no code for blocks.
 """
 
 from collections.abc import Callable
+from inspect import signature
+from itertools import accumulate
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put visible".split()
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters
+except ImportError:
+    HAS_VARLEN = False  # an older torch
+
+__all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put to_device visible".split()
 
 # (layer, q, k, v, dropout) -> the attention output of each query over its visible keys; shapes as in `attention`.
 Attend = Callable[[int, Tensor, Tensor, Tensor, float], Tensor]
@@ -119,12 +128,19 @@ class Decoder(nn.Module):
         start, *rows = tokens.split(parts)
         positions = torch.cat([start, *(row - row[0] + shared for row in rows)])
         last = torch.cat([row[len(row) - count :] for row, count in zip(rows, wanted, strict=True)])
+        keys = [shared + length for length in lengths]
+        first = [keys[0], *lengths[1:]]  # the queries of the shared tokens go with the first row
+        starts = [row_starts(counts, input_ids.device) for counts in (first, wanted, keys)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-            counts = parts if q.shape[2] == k.shape[2] else [0, *wanted]
-            q_parts, k_parts, v_parts = q.split(counts, 2), k.split(parts, 2), v.split(parts, 2)
-            window, cap = self.config.windows[layer], self.config.attention_cap
-            return packed_attention(q_parts, k_parts, v_parts, window, dropout, cap)
+            is_last, window, cap = q.shape[2] < k.shape[2], self.config.windows[layer], self.config.attention_cap
+            if can_use_varlen(q, dropout, cap):
+                longest = max(wanted if is_last else first), max(keys)
+                if shared:
+                    k, v = (with_shared(t.split(parts, 2)) for t in (k, v))
+                return varlen_attention(q, k, v, (starts[is_last], starts[2]), longest, window)
+            counts = [0, *wanted] if is_last else parts
+            return packed_attention(q.split(counts, 2), k.split(parts, 2), v.split(parts, 2), window, dropout, cap)
 
         return self.backbone(input_ids[None], positions[None], attend, last)[0]
 
@@ -209,6 +225,39 @@ def packed_attention(
     return torch.cat([y.transpose(1, 2) for y in outputs], dim=1).transpose(1, 2)
 
 
+def can_use_varlen(q: Tensor, dropout: float, cap: float | None) -> bool:
+    """Whether torch's varlen_attn, which is flash attention, computes these queries on their GPU."""
+    has_kernel = HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    fits = not dropout and cap is None and q.shape[3] % 8 == 0 and q.shape[3] <= 192  # wider: no gradient on some GPUs
+    return has_kernel and fits and torch.cuda.is_bf16_supported(including_emulation=False)  # flash needs Ampere, too
+
+
+def row_starts(counts: list[int], device: torch.device) -> Tensor:
+    """Return where rows of these lengths start when laid end to end, and their end: (rows + 1,) int32."""
+    return to_device(torch.tensor([0, *accumulate(counts)], dtype=torch.int32), device)
+
+
+def with_shared(parts: tuple[Tensor, ...]) -> Tensor:
+    """Put the part that all rows share, which comes first, before the part (1, heads, T_i, head_dim) of each row."""
+    shared, *rows = parts
+    return torch.cat([part for row in rows for part in (shared, row)], dim=2)
+
+
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: tuple[Tensor, Tensor], longest: tuple[int, int], window: int | None
+) -> Tensor:
+    """Compute `packed_attention` in one call, on a GPU. Rows are end to end in q, k and v (1, heads, T, head_dim).
+
+    A row's keys begin with the shared tokens; its queries are its last tokens. starts: `row_starts` of queries and
+    keys; longest: the most queries and keys of a row. Returns the shape of q.
+    """
+    left = -1 if window is None or longest[1] <= window else window - 1
+    tokens = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # (T, heads, head_dim)
+    is_grouped = q.shape[1] != k.shape[1]
+    y = varlen_attn(*tokens, *starts, *longest, window_size=(left, 0), enable_gqa=is_grouped)
+    return y.transpose(0, 1).unsqueeze(0)
+
+
 def causal_mask(positions: Tensor, cache: "KVCache | None", window: int | None) -> Tensor | None:
     """Return the mask for `attention` that says which keys the tokens at `positions` (1 or B, T) see."""
     length = positions.shape[1]
@@ -234,8 +283,18 @@ def visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
     return causal if window is None else causal & (keys > queries - window)
 
 
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor to a device; if it goes to a GPU, from pinned memory, so that the host does not wait."""
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 def check_right_padding(attention_mask: Tensor | None) -> None:
-    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding."""
+    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding.
+
+    The host waits for a mask on a GPU, but not for a mask on the CPU, which all models here accept beside ids on a GPU.
+    """
     if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
 
@@ -248,11 +307,12 @@ def _check_positions(length: int, config: DecoderConfig) -> None:
 def last_states(states: Tensor, lengths: Tensor | None) -> Tensor:
     """Return the state (B, d) of the last real token of each right-padded row (B, T, d).
 
-    lengths (B,): the number of real tokens of each row; None: all tokens are real.
+    lengths (B,): the number of real tokens of each row, on any device; None: all tokens are real.
     """
     if lengths is None:
         return states[:, -1]
-    return states[torch.arange(len(states), device=lengths.device), lengths.clamp_min(1) - 1]
+    rows, last = torch.arange(len(states), device=states.device), lengths.clamp_min(1) - 1
+    return states[rows, to_device(last, states.device)]
 
 
 def pick(x: Tensor, wanted: Tensor | None) -> Tensor:
@@ -287,7 +347,7 @@ class KVCache:
         positions = torch.where(slots < width, slots, slots - (width - row_lengths))
         # Clamp: a row that has reached the last position has ended, but its batch may go on.
         positions = positions.clamp(max=limit - 1).masked_fill((row_lengths <= slots) & (slots < width), limit)
-        self.positions = positions.to(device)  # (B, capacity); padding is at `limit`, which is after every query
+        self.positions = to_device(positions, device)  # (B, capacity); padding is at `limit`, after every query
 
     def take(self, count: int) -> Tensor:
         """Reserve `count` more slots: the prompts' in the first call, then one at a time. Returns their positions."""

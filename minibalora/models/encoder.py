@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import check_right_padding
+from .decoder import check_right_padding, to_device
 
 __all__ = "Bert EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
@@ -78,13 +78,13 @@ def activate(x: Tensor, name: str) -> Tensor:
     return F.relu(x) if name == "relu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def key_mask(attention_mask: Tensor | None) -> Tensor | None:
-    """Return the mask (B, 1, 1, T), True = visible, that lets every token see every real token.
+def key_mask(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return the mask (B, 1, 1, T) on `device`, True = visible, that lets every token see every real token.
 
-    attention_mask (B, T): 1 = real token. Raises ValueError if a row has padding on the left.
+    attention_mask (B, T): 1 = real token; best on the CPU. Raises ValueError if a row has padding on the left.
     """
     check_right_padding(attention_mask)
-    return None if attention_mask is None else attention_mask[:, None, None, :].bool()
+    return None if attention_mask is None else to_device(attention_mask, device)[:, None, None, :].bool()
 
 
 # BERT and RoBERTa
@@ -147,7 +147,7 @@ class Bert(nn.Module):
         return self.encoder["layer"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
-        mask = key_mask(attention_mask)
+        mask = key_mask(attention_mask, input_ids.device)
         x = self.embeddings(input_ids, token_types)
         for layer in self.blocks:
             x = layer(x, mask)
@@ -226,11 +226,15 @@ class DebertaEncoder(nn.Module):
         return x
 
     def relative_embeddings(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return the embeddings (R, d), R ≤ 2T − 1, of the buckets that T tokens need, and the row (T, T) for i − j."""
+        """Return the embeddings (R, d), R ≤ 2T − 1, of the buckets that T tokens need, and the row (T, T) for i − j.
+
+        R depends on the data, so the CPU computes it: a GPU would make the host wait.
+        """
+        buckets = bucket(torch.arange(1 - length, length), self.buckets, self.furthest) + self.buckets  # of i − j
+        used, rows = buckets.clamp(0, 2 * self.buckets - 1).unique(return_inverse=True)
         positions = torch.arange(length, device=device)
-        buckets = bucket(positions[:, None] - positions, self.buckets, self.furthest) + self.buckets
-        used, which = buckets.clamp(0, 2 * self.buckets - 1).unique(return_inverse=True)
-        return self.LayerNorm(self.rel_embeddings(used)), which
+        which = to_device(rows, device)[positions[:, None] - positions + length - 1]
+        return self.LayerNorm(self.rel_embeddings(to_device(used, device))), which
 
 
 class Deberta(nn.Module):
@@ -246,7 +250,7 @@ class Deberta(nn.Module):
         return self.encoder.layer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
-        return self.encoder(self.embeddings(input_ids), key_mask(attention_mask))
+        return self.encoder(self.embeddings(input_ids), key_mask(attention_mask, input_ids.device))
 
 
 # Classifiers

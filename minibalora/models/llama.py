@@ -59,16 +59,31 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + eps) · (offset + w), in float32."""
+    """x / √(mean(x²) + eps) · (offset + w), in float32 inside."""
 
     def __init__(self, size: int, eps: float, offset: float):
         super().__init__()
         self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.ones(size))
+        self._frozen_gain = None, None, None  # see `gain`
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps)
-        return y.to(x.dtype)
+        if self.offset == 0 and self.weight.dtype == x.dtype:  # torch computes in float32, on a GPU in one kernel
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        return F.rms_norm(x.float(), x.shape[-1:], self.gain(), self.eps).to(x.dtype)
+
+    def gain(self) -> Tensor:
+        """Return offset + w in float32. It is kept while w is frozen and unchanged: in decoding on a GPU, every kernel
+        counts, however small."""
+        w = self.weight
+        if w.requires_grad or w.is_inference() or torch.compiler.is_compiling():
+            return self.offset + w.float()
+        key = w.untyped_storage()._cdata, w.storage_offset(), w._version, w.dtype
+        if self._frozen_gain[0] != key:
+            with torch.inference_mode(False), torch.no_grad():  # training cannot use an inference tensor
+                # The alias keeps the memory, and with it the key, from being used for another w.
+                self._frozen_gain = key, w.detach(), self.offset + w.float()
+        return self._frozen_gain[2]
 
 
 class Attention(nn.Module):
@@ -225,16 +240,16 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(positions: Tensor, config: LlamaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return cos and sin of position · frequency, each (B, 1, T, head_dim): the second half repeats the first."""
+    """Return cos and ∓sin of position · frequency, each (B, 1, T, head_dim): the second half repeats the first, where
+    the sine is negative."""
     angle = positions[:, None, :, None].float() * rotary_frequencies(config, positions.device)
-    angle = torch.cat([angle, angle], dim=-1)
+    angle = torch.cat([-angle, angle], dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + head_dim/2}) of x (B, heads, T, head_dim) by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def llama(config: LlamaConfig, num_labels: int | None = None) -> Decoder:

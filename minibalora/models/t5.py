@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import last_states, put
+from .decoder import last_states, put, to_device
 from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
 
@@ -210,7 +210,7 @@ class Backbone(nn.Module):
         attention_mask (B, T): 1 = real token in input_ids. Padding on the right of decoder_input_ids needs no mask, as
         no token sees later tokens. Raises ValueError if a row of input_ids has padding on the left.
         """
-        visible = key_mask(attention_mask)
+        visible = key_mask(attention_mask, input_ids.device)
         memory = self.encode(input_ids, visible)
         attend = with_mask(self.decoder.bias(decoder_input_ids.shape[1]))
         return self.decoder(self.shared(decoder_input_ids), attend, memory, with_mask(visible))
@@ -287,7 +287,7 @@ class T5(Backbone):
         Returns a cache with room for `room` tokens of each answer, and the states (B, d) that predict the first one.
         """
         visible = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-        visible = visible[:, None, None].to(input_ids.device)
+        visible = to_device(visible[:, None, None], input_ids.device)
         cache = Cache(self.config, visible, room, self.shared.weight.dtype)
         start = torch.full_like(input_ids[:, 0], self.config.decoder_start_token_id)
         return cache, self.decode(start, cache, self.encode(input_ids, visible))
@@ -341,7 +341,8 @@ class AsText(nn.Module):
         """tokens: the first token of each class's answer."""
         super().__init__()
         self.config, self.num_labels = t5.config, len(tokens)
-        self.t5, self.tokens, self.own_head = t5, tokens, []
+        self.t5, self.own_head = t5, []
+        self.register_buffer("tokens", torch.tensor(tokens, device=t5.head_weight.device), persistent=False)
 
     @property
     def stacks(self) -> list[nn.ModuleList]:

@@ -5,12 +5,18 @@ import json
 from glob import glob
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from minibalora.base.errors import InputError, is_failed_write
 from minibalora.base.files import replacing, tensors_digest
+
+
+def device_name(device: torch.device) -> str:
+    """Return a name for a key: random numbers and an SVD's rounding depend on the device, and on the model of GPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class Cache:

@@ -25,7 +25,12 @@ def fit_hardware(model: nn.Module, hardware: Hardware) -> None:
 def checkpoint_blocks(model: nn.Module) -> None:
     """Save only each block's input; recompute the block in the backward pass: less memory, slower."""
     for block in blocks_of(model):
-        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=has_dropout(model))
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether some part of the model drops out in training: recomputing a block then needs the same random numbers."""
+    return any(value for name, value in vars(model.config).items() if "dropout" in name)
 
 
 def compile_blocks(model: nn.Module) -> None:

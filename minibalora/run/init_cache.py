@@ -6,9 +6,9 @@ from torch import Tensor
 
 from minibalora.base.files import tensors_digest
 from minibalora.lowrank import factors_of
-from minibalora.run.cache import Cache
+from minibalora.run.cache import Cache, device_name
 
-VERSION = 2  # raise it when an init gives other factors
+VERSION = 3  # raise it when an init gives other factors
 
 
 def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,7 +16,7 @@ def cached_factors(folder: Path, rank: int, scaling: float, init: str, weight: T
 
     They need 4 r (m + n) bytes a layer. Raises what `Cache.write` raises.
     """
-    settings = f"{VERSION} {list(weight.shape)} {weight.dtype} {rank} {scaling!r} {init} "
+    settings = f"{VERSION} {list(weight.shape)} {weight.dtype} {rank} {scaling!r} {init} {device_name(weight.device)} "
     cache = Cache(folder, tensors_digest(settings, weight), "--init-cache")
     factors = cache.read(["A", "B"])
     if factors is None:

@@ -16,6 +16,7 @@ from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.progress import Progress
 from minibalora.data.batches import micro_batches, rows_of_step, steps_per_epoch
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import adapted_layers
 from minibalora.run.checkpoint import load_checkpoint, save_checkpoint, trained_parameters
 from minibalora.run.run_folder import open_log
@@ -50,8 +51,9 @@ class Run:
 
     steps: the number of steps in the run; resumed: the step of the checkpoint to continue from, None for a new run.
     The attribute `step` counts the finished steps. SIGINT and SIGTERM end the `with` block: the unfinished step is
-    dropped, the last finished one is saved, and `signal` is the signal's number (0 without a signal). A second signal
-    acts at once, as before the `with` block.
+    dropped, the last finished one is saved, and `signal` is the signal's number (0 without a signal). Several ranks
+    finish the step, because they ask each other for signals only once per step. A second signal acts at once, as before
+    the `with` block.
     """
 
     def __init__(
@@ -79,12 +81,12 @@ class Run:
             load_checkpoint(self.output.folder, self.model, self.optimizer)
             print(f"resumed at step {self.resumed}")
         self.model.train()
-        torch.backends.cuda.matmul.allow_tf32 = self.hardware.tf32  # only now: PiSSA's SVDs need every bit
         with ExitStack() as opened:
             bar = Progress("steps", self.last_step, "step", self.step, is_shown=distributed.is_main(), stays=True)
             self._bar = opened.enter_context(bar)
             self._log = opened.enter_context(open_log(self.output.folder, self.step))
             opened.enter_context(self._noting_signals())
+            opened.enter_context(factors_kept(self.model))
             self._opened = opened.pop_all()
         return self
 
@@ -126,23 +128,24 @@ class Run:
         return torch.autocast(self.hardware.device.type, self.hardware.dtype, self.is_mixed)
 
     def note(self, part: Part, loss: Tensor, terms: dict[str, Tensor]) -> None:
-        """Save a micro-batch's L and terms for the log, without waiting for a GPU. End the run after a signal."""
+        """Save a micro-batch's L and terms for the log, without waiting for a GPU. In one process, stop at a signal."""
         self._losses.append(part.share * loss.detach())
         for name, term in terms.items():
             self._terms[name] = self._terms.get(name, 0.0) + part.share * term.detach()
-        self._end_if_stopped()
+        if distributed.size() == 1:
+            self._end_if_stopped()
 
     def update(self) -> None:
         """Take a step with the gradients of all ranks, clipped. Raises InputError if a number is not finite."""
         settings = self.optimisation
         distributed.sum_gradients(self.parameters)
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip)
-        numbers = distributed.gathered(torch.stack([n.double() for n in (*self._losses, *self._terms.values())]))
-        losses, sums = numbers[:, : len(self._losses)].T.flatten(), numbers[:, len(self._losses) :].sum(0)
-        count = len(losses)
-        *numbers, norm = torch.cat([losses, sums, norm.double()[None]]).tolist()  # waits for a GPU once
-        losses = numbers[: len(self._micro)]  # in the order before dealing; the rest are those of idle ranks
-        terms = dict(zip(self._terms, numbers[count:], strict=True))
+        numbers = torch.stack([*self._losses, *self._terms.values(), norm])
+        columns = distributed.gathered(numbers).T.tolist()  # a step's only wait for a GPU
+        count, norm = len(self._losses), columns[-1][0]
+        losses = [loss for column in columns[:count] for loss in column]
+        losses = losses[: len(self._micro)]  # in the order before dealing; the rest are those of idle ranks
+        terms = {name: sum(column) for name, column in zip(self._terms, columns[count:-1], strict=True)}
         check_finite(losses, norm, self.step, self._micro)
 
         rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)

@@ -16,7 +16,8 @@ from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.batches import Packed, Row
 from minibalora.lowrank import pretrained
 from minibalora.models import LanguageModel
-from minibalora.run.cache import Cache
+from minibalora.models.decoder import to_device
+from minibalora.run.cache import Cache, device_name
 from minibalora.run.settings import Adaptation, Hardware
 
 VERSION = 2  # raise it when the same weights and tokens give other states
@@ -33,13 +34,15 @@ def teacher_states(
     cached = [cache.read(names) for names in digests] if cache else [None] * len(micro)
     with pretrained(model):  # not inference_mode: the student could not use the weights that FSDP gathers in it
         states = [
-            torch.cat(tensors).to(batch.input_ids.device) if tensors is not None else batch.states(model)
+            batch.states(model) if tensors is None else to_device(torch.cat(tensors), batch.input_ids.device)
             for batch, tensors in zip(batches, cached, strict=True)
         ]
-    if cache:
-        new = [index for index, tensors in enumerate(cached) if tensors is None]
-        of_rows = ((digests[index], states[index].split([row.predicted for row in micro[index]])) for index in new)
-        cache.write({name: part for names, parts in of_rows for name, part in zip(names, parts, strict=True)})
+    new = [index for index, tensors in enumerate(cached) if tensors is None]
+    if cache and new:
+        names = [name for index in new for name in digests[index]]
+        on_cpu = torch.cat([states[index] for index in new]).cpu()  # waits for a GPU once
+        parts = on_cpu.split([row.predicted for index in new for row in micro[index]])
+        cache.write(dict(zip(names, parts, strict=True)))
     return states
 
 
@@ -51,6 +54,7 @@ def run_cache(
     if adaptation.quantize:
         teacher += [adaptation.quantize, adaptation.init, adaptation.rank, adaptation.alpha, adaptation.targets, seed]
         teacher += [distributed.is_torchrun()]  # pissa_niter_N draws other numbers there
+        teacher += [device_name(hardware.device)] if adaptation.init != "lora" else []  # its rounding decides on codes
     width = read_config(Path(checkpoint)).hidden_size
     return open_cache(folder, json.dumps(teacher), rows, width * hardware.dtype.itemsize)
 

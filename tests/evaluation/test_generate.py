@@ -162,6 +162,23 @@ def test_nothing_outside_the_nucleus_is_drawn(logits, uniform, top_p, temperatur
     assert p[likelier].sum() < top_p + 1e-12  # and does not suffice
 
 
+def test_a_device_without_float64_draws_the_same_text(toy, monkeypatch):
+    expected = generate(*toy, PROMPTS, SAMPLING)
+    monkeypatch.setattr(decoder, "widest_float", lambda device: torch.float32)
+    assert generate(*toy, PROMPTS, SAMPLING) == expected
+    largest = SimpleNamespace(random=lambda: 1 - 2**-53)  # float32 would round it to 1, which lies after all tokens
+    assert decoder.next_tokens(torch.zeros(1, 5), SAMPLING, [largest]).item() == 4
+
+
+def test_float64_is_not_asked_of_a_device_without_it(monkeypatch):
+    def refuse(*_, **__):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    assert decoder.widest_float(torch.device("cpu")) == torch.float64
+    monkeypatch.setattr(torch, "zeros", refuse)
+    assert decoder.widest_float(torch.device("mps")) == torch.float32
+
+
 def test_every_token_of_the_nucleus_is_drawn():
     p = torch.tensor([0.1, 0.4, 0.2, 0.3])
     uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]

@@ -7,8 +7,9 @@ from helpers import GOLDEN, LANGUAGE_MODELS, distance, stretch
 from safetensors.torch import load_file
 
 import minibalora as mb
+from minibalora.models import decoder
 from minibalora.models.decoder import KVCache, attention, visible
-from minibalora.models.llama import swiglu
+from minibalora.models.llama import RMSNorm, swiglu
 
 
 def golden(name: str):
@@ -94,11 +95,31 @@ def test_head_of_hidden_equals_the_logits():
     assert torch.equal(model.head(model.hidden(ids)), model(ids))
 
 
+def varlen_attn(q, k, v, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size, enable_gqa):
+    """Compute what torch's GPU kernel of this name does: (T, heads, head_dim) -> the same, as in its docstring. A row's
+    last query sees its last key; a query sees window_size[0] keys before its own (-1: all) and none after it."""
+    left, right = window_size
+    assert right == 0 and enable_gqa == (q.shape[1] != k.shape[1])
+    counts, key_counts = (starts.diff().tolist() for starts in (cu_seq_q, cu_seq_k))
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32 and (max_q, max_k) == (max(counts), max(key_counts))
+    outputs = []
+    for row_q, row_k, row_v in zip(q.split(counts), k.split(key_counts), v.split(key_counts), strict=True):
+        before = torch.arange(len(row_q))[:, None] + len(row_k) - len(row_q) - torch.arange(len(row_k))
+        mask = (before >= 0) & (before <= left) if left >= 0 else before >= 0
+        row = (t.transpose(0, 1) for t in (row_q, row_k, row_v))
+        outputs.append(F.scaled_dot_product_attention(*row, attn_mask=mask, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("form", ["a call a row", "one call"])
 @pytest.mark.parametrize("name", [name for name in LANGUAGE_MODELS if name not in ("llama2", "mistral", "yi")])
 @pytest.mark.parametrize("shared", [0, 1, 6])
-def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared):
+def test_packed_rows_equal_rows_alone_in_value_and_gradient(name, shared, form, monkeypatch):
     """Use rows shorter and longer than mistral_window's window, and one row with a single wanted token."""
     torch.manual_seed(shared)
+    if form == "one call":
+        monkeypatch.setattr(decoder, "varlen_attn", varlen_attn, raising=False)
+        monkeypatch.setattr(decoder, "can_use_varlen", lambda q, dropout, cap: not dropout and cap is None)
     model = mb.adapt(mb.load_model(GOLDEN / name), rank=4)
     stretch(model)
     lengths, wanted = [13, 20, 9, 3], [5, 12, 2, 1]
@@ -141,3 +162,30 @@ def test_swiglu_has_the_value_and_gradient_of_its_formula(dtype):
     assert torch.equal(fused, plain)
     for a, b in zip(*(torch.autograd.grad((y * upstream).sum(), (gate, up)) for y in (fused, plain)), strict=True):
         assert torch.allclose(a, b, rtol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["load_state_dict", "in place", "assigned", "dtype", "trained", "inference"])
+def test_a_norm_with_an_offset_notices_every_change_of_its_weight(change):
+    norm, x = RMSNorm(8, 1e-6, offset=1.0).requires_grad_(False), torch.randn(3, 8)
+    weight = torch.linspace(-1, 1, 8)
+    with torch.inference_mode(change == "inference"):
+        norm(x)
+    assert norm.gain() is norm.gain()  # kept
+    if change == "load_state_dict":
+        norm.load_state_dict({"weight": weight})
+    elif change == "in place":
+        norm.weight.copy_(weight)
+    elif change == "assigned":
+        norm.weight.data = weight
+    elif change == "inference":
+        norm.weight.copy_(weight)
+        x.requires_grad_()
+    else:
+        norm.weight.data = weight
+        norm(x)
+        norm = norm.bfloat16() if change == "dtype" else norm.requires_grad_()
+    y = norm(x)
+    assert torch.allclose(y, F.rms_norm(x, (8,), 1 + norm.weight.float(), 1e-6))
+    if change in ("trained", "inference"):
+        y.sum().backward()
+        assert (norm.weight if change == "trained" else x).grad.abs().sum() > 0

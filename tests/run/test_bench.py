@@ -11,6 +11,7 @@ from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibalora.data.batches import Packed, pack
+from minibalora.fused import WHOLE
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
@@ -116,7 +117,7 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
     change is folded into W. Attention: 4 · width · pairs of tokens a pass, the backward pass two, pairs beyond the
     diagonal included. In the last block only response tokens are queries and go through the MLP; only they reach the
     head, whose (V, d) takes part in their logits, the teacher's and the gradient. The spectral term: as fused.py takes
-    it from (M, d) states, except for the eigenvectors.
+    it from (M, d) states, except for the eigenvectors and the QR.
     """
     config, rank, objective = load.config, load.rank, contender.objective
     tokens, predicted = len(batch.input_ids), sum(batch.wanted)
@@ -141,8 +142,10 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
         total += 4 * width * pairs * (3 + has_teacher_pass)
     total += 2 * predicted * config.vocab_size * d * (2 + objective.needs_teacher)
     if objective.lambda3 > 0:
-        smaller = min(predicted, d)
-        total += 4 * predicted * d * d + 4 * predicted * d * smaller + 2 * smaller**3
+        assert predicted <= WHOLE or predicted > 1.5 * d
+        smaller = predicted if predicted <= WHOLE else d
+        total += 2 * smaller * d * d + 4 * smaller * smaller * d + 2 * smaller**3  # H G, S, its core
+        total += 2 * predicted * d * d * (predicted > 1.5 * d)  # Q
     return total
 
 

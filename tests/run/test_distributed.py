@@ -108,6 +108,7 @@ def as_a_rank(folder: Path) -> None:
         resumed = command(folder / "one", "stopped", *SHARDED, "--resume")
         report["resumed by two"] = status_of(train_nlg.main, *resumed)
     report["read"] = sizes
+    report["sums"] = sums_of_gradients()
     report["golden"] = {name: distance_from_whole(name, dtype) for name, dtype in GOLDENS.items() if CAN_SHARD}
     (folder / f"report{distributed.rank()}.json").write_text(json.dumps(report))
     if CAN_SHARD:  # the last of all, because it ends both ranks
@@ -115,6 +116,17 @@ def as_a_rank(folder: Path) -> None:
         sys.argv = ["train_nlg.py", *damaged]
         cli.run_script(train_nlg.main)
     distributed.leave()
+
+
+def sums_of_gradients() -> list[list[float]]:
+    """Return the sums of gradients that fill several buckets, one alone and one with others."""
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((2, 3), (1,), (20,), (3, 1), (4,))]
+    for index, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 10 * index + distributed.rank())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(distributed, "BUCKET", 8)
+        distributed.sum_gradients(parameters)
+    return [parameter.grad.flatten().tolist() for parameter in parameters]
 
 
 class reading:
@@ -223,15 +235,20 @@ def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports)
     assert (json.loads(entries[-1])["svd"] is not None) == (name not in ("lora sharded", "full"))
 
 
+def test_gradients_are_summed_whatever_their_bucket(reports):
+    for report in reports:
+        assert report["sums"] == [[1] * 6, [21], [41] * 20, [61] * 3, [81] * 4]
+
+
 def test_a_run_stopped_in_one_process_resumes_in_two_that_share_its_weights(folder, reports):
     assert [report["resumed by two"] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / WHOLE, folder / "one" / "stopped")
 
 
-def test_a_signal_to_one_rank_stops_both_and_one_process_resumes(folder, reports):
+def test_a_signal_to_one_rank_stops_both_after_the_step_and_one_process_resumes(folder, reports):
     assert [report["stopped by two"] for report in reports] == [128 + signal.SIGTERM] * 2
     out = folder / "two" / "stopped"
-    assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT
+    assert len((out / "log.jsonl").read_text().splitlines()) == STOPPED_AT + 1
     assert in_one_process(*command(folder / "two", "stopped", "--resume")) == 0
     assert_same_run(folder / "one" / WHOLE, out)
 

@@ -52,7 +52,7 @@ def test_a_second_run_gets_the_same_bits_and_computes_nothing(weight, computed, 
     assert file.suffix == ".safetensors" and not file.stat().st_mode & 0o111
 
 
-def test_everything_that_the_factors_depend_on_changes_the_file(weight, computed, tmp_path):
+def test_everything_that_the_factors_depend_on_changes_the_file(weight, computed, tmp_path, monkeypatch):
     changed = weight.clone()
     changed[5, 7] += 1e-6
     cases = [
@@ -68,6 +68,9 @@ def test_everything_that_the_factors_depend_on_changes_the_file(weight, computed
     for case in 2 * cases:
         assert is_same(cached_factors(tmp_path, *case), factors_of(case[2])(case[3], *case[:2]))
     assert len(computed) == len(cases) == len(files_in(tmp_path))
+    monkeypatch.setattr(init_cache, "device_name", lambda device: "another GPU")
+    cached_factors(tmp_path, *cases[0])
+    assert len(computed) == len(cases) + 1
 
 
 def rewrite(path, change):

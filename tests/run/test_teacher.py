@@ -15,7 +15,8 @@ from minibalora.base.errors import InputError
 from minibalora.data.batches import pack
 from minibalora.run import teacher
 from minibalora.run.cache import Cache
-from minibalora.run.teacher import open_cache, row_digest, teacher_states
+from minibalora.run.settings import Adaptation, Hardware
+from minibalora.run.teacher import open_cache, row_digest, run_cache, teacher_states
 
 
 @pytest.fixture
@@ -100,6 +101,16 @@ def test_states_of_another_teacher_or_other_rows_are_never_read(model, tmp_path)
     other_line = dataclasses.replace(rest[1], line=99)
     rows = missing(cache_in(tmp_path), [other_token, longer_prompt, other_line])
     assert rows == [other_token, longer_prompt]
+
+
+@pytest.mark.parametrize(("quantize", "init", "is_shared"), [
+    (None, "pissa_niter_4", True), ("nf4", "lora", True), ("nf4", "pissa", False), ("nf4", "pissa_niter_4", False),
+])  # fmt: skip
+def test_a_quantised_teacher_belongs_to_the_device_that_computed_the_factors(quantize, init, is_shared, tmp_path):
+    adaptation, rows = Adaptation("pissa", 3, 3, init, quantize=quantize), random_rows(2, 0)
+    here, there = (Hardware(torch.device(device), torch.float32) for device in ("cpu", "meta"))
+    caches = [run_cache(tmp_path, GOLDEN / "llama3", rows, adaptation, hardware, 0) for hardware in (here, there)]
+    assert (caches[0].folder == caches[1].folder) == is_shared
 
 
 def flip_last_byte(path):
