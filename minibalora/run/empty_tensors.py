@@ -123,8 +123,8 @@ def dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = Fa
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x  # saves a mask of bytes
 
 
-def layer_norm(x: Tensor, *args: object) -> Tensor:
-    return F.layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args)
+def layer_norm(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return F.layer_norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **kwargs)
 
 
 class RMSNorm(torch.autograd.Function):

@@ -9,7 +9,6 @@ hold on a CPU.
 import weakref
 from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -98,7 +97,9 @@ def empty_run(
     """Return a copy of the model with so many blocks, see `empty_copy`, its optimizer after a first step, and its loss.
     Call it, and use them, inside `without_numbers`."""
     twin = empty_copy(model, counts).train()
-    for block in blocks_of(twin) if hardware.grad_checkpoint else ():  # as `fit_hardware`, but there is nothing to check
+    for block in (
+        blocks_of(twin) if hardware.grad_checkpoint else ()
+    ):  # as `fit_hardware`, but there is nothing to check
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, determinism_check="none")
     optimizer, loss = optimizer_of(twin), loss_of(twin)
     for parameter in optimizer.param_groups[0]["params"]:
@@ -138,9 +139,7 @@ def peaks_of(
     return np.array([part.max(initial=always) - always for part in parts])
 
 
-def generation_loss(
-    batch: Packed, objective: Objective, micro_batches: int, is_plain: bool, model: nn.Module
-) -> Loss:
+def generation_loss(batch: Packed, objective: Objective, micro_batches: int, is_plain: bool, model: nn.Module) -> Loss:
     """Return the function that computes the loss of train_nlg.py, with a step of so many micro-batches' teachers."""
     head, weights = head_of(model, is_plain), lambdas(objective, 1, 2, 0.5)
 
@@ -155,9 +154,7 @@ def generation_loss(
     return loss
 
 
-def classification_loss(
-    inputs: tuple[Tensor, ...], labels: Tensor, objective: Objective, model: nn.Module
-) -> Loss:
+def classification_loss(inputs: tuple[Tensor, ...], labels: Tensor, objective: Objective, model: nn.Module) -> Loss:
     """Return the function that computes the loss of train_nlu.py, whose teacher's logits are on the CPU."""
     weights = lambdas(objective, 1, 2, 0.5)
 
