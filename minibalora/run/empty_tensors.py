@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -94,8 +95,10 @@ class LikeGPU(TorchFunctionMode):
 
 
 def backward(loss: Tensor) -> None:
-    """Call loss.backward(), which would leave a TorchFunctionMode: the engine is called on an edge instead."""
-    torch.autograd.backward(torch.autograd.graph.get_gradient_edge(loss), torch.ones_like(loss))
+    """Call the engine of loss.backward(), which would leave a TorchFunctionMode."""
+    _engine_run_backward(
+        (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 def attention(
