@@ -33,7 +33,7 @@ def without_numbers(device: torch.device) -> Iterator[None]:
         simplefilter("ignore")  # torch.autocast warns if CUDA is missing
         stack.enter_context(Empty())
         if device.type != "cpu":
-            stack.enter_context(patch.object(decoder, "HAS_VARLEN", False))  # it looks for the GPU; a call a row doesn't
+            stack.enter_context(patch.object(decoder, "HAS_VARLEN", False))
             stack.enter_context(LikeGPU(device))
         yield
 
