@@ -1,8 +1,9 @@
 """Count what a training step asks of a GPU, on empty tensors, and how fast it could be: `bench --dry`.
 
 An operation takes at least the time of its bytes at the GPU's bandwidth, and that of its products at its peak; a step
-takes the sum. Not counted: the time to launch a kernel, what caches save, and the operations of a QR or an SVD. Attention is a
-call a row, as on a torch without `varlen_attn`; a fused optimizer and a norm of all gradients are a kernel each.
+takes the sum. Not counted: the time to launch a kernel, what caches save, and the operations of a QR or an SVD.
+Attention is a call a row, as on a torch without `varlen_attn`; a fused optimizer and a norm of all gradients are a
+kernel each.
 """
 
 import math
