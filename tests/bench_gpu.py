@@ -26,7 +26,6 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from bench_memory import LiveBytes
 from helpers import (
     CLASSIFIERS,
     GOLDEN,
@@ -219,7 +218,7 @@ def peak(load: Load, contender: Contender, index: int) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    with nullcontext() if device.type == "cuda" else LiveBytes() as live:
+    with nullcontext() if device.type == "cuda" else memory.LiveBytes() as live:
         step = workload.steps_of(load, [contender])[contender]
         for _ in range(2):
             step(index)
@@ -232,8 +231,8 @@ def announced_memory(args: Namespace, contender: Contender, batch: object) -> in
     init = "lora" if contender.method == "lora" else "pissa"
     adapt(model, args.rank, init=init, factors=lambda _, weight: empty_factors(weight, args.rank, "meta"))
     use_lean_product(model)
-    amount = memory.packed_amount(batch)
-    return memory.expected_memory(model, args.hardware, amount, contender.objective, accumulates=False)
+    loss_of = partial(memory.generation_loss, batch, contender.objective, 1, False)
+    return memory.expected_memory(model, args.hardware, loss_of, accumulates=False)
 
 
 def measure_steps(args: Namespace) -> None:

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibalora.data.batches import Packed, pack
@@ -16,6 +15,7 @@ from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
 from minibalora.run import bench, workload
+from minibalora.run.memory import LiveBytes
 from minibalora.run.settings import Hardware
 from minibalora.run.workload import STEPS, Contender, Load
 
