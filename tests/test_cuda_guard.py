@@ -20,9 +20,7 @@ pytestmark = pytest.mark.skipif(
 
 # File -> waits of a step of two micro-batches, from update to update, beside those of one model.
 STEP = {"minibalora/run/loop.py": 1}  # the losses, terms and norm, for the log and the check that they are finite
-NLU = {
-    "minibalora/regularizers.py": 2
-}  # svdvals, which checks that it converged: the spectral term of each micro-batch
+NLU = {"minibalora/regularizers.py": 2}  # svdvals, in the spectral term of each micro-batch, checks that it converged
 STEPS = {
     "llama3": {},
     "gpt2": {"train_nlg.py": 1},  # the teacher's entropy, which sets λ1 (--adaptive-lambda1)
