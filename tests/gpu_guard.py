@@ -46,6 +46,7 @@ MODELS = {
     "bert": CLASSIFY,
     "deberta": [*CLASSIFY, "--dtype", "bfloat16"],
 }
+TORCH_VARLEN_ATTN = getattr(decoder, "varlen_attn", None)
 STEP = ["--rank", 3, "--batch-size", 4, "--micro-batch-size", 2, "--max-steps", 3, "--non-target-kl", 0.1]
 STEP += ["--max-length", 16, "--dtype", "float32"]
 
@@ -68,10 +69,10 @@ def waits_of(work, *arguments) -> Counter:
     return WAITS - before
 
 
-def varlen_attn(q: Tensor, *arguments, of_torch=getattr(decoder, "varlen_attn", None), **settings) -> Tensor:
+def varlen_attn(q: Tensor, *arguments, **settings) -> Tensor:
     """Compute torch's varlen_attn, which only CUDA has, in plain operations. It waits for nothing."""
     if isinstance(q, FakeTensor):  # of a run that only counts memory
-        return of_torch(q, *arguments, **settings)
+        return TORCH_VARLEN_ATTN(q, *arguments, **settings)
     before = Counter(WAITS)
     with torch.device("gpu"):
         y = plain_varlen_attn(q, *arguments, **settings)
