@@ -83,7 +83,8 @@ def main() -> int:
         print(f"\n{name}: {part.__doc__.splitlines()[0]}", flush=True)
         started = time.perf_counter()
         try:
-            is_right = subprocess.run([sys.executable, *sys.argv, "--part", name], timeout=budget).returncode == 0
+            command, paths = [sys.executable, *sys.argv, "--part", name], {"PYTHONPATH": os.pathsep.join(sys.path)}
+            is_right = subprocess.run(command, timeout=budget, env=os.environ | paths).returncode == 0
             verdict = "" if is_right else "FAILED, "
         except subprocess.TimeoutExpired:
             verdict = f"FAILED, longer than {budget} s, "
