@@ -43,9 +43,9 @@ class Optimisation:
     seed: int
 
     @property
-    def accumulates(self) -> bool:
-        """Return whether a step has several micro-batches."""
-        return self.batch_size > self.micro_batch_size
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches in a step."""
+        return -(-self.batch_size // self.micro_batch_size)
 
 
 @dataclass(frozen=True)

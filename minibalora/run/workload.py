@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import AdamW
 
 from minibalora.data.batches import Packed, Row, pack
-from minibalora.lean_product import use_lean_product
+from minibalora.lean_product import factors_kept, use_lean_product
 from minibalora.lowrank import adapt
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
@@ -55,6 +55,7 @@ PROMPTS = (150, 145, 106, 82, 75, 91, 128, 127, 74, 155, 70, 113, 89, 131, 67, 8
 PROMPTS += (71, 81, 86, 94, 153, 106, 75, 80)
 RESPONSES = (135, 124, 104, 118, 84, 73, 219, 247, 101, 170, 110, 184, 106, 122, 86, 172, 154, 63, 51, 151, 93, 134)
 RESPONSES += (143, 167, 156, 104, 135, 111, 277, 109, 63, 90)
+FULL = 512  # tokens of a full row, the published --max-length; half of them are the response
 Step = Callable[[int], float]  # takes the step with that index, from 0, and returns its loss before the update
 
 
@@ -95,6 +96,12 @@ def rows_of_step(vocab_size: int, index: int, count: int) -> list[Row]:
     own = [random.integers(vocab_size, size=sum(lengths) - SHARED) for lengths in zip(PROMPTS, RESPONSES, strict=True)]
     chosen = [(index * count + offset) % len(own) for offset in range(count)]
     return [Row(np.concatenate([shared, own[number]]), PROMPTS[number], number) for number in chosen]
+
+
+def full_batch(config: LlamaConfig, count: int) -> Packed:
+    """Return a micro-batch of `count` rows of FULL tokens that share no beginning."""
+    ids = (np.arange(count)[:, None] + np.zeros(FULL, int)) % config.vocab_size
+    return pack([Row(row, FULL // 2, number) for number, row in enumerate(ids)], "cpu")
 
 
 def random_model(config: LlamaConfig, hardware: Hardware) -> Decoder:
@@ -147,10 +154,10 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
         return batch, teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
 
     def step(index: int) -> float:
-        batch, teacher = inputs(index)
-        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
-        loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
-        loss.backward()
+        with factors_kept(model):
+            batch, teacher = inputs(index)
+            loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
+            loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         value = loss.item()
         optimizer.step()
