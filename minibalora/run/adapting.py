@@ -55,10 +55,7 @@ def adapt_model(
             nf4.quantize(layer.to(hardware.device))
         model.to(hardware.device)
     if adaptation.method in VARIANTS:
-        try:
-            use(model, adaptation.method, **adaptation.settings)
-        except ValueError as error:
-            raise InputError(f"--method {adaptation.method}: {error}") from None
+        use(model, adaptation.method, **adaptation.settings)
 
 
 @torch.no_grad()

@@ -92,8 +92,8 @@ def _refuse_terms(flags: dict) -> None:
 def settings_of(method: str, texts: list[str] | None, rank: int) -> dict:
     """Return the settings of a method by name: its defaults and those of --method-settings, texts "name=value".
 
-    Raises InputError for a setting that the method does not have, a wrong value, a setting that is given twice, and a
-    budget of AdaLoRA that is not below the rank.
+    Raises InputError for a setting that the method does not have, a wrong value, a setting that is given twice, a
+    budget of AdaLoRA that is not below the rank, and shares of the steps that leave none.
     """
     defaults, chosen = SETTINGS.get(method, {}), {}
     for text in texts or ():
@@ -111,7 +111,11 @@ def settings_of(method: str, texts: list[str] | None, rank: int) -> dict:
         raise InputError("--rank 1 leaves --method adalora no value to leave out: give a higher rank")
     if chosen.get("target", 0) >= rank:
         raise InputError(f"--method-settings target={chosen['target']}: not below --rank {rank}: give 1 to {rank - 1}")
-    return defaults | chosen
+    settings = defaults | chosen
+    warm, final = settings.get("warm", 0.0), settings.get("final", 0.0)
+    if warm + final >= 1:
+        raise InputError(f"--method-settings warm={warm:g} final={final:g}: shares of the steps: give a sum below 1")
+    return settings
 
 
 def _switch(text: str) -> bool:

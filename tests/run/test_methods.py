@@ -95,6 +95,7 @@ def test_help_states_the_defaults_of_the_settings(capsys):
         ("adalora", ["--method-settings", "warm=1"], ["warm=1"]),
         ("adalora", ["--method-settings", "every=2", "every=3"], ["every", "twice"]),
         ("adalora", ["--rank", "8", "--method-settings", "target=8"], ["target=8", "--rank 8", "1 to 7"]),
+        ("adalora", ["--method-settings", "warm=0.6"], ["warm=0.6 final=0.5", "below 1"]),
         ("adalora", ["--rank", "1"], ["--rank 1", "--method adalora"]),
         ("lora+", ["--method-settings", "ratio=0"], ["ratio=0"]),
     ],
