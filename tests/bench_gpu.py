@@ -232,8 +232,8 @@ def announced_memory(args: Namespace, contender: Contender, batch: object) -> in
     init = "lora" if contender.method == "lora" else "pissa"
     adapt(model, args.rank, init=init, factors=lambda _, weight: empty_factors(weight, args.rank, "meta"))
     use_lean_product(model)
-    amount = memory.packed_amount(batch)
-    return memory.expected_memory(model, args.hardware, amount, contender.objective, accumulates=False)
+    loss_of = partial(memory.generation_loss, batch, contender.objective, 1, False)
+    return memory.expected_memory(model, args.hardware, loss_of, accumulates=False)
 
 
 def measure_steps(args: Namespace) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from minibalora.checkpoints.families import read_family
 from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.lean_product import factors_kept
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of, lambdas, nlu_loss
 from minibalora.run import workload
 from minibalora.run.adapting import adapt_model
@@ -108,7 +109,7 @@ def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -
     optimizer.step()  # allocates Adam's moments
     optimizer.zero_grad()
     state = [value for values in optimizer.state.values() for value in values.values()]
-    with LiveBytes(*model.parameters(), *model.buffers(), *state) as live:
+    with LiveBytes(*model.parameters(), *model.buffers(), *state) as live, factors_kept(model):
         gradients(torch.autocast("cpu", hardware.dtype, method == "full" and dtype != "float32"))
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
