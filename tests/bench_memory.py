@@ -11,6 +11,7 @@ the cases that have all of these words run.
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,8 @@ from torch import nn
 
 from minibalora.checkpoints.families import read_family
 from minibalora.data.batches import Row, micro_batches, pack
+from minibalora.lean_product import factors_kept
+from minibalora.models.mixture import keep_router_outputs, load_balance, routers_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective, head_of, lambdas, nlu_loss
 from minibalora.run import workload
 from minibalora.run.adapting import adapt_model
@@ -31,7 +34,7 @@ from minibalora.run.settings import Adaptation, Hardware
 from minibalora.run.teacher import teacher_states
 
 LLAMA = {
-    "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 6,
+    "model_type": "llama", "vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 3,
     "num_attention_heads": 4, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
 }  # fmt: skip
 BERT = LLAMA | {
@@ -39,14 +42,14 @@ BERT = LLAMA | {
 }  # fmt: skip
 T5 = {
     "model_type": "t5", "is_encoder_decoder": True, "decoder_start_token_id": 0, "vocab_size": 5000, "d_model": 128,
-    "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.1,
+    "d_kv": 32, "d_ff": 512, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.1,
 }  # fmt: skip
 SHAPES = {
     "toy": LLAMA | {"vocab_size": 512},
     "small": LLAMA | {"vocab_size": 32000, "hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8,
                       "num_attention_heads": 8},
     "llama-3": LLAMA | {"num_key_value_heads": 1, "hidden_size": 192, "head_dim": 48, "intermediate_size": 672},
-    "gpt2": {"model_type": "gpt2", "vocab_size": 5000, "n_embd": 128, "n_layer": 6, "n_head": 4, "n_positions": 512},
+    "gpt2": {"model_type": "gpt2", "vocab_size": 5000, "n_embd": 128, "n_layer": 3, "n_head": 4, "n_positions": 512},
     "gemma": LLAMA | {"model_type": "gemma", "vocab_size": 32000, "intermediate_size": 1024, "num_key_value_heads": 1,
                       "head_dim": 64},
     "gemma2": LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2, "head_dim": 48, "intermediate_size": 512},
@@ -54,7 +57,7 @@ SHAPES = {
     "qwen3": LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 48},
     "mixtral": LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4,
                         "num_experts_per_tok": 2},
-    "deepseek": LLAMA | {"model_type": "deepseek", "n_routed_experts": 8, "num_experts_per_tok": 3,
+    "deepseek": LLAMA | {"model_type": "deepseek", "n_routed_experts": 4, "num_experts_per_tok": 2,
                          "n_shared_experts": 2, "moe_intermediate_size": 96, "first_k_dense_replace": 1},
     "t5": T5,
     "flan-t5": T5 | {"d_ff": 352, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
@@ -108,7 +111,7 @@ def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -
     optimizer.step()  # allocates Adam's moments
     optimizer.zero_grad()
     state = [value for values in optimizer.state.values() for value in values.values()]
-    with LiveBytes(*model.parameters(), *model.buffers(), *state) as live:
+    with LiveBytes(*model.parameters(), *model.buffers(), *state) as live, factors_kept(model):
         gradients(torch.autocast("cpu", hardware.dtype, method == "full" and dtype != "float32"))
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
@@ -128,6 +131,9 @@ def random_model(shape: str, dtype: torch.dtype) -> nn.Module:
 def nlg_step(model: nn.Module, method: str, length: int, micro: int, is_plain: bool):
     """Return the loss for `expected_memory`, and a function that adds the gradients of all micro-batches."""
     objective = NLG_RECIPES["iclr2026"] if method == "ba-lora" else Objective()
+    if routers_of(model):
+        objective = replace(objective, router_aux=0.01)
+        keep_router_outputs(model)
     random = np.random.default_rng(0)
     shared = random.integers(model.config.vocab_size, size=workload.SHARED)
     ids = [np.concatenate([shared, random.integers(500, size=length - workload.SHARED)]) for _ in range(ROWS * micro)]
@@ -142,6 +148,8 @@ def nlg_step(model: nn.Module, method: str, length: int, micro: int, is_plain: b
             with autocast:
                 student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
                 loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
+                if objective.router_aux > 0:
+                    loss = loss + objective.router_aux * load_balance(model)
             (loss / micro).backward()
 
     return loss_of, gradients

@@ -18,15 +18,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from minibalora.data.batches import Packed
+from minibalora.lean_product import factors_kept
 from minibalora.lowrank import adapted_layers, pretrained
 from minibalora.models import blocks_of
+from minibalora.models.mixture import keep_router_outputs, load_balance
 from minibalora.objective import Objective, head_of, lambdas, nlu_loss
-from minibalora.run.empty_tensors import backward, empty_copy, without_numbers
+from minibalora.run.empty_tensors import DEVICE, backward, empty_copy, without_numbers
 from minibalora.run.loop import optimizer_of
 from minibalora.run.settings import Hardware
 
 GATHERED = 3  # blocks that FSDP2 holds whole: the current one, the next one, and the buffer that receives it
-FEW = 4  # blocks of a stack in the first measurement of a deep model; the second one has two more
+FEW = 3  # blocks of a stack in the first measurement of a deep model; the second one has two more
 Loss = Callable[[], tuple[Tensor, ...]]  # computes a micro-batch's loss, and returns what a step holds beside it
 
 
@@ -57,6 +59,8 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is DEVICE:
+            return args[0].fake_device
         outputs = function(*args, **(kwargs or {}))
         for leaf in tree_leaves(outputs):
             if isinstance(leaf, Tensor):
@@ -132,9 +136,10 @@ def peaks_of(
         blocks_of(twin)[-2:][0].register_forward_pre_hook(note_backward)
         for parameter in optimizer.param_groups[0]["params"] if accumulates else ():
             parameter.grad = torch.empty_like(parameter)  # as after the first micro-batch
-        value, *_held = loss()
-        cuts.append(len(live.history))
-        backward(value)
+        with factors_kept(twin):  # as `loop.Run`
+            value, *_held = loss()
+            cuts.append(len(live.history))
+            backward(value)
     parts = np.split(np.array(live.history), [*cuts, len(live.history)][:4])[1:4]
     return np.array([part.max(initial=always) - always for part in parts])
 
@@ -142,6 +147,8 @@ def peaks_of(
 def generation_loss(batch: Packed, objective: Objective, micro_batches: int, is_plain: bool, model: nn.Module) -> Loss:
     """Return the function that computes the loss of train_nlg.py, with a step of so many micro-batches' teachers."""
     head, weights = head_of(model, is_plain), lambdas(objective, 1, 2, 0.5)
+    if objective.router_aux > 0:
+        keep_router_outputs(model)
 
     def loss() -> tuple[Tensor, ...]:
         teacher = others = None
@@ -149,7 +156,10 @@ def generation_loss(batch: Packed, objective: Objective, micro_batches: int, is_
             with pretrained(model):
                 teacher = batch.states(model)
             others = teacher.repeat(micro_batches - 1, 1)
-        return head.loss(batch.states(model), teacher, batch.targets, objective, weights)[0], teacher, others
+        total, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
+        if objective.router_aux > 0:
+            total = total + objective.router_aux * load_balance(model)
+        return total, teacher, others
 
     return loss
 
