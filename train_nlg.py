@@ -7,6 +7,7 @@ import minibalora as mb  # first, so that Ctrl-C during the imports ends quietly
 
 # isort: split
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from minibalora.checkpoints.template import ALPACA, choose_template, save_templa
 from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data import batches, files, prompts
 from minibalora.evaluation import records
+from minibalora.evaluation.forgetting import measure_retained, read_retained
 from minibalora.models.mixture import MixtureConfig, keep_router_outputs, load_balance
 from minibalora.objective import head_of, lambdas
 from minibalora.run import checkpoint, run_folder
@@ -48,6 +50,7 @@ def main() -> int:
     if source.data is None:
         examples = problems.examples_of(problems.clean_problems(source.max_rows, optimisation.seed))
         template, left_out, held_out = ALPACA, {}, problems.held_out_problems(rows_at_once)
+        fields = ()
     else:
         is_chat = prompts.has_conversations(source.data)  # then the model's own template, if it has one
         template = choose_template(source.template or (None if is_chat else "alpaca"), Path(source.model))
@@ -65,6 +68,8 @@ def main() -> int:
     batches.check_fits(rows, source.data, config, source.max_length, source.model)
     measured_rows, _, _ = batches.encode_examples(held_out.items, tok, sys.maxsize)
     batches.check_fits(measured_rows, source.eval, config, source.max_length, source.model)
+    retained = read_retained(source.retain or [], fields, template, tok, config, source.max_length)
+    held_out = replace(held_out, retained=retained)
     digests = {"data_digest": prompts.examples_digest(examples), "model_digest": weights_digest(source.model)}
     recorded, steps = settings.recorded | digests | template.settings, steps_of_run(optimisation, len(rows))
     resumed = distributed.on_main(checkpoint.resumed_step, out, recorded, steps) if output.resume else None
@@ -85,12 +90,13 @@ def main() -> int:
     ranks = distributed.size() if hardware.fsdp else 1
     memory = expected_memory(model, hardware, loss_of, optimisation.micro_batches > 1, ranks)
     fit_hardware(model, hardware)
-    optimizer, head = optimizer_of(model), head_of(model, adaptation.is_plain)
+    optimizer, head = optimizer_of(model, adaptation.rate_of_b), head_of(model, adaptation.is_plain)
     if not output.resume:
         distributed.on_main(run_folder.start_run, out, recorded)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data)), prompts.counts_in_words(left_out)]
     data.append(f"template {template}")
+    data += [f"retain {batches.in_words(texts, name)}" for name, texts in retained.items()]
     if any(held_out.left_out.values()):
         data.append(f"of {source.eval} {prompts.counts_in_words(held_out.left_out)}")
     if not tok.eos_ids:
@@ -130,6 +136,8 @@ def main() -> int:
                 (part.share * loss).backward()
                 run.note(part, loss, terms)
             run.update()
+            if source.retain_every is not None and run.step % source.retain_every == 0:
+                run.entry |= distributed.on_main(measure_retained, model, retained, rows_at_once)
 
     # Save, on rank 0: the adapter for the original base, in PEFT's format; with --method full, the whole model.
     if is_full:
@@ -139,9 +147,11 @@ def main() -> int:
         distributed.on_main(mb.save_adapter, model, out)
     distributed.on_main(save_template, template, out / "model" if is_full else out)
     status = run.say_end()
-    if (held_out.items or held_out.pretraining) and not run.signal:
+    if not run.signal:
         after = distributed.on_main(measure, out / "eval-after.jsonl", checkpoint.trained_digest(model))
-        print("\n" + records.before_and_after(before, after))
+        distributed.on_main(records.write_report, out, before[0], after[0])
+        if after[0]:
+            print("\n" + records.before_and_after(before, after))
     distributed.leave()
     return status
 

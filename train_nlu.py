@@ -100,7 +100,7 @@ def main() -> int:
     memory = expected_memory(model, hardware, loss_of, optimisation.micro_batches > 1)
     if hardware.grad_checkpoint:
         checkpoint_blocks(base)
-    optimizer = optimizer_of(base)
+    optimizer = optimizer_of(base, adaptation.rate_of_b)
     if not output.resume:
         run_folder.start_run(out, recorded)
     skipped = f", {skipped:,} rows without a label" if source.data is not None else ""

@@ -128,11 +128,11 @@ class DeviceModule(backend_registration._DummyBackendModule):
     device = torch.device
     get_rng_state = staticmethod(lambda device=None: torch.get_rng_state())
     set_rng_state = staticmethod(lambda state, device=None: torch.set_rng_state(state))
+    is_bf16_supported = staticmethod(lambda including_emulation=True: True)
     max_memory_allocated = staticmethod(lambda device=None: 0)
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16])
     get_device_capability = staticmethod(lambda device=None: (9, 0))
     get_device_name = staticmethod(lambda device=None: "imitation")
-    is_bf16_supported = staticmethod(lambda including_emulation=True: including_emulation)  # no varlen_attn here
 
 
 class FindProject(PathFinder):

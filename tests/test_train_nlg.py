@@ -48,7 +48,7 @@ sys.path.insert(0, str(ROOT))
 import train_nlg  # noqa: E402
 
 ADAPTER = "adapter_model.safetensors"
-FILES = {"adapter_config.json", ADAPTER, "log.jsonl", "run.json", "checkpoint"}
+FILES = {"adapter_config.json", ADAPTER, "log.jsonl", "run.json", "report.json", "checkpoint"}
 LOG_KEYS = "step loss task consistency diversity svd non_target_kl lr tokens_per_s memory_bytes".split()
 
 
@@ -262,7 +262,7 @@ def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     with monkeypatch.context() as patch:
         stop_within(patch, train_nlg, 5, number)
         assert train(parts, *RESUMABLE)[0] == 128 + number
-    assert len(logged(parts)) == 5 and {path.name for path in parts.iterdir()} == FILES
+    assert len(logged(parts)) == 5 and {path.name for path in parts.iterdir()} == FILES - {"report.json"}
     assert train(parts, *RESUMABLE, "--resume")[0] == 0
     assert (parts / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes() and logged(parts) == logged(whole)
     assert {path.name for path in parts.iterdir()} == FILES
@@ -404,6 +404,29 @@ def test_eval_adds_a_before_and_after_table(train, small_data, tmp_path):
     for moment in ("before", "after"):
         lines = (tmp_path / "out" / f"eval-{moment}.jsonl").read_text().splitlines()
         assert len(lines) == 48 and json.loads(lines[0])["prompt"].endswith("### Response:")
+
+
+@pytest.mark.parametrize("method", ["pissa", "full"])
+def test_retained_text_is_in_the_table_the_report_and_the_log(method, in_command, flags_of, small_data, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("Ada has 3 apples. " * 30)
+    flags = flags_of(tmp_path / "out", "--method", method, "--max-steps", 4, "--lr", 1e-2, "--retain", text, small_data)
+    if method == "full":
+        del flags[flags.index("--rank") : flags.index("--rank") + 2]
+    status, printed, error = in_command(train_nlg.main, *flags, "--retain-every", 2)
+    assert status == 0, error
+    assert f"retain {text}, " in printed and f"\nloss on {text} " in printed
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    kinds = ["loss on", "KL(pre-trained ‖ tuned) on"] if method == "pissa" else ["loss on"]
+    assert list(report["before"]) == [f"{kind} {path}" for path in (text, small_data) for kind in kinds]
+    entries = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [name in entry for entry in entries for name in report["after"]] == len(report["after"]) * [False] + (
+        len(report["after"]) * [True] + len(report["after"]) * [False] + len(report["after"]) * [True]
+    )
+    assert {name: entries[-1][name] for name in report["after"]} == pytest.approx(report["after"], rel=1e-5)
+    if method == "pissa":
+        name = f"KL(pre-trained ‖ tuned) on {text}"
+        assert report["before"][name] == pytest.approx(0, abs=1e-5) and report["after"][name] > 1e-3
 
 
 def test_an_eval_task_uses_the_benchmarks_prompt_and_judge_and_a_stopped_evaluation_resumes(train, tmp_path):

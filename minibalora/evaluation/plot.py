@@ -8,10 +8,10 @@ import argparse
 
 from minibalora.base import cli
 from minibalora.base.errors import InputError
-from minibalora.base.files import check_file, replacing
+from minibalora.base.files import check_file
 from minibalora.evaluation.plot_features import read_features, tsne
 from minibalora.evaluation.plot_runs import curves, read_runs
-from minibalora.evaluation.plot_style import STYLE
+from minibalora.evaluation.plot_style import save_picture
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,13 +19,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.features:
             import sklearn  # noqa: F401
-        import matplotlib.style
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise InputError(f"can't draw ({error}): pip install 'minibalora[plots]'") from None
-    with matplotlib.style.context(["default", STYLE]):  # ignore the user's matplotlibrc
-        figure = tsne(read_features(args.features, args.max_rows)) if args.features else curves(read_runs(args.runs))
-        with replacing(args.out) as temporary:
-            figure.savefig(temporary, format=args.out.suffix[1:].lower())
+    if args.features:
+        save_picture(args.out, lambda: tsne(read_features(args.features, args.max_rows)))
+    else:
+        save_picture(args.out, lambda: curves(read_runs(args.runs)))
     print(f"saved to {args.out}")
     return 0
 

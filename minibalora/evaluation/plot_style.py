@@ -1,10 +1,12 @@
 """The look of all pictures: colours, markers, legend, and short names for long paths."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minibalora.base.errors import InputError
+from minibalora.base.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +24,14 @@ STYLE |= {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": Tru
 STYLE |= {"axes.axisbelow": True, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY}
 FIGURE = {"dpi": 200, "layout": "constrained"}
 WIDTH = 9  # inches: 1800 pixels; the font sizes suit a picture shown 900 pixels wide
+
+
+def save_picture(path: Path, draw: Callable[[], "Figure"]) -> None:
+    """Draw a figure in our style, not that of the user's matplotlibrc, and save it in the format of the path's end."""
+    import matplotlib.style
+
+    with matplotlib.style.context(["default", STYLE]), replacing(path) as temporary:
+        draw().savefig(temporary, format=path.suffix[1:].lower())
 
 
 def short_names(paths: list[Path]) -> list[str]:

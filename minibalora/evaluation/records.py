@@ -14,10 +14,10 @@ from pathlib import Path
 from threading import Lock
 
 from minibalora.base import progress
-from minibalora.base.files import appending, keep_lines
+from minibalora.base.files import appending, keep_lines, write_json
 from minibalora.checkpoints.template import Template
 from minibalora.checkpoints.tokenizer import Tokenizer
-from minibalora.data.batches import encode_examples
+from minibalora.data.batches import Row, encode_examples
 from minibalora.data.prompts import Example, read_examples
 from minibalora.evaluation.benchmarks import (
     BENCHMARKS,
@@ -29,7 +29,9 @@ from minibalora.evaluation.benchmarks import (
     judge_answer,
     read_items,
 )
+from minibalora.evaluation.classify import finite
 from minibalora.evaluation.decoding import Decoding, generate_each
+from minibalora.evaluation.forgetting import measure_retained
 from minibalora.evaluation.metrics import pass_at_k, wilson
 from minibalora.evaluation.perplexity import mean_loss, whole_text
 from minibalora.evaluation.sandbox import Limits
@@ -151,6 +153,7 @@ class HeldOut:
     benchmark: Benchmark | None  # None: items with a final answer, asked as in training
     batch_size: int
     left_out: Mapping[str, int] = field(default_factory=dict)  # number of rows by reason
+    retained: dict[str, list[Row]] = field(default_factory=dict)  # name -> rows for `measure_retained`
 
 
 def read_held_out(
@@ -168,7 +171,7 @@ def read_held_out(
 def measure(
     model: LanguageModel, tok: Tokenizer, held_out: HeldOut, path: Path, measured: str
 ) -> tuple[dict[str, float], list[dict]]:
-    """Return a column of the table (exact match by kind in percent, losses in nats) and the records of `answer`.
+    """Return a column of the table (exact match by kind in percent, losses and KL in nats), the records of `answer`.
 
     path and measured: see `answer`.
     """
@@ -192,10 +195,19 @@ def measure(
     with evaluating(model):
         if rows:
             column["loss on held-out responses"] = mean_loss(model, rows, batch_size)
-        if held_out.pretraining:
-            rows, _, _ = encode_examples(held_out.pretraining, tok, sys.maxsize)
-            column["loss on pre-training text"] = mean_loss(model, whole_text(rows), batch_size)
-    return column, records
+    retained = held_out.retained
+    if held_out.pretraining:
+        rows, _, _ = encode_examples(held_out.pretraining, tok, sys.maxsize)
+        retained = retained | {"pre-training text": whole_text(rows)}
+    return column | measure_retained(model, retained, batch_size), records
+
+
+def write_report(out: Path, before: dict[str, float], after: dict[str, float]) -> None:
+    """Write report.json: both columns of the table."""
+    columns = {"before": before, "after": after}
+    write_json(out / "report.json", {
+        name: {key: finite(value) for key, value in column.items()} for name, column in columns.items()
+    })  # fmt: skip
 
 
 def share_right(records: list[dict]) -> float:

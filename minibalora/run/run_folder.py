@@ -30,8 +30,8 @@ RUN_FILES += ("chat_template.jinja",)
 # A user who is short of memory must be free to change these on --resume; micro_batch_size changes the spectral term a
 # little. Model, teacher and data may have moved, so their digests are compared instead of their paths.
 MAY_CHANGE_ON_RESUME = set(
-    "model data eval eval_task teacher out features init_cache teacher_cache resume save_every adapter_rank "
-    "device micro_batch_size grad_checkpoint compile tf32 fsdp plain".split()
+    "model data eval eval_task retain retain_every teacher out features init_cache teacher_cache resume save_every "
+    "adapter_rank device micro_batch_size grad_checkpoint compile tf32 fsdp plain".split()
 )
 
 

@@ -1,6 +1,6 @@
 """The settings of a run, in groups. flags.py makes them from the command line; other programs can make them too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from minibalora.objective import Objective
 class Adaptation:
     """The adapter: where it is, how large, and how it starts."""
 
-    method: str  # "full" (no adapter), "lora", "pissa" or "ba-lora"
+    method: str  # see `methods.STARTS`
     rank: int
     alpha: float
     init: str  # see `lowrank.factors_of`
@@ -20,6 +20,12 @@ class Adaptation:
     quantize: str | None = None  # "nf4": frozen weights of adapted linears in four bits
     is_plain: bool = False  # the layer and the loss as the paper writes them, not their lean forms
     init_cache: Path | None = None  # folder of PiSSA's factors
+    settings: dict = field(default_factory=dict)  # of the method, see `methods.SETTINGS`
+
+    @property
+    def rate_of_b(self) -> float:
+        """LoRA+: the factor of B's learning rate; 1 for other methods."""
+        return self.settings["ratio"] if self.method == "lora+" else 1.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class TextSource:
     prompt_field: str | None
     response_field: str | None
     input_field: str | None
+    retain: list[str] | None  # texts or rows on which forgetting is measured
+    retain_every: int | None  # steps between their measurements
     template: str | None  # "alpaca", "chat" or "raw"; None: by model and data
     max_rows: int | None
     max_length: int

@@ -140,7 +140,7 @@ def test_measuring_restores_every_mode_and_names_every_kind(toy, tmp_path):
     assert model.training and not model.model.layers[0].training and model.model.layers[1].training
     model.eval()
     assert len([name for name in column if name.startswith("exact match")]) == 5
-    assert list(column)[-1] == "loss on pre-training text"
+    assert list(column)[-1] == "loss on pre-training text"  # no KL, because nothing is adapted
 
 
 def test_measuring_uses_neither_gradients_nor_dropout(toy, tmp_path, monkeypatch):

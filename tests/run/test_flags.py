@@ -71,6 +71,8 @@ def test_both_scripts_have_the_common_flags():
         "template",
         "top_k",
         "eval_task",
+        "retain",
+        "retain_every",
         "quantize",
         "teacher_cache",
         "fsdp",
@@ -139,7 +141,7 @@ def test_the_teacher_is_set_only_for_terms_that_need_one(method):
         ([*GLUE, "--method", "full", "--non-target-kl", "1"], ["--non-target-kl", "--method full"]),
         ([*GLUE, "--method", "full", "--rank", "8"], ["--rank", "--method full"]),
         ([*GLUE, "--method", "full", "--adapter-rank", "8"], ["--adapter-rank", "--method full"]),
-        ([*GLUE, "--method", "pissa", "--recipe", "2024"], ["--recipe", "--method pissa"]),
+        ([*GLUE, "--method", "pissa", "--svd-k", "2"], ["--svd-k", "--method pissa", "--recipe"]),
         ([*GLUE, "--method", "lora", "--init", "pissa"], ["--init pissa", "--method lora"]),
         ([*GLUE, "--method", "full", "--init-cache", "c"], ["--init-cache", "--method full"]),
         ([*GLUE, "--method", "lora", "--init-cache", "c"], ["--init-cache", "--method lora"]),
@@ -154,6 +156,11 @@ def test_the_teacher_is_set_only_for_terms_that_need_one(method):
 )
 def test_contradicting_flags_are_refused_in_one_line(flags, parts, refuses):
     refuses(lambda: nlu(*flags), *parts)
+
+
+def test_retain_every_needs_retain(refuses):
+    refuses(lambda: parse_nlg_flags([*CPU, "--retain-every", "5"]), "--retain-every goes with --retain")
+    assert parse_nlg_flags([*CPU, "--retain-every", "5", "--retain", "a", "b"]).source.retain == ["a", "b"]
 
 
 @pytest.mark.parametrize("parser, recipes", [(nlg_parser, NLG_RECIPES), (nlu_parser, NLU_RECIPES)])

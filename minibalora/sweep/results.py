@@ -1,0 +1,75 @@
+"""Read what the runs of a sweep reached."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minibalora.base.errors import InputError
+from minibalora.base.files import read_json_object, recorded_settings, write_json
+from minibalora.sweep.grid import CHANGE_NO_RESULT, PlannedRun
+from minibalora.sweep.processes import is_finished
+
+DEV = "dev"  # the score that chooses a classifier's best epoch
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run."""
+
+    name: str  # of its folder
+    given: dict  # the values of its flags
+    settings: dict  # from run.json
+    dev_metric: list[str]  # a classifier's metrics, the first of which is reported; [] for a language model
+    before: dict[str, float | None]  # measurements before training, as in the script's table
+    after: dict[str, float | None]
+
+    def forgotten(self, measurement: str | None) -> float | None:
+        """Return how much training raised a measurement; None if it was not measured."""
+        before, after = self.before.get(measurement), self.after.get(measurement)
+        return None if before is None or after is None else after - before
+
+
+def record_runs(out: Path, script: str, runs: list[PlannedRun]) -> None:
+    """Add the runs to sweep.json. Raises InputError if `out` holds runs of the other script."""
+    path = out / "sweep.json"
+    record = read_json_object(path) if path.exists() else {"script": script, "runs": {}}
+    if record["script"] != script:
+        raise InputError(f"{out}: holds a sweep of {record['script']}: give another --out")
+    write_json(path, record | {"runs": record["runs"] | {run.name: run.given for run in runs}})
+
+
+def recorded_runs(out: Path) -> dict[str, dict]:
+    """Return the flags of every run of the sweeps in `out`, by the name of its folder."""
+    if not (out / "sweep.json").is_file():
+        raise InputError(f"{out}: holds no sweep: give the --out of one")
+    return read_json_object(out / "sweep.json")["runs"]
+
+
+def varied_flags(runs: dict[str, dict]) -> list[str]:
+    """Return the flags that have not the same value in all runs."""
+    names = list(dict.fromkeys(name for given in runs.values() for name in given if name not in CHANGE_NO_RESULT))
+    return [name for name in names if any(given.get(name) != next(iter(runs.values())).get(name)
+                                          for given in runs.values())]  # fmt: skip
+
+
+def read_results(out: Path, runs: dict[str, dict]) -> list[Result]:
+    return [read_result(out / name, given) for name, given in runs.items() if is_finished(out / name)]
+
+
+def read_result(folder: Path, given: dict) -> Result:
+    report = read_json_object(folder / "report.json")
+    before, after = (flat(report.get(column, {})) for column in ("before", "after"))
+    if report.get("epochs"):
+        scores = [epoch["dev"] for epoch in report["epochs"] if epoch["dev"] is not None]
+        after[DEV] = max(scores, default=None)
+    return Result(folder.name, given, recorded_settings(folder), report.get("dev_metric", []), before, after)
+
+
+def flat(column: dict) -> dict[str, float | None]:
+    """Return a classifier's scores, which are grouped by evaluation set, as one column; any other column as it is."""
+    numbers = {}
+    for name, value in column.items():
+        if isinstance(value, dict):
+            numbers |= {f"{name}: {key}": score for key, score in value.items()}
+        else:
+            numbers[name] = value
+    return numbers
