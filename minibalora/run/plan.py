@@ -52,9 +52,8 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
           f"peak learning rate {optimisation.lr:g}, {optimisation.schedule}")  # fmt: skip
-    print(f"memory  about {memory / 1e9:.2f} GB of tensors, counted in a step on empty ones; "
-          f"{'CUDA and torch need' if device.type == 'cuda' else 'the process may take half as'} "
-          f"{'half a GB or more on top' if device.type == 'cuda' else 'much again'}")  # fmt: skip
+    more = "CUDA and torch need half a GB or more" if device.type == "cuda" else "the process may need two thirds more"
+    print(f"memory  about {memory / 1e9:.2f} GB of tensors, counted in a step on empty ones; {more}")
     print(f"out     {settings.output.folder}", flush=True)
 
 
