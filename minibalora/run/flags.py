@@ -28,7 +28,6 @@ from minibalora.checkpoints.template import add_template_flags
 from minibalora.data.glue import TASKS
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
-from minibalora.run.methods import METHODS as METHODS
 from minibalora.run.methods import (
     STARTS,
     TERM_FLAGS,

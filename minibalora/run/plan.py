@@ -24,8 +24,9 @@ from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, initial_val
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 from minibalora.run.adapting import empty_factors
-from minibalora.run.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
+from minibalora.run.flags import BATCH_SIZE, DEFAULTS, NLU_DEFAULTS
 from minibalora.run.memory import Loss, classification_loss, expected_memory, generation_loss, held
+from minibalora.run.methods import METHODS
 from minibalora.run.settings import Adaptation, Hardware, Settings
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -41,6 +42,7 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     adaptation, optimisation, device = settings.adaptation, settings.optimisation, settings.hardware.device
     parameters, trained, layers = base_parameters(model), trained_numbers(model), adapted_layers(model)
     shape = f"init {adaptation.init}, rank {adaptation.rank}, alpha {adaptation.alpha:g}"
+    shape += "".join(f", {name} {value}" for name, value in adaptation.settings.items() if value is not None)
     adapter = f", {len(layers)} layers, {shape}" if layers else ""
     dtype = str(settings.hardware.dtype).removeprefix("torch.")
     ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
@@ -93,8 +95,9 @@ def trained_numbers(model: nn.Module) -> int:
 
 def base_parameters(model: nn.Module) -> int:
     """Count the parameters that the model had before it was adapted and quantised."""
-    added = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
-    added |= {id(tensor) for tensor in initial_values(model).values()}
+    own = [layer.named_parameters(recurse=False) for _, layer in adapted_layers(model)]
+    added = {id(tensor) for tensors in own for name, tensor in tensors if name not in ("W", "bias")}
+    added |= {id(tensor) for tensor in initial_values(model).values()}  # of a head
     dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in added)
     quantised = [layer.W.shape for _, layer in adapted_layers(model) if not isinstance(layer.W, Tensor)]
     return dense + sum(n * m for n, m in quantised)
