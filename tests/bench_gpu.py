@@ -55,7 +55,6 @@ from minibalora.models.llama import llama
 from minibalora.nf4 import quantize
 from minibalora.objective import NLG_RECIPES
 from minibalora.run import bench, memory, workload
-from minibalora.run.adapting import empty_factors
 from minibalora.run.flags import DEFAULTS
 from minibalora.run.settings import Hardware
 from minibalora.run.workload import Contender, Load
@@ -227,11 +226,7 @@ def peak(load: Load, contender: Contender, index: int) -> int:
 
 
 def announced_memory(args: Namespace, contender: Contender, batch: object) -> int:
-    with torch.device("meta"):
-        model = llama(args.config).to(args.hardware.dtype).requires_grad_(False)
-    init = "lora" if contender.method == "lora" else "pissa"
-    adapt(model, args.rank, init=init, factors=lambda _, weight: empty_factors(weight, args.rank, "meta"))
-    use_lean_product(model)
+    model = workload.empty_model(args.config, args.hardware.dtype, args.rank, contender)
     loss_of = partial(memory.generation_loss, batch, contender.objective, 1, False)
     return memory.expected_memory(model, args.hardware, loss_of, accumulates=False)
 

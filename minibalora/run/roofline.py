@@ -17,14 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from minibalora.lean_product import factors_kept, use_lean_product
-from minibalora.lowrank import adapt
-from minibalora.models.llama import LlamaConfig, llama
-from minibalora.run.adapting import empty_factors
+from minibalora.lean_product import factors_kept
+from minibalora.models.llama import LlamaConfig
 from minibalora.run.empty_tensors import backward, without_numbers
 from minibalora.run.memory import Loss, by_straight_line, empty_run, generation_loss
 from minibalora.run.settings import Hardware
-from minibalora.run.workload import Contender, full_batch
+from minibalora.run.workload import Contender, empty_model, full_batch
 
 aten = torch.ops.aten
 SLOW = 1 / 15  # rate of products in float32 and float64 over that in half precision: 67 / 989 TFLOP/s on an H200
@@ -82,14 +80,8 @@ def work_of(
 
     The step has one micro-batch of full rows, see `workload.full_batch`. peaks: FLOP/s in half precision and bytes/s.
     """
-    with torch.device("meta"):
-        model = llama(config).to(hardware.dtype).requires_grad_(False)
-    init = "lora" if contender.method == "lora" else "pissa"
-    adapt(model, rank, init=init, factors=lambda _, weight: empty_factors(weight, rank, "meta"))
-    is_plain = contender.form == "plain"
-    if not is_plain:
-        use_lean_product(model)
-    loss_of = partial(generation_loss, full_batch(config, rows), contender.objective, 1, is_plain)
+    model = empty_model(config, hardware.dtype, rank, contender)
+    loss_of = partial(generation_loss, full_batch(config, rows), contender.objective, 1, contender.form == "plain")
     return by_straight_line(model, partial(totals_of, model, hardware, loss_of, peaks))
 
 

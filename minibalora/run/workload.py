@@ -19,6 +19,7 @@ from minibalora.lowrank import adapt
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
 from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
+from minibalora.run.adapting import empty_factors
 from minibalora.run.cache import Cache
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
@@ -109,6 +110,17 @@ def random_model(config: LlamaConfig, hardware: Hardware) -> Decoder:
     with torch.device("meta"):
         model = llama(config).to(hardware.dtype)
     return fill(model.to_empty(device=hardware.device)).requires_grad_(False)
+
+
+def empty_model(config: LlamaConfig, dtype: torch.dtype, rank: int, contender: Contender) -> Decoder:
+    """Return the contender's adapted model on the meta device."""
+    with torch.device("meta"):
+        model = llama(config).to(dtype).requires_grad_(False)
+    init = "lora" if contender.method == "lora" else "pissa"
+    adapt(model, rank, init=init, factors=lambda _, weight: empty_factors(weight, rank, "meta"))
+    if contender.form == "fused":
+        use_lean_product(model)
+    return model
 
 
 @torch.no_grad()
