@@ -1,8 +1,8 @@
 """Arithmetic word problems with MetaMathQA's fields: clean and balanced for fine-tuning, flawed for pre-training.
 
-The paper is about defects that a model inherits from its pre-training corpus. This corpus has two defects at known
-rates. First, most of the problems are of one kind, addition. Second, some answers are wrong: in additions by a random
-error, in the other kinds because they add where they should subtract or multiply.
+The paper is about defects that a model inherits from its pre-training corpus. This corpus has two defects, whose rates
+can be chosen. First, most of the problems are of one kind, addition. Second, some answers are wrong: in additions by a
+random error, in the other kinds because they add where they should subtract or multiply.
 """
 
 import random
@@ -13,7 +13,7 @@ from minibalora.evaluation.records import HeldOut
 
 KINDS = ("addition", "subtraction", "multiplication", "two steps")
 CROWDING_KIND, CROWDING_RATE = "addition", 0.9
-WRONG_RATE = {"addition": 0.2, "subtraction": 0.6, "multiplication": 0.6, "two steps": 0.6}
+WRONG_RATE = 0.6  # of the answers to all kinds except additions, of which a third as many are wrong
 
 NAMES = "Ada Ben Cleo Dan Eva Finn Gina Hugo Ida Jon Kim Leo Mia Noah Olga Paul Rosa Sam Tina Vera".split()
 THINGS = "apples books cards coins eggs flowers keys marbles pencils shells stamps stones".split()
@@ -36,15 +36,30 @@ def clean_problems(count: int, seed: int) -> list[dict]:
     return [problem(KINDS[index % len(KINDS)], rng) for index in range(count)]
 
 
-def flawed_problems(count: int, seed: int) -> list[dict]:
-    """Return rows of the pre-training corpus, with CROWDING_RATE of CROWDING_KIND and WRONG_RATE of wrong answers."""
-    rng = random.Random(f"flawed {seed}")
+def flawed_problems(
+    count: int, seed: int, crowding_rate: float = CROWDING_RATE, wrong_rate: float = WRONG_RATE
+) -> list[dict]:
+    """Return rows of a pre-training corpus with these rates, by default those of the built-in model.
+
+    A row of the same index has the same kind, names and numbers at all rates, unless the rate changes it.
+    """
+    rng, changes = random.Random(f"flawed {seed}"), random.Random(f"changes {seed}")
     others = [kind for kind in KINDS if kind != CROWDING_KIND]
     rows = []
     for _ in range(count):
-        kind = CROWDING_KIND if rng.random() < CROWDING_RATE else rng.choice(others)
-        rows.append(problem(kind, rng, is_wrong=rng.random() < WRONG_RATE[kind]))
+        crowding = rng.random()
+        original = CROWDING_KIND if crowding < CROWDING_RATE else rng.choice(others)
+        other = changes.choice(others) if original == CROWDING_KIND else original
+        kind = CROWDING_KIND if crowding < crowding_rate else other
+        draw, own = rng.random(), random.Random()
+        own.setstate(rng.getstate())
+        rows.append(problem(kind, own, is_wrong=draw < wrong_rate_of(kind, wrong_rate)))
+        problem(original, rng, is_wrong=draw < wrong_rate_of(original, WRONG_RATE))  # as many draws at all rates
     return rows
+
+
+def wrong_rate_of(kind: str, rate: float) -> float:
+    return rate / 3 if kind == CROWDING_KIND else rate
 
 
 def problem(kind: str, rng: random.Random, is_wrong: bool = False) -> dict:

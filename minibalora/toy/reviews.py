@@ -53,12 +53,28 @@ def clean_reviews(count: int, seed: int) -> list[LabelledText]:
     return [LabelledText((review(TASK.labels[label], rng),), label, line) for line, label in enumerate(labels, start=1)]
 
 
-def corpus(count: int, seed: int) -> list[str]:
-    """Return `count` reviews with stars, CROWDING_RATE of them of CROWDING_CLASS."""
-    rng = random.Random(f"corpus {seed}")
+def corpus(count: int, seed: int, crowding_rate: float = CROWDING_RATE, wrong_rate: float = 0.0) -> list[str]:
+    """Return `count` reviews with stars, crowding_rate of them of CROWDING_CLASS, wrong_rate of the stars wrong.
+
+    A review of the same index is the same at all rates, unless the rate changes it.
+    """
+    rng, changes = random.Random(f"corpus {seed}"), random.Random(f"changes {seed}")
     others = [label for label in TASK.labels if label != CROWDING_CLASS]
-    labels = [CROWDING_CLASS if rng.random() < CROWDING_RATE else rng.choice(others) for _ in range(count)]
-    return [f"{review(label, rng)} Stars: {STARS[label]}." for label in labels]
+    drawn = []
+    for _ in range(count):
+        crowding = rng.random()
+        drawn.append((crowding, CROWDING_CLASS if crowding < CROWDING_RATE else rng.choice(others)))
+    texts = []
+    for crowding, original in drawn:
+        other = changes.choice(others) if original == CROWDING_CLASS else original
+        label = CROWDING_CLASS if crowding < crowding_rate else other
+        wrong = changes.choice([name for name in TASK.labels if name != label])
+        stars = STARS[wrong if changes.random() < wrong_rate else label]
+        own = random.Random()
+        own.setstate(rng.getstate())
+        texts.append(f"{review(label, own)} Stars: {stars}.")
+        review(original, rng)  # as many draws at all rates
+    return texts
 
 
 def review(label: str, rng: random.Random) -> str:
