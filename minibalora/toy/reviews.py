@@ -14,7 +14,8 @@ from minibalora.data.glue import LabelledText, Task
 from minibalora.data.sets import EvalSet
 from minibalora.toy.problems import copy_of
 
-TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",))
+TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",),
+            {"negative": 0, "neutral": 1, "positive": 2})  # fmt: skip
 CROWDING_CLASS, CROWDING_RATE = "positive", 0.6
 STRAIGHT_RATE = 0.7  # of the judgements are not negated; at 0.5 a single word says nothing, and many runs learn nothing
 STARS = {"negative": "one", "neutral": "three", "positive": "five"}

@@ -85,6 +85,11 @@ def test_clean_reviews_are_balanced_and_express_the_class_of_their_label():
     assert all(read_review(row.texts[0]) == reviews.TASK.labels[row.label] for row in rows)
 
 
+def test_a_fine_tuned_head_for_reviews_is_known_by_its_names():
+    """Otherwise --teacher would refuse a model that was fine-tuned on them."""
+    assert [reviews.TASK.class_named(name) for name in reviews.TASK.labels] == [0, 1, 2]
+
+
 def test_no_single_word_decides_the_class_of_a_review():
     counts = {label: Counter() for label in range(3)}
     rows = reviews.clean_reviews(6000, seed=5)
