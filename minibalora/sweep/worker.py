@@ -11,6 +11,7 @@ import os
 import runpy
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 SIGNALS = signal.SIGTERM, signal.SIGCHLD
@@ -20,6 +21,7 @@ def main(script: str) -> None:
     sys.argv, sys.path[0] = [script], str(Path(script).absolute().parent)  # as for `python SCRIPT`
     if sys.platform != "darwin":  # whose linear algebra does not survive a fork
         preload(script)
+    warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)  # OpenBLAS stops its threads
     signal.signal(signal.SIGCHLD, lambda *_: None)  # by default, some systems drop it though it is blocked
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # so that none is missed: wait_for takes them
     for line in sys.stdin:

@@ -280,7 +280,7 @@ def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_com
     assert "stopped after step 1 of 4" in (good / "output.txt").read_text() and not (good / "report.json").exists()
 
     flag.unlink()
-    status, printed, error = in_command(main, *words, "--baseline", "lora", "--jobs", "2")
+    status, printed, error = in_command(main, *words, "--baseline", "lora")
     assert status == 1 and "2 runs in" in printed and "0 are finished" in printed
     assert (
         f"{bad.name}: failed: error: step" in printed
