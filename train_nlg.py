@@ -29,7 +29,7 @@ from minibalora.run.adapting import adapt_model, truncate_adapter
 from minibalora.run.flags import parse_nlg_flags
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import Run, optimizer_of, steps_of_run
-from minibalora.run.memory import expected_memory, packed_amount
+from minibalora.run.memory import expected_memory, generation_loss
 from minibalora.run.plan import nlg_formula, print_plan
 from minibalora.run.teacher import run_cache, teacher_states
 from minibalora.toy import problems
@@ -85,14 +85,14 @@ def main() -> int:
     # Adapt: W becomes W_res + s A B, and only A and B are trained.
     if not is_full:
         adapt_model(model, adaptation, hardware, optimisation.seed, out if resumed is not None else None)
+    longest = batches.pack(batches.longest(rows, rows_at_once), "cpu")
+    loss_of = partial(generation_loss, longest, objective, optimisation.micro_batches, adaptation.is_plain)
+    ranks = distributed.size() if hardware.fsdp else 1
+    memory = expected_memory(model, hardware, loss_of, optimisation.micro_batches > 1, ranks)
     fit_hardware(model, hardware)
-    optimizer, head = optimizer_of(model), head_of(model, adaptation.is_plain)
+    optimizer, head = optimizer_of(model, adaptation.rate_of_b), head_of(model, adaptation.is_plain)
     if not output.resume:
         distributed.on_main(run_folder.start_run, out, recorded)
-    amount = packed_amount(batches.pack(batches.longest(rows, rows_at_once), "cpu"))
-    ranks = distributed.size() if hardware.fsdp else 1
-    whole = optimisation.accumulates, ranks, adaptation.is_plain
-    memory = expected_memory(model, hardware, amount, objective, *whole)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
     data = [batches.in_words(rows, source.data and files.named(source.data)), prompts.counts_in_words(left_out)]
     data.append(f"template {template}")

@@ -30,7 +30,7 @@ from minibalora.run.adapting import adapt_model, truncate_adapter
 from minibalora.run.flags import parse_nlu_flags
 from minibalora.run.hardware import checkpoint_blocks
 from minibalora.run.loop import Run, optimizer_of, steps_of_run
-from minibalora.run.memory import expected_memory, padded_amount
+from minibalora.run.memory import classification_loss, expected_memory
 from minibalora.run.plan import nlu_formula, print_plan
 from minibalora.toy import reviews
 
@@ -95,9 +95,12 @@ def main() -> int:
     # Adapt: W becomes W_res + s A B, and only A, B and the classifier's head are trained.
     if not is_full:
         adapt_model(base, adaptation, hardware, seed, out if resumed is not None else None)
+    longest = labelled.padded(batches.longest(rows, optimisation.micro_batch_size), model, "cpu")
+    loss_of = partial(classification_loss, *longest, objective)
+    memory = expected_memory(model, hardware, loss_of, optimisation.micro_batches > 1)
     if hardware.grad_checkpoint:
         checkpoint_blocks(base)
-    optimizer = optimizer_of(base)
+    optimizer = optimizer_of(base, adaptation.rate_of_b)
     if not output.resume:
         run_folder.start_run(out, recorded)
     skipped = f", {skipped:,} rows without a label" if source.data is not None else ""
@@ -114,9 +117,6 @@ def main() -> int:
         lines.append("the checkpoint's head, with its classes in the task's order by id2label")
     if teacher is not None:
         lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
-    at_once = min(optimisation.micro_batch_size, len(rows))
-    amount = padded_amount(at_once, max(len(row.ids) for row in rows), source.as_text)
-    memory = expected_memory(base, hardware, amount, None, optimisation.accumulates)
     print_plan(settings, base, nlu_formula(objective, classes), lines, steps, memory)
 
     # Before the first step, the student is the pre-trained model, whatever the init.

@@ -24,7 +24,7 @@ def svd_named(init: str) -> SVD:
     """Return the function for "pissa_krylov_N" or "pissa_niter_N". Raises ValueError for another name."""
     match = re.fullmatch(r"pissa_(krylov|niter)_(\d{1,3})", init)
     if match is None:
-        raise ValueError(f"unknown init {init!r}: give lora, pissa, pissa_krylov_N or pissa_niter_N")
+        raise ValueError(f"unknown init {init!r}: give lora, olora, pissa, pissa_krylov_N or pissa_niter_N")
     count = int(match[2])
     return partial(krylov_svd, depth=count) if match[1] == "krylov" else partial(subspace_svd, niter=count)
 

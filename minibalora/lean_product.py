@@ -37,8 +37,10 @@ KEPT: dict[LowRankLinear, Kept | None] = {}  # the layers inside `factors_kept`
 
 
 def use_lean_product(model: nn.Module) -> None:
-    """Make every LowRankLinear of `model` a LeanLowRankLinear, in place."""
-    for _, layer in adapted_layers(model):
+    """Make every LowRankLinear of `model` a LeanLowRankLinear, in place. Raises ValueError for one of variants.py."""
+    for name, layer in adapted_layers(model):
+        if hasattr(layer, "extras"):
+            raise ValueError(f"{name} is a {type(layer).__name__}, which has no lean product: leave it plain")
         layer.__class__ = LeanLowRankLinear
 
 

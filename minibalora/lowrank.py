@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["LowRankLinear", "adapt", "adapted_layers", "evaluating", "factors_of", "initial_values", "install", "lora"]
-__all__ += ["merge", "pissa", "pretrained"]
+__all__ += ["merge", "olora", "pissa", "pretrained"]
 
 HEADS = {"lm_head", "score", "classifier", "pooler", "classification_head"}  # never adapted, as in all three papers
 OWN = ("weight", "bias", "W", "A", "B", "A0", "B0", "scaling", "is_teacher")  # attributes that `_take_over` leaves out
@@ -128,15 +128,21 @@ def pissa(weight: Tensor, rank: int, scaling: float, svd: Callable | None = None
     return (U[:, :rank] * root).contiguous(), (root[:, None] * Vh[:rank]).contiguous()
 
 
+def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
+    """A = R[:r]ᵀ, B = Q[:, :r]ᵀ with Wᵀ = Q R, in float32 (OLoRA, arXiv 2406.01775). weight (n, m) is Wᵀ."""
+    Q, R = torch.linalg.qr(weight.detach().float())
+    return R[:rank].T.contiguous(), Q[:, :rank].T.contiguous()
+
+
 def factors_of(init: str) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:
-    """Return the function (weight (n, m), rank, scaling) -> A (m, r), B (r, n) that `init` names: "lora", "pissa" (the
-    exact SVD), "pissa_krylov_N" or "pissa_niter_N" (faster, see krylov.py). Raises ValueError for any other name."""
-    if init in ("lora", "pissa"):
-        return lora if init == "lora" else pissa
+    """Return the function (weight (n, m), rank, scaling) -> A (m, r), B (r, n) that `init` names: "lora", "olora",
+    "pissa" (exact), "pissa_krylov_N" or "pissa_niter_N" (faster, see krylov.py). Raises ValueError for others."""
+    if init in (exact := {"lora": lora, "pissa": pissa, "olora": olora}):
+        return exact[init]
     try:
         from minibalora.krylov import svd_named
     except ImportError:  # this file was copied alone
-        raise ValueError(f"unknown init {init!r}: give lora or pissa") from None
+        raise ValueError(f"unknown init {init!r}: give lora, olora or pissa") from None
     return partial(pissa, svd=svd_named(init))
 
 
@@ -223,7 +229,8 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
     if not layers:
         raise ValueError("the model has no adapted layer, so there is no record of the pre-trained one: adapt first")
     head = [(tensor, tensor.data, initial) for _, _, tensor, initial in _head_with_initial(model)]
-    known = {id(factor) for layer in layers for factor in (layer.A, layer.B)} | {id(tensor) for tensor, _, _ in head}
+    known = {id(p) for layer in layers for name, p in layer.named_parameters() if name not in ("W", "bias")}
+    known |= {id(tensor) for tensor, _, _ in head}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in known:
             raise ValueError(f"{name} is trained, but its initial value is not kept: name its module in own_head")
@@ -342,7 +349,7 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
     own = {name: vars(old)[name].copy() for name in ("_parameters", "_buffers", "_modules")}
     vars(new).update(vars(old) | own)
     for store in (vars(new), new._parameters, new._modules):
-        for name in OWN:
+        for name in (*OWN, *getattr(old, "extras", ())):  # extras: those of a layer in variants.py
             store.pop(name, None)
 
 

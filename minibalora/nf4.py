@@ -138,8 +138,10 @@ def quantize(layer: nn.Module) -> None:
     """Make a LowRankLinear store W_res in four bits instead of W, in place.
 
     In a PiSSA layer, A₀ and B₀ hold the largest directions of W, so quantising W_res loses less than quantising W
-    (QPiSSA, arXiv 2404.02948). In a LoRA layer W_res is W (QLoRA, arXiv 2305.14314).
+    (QPiSSA, arXiv 2404.02948). In a LoRA layer W_res is W (QLoRA, arXiv 2305.14314). Raises ValueError for DoRA.
     """
+    if hasattr(layer, "magnitude"):
+        raise ValueError("DoRA starts from the norms of the weight in use: quantise first, then put DoRA in")
     residual = layer.residual.T
     del layer.W  # the name of a parameter takes no module
     layer.W = NF4.quantize(residual)

@@ -2,6 +2,19 @@
 
 This file chooses the terms, their weights and how the weights change over a run; `regularizers.py` has the formulas.
 "2024" is arXiv 2408.04556 v1 to v5, "iclr2026" the ICLR 2026 version, "Mask the Target" arXiv 2605.29498.
+
+For generation, the 2024 papers and the authors' first code differ. Rows are predicted response tokens:
+
+| term | the papers | the authors' first code | --recipe 2024 |
+|---|---|---|---|
+| KL | mean over rows | sum over all positions, with prompts and padding, divided by the batch | as the papers |
+| entropy | of the rows | masked with labels that are not shifted: one position too late | as the papers |
+| σ | of the rows, over Σ σ | if V > 4096, by randomised SVD (k + 5 columns, 2 iterations); over ‖Z‖_F | as the papers |
+
+So in that code λ1 = 1e-4 weighs as much as 1e-4 · T here, if rows have T positions each and all have a like KL. The
+flags that come nearest to it, for T = 512: `--recipe 2024 --lambda1 0.05`. The norm ‖Z‖_F has no flag of its own: it
+is a part of iclr2026, as are the KL's temperature, K = 20 logits in the entropy, and the moving weights. The papers:
+`--recipe 2024` and `--recipe iclr2026`.
 """
 
 import math

@@ -22,6 +22,8 @@ def truncate(model: nn.Module, rank: int) -> float:
         raise ValueError("nothing to truncate: the model has no adapted layer")
     if any(not isinstance(layer.W, Tensor) for layer in layers):
         raise ValueError("a quantised model can't be truncated: save its adapter and truncate that")
+    if any(hasattr(layer, "extras") for layer in layers):
+        raise ValueError("a variant of LoRA can't be truncated: make it a plain LoRA first, with variants.fold")
     lost = total = 0.0
     for layer in layers:
         left, right, S = best_factors(*layer.update(), rank)

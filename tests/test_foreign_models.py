@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, merge, pretrained
+from minibalora.variants import VARIANTS, add_penalty, after_step, before_step, use
 
 
 def as_if_trained(model: nn.Module) -> nn.Module:
@@ -179,6 +180,30 @@ def test_sharding_in_bfloat16_leaves_student_and_teacher_equal_at_step_0(one_pro
         student = model(x)
     with pretrained(model):
         assert torch.equal(model(x), student)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train_on_sharded_weights_with_whole_factors(variant, one_process):
+    """As run/sharded.py shards: only W. DoRA reads the norms of W before that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    whole, x = use(adapt(nn.Sequential(nn.Linear(12, 9)), 3, init="lora"), variant), torch.randn(5, 12)
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter += 0.1 * torch.randn_like(parameter) * parameter.requires_grad
+    model = copy.deepcopy(whole)
+    ignored = {parameter for parameter in model.parameters() if parameter is not model[0].W}
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=ignored)
+    for net in (whole, model):
+        before_step(net, 0, seed=0)
+        net(x).square().sum().backward()
+        add_penalty(net)
+        after_step(net, 1, 4)
+    pairs = zip(whole.parameters(), model.parameters(), strict=True)
+    assert all(torch.equal(a.grad, b.grad) for a, b in pairs if a.requires_grad)
+    with pretrained(model), pretrained(whole):
+        assert torch.equal(model(x), whole(x))
 
 
 def test_a_linear_that_is_registered_twice_is_adapted_once():

@@ -92,5 +92,5 @@ def test_krylov_factors_do_not_use_the_global_seed():
 
 @pytest.mark.parametrize("name", ["gaussian", "pissa_niter", "pissa_krylov_x", "pissa_krylov_1000", "PISSA"])
 def test_an_unknown_init_is_refused_by_name(name):
-    with pytest.raises(ValueError, match=f"unknown init '{name}': give lora, pissa, pissa_krylov_N"):
+    with pytest.raises(ValueError, match=f"unknown init '{name}': give lora, olora, pissa, pissa_krylov_N"):
         factors_of(name)

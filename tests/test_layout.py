@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 # design.md's table from the top down: a file may import from its own row and those above.
 ROWS = [
     ["krylov", "lowrank", "regularizers", "fused"],
-    ["nf4", "lean_product", "truncate", "objective"],
+    ["nf4", "lean_product", "truncate", "variants", "objective"],
     ["base"],
     ["models"],
     ["checkpoints"],
@@ -30,7 +30,7 @@ COPYABLE = {
     name: {"torch"} for name in ("lowrank", "regularizers", "fused", "krylov", "nf4")
 }  # -> the packages that it needs
 COPYABLE |= {f"models.{path.stem}": {"torch"} for path in (ROOT / "minibalora" / "models").glob("[!_]*.py")}
-COPYABLE |= {"evaluation.answers": set()}
+COPYABLE |= {"evaluation.answers": set(), "variants": {"torch", "lowrank"}}  # variants: beside lowrank.py
 USE = """
 import torch
 from torch import nn
@@ -38,6 +38,7 @@ from fused import FrozenHead, fused_objective
 from lowrank import adapt, merge, pretrained
 from nf4 import NF4
 from regularizers import consistency_kl, diversity_entropy, svd_share
+from variants import add_penalty, after_step, before_step, use
 
 model = adapt(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 5)), rank=2)
 x = torch.randn(4, 8)
@@ -54,7 +55,13 @@ assert torch.equal(merge(model)(x), teacher)
 try:
     adapt(nn.Sequential(nn.Linear(8, 8)), 2, init="pissa_krylov_4")
 except ValueError as error:
-    assert "give lora or pissa" in str(error)
+    assert "give lora, olora or pissa" in str(error)
+
+varied = use(adapt(nn.Sequential(nn.Linear(8, 8)), 2, init="lora"), "adalora", target=1)
+before_step(varied, 0, seed=0)
+varied(x).square().mean().backward()
+add_penalty(varied)
+after_step(varied, 1, steps=4)
 
 from models.gpt2 import GPT2Config, gpt2
 
@@ -113,8 +120,8 @@ def test_few_files_stand_directly_in_the_package():
 @pytest.mark.parametrize("name", COPYABLE)
 def test_copyable_files_need_torch_at_most(name):
     others = {module.partition(".")[0] for module in imports(name) if not module.startswith("minibalora.models.")}
-    if name == "lowrank":
-        others -= {"minibalora"}  # krylov.py, imported only if an init needs it
+    if name in ("lowrank", "variants"):
+        others -= {"minibalora"}  # krylov.py, only if an init needs it; lowrank.py, beside a copy of variants.py
     assert others - set(sys.stdlib_module_names) == COPYABLE[name]
 
 
@@ -126,7 +133,7 @@ def test_copyable_files_say_their_licence_and_what_they_offer(name):
 
 
 def test_copyable_files_work_in_an_empty_folder(tmp_path):
-    for name in ("lowrank.py", "regularizers.py", "fused.py", "krylov.py", "nf4.py"):
+    for name in ("lowrank.py", "regularizers.py", "fused.py", "krylov.py", "nf4.py", "variants.py"):
         shutil.copy(ROOT / "minibalora" / name, tmp_path)
     shutil.copytree(ROOT / "minibalora" / "models", tmp_path / "models")
     result = subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.')\n{USE}"], cwd=tmp_path)

@@ -256,7 +256,7 @@ def test_adapting_twice_is_refused_with_the_names_of_the_layers():
         ({"rank": 0}, "rank 0"),
         ({"rank": 2, "alpha": 0}, "alpha is 0"),
         ({"rank": 2, "alpha": -1.0}, "alpha is -1.0"),
-        ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, pissa, pissa_krylov_N or pissa_niter_N"),
+        ({"rank": 2, "init": "gaussian"}, "unknown init 'gaussian': give lora, olora, pissa, pissa_krylov_N or "),
     ],
 )
 def test_a_refused_setting_does_not_change_the_model(wrong, message):

@@ -221,7 +221,7 @@ def test_the_terms_of_a_micro_batch_are_averaged_by_rows(name):
 def whole_runs(bert, data, tmp_path_factory) -> dict[str, Path]:
     """A run of three epochs with each method, never stopped."""
     folder, runs = tmp_path_factory.mktemp("whole"), {}
-    for method in ("ba-lora", "pissa", "full"):
+    for method in ("ba-lora", "pissa", "full", "adalora", "deltalora"):
         out = runs[method] = folder / method
         flags = flags_of(bert, data, out, "--method", method, "--epochs", "3", "--save-every", "5")
         assert status_of(train_nlu.main, *flags) == 0
@@ -298,6 +298,7 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
 
 @pytest.mark.parametrize(("method", "number", "step"), [
     ("ba-lora", signal.SIGINT, STEPS + 3), ("full", signal.SIGTERM, 2 * STEPS), ("pissa", signal.SIGTERM, 3),
+    ("adalora", signal.SIGINT, STEPS + 3), ("deltalora", signal.SIGTERM, 3),
 ])  # fmt: skip
 def test_stopped_and_resumed_ends_byte_for_byte_like_uninterrupted(
     method, number, step, whole_runs, bert, data, tmp_path, train, monkeypatch

@@ -15,10 +15,13 @@ from minibalora.checkpoints.weights import checkpoint_of, embedding_name, is_sto
 def check_layer(model: nn.Module, name: str, linear: nn.Linear | None, adapter: Adapter) -> None:
     """Raise InputError unless the adapter's factors for `name` fit its config and a linear layer of the model."""
     where, config = f"{adapter.file}: {name}", adapter.config
-    lora_A, lora_B = adapter.factors[name]["A"], adapter.factors[name]["B"]
-    rank = setting(config, "r", "rank_pattern", name)
-    if lora_A.ndim != 2 or len(lora_A) != rank or lora_B.shape[1:] != (rank,):
-        shapes = f"factors of shape {list(lora_A.shape)} and {list(lora_B.shape)}"
+    factors, rank = adapter.factors[name], setting(config, "r", "rank_pattern", name)
+    lora_A, lora_B = (factors[part] for part in ("AB" if "A" in factors else ("w1_b", "w1_a")))
+    m, n = lora_A.shape[-1] if lora_A.ndim else 0, len(lora_B) if lora_B.ndim else 0
+    shapes_of = dict.fromkeys(("A", "w1_b", "w2_b"), (rank, m)) | dict.fromkeys(("B", "w1_a", "w2_a"), (n, rank))
+    shapes_of |= {"E": (rank, 1), "magnitude_vector": (n,)}
+    if any(factor.shape != shapes_of[part] for part, factor in factors.items()):
+        shapes = f"factors of shape {' and '.join(str(list(factor.shape)) for factor in factors.values())}"
         raise InputError(f"{where} has {shapes}, but adapter_config.json says rank {rank}: "
                          "use the two files that were saved together")  # fmt: skip
     if linear is None:
@@ -35,6 +38,10 @@ def check_layer(model: nn.Module, name: str, linear: nn.Linear | None, adapter: 
         shape = list(linear.weight.shape)
         raise InputError(f"{where} has rank {rank} and alpha {alpha}, which {init} can't have for a layer of {shape}: "
                          "use the two files that were saved together")  # fmt: skip
+    if config["peft_type"] == "LOHA" and is_stored_transposed(model, f"{name}.weight"):
+        raise InputError(
+            f"{where} is a LoHa, which PEFT does not have for GPT-2's layers: give the base that it is for"
+        )
     if init == "olora" and is_stored_transposed(model, f"{name}.weight"):  # PEFT factors these the other way round
         raise InputError(f"{where}: init_lora_weights is 'olora', which is not implemented for GPT-2's layers: merge "
                          "the adapter in PEFT")  # fmt: skip

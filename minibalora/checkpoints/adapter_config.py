@@ -17,10 +17,19 @@ HARMLESS = set(
     "lora_dropout loftq_config eva_config corda_config lora_ga_config megatron_core qalora_group_size runtime_config "
     "ensure_weight_tying".split()
 )
+HARMLESS_IN = {  # more of them, by peft_type
+    "LORA": set(),
+    "ADALORA": set("init_r target_r tinit tfinal deltaT beta1 beta2 orth_reg_weight total_step".split()),
+    "LOHA": set("alpha rank_dropout module_dropout init_weights use_effective_conv2d".split()),
+}
+OTHER_NAMES = {"ADALORA": {"r": "init_r"}, "LOHA": {"lora_alpha": "alpha"}}  # LoRA's name of a key -> the type's own
+PARTS = {"LORA": ("lora_A", "lora_B"), "ADALORA": ("lora_A", "lora_B", "lora_E")}  # the tensors of a layer
+PARTS["LOHA"] = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+ADALORA_EPSILON = 1e-5  # PEFT divides alpha by r + 1e-5
 # PEFT's keys for features that are not implemented; each is harmless as long as it is off.
 FEATURES = set(
     "alora_invocation_tokens arrow_config bias enable_lora kasa_config layer_replication lora_bias megatron_config "
-    "monteclora_config target_parameters trainable_token_indices use_bdlora use_dora use_qalora velora_config".split()
+    "monteclora_config target_parameters trainable_token_indices use_bdlora use_qalora velora_config".split()
 )
 
 
@@ -62,6 +71,7 @@ CONFIG = {  # the keys that are read, and what their values must be
     "modules_to_save": ("a list of names", _is_list),
     "rank_pattern": ("positive integers by name", lambda value: _is_pattern(value, _is_rank)),
     "alpha_pattern": ("numbers by name", lambda value: _is_pattern(value, _is_number)),
+    "use_dora": ("true or false", lambda value: isinstance(value, bool)),
     "use_rslora": ("true or false", lambda value: isinstance(value, bool)),
     "init_lora_weights": ("a name or true or false", lambda value: isinstance(value, bool | str)),
 }
@@ -75,14 +85,19 @@ def read_adapter_config(path: Path) -> dict:
     implemented. Unknown keys that are off (null, false, 0, empty) are ignored, and named on standard error.
     """
     config = read_json_object(path)
-    if config.get("peft_type") != "LORA":
-        kind = repr(config["peft_type"]) if "peft_type" in config else "missing"
-        raise InputError(f"{path}: peft_type is {kind}, but only 'LORA' is implemented: merge the adapter in PEFT")
+    peft_type = config.get("peft_type")
+    if peft_type not in PARTS:
+        kind = repr(peft_type) if "peft_type" in config else "missing"
+        raise InputError(f"{path}: peft_type is {kind}, but only {', '.join(PARTS)} are implemented: merge the adapter "
+                         "in PEFT")  # fmt: skip
+    config = _as_lora(path, config)
     for key, (expected, accepts) in CONFIG.items():
+        stored = OTHER_NAMES.get(peft_type, {}).get(key, key)
         if config.get(key) is None and key in REQUIRED:
-            raise InputError(f"{path}: the key {key} is missing: save the adapter again")
-        if config.get(key) is not None and not accepts(config[key]):
-            raise InputError(f"{path}: {key} is {config[key]!r}, not {expected}: save the adapter again")
+            raise InputError(f"{path}: the key {stored} is missing: save the adapter again")
+        is_checked = peft_type == "ADALORA" and key == "rank_pattern"  # by _as_lora; a rank may be 0
+        if config.get(key) is not None and not is_checked and not accepts(config[key]):
+            raise InputError(f"{path}: {stored} is {config[key]!r}, not {expected}: save the adapter again")
     if init_of(config) not in PLAIN_INITS + SUBTRACTED_INITS:
         raise InputError(
             f"{path}: init_lora_weights is {config['init_lora_weights']!r}, so the adapter belongs to a base from "
@@ -91,7 +106,7 @@ def read_adapter_config(path: Path) -> dict:
             "original base"
         )
     ignored = []
-    for key in sorted(config.keys() - HARMLESS - CONFIG.keys()):
+    for key in sorted(config.keys() - HARMLESS - HARMLESS_IN[peft_type] - CONFIG.keys()):
         if not _is_off(config[key]):
             reason = "which is not implemented" if key in FEATURES else "an unknown key that may change the results"
             cure = "" if key in FEATURES else ", or delete the key if it matters in training only"
@@ -101,6 +116,35 @@ def read_adapter_config(path: Path) -> dict:
     if ignored:
         print(f"{path}: unknown keys that are off are ignored: {', '.join(ignored)}", file=sys.stderr)
     return config
+
+
+def _as_lora(path: Path, config: dict) -> dict:
+    """Return the config with LoRA's names of the keys that mean the same, and without those that PEFT does not read."""
+    peft_type = config["peft_type"]
+    if peft_type == "LORA":
+        return config
+    config = config | {key: config.get(stored) for key, stored in OTHER_NAMES[peft_type].items()}
+    if peft_type == "LOHA" or config.get("use_dora"):
+        return config
+    pattern = config.get("rank_pattern") or {}
+    if not (isinstance(pattern, dict) and all(isinstance(kept, list) for kept in pattern.values())):
+        raise InputError(f"{path}: rank_pattern is not AdaLoRA's, a list of true and false for each layer: save the "
+                         "adapter again")  # fmt: skip
+    ranks = {re.escape(re.sub(r"\.lora_E(\.default)?$", "", name)): sum(map(bool, pattern[name])) for name in pattern}
+    return config | {"rank_pattern": ranks, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True}
+
+
+def parts_of_type(config: dict) -> tuple[str, ...]:
+    """Return the names of the tensors that every layer of the adapter has."""
+    return (*PARTS[config["peft_type"]], *(["lora_magnitude_vector"] if config.get("use_dora") else ()))
+
+
+def scaling_of(config: dict, layer: str, rank: int) -> float:
+    """Return s of a layer of this rank."""
+    alpha = setting(config, "lora_alpha", "alpha_pattern", layer)
+    if config["peft_type"] == "ADALORA":
+        return (alpha if alpha > 0 else config["r"]) / (config["r"] + ADALORA_EPSILON)
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def init_of(config: dict) -> bool | str | None:

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import refuse_pointer
-from minibalora.checkpoints.adapter_config import read_adapter_config
+from minibalora.checkpoints.adapter_config import parts_of_type, read_adapter_config
 
 PREFIX = "base_model.model."  # PEFT's wrapper around the base model
-FACTOR = re.compile(r"(.*)\.lora_([AB])(?:\.default)?\.weight")  # "default": in a state dict that PEFT did not rename
+# "default": in a state dict that PEFT did not rename
+FACTOR = re.compile(r"(.*)\.(?:lora|hada)_([ABE]|magnitude_vector|w[12]_[ab])(?:\.default)?(?:\.weight)?")
 REPEATED = re.compile(r"\.(base_layer|original_module)\.")  # the base's weights, beside the adapter's
 WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|modules_to_save(\.default)?)\.")
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -26,7 +27,7 @@ class Adapter:
 
     file: Path
     config: dict
-    factors: dict[str, dict[str, Tensor]]  # layer -> {"A": lora_A (r, m), "B": lora_B (n, r)}, float32
+    factors: dict[str, dict[str, Tensor]]  # layer -> {"A": lora_A (r, m), "B": lora_B (n, r), ...}, float32
     whole: dict[str, Tensor]  # parameters that replace the base's: modules_to_save
     repeated: dict[str, Tensor]  # weights of the base, which PEFT sometimes stores, too
 
@@ -51,11 +52,18 @@ def read_adapter(folder: str | Path) -> Adapter:
             repeated[REPEATED.sub(".", name)] = tensor
         else:
             whole[name] = tensor
-    for name, pair in factors.items():
-        if missing := {"A", "B"} - pair.keys():
-            raise InputError(f"{file}: {name} has no lora_{missing.pop()}: save the adapter again")
+    parts = {part.partition("_")[2]: part for part in parts_of_type(config)}
+    for name, tensors in factors.items():
+        if missing := parts.keys() - tensors.keys():
+            part = parts[sorted(missing)[0]]
+            reason = ", which use_dora in adapter_config.json asks for" if part == "lora_magnitude_vector" else ""
+            raise InputError(f"{file}: {name} has no {part}{reason}: save the adapter again")
+        if more := tensors.keys() - parts.keys():
+            part = ("hada_" if "w1_a" in more else "lora_") + sorted(more)[0]
+            raise InputError(f"{file}: {name} has {part}, but adapter_config.json does not say that such factors are "
+                             "used: use the two files that were saved together")  # fmt: skip
     if not factors:
-        raise InputError(f"{file}: has no lora_A and lora_B: save the adapter again")
+        raise InputError(f"{file}: has no {' and '.join(parts.values())}: save the adapter again")
     return Adapter(file, config, factors, whole, repeated)
 
 
@@ -75,10 +83,10 @@ def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
     """Raise InputError for a tensor that is empty, not finite, or of a kind that is not implemented."""
     if ".lora_embedding_" in name:
         raise InputError(f"{file}: {name}: a LoRA of an embedding is not implemented: merge the adapter in PEFT")
-    if ".lora_" in name and not FACTOR.fullmatch(name):
-        raise InputError(f"{file}: {name} is neither lora_A.weight nor lora_B.weight, and nothing else is implemented: "
-                         "merge the adapter in PEFT")  # fmt: skip
-    if tensor.numel() == 0:
+    if (".lora_" in name or ".hada_" in name) and not FACTOR.fullmatch(name):
+        raise InputError(f"{file}: {name} is no factor of LoRA, DoRA, AdaLoRA or LoHa of a linear layer, and nothing "
+                         "else is implemented: merge the adapter in PEFT")  # fmt: skip
+    if tensor.numel() == 0 and tensor.ndim < 2:  # AdaLoRA may leave a layer rank 0
         raise InputError(f"{file}: {name} is empty, as DeepSpeed ZeRO-3 saves weights that it has not gathered: save "
                          "the adapter again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on "
                          "the checkpoint")  # fmt: skip

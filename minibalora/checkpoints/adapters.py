@@ -1,8 +1,4 @@
-"""Save and load adapters in PEFT's format, always relative to the original checkpoint.
-
-PEFT's lora_A is (r, m) and lora_B is (n, r): the transposes of the paper's A (m, r) and B (r, n). Only this file
-converts between the two.
-"""
+"""Save and load adapters in PEFT's format, always relative to the original checkpoint."""
 
 import math
 from collections import Counter
@@ -10,35 +6,38 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from minibalora.base import progress
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing, write_json
-from minibalora.checkpoints.adapter_checks import base_value, check_layer, checked_whole
-from minibalora.checkpoints.adapter_config import SUBTRACTED_INITS, init_of, is_target, setting
+from minibalora.checkpoints.adapter_checks import check_layer, checked_whole
+from minibalora.checkpoints.adapter_config import SUBTRACTED_INITS, init_of, is_target
 from minibalora.checkpoints.adapter_file import PREFIX, Adapter, read_adapter
+from minibalora.checkpoints.adapter_layers import config_of, device_of, layer_of, parts_of, type_of
 from minibalora.checkpoints.weights import checkpoint_of, is_stored_transposed, read, set_parameter
-from minibalora.lowrank import LowRankLinear, adapted_layers, initial_values, install, pissa
+from minibalora.lowrank import adapted_layers, initial_values, install
 
 
 @torch.no_grad()
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, as_lora: bool = True) -> None:
     """Write adapter_config.json and adapter_model.safetensors: ΔW of every adapted layer, for the ORIGINAL base.
 
     An adapter of rank r that starts from PiSSA becomes a plain LoRA of rank 2r (see `LowRankLinear.update`), so PEFT
     and vLLM need neither the residual nor the initial factors; `truncate` makes it smaller. A trained head is saved
-    whole, as PEFT's modules_to_save. Raises ValueError if no layer is adapted.
+    whole, as PEFT's modules_to_save. Of the layers in variants.py, DoRA is saved with its magnitudes, and the others
+    as the plain LoRA that they equal: AdaLoRA without the values that were set to 0, LoHa of rank r², DyLoRA of rank r,
+    DeltaLoRA of rank 2r. as_lora=False saves AdaLoRA and LoHa in PEFT's own format.
+    Raises ValueError if no layer is adapted, or if as_lora is False and PEFT has no format for the layers.
     """
     layers, head = adapted_layers(model), list(getattr(model, "own_head", []))
     if not layers:
         raise ValueError("nothing to save: the model has no adapted layer")
-    tensors, shapes = {}, {}
+    tensors, shapes, peft_type = {}, {}, type_of(layers, as_lora)
     for name, layer in layers:
-        left, right = (factor.cpu() for factor in layer.update())
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = left.T.contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = right.T.contiguous()
-        shapes[name] = left.shape[1], layer.scaling * left.shape[1]
+        parts, *shapes[name] = parts_of(layer, peft_type)
+        tensors |= {f"{PREFIX}{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+    config = config_of(_lora_config(model, shapes, head), peft_type, layers)
     for module in head:
         part = model.get_submodule(module)
         initial = initial_values(part)
@@ -49,10 +48,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "adapter_model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", _config_of(model, shapes, head))
+    write_json(folder / "adapter_config.json", config)
 
 
-def _config_of(model: nn.Module, shapes: dict[str, tuple[int, float]], head: list[str]) -> dict:
+def _lora_config(model: nn.Module, shapes: dict[str, list], head: list[str]) -> dict:
     """Return adapter_config.json for layers of these (rank, alpha). Its defaults are the most frequent values."""
     shapes = {
         name: (r, round(alpha) if math.isclose(alpha, round(alpha)) else alpha) for name, (r, alpha) in shapes.items()
@@ -95,9 +94,9 @@ def load_adapter(model: nn.Module, folder: str | Path) -> nn.Module:
 
     ΔW = s (lora_B lora_A), with s = alpha / r, or alpha / √r for use_rslora (arXiv 2312.03732); rank_pattern and
     alpha_pattern apply. modules_to_save replace the base's parameters in the base's dtype, except that a classifier's
-    head is float32. An unconverted PiSSA or OLoRA adapter becomes a LoRA of the base, of rank 2r: see `_layer`. The
-    base's own weights stay untouched, so `pretrained(model)` is the base, and `merge(model)` makes plain linears of the
-    sum.
+    head is float32. An unconverted PiSSA or OLoRA adapter becomes a LoRA of the base, of rank 2r: see `layer_of`. DoRA
+    and LoHa become their layers in variants.py, AdaLoRA a LoRA. The base's own weights stay untouched, so
+    `pretrained(model)` is the base, and `merge(model)` makes plain linears of the sum.
     Raises ValueError if the model is adapted already. Raises InputError, with the model unchanged, if the adapter is
     incomplete, contradicts its config, is for another base, or is of a kind that is not implemented.
     """
@@ -115,7 +114,7 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     layers = {}
     for name in progress.over(adapter.factors, "initial factors", "layer", delay=2, is_shown=is_slow):
         check_layer(model, name, linears.get(name), adapter)
-        layers[name] = _layer(model, name, linears[name], adapter)
+        layers[name] = layer_of(model, name, linears[name], adapter)
     if missing := [name for name in linears if is_target(adapter.config, name) and name not in layers]:
         raise InputError(f"{adapter.file}: lacks {missing[0]}, which target_modules names: save the adapter again")
 
@@ -126,34 +125,5 @@ def put_adapter(model: nn.Module, adapter: Adapter) -> nn.Module:
     install(model, layers)
     for name, value in whole.items():
         dtype = torch.float32 if name.startswith(own_head) else parameters[name].dtype
-        set_parameter(model, name, nn.Parameter(value.to(_device_of(parameters[name]), dtype)))
+        set_parameter(model, name, nn.Parameter(value.to(device_of(parameters[name]), dtype)))
     return model
-
-
-def _layer(model: nn.Module, name: str, linear: nn.Linear, adapter: Adapter) -> LowRankLinear:
-    """Return the layer that takes the place of `linear`.
-
-    PiSSA and OLoRA train A and B against W − s A₀B₀. Here the base stays W, so the adapter becomes the LoRA
-    A B − A₀B₀ = (A − A₀) B + A₀ (B − B₀), of rank 2r. As in PEFT, A₀ and B₀ come from W in float32. PEFT then rounds
-    the residual to the base's dtype; here nothing is rounded.
-    """
-    device, config = _device_of(linear.weight), adapter.config
-    A, B = (adapter.factors[name][side].T.contiguous().to(device) for side in "AB")
-    rank, alpha = A.shape[1], setting(config, "lora_alpha", "alpha_pattern", name)
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    if init_of(config) in SUBTRACTED_INITS:
-        weight = base_value(model, f"{name}.weight")
-        A0, B0 = pissa(weight, rank, scaling) if init_of(config) == "pissa" else olora(weight, rank)
-        A, B = torch.cat([A - A0, A0], dim=1), torch.cat([B, B - B0], dim=0)
-    return LowRankLinear(linear, A, B, scaling, keep_initial=False)
-
-
-def olora(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return A₀ = R[:r]ᵀ (m, r) and B₀ = Q[:, :r]ᵀ (r, n), where Q R is the weight (n, m) (OLoRA, arXiv 2406.01775)."""
-    Q, R = torch.linalg.qr(weight.float())
-    return R[:rank].T.contiguous(), Q[:, :rank].T.contiguous()
-
-
-def _device_of(parameter: Tensor) -> torch.device:
-    """Return the parameter's device, or the CPU for a parameter of a `weights.skeleton`, which has no memory yet."""
-    return torch.device("cpu") if parameter.is_meta else parameter.device

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from minibalora.base import cli, progress
+from minibalora.base.errors import InputError
 from minibalora.base.files import new_folder, recorded_settings
 from minibalora.checkpoints.adapters import put_adapter, read_adapter, save_adapter
 from minibalora.checkpoints.families import read_family
@@ -16,11 +17,14 @@ from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.template import copy_template
 from minibalora.checkpoints.weights import skeleton
 from minibalora.truncate import truncate
+from minibalora.variants import fold
 
 
 def main() -> int:
     args = parser().parse_args()
     adapter = read_adapter(args.adapter)
+    if args.adapter_rank is not None and adapter.config.get("use_dora"):
+        raise InputError(f"{args.adapter}: the change that DoRA makes has full rank: leave --adapter-rank out")
     is_classifier = adapter.config.get("task_type") == "SEQ_CLS"
     classes = adapter.whole.get(read_family(Path(args.model))[0].names.classes)
     num_labels = None if classes is None else len(classes)
@@ -28,7 +32,7 @@ def main() -> int:
     put_adapter(model, adapter)
     with new_folder(args.out) as folder:
         if args.adapter_rank is not None:
-            lost = truncate(model, args.adapter_rank)
+            lost = truncate(fold(model), args.adapter_rank)
             rank = f"rank {args.adapter_rank}"
             print(f"adapter of at most {rank}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)

@@ -113,7 +113,11 @@ def _checkpoint_tensors(model: nn.Module) -> dict[str, tuple[Tensor, LowRankLine
 def _merged(model: nn.Module, name: str, parameter: Tensor, layer: LowRankLinear | None) -> Tensor:
     """Return the tensor as a checkpoint stores it: W + ΔW, summed in float32 and rounded once to W's dtype."""
     W = read(model.checkpoint.stored[name], name) if parameter.is_meta else parameter
+    if layer is not None and parameter.is_meta:
+        layer.W = nn.Parameter(W, requires_grad=False)  # DoRA's change depends on it
     tensor = W if layer is None else (W.float() + layer.delta).to(W.dtype)
+    if layer is not None:
+        layer.W = parameter
     return (tensor.T if is_stored_transposed(model, name) else tensor).detach().cpu().contiguous()
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Key in the log -> title of its panel, in the order of the panels. Noisy terms get a moving mean.
 NOISY = {"loss": "loss", "task": "task", "consistency": "consistency", "diversity": "diversity"}
 NOISY |= {"svd": "singular values", "non_target_kl": "non-target KL", "router_aux": "load balance of experts"}
+NOISY |= {"orthogonality": "orthogonality of P and Q"}
 PANELS = NOISY | {"lr": "learning rate", "dev": "dev metric"}
 FEW = 20  # up to this many steps, a run is drawn as points, without a moving mean
 

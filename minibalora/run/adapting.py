@@ -17,12 +17,14 @@ from minibalora.run.checkpoint import load_initial_values
 from minibalora.run.init_cache import cached_factors
 from minibalora.run.settings import Adaptation, Hardware
 from minibalora.truncate import truncate
+from minibalora.variants import VARIANTS, fold, use
 
 
 def adapt_model(
     model: nn.Module, adaptation: Adaptation, hardware: Hardware, seed: int, resumed: Path | None = None
 ) -> None:
-    """Adapt the model in place, with a progress bar; then take the lean product and quantise, if asked to.
+    """Adapt the model in place, with a progress bar; then take the lean product, quantise, and make it the variant that
+    `adaptation.method` names, as asked. A variant has no lean product.
 
     resumed: the folder of the run to continue, whose checkpoint has the factors: no SVD is needed. Several ranks share
     the SVDs: one rank computes each layer's factors for all. Raises InputError if rank or targets do not fit.
@@ -46,12 +48,14 @@ def adapt_model(
         take_initial_values(model, resumed)
     elif comes_later:
         deal_factors(model, adaptation, hardware, seed, bar)
-    if not adaptation.is_plain:
+    if not adaptation.is_plain and adaptation.method not in VARIANTS:
         use_lean_product(model)
     if adaptation.quantize:
         for _, layer in adapted_layers(model):  # one layer at a time is on the device unquantised
             nf4.quantize(layer.to(hardware.device))
         model.to(hardware.device)
+    if adaptation.method in VARIANTS:
+        use(model, adaptation.method, **adaptation.settings)
 
 
 @torch.no_grad()
@@ -66,7 +70,7 @@ def take_initial_values(model: nn.Module, folder: Path) -> None:
 def truncate_adapter(model: nn.Module, rank: int | None) -> None:
     """Reduce the learned change to --adapter-rank, before it is measured and saved."""
     if rank is not None:
-        error = truncate(model, rank)
+        error = truncate(fold(model), rank)
         print(f"adapter of at most rank {rank}: relative error {error:.2e} of the change in the weights")
 
 

@@ -1,5 +1,5 @@
 """Measure time, tokens/s and memory of a training step, and the time of the initialisation, on this machine:
-`python -m minibalora bench`. `workload.py` has the steps that it measures.
+`python -m minibalora bench`. `workload.py` has the steps that it measures. With --dry, `roofline.py` counts instead.
 """
 
 import argparse
@@ -27,15 +27,18 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import check_file, write_json
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES
+from minibalora.run import roofline
 from minibalora.run.flags import DEFAULTS
 from minibalora.run.settings import Hardware
-from minibalora.run.workload import SHAPES, Contender, Load, Step, random_model, steps_of
+from minibalora.run.workload import FULL, SHAPES, Contender, Load, Step, random_model, steps_of
 
 METHODS, FORMS = ("lora", "pissa", "ba-lora"), ("fused", "plain")
 
 
 def main() -> int:
     args = parse_flags()
+    if args.dry:
+        return count(args)
     hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint, compile=args.compile)
     load = Load(SHAPES[args.shape], hardware, args.rank, args.micro_batch_size, args.warmup, args.rounds)
     contenders, facts = contenders_of(args.methods, args.forms), machine(args.device)
@@ -70,6 +73,20 @@ def main() -> int:
     return 0
 
 
+def count(args: argparse.Namespace) -> int:
+    """Print what a step of each contender asks of a GPU."""
+    hardware = Hardware(args.device, args.dtype, grad_checkpoint=args.grad_checkpoint)
+    contenders = [each for each in contenders_of(args.methods, args.forms) if not each.knows_teacher]
+    peaks = 1e12 * args.peak_tflops, 1e12 * args.peak_tbps
+    dtype = str(args.dtype).removeprefix("torch.")
+    print(f"{args.shape}, rank {args.rank}, {args.micro_batch_size} rows of {FULL} tokens a step, {dtype}, counted on "
+          f"empty tensors; a GPU of {args.peak_tflops:g} TFLOP/s and {args.peak_tbps:g} TB/s", flush=True)  # fmt: skip
+    totals = [roofline.work_of(SHAPES[args.shape], hardware, args.rank, args.micro_batch_size, each, peaks)
+              for each in progress.over(contenders, "counted", "method")]  # fmt: skip
+    print(roofline.table(contenders, totals))
+    return 0
+
+
 def parse_flags() -> argparse.Namespace:
     parser = cli.OneLineParser(
         prog="python -m minibalora bench",
@@ -98,18 +115,34 @@ def parse_flags() -> argparse.Namespace:
     cli.add_hardware_flags(add)
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
     add("--compile", action="store_true", help="use torch.compile; raise --warmup to leave out the compilation")
+    add = parser.add_argument_group("counting").add_argument
+    add("--dry", action="store_true", help=f"do not measure, and need no GPU: count the kernels, bytes and products of "
+        f"a step with full rows of {FULL} tokens, and the time that a GPU could not beat")  # fmt: skip
+    add("--peak-tflops", type=cli.positive_rate, default=790.0, help="its peak in half precision, 1/15 of it in others "
+        "(default: 790, an H200's in practice)")  # fmt: skip
+    add("--peak-tbps", type=cli.positive_rate, default=4.3, help="its bandwidth in TB/s (default: 4.3, an H200's)")
     add = parser.add_argument_group("output").add_argument
     add("--json", type=cli.path, metavar="FILE", help="file for every measured time and the machine; an existing "
         "file is replaced (default: bench-SHAPE-DEVICE.json)")  # fmt: skip
     args = parser.parse_args()
     config = SHAPES[args.shape]
     args.rank = args.rank or config.hidden_size // 32
-    cli.settle_hardware(args)
+    unused = ("warmup", "rounds", "device", "compile", "json") if args.dry else ("peak_tflops", "peak_tbps")
+    for name in unused:
+        if getattr(args, name) != parser.get_default(name):
+            place = "with" if args.dry else "without"
+            raise InputError(f"{cli.flag(name)} has no effect {place} --dry: leave it out")
+    if args.dry:
+        args.device = torch.device("cuda")
+        args.dtype = cli.dtype(args.dtype, args.device)
+    else:
+        cli.settle_hardware(args)
     largest = min(config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
     if args.rank > largest:
         raise InputError(f"--rank {args.rank} does not fit {args.shape}: give 1 to {largest}")
-    args.json = args.json or Path(f"bench-{args.shape}-{args.device.type}.json")
-    check_file(args.json, "--json")
+    if not args.dry:
+        args.json = args.json or Path(f"bench-{args.shape}-{args.device.type}.json")
+        check_file(args.json, "--json")
     return args
 
 

@@ -1,8 +1,8 @@
 """The checkpoint of a run, from which --resume continues exactly: three files in the run's folder, in checkpoint/.
 
 initial.safetensors   A₀, B₀ and the first values of a new head; never changes
-state.safetensors     the trained parameters and Adam's moments at the last step that was saved
-best.safetensors      the trained parameters at the best epoch of a classifier
+state.safetensors     all that steps change, and Adam's moments, at the last step that was saved
+best.safetensors      all that steps change, at the best epoch of a classifier
 """
 
 import math
@@ -20,6 +20,7 @@ from minibalora.base.errors import InputError, is_out_of_memory
 from minibalora.base.files import replacing, tensors_digest
 from minibalora.lowrank import initial_values
 from minibalora.run.run_folder import check_settings, logged
+from minibalora.variants import untrained_state
 
 INITIAL, STATE, BEST = "initial.safetensors", "state.safetensors", "best.safetensors"
 ANEW = "start again with another --out"
@@ -61,6 +62,11 @@ def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
+def changing_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Return all that the steps of a run change: the trained parameters, and what a variant changes besides them."""
+    return trained_parameters(model) | untrained_state(model)
+
+
 def trained_digest(model: nn.Module) -> str:
     """Return the SHA-256 of the trained parameters, in hex: it tells answers of two states of the model apart."""
     return tensors_digest("", *trained_parameters(model).values())
@@ -78,9 +84,8 @@ def save_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimize
     if step == 0:
         with replacing(folder / INITIAL) as temporary:
             save_file(initial_values(model), temporary)
-    tensors = {}
+    tensors = {f"parameter/{name}": tensor.detach() for name, tensor in changing_tensors(model).items()}
     for name, parameter in trained_parameters(model).items():
-        tensors[f"parameter/{name}"] = parameter.detach()
         for moment in ("exp_avg", "exp_avg_sq"):
             if parameter in optimizer.state:
                 tensors[f"{moment}/{name}"] = optimizer.state[parameter][moment]
@@ -99,17 +104,18 @@ def checkpoint_step(out: Path) -> int | None:
 @torch.no_grad()
 def load_checkpoint(out: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Load the checkpoint into the model and the optimizer. Raises InputError if it does not fit them."""
-    parameters = trained_parameters(model)
+    names = {parameter: name for name, parameter in trained_parameters(model).items()}
     load_initial_values(out, model)
     with _open_checkpoint(out) as (_, state):
-        for name, parameter in parameters.items():
-            parameter.copy_(state.get_tensor(f"parameter/{name}"))
+        for name, tensor in changing_tensors(model).items():
+            tensor.copy_(state.get_tensor(f"parameter/{name}"))
         step = int(state.metadata()["step"])
         if step > 0:
+            in_order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
             moments = {
                 index: {moment: state.get_tensor(f"{moment}/{name}").clone() for moment in ("exp_avg", "exp_avg_sq")}
                 | {"step": torch.tensor(float(step))}
-                for index, name in enumerate(parameters)
+                for index, name in enumerate(in_order)
             }  # cloned: safetensors returns views of the file, which the next checkpoint replaces
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": moments, "param_groups": groups})
@@ -134,18 +140,18 @@ def keep_best(out: Path, model: nn.Module, step: int, score: float) -> None:
         with _readable_checkpoint(path), safe_open(path, "pt") as best:
             if int(best.metadata()["step"]) < step and float(best.metadata()["score"]) >= score:
                 return
-    tensors = {name: parameter.detach() for name, parameter in trained_parameters(model).items()}
+    tensors = {name: tensor.detach() for name, tensor in changing_tensors(model).items()}
     with replacing(path) as temporary:
         save_file(tensors, temporary, metadata={"step": str(step), "score": str(score)})
 
 
 @torch.no_grad()
 def load_best(out: Path, model: nn.Module) -> int:
-    """Load the parameters of the best step into the model. Returns that step."""
+    """Load the state of the best step into the model. Returns that step."""
     path = out / "checkpoint" / BEST
     with _readable_checkpoint(path), safe_open(path, "pt") as best:
-        for name, parameter in trained_parameters(model).items():
-            parameter.copy_(best.get_tensor(name))
+        for name, tensor in changing_tensors(model).items():
+            tensor.copy_(best.get_tensor(name))
         return int(best.metadata()["step"])
 
 

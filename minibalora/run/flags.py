@@ -28,12 +28,18 @@ from minibalora.checkpoints.template import add_template_flags
 from minibalora.data.glue import TASKS
 from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
+from minibalora.run.methods import (
+    STARTS,
+    TERM_FLAGS,
+    add_method_flags,
+    refuse_contradictions,
+    settings_of,
+    settle_recipe,
+)
 from minibalora.run.run_folder import plain_settings
 from minibalora.run.settings import Adaptation, ClassSource, Hardware, Optimisation, Output, Settings, TextSource
+from minibalora.variants import rslora_alpha
 
-METHODS = ("full", "lora", "pissa", "ba-lora")
-ADAPTER_FLAGS = ("rank", "alpha", "init", "init_cache", "targets", "adapter_rank")
-BA_LORA_FLAGS = ("recipe", "lambda1", "lambda2", "lambda3", "svd_k", "temperature", "top_k", "adaptive_lambda1")
 # As published, except micro_batch_size, which was 1.
 DEFAULTS = {"rank": 128, "lr": 2e-5, "micro_batch_size": 4, "epochs": 1, "max_rows": 100_000, "max_length": 512}
 DEFAULTS["init"] = "pissa_krylov_8"  # published: pissa; `tests/bench_pissa.py` measures time and accuracy
@@ -55,7 +61,9 @@ def init(text: str) -> str:
     try:
         factors_of(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not lora, pissa, pissa_krylov_N or pissa_niter_N") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not lora, olora, pissa, pissa_krylov_N or pissa_niter_N"
+        ) from None
     return text
 
 
@@ -170,16 +178,13 @@ def _add_method_flags(
     rank: its published value; diversity: the form of that term; unit: what means are over.
     """
     add = parser.add_argument_group("method").add_argument
-    published = {name: f"({_published(recipes, name)})" for name in BA_LORA_FLAGS if name in vars(recipes["2024"])}
-    add("--method", choices=METHODS, default="ba-lora", help="full: train all weights; lora, pissa: baselines "
-        "(default: ba-lora)")  # fmt: skip
-    add(
-        "--recipe", choices=sorted(recipes), help="version of the paper, which sets the terms below (default: iclr2026)"
-    )
+    published = {name: f"({_published(recipes, name)})" for name in TERM_FLAGS if name in vars(recipes["2024"])}
+    add_method_flags(add, recipes)
     add("--rank", type=positive_int, metavar="R", help=f"rank r of the adapters (published: {rank})")
     add("--alpha", type=positive_rate, help="scale of the adapters, s = alpha / rank (default: the rank, as published)")
-    add("--init", type=init, help="start of A and B: lora; pissa (exact SVD, published); pissa_krylov_N (faster, N + 1 "
-        "blocks; N = 8 is the default with --model); pissa_niter_N (N subspace iterations, less exact)")  # fmt: skip
+    add("--init", type=init, help="start of A and B: lora; olora (QR); pissa (exact SVD, published); pissa_krylov_N "
+        "(faster, N + 1 blocks; N = 8 is the default with --model); pissa_niter_N (N subspace iterations, less "
+        "exact)")  # fmt: skip
     add("--init-cache", type=path, metavar="DIR", help="folder that keeps the start of pissa and pissa_krylov_N: later "
         "runs on the same weights need no SVD (default: none)")  # fmt: skip
     add("--targets", nargs="+", metavar="NAME", help="linears to adapt (default: all in attention and MLP)")
@@ -263,7 +268,8 @@ def parse_nlg_flags(argv: list[str] | None = None) -> Settings:
     """Return the settings, defaults filled in. Raises InputError for flags that contradict each other."""
     flags = vars(nlg_parser().parse_args(argv))
     _refuse_half_a_source(flags, ("eval", "eval_task", "prompt_field", "input_field", "response_field", "template"))
-    _refuse_contradictions(flags)
+    settle_recipe(flags)
+    refuse_contradictions(flags)
     _refuse_text_contradictions(flags)
     if flags["fsdp"]:
         _refuse_without_shards(flags)
@@ -280,9 +286,10 @@ def parse_nlu_flags(argv: list[str] | None = None) -> Settings:
     if distributed.is_torchrun():
         raise InputError("train_nlu.py runs in one process: start it with python, not torchrun")
     _refuse_half_a_source(flags, ("task", "eval", "text_field", "label_field"))
-    _refuse_contradictions(flags)
+    settle_recipe(flags)
+    refuse_contradictions(flags)
     _refuse_task_contradictions(flags)
-    if flags["teacher"] is None and (flags["method"] == "ba-lora" or flags["non_target_kl"] > 0):
+    if flags["teacher"] is None and (flags["recipe"] or flags["non_target_kl"] > 0):
         flags["teacher"] = "pretrained"
     flags = _filled_in(flags, NLU_TOY if flags["model"] is None else NLU_DEFAULTS, "nlu")
     return _settings(flags, ClassSource, _objective(flags, NLU_RECIPES))
@@ -291,10 +298,9 @@ def parse_nlu_flags(argv: list[str] | None = None) -> Settings:
 def _filled_in(flags: dict, defaults: dict, script: str) -> dict:
     """Fill in the defaults. `is_toy` says that model and data are the built-in ones."""
     filled = flags | {"is_toy": flags["model"] is None}
-    if flags["method"] == "lora":
-        filled["init"] = "lora"
-    if flags["method"] == "ba-lora":
-        filled["recipe"] = flags["recipe"] or "iclr2026"
+    starts = STARTS[flags["method"]]
+    if starts and starts[0] != "pissa":
+        filled["init"] = flags["init"] or starts[0]
     filled |= {name: value for name, value in defaults.items() if filled[name] is None}
     filled["device"] = cli.device(flags["device"])
     filled["dtype"] = cli.dtype(flags["dtype"], filled["device"])
@@ -302,6 +308,8 @@ def _filled_in(flags: dict, defaults: dict, script: str) -> dict:
     batch_size = filled["batch_size"]
     filled["micro_batch_size"] = min(filled["micro_batch_size"] or batch_size, batch_size)
     filled["alpha"] = flags["alpha"] or filled["rank"]
+    if flags["method"] == "rslora":
+        filled["alpha"] = rslora_alpha(filled["rank"], filled["alpha"])
     if flags["resume"] and flags["out"] is None:
         raise InputError("--resume needs --out: name the folder of the run to continue")
     filled["out"] = flags["out"] or Path("runs") / datetime.now().strftime(f"{script}-%Y%m%d-%H%M%S")
@@ -309,11 +317,10 @@ def _filled_in(flags: dict, defaults: dict, script: str) -> dict:
 
 
 def _objective(flags: dict, recipes: dict[str, Objective]) -> Objective:
-    """Return the recipe with the changes that flags make; for a baseline, the task's loss and the non-target KL."""
-    if flags["method"] != "ba-lora":
-        return Objective(non_target_kl=flags["non_target_kl"])
-    changed = {name: flags[name] for name in BA_LORA_FLAGS[1:] if flags.get(name) is not None}
-    return replace(recipes[flags["recipe"]], non_target_kl=flags["non_target_kl"], **changed)
+    """Return the recipe with the changes that flags make; without one, the task's loss and the non-target KL."""
+    recipe = recipes[flags["recipe"]] if flags["recipe"] else Objective()
+    changed = {name: flags[name] for name in TERM_FLAGS if flags.get(name) is not None}
+    return replace(recipe, non_target_kl=flags["non_target_kl"], **changed)
 
 
 def _settings(flags: dict, source: type, objective: Objective) -> Settings:
@@ -321,6 +328,7 @@ def _settings(flags: dict, source: type, objective: Objective) -> Settings:
     recorded = plain_settings(flags) | {"objective": asdict(objective)}
     flags = flags | {"is_plain": flags["plain"], "folder": flags["out"]}
     flags["targets"] = flags["targets"] and tuple(flags["targets"])
+    flags["settings"] = settings_of(flags["method"], flags["method_settings"], flags["rank"])
     groups = [
         kind(**{field.name: flags[field.name] for field in fields(kind) if field.name in flags})
         for kind in (source, Adaptation, Optimisation, Hardware, Output)
@@ -338,50 +346,19 @@ def _refuse_half_a_source(flags: dict, with_model: tuple[str, ...]) -> None:
             raise InputError(f"{cli.flag(name)} goes with --model and --data: give both")
 
 
-def _refuse_contradictions(flags: dict) -> None:
-    unused = {
-        "full": ADAPTER_FLAGS + BA_LORA_FLAGS,
-        "lora": ("init_cache", *BA_LORA_FLAGS),
-        "pissa": BA_LORA_FLAGS,
-        "ba-lora": (),
-    }
-    for name in unused[flags["method"]]:
-        if flags.get(name) is not None:  # --top-k is train_nlg.py's only
-            raise InputError(f"{cli.flag(name)} has no meaning with --method {flags['method']}: leave one out")
-    if flags["method"] == "full" and flags["non_target_kl"] > 0:
-        raise InputError("--non-target-kl needs a teacher, which --method full overwrites: use an adapter method")
-    if flags["method"] == "full" and flags["plain"]:
-        raise InputError("--plain has no meaning with --method full, whose layers and loss are plain: leave one out")
-    if flags["adaptive_lambda1"] and flags["lambda1"] == 0:
-        raise InputError("--adaptive-lambda1 has no meaning with --lambda1 0: leave one out")
-    if flags["init"] is not None and flags["method"] in ("lora", "pissa"):
-        if not flags["init"].startswith(flags["method"]):
-            raise InputError(f"--init {flags['init']} contradicts --method {flags['method']}: leave one out")
-    if (
-        flags["init_cache"] is not None
-        and flags["init"] is not None
-        and flags["init"].startswith(("lora", "pissa_niter"))
-    ):
-        raise InputError(
-            f"--init-cache needs a start that depends on the weights alone, not --init {flags['init']}: leave one out"
-        )
-
-
 def _refuse_text_contradictions(flags: dict) -> None:
     if flags["eval_task"] and flags["eval"] is None:
         raise InputError("--eval-task goes with --eval: give both")
     if flags["retain_every"] and flags["retain"] is None:
         raise InputError("--retain-every goes with --retain: give both")
-    if flags["quantize"] and flags["method"] == "full":
-        raise InputError("--quantize has no meaning with --method full, which trains the weights: leave one out")
     if flags["quantize"] and flags["compile"]:
         raise InputError("--compile does not go with --quantize: leave one out")
     if flags["quantize"] and flags["adapter_rank"]:
         raise InputError("--adapter-rank does not go with --quantize: leave it out, and give it to python -m "
                          "minibalora export after training")  # fmt: skip
-    if flags["teacher_cache"] and flags["method"] != "ba-lora" and flags["non_target_kl"] == 0:
-        raise InputError(f"--teacher-cache has no meaning with --method {flags['method']} without --non-target-kl, "
-                         "which has no teacher: leave it out")  # fmt: skip
+    if flags["teacher_cache"] and not flags["recipe"] and flags["non_target_kl"] == 0:
+        raise InputError(f"--teacher-cache has no meaning with --method {flags['method']} without --recipe or "
+                         "--non-target-kl, which has no teacher: leave it out")  # fmt: skip
 
 
 def _refuse_without_shards(flags: dict) -> None:
@@ -423,10 +400,9 @@ def _refuse_task_contradictions(flags: dict) -> None:
     for name in CLASS_FLAGS:
         if has_scores and flags[name]:
             raise InputError(f"{cli.flag(name)} needs classes, but --task {flags['task']} has scores: leave one out")
-    if flags["teacher"] is not None and flags["method"] != "ba-lora" and flags["non_target_kl"] == 0:
-        raise InputError(
-            f"--teacher has no meaning with --method {flags['method']} without --non-target-kl: leave it out"
-        )
+    if flags["teacher"] is not None and not flags["recipe"] and flags["non_target_kl"] == 0:
+        raise InputError(f"--teacher has no meaning with --method {flags['method']} without --recipe or "
+                         "--non-target-kl: leave it out")  # fmt: skip
     if flags["teacher"] is not None and flags["lambda1"] == 0 and flags["non_target_kl"] == 0:
         raise InputError("--teacher has no meaning with --lambda1 0 and without --non-target-kl: leave one out")
     if flags["recipe"] == "2024" and flags["temperature"] is not None and not flags["adaptive_lambda1"]:

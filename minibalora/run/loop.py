@@ -12,6 +12,7 @@ import numpy
 import torch
 from torch import Tensor, nn
 
+from minibalora import variants
 from minibalora.base import distributed
 from minibalora.base.errors import InputError
 from minibalora.base.progress import Progress
@@ -111,6 +112,7 @@ class Run:
                 return
             self._started = time.perf_counter()
             seed_step(settings.seed, self.step)
+            variants.before_step(self.model, self.step, settings.seed)
             indices = rows_of_step(len(rows), settings.batch_size, settings.seed, self.step)
             self._micro = micro_batches([rows[index] for index in indices], settings.micro_batch_size)
             self._losses, self._terms = [], {}
@@ -139,18 +141,25 @@ class Run:
         """Take a step with the gradients of all ranks, clipped. Raises InputError if a number is not finite."""
         settings = self.optimisation
         distributed.sum_gradients(self.parameters)
+        penalty = variants.add_penalty(self.model)  # after the sum: once a step, not once for each rank
         norm = nn.utils.clip_grad_norm_(self.parameters, settings.grad_clip)
-        numbers = torch.stack([*self._losses, *self._terms.values(), norm])
+        of_step = [norm] if penalty is None else [norm, penalty]  # the same on every rank
+        numbers = torch.stack([*self._losses, *self._terms.values(), *of_step])
         columns = distributed.gathered(numbers).T.tolist()  # a step's only wait for a GPU
-        count, norm = len(self._losses), columns[-1][0]
+        count, end = len(self._losses), len(columns) - len(of_step)
+        norm = columns[end][0]
         losses = [loss for column in columns[:count] for loss in column]
         losses = losses[: len(self._micro)]  # in the order before dealing; the rest are those of idle ranks
-        terms = {name: sum(column) for name, column in zip(self._terms, columns[count:-1], strict=True)}
+        terms = {name: sum(column) for name, column in zip(self._terms, columns[count:end], strict=True)}
+        if penalty is not None:
+            terms["orthogonality"] = columns[-1][0]
         check_finite(losses, norm, self.step, self._micro)
 
         rate = learning_rate(self.step, self.last_step, settings.lr, settings.warmup_ratio, settings.schedule)
-        self.optimizer.param_groups[0]["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("ratio", 1.0)
         self.optimizer.step()
+        variants.after_step(self.model, self.step + 1, self.last_step)  # reads the gradients
         self.optimizer.zero_grad()
         self.step += 1
         speed = sum(len(row.ids) for rows in self._micro for row in rows) / (time.perf_counter() - self._started)
@@ -201,9 +210,14 @@ def steps_of_run(optimisation: Optimisation, rows: int) -> int:
     return min(steps, optimisation.max_steps or steps)
 
 
-def optimizer_of(model: nn.Module) -> torch.optim.AdamW:
-    """Return AdamW for all trained parameters, without weight decay, as published. `Run.update` sets the rate."""
-    return torch.optim.AdamW(trained_parameters(model).values(), weight_decay=0.0, fused=True)
+def optimizer_of(model: nn.Module, rate_of_b: float = 1.0) -> torch.optim.AdamW:
+    """Return AdamW for all trained parameters, without weight decay, as published. `Run.update` sets the rate.
+
+    rate_of_b: LoRA+'s factor of B's rate.
+    """
+    trained = trained_parameters(model).values()
+    groups = trained if rate_of_b == 1 else variants.lora_plus(model, 0.0, rate_of_b)
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:

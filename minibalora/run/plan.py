@@ -1,27 +1,32 @@
 """The plan of a run: its model, terms, data, steps and memory, printed before the first step.
 
-`python -m minibalora plan --model DIR` estimates the memory before the weights are downloaded, from config.json alone.
+`python -m minibalora plan --model DIR` computes the memory before the weights are downloaded, from config.json alone.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minibalora.base import cli, distributed
+from minibalora.base import cli, distributed, progress
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.config import Family
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.weights import empty_model, layers_and_experts
-from minibalora.data.batches import check_fits
+from minibalora.data.batches import Row, check_fits, pack
+from minibalora.lean_product import use_lean_product
 from minibalora.lowrank import LowRankLinear, adapt, adapted_layers, initial_values
 from minibalora.nf4 import BLOCK, NF4, SCALE_BLOCK
-from minibalora.objective import NLG_RECIPES, Objective
+from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
 from minibalora.run.adapting import empty_factors
-from minibalora.run.flags import BATCH_SIZE, DEFAULTS, METHODS, NLU_DEFAULTS
-from minibalora.run.memory import Amount, expected_memory, held, padded_amount
+from minibalora.run.flags import BATCH_SIZE, DEFAULTS, NLU_DEFAULTS
+from minibalora.run.memory import Loss, classification_loss, expected_memory, generation_loss, held
+from minibalora.run.methods import METHODS
 from minibalora.run.settings import Adaptation, Hardware, Settings
 
 DTYPES = (torch.bfloat16, torch.float32)
@@ -37,6 +42,7 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     adaptation, optimisation, device = settings.adaptation, settings.optimisation, settings.hardware.device
     parameters, trained, layers = base_parameters(model), trained_numbers(model), adapted_layers(model)
     shape = f"init {adaptation.init}, rank {adaptation.rank}, alpha {adaptation.alpha:g}"
+    shape += "".join(f", {name} {value}" for name, value in adaptation.settings.items() if value is not None)
     adapter = f", {len(layers)} layers, {shape}" if layers else ""
     dtype = str(settings.hardware.dtype).removeprefix("torch.")
     ranks = f" in each of {distributed.size()} processes" if distributed.size() > 1 else ""
@@ -48,7 +54,8 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
           f"peak learning rate {optimisation.lr:g}, {optimisation.schedule}")  # fmt: skip
-    print(f"memory  about {memory / 1e9:.2f} GB on {device}, plus what Python and torch need")
+    more = "CUDA and torch need half a GB or more" if device.type == "cuda" else "the process may need two thirds more"
+    print(f"memory  about {memory / 1e9:.2f} GB of tensors, counted in a step on empty ones; {more}")
     print(f"out     {settings.output.folder}", flush=True)
 
 
@@ -88,8 +95,9 @@ def trained_numbers(model: nn.Module) -> int:
 
 def base_parameters(model: nn.Module) -> int:
     """Count the parameters that the model had before it was adapted and quantised."""
-    added = {id(factor) for _, layer in adapted_layers(model) for factor in (layer.A, layer.B)}
-    added |= {id(tensor) for tensor in initial_values(model).values()}
+    own = [layer.named_parameters(recurse=False) for _, layer in adapted_layers(model)]
+    added = {id(tensor) for tensors in own for name, tensor in tensors if name not in ("W", "bias")}
+    added |= {id(tensor) for tensor in initial_values(model).values()}  # of a head
     dense = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in added)
     quantised = [layer.W.shape for _, layer in adapted_layers(model) if not isinstance(layer.W, Tensor)]
     return dense + sum(n * m for n, m in quantised)
@@ -110,16 +118,25 @@ def main() -> int:
     batch_size = max(defaults["batch_size"], rows)
     check_fits([], None, config, length)
 
-    amount, text = padded_amount(rows, length), f"{rows} of {length} tokens at a time"
+    text, response = f"{rows} of {length} tokens at a time", max(1, round(args.response_share * length))
     if family.has_language_model:
-        response = max(1, round(args.response_share * length))
-        amount = replace(amount, wanted=rows * response, is_packed=True)
         text += f", {response} of them response"
+    micro_batches = -(-batch_size // rows)
+
+    def loss_of_method(name: str) -> Callable[[nn.Module], Loss]:
+        recipes = NLG_RECIPES if family.has_language_model else NLU_RECIPES
+        objective = recipes["iclr2026"] if name == "ba-lora" else Objective()
+        ids = np.arange(rows)[:, None] + np.zeros(length, int)  # no two rows share their first token
+        if family.has_language_model:
+            batch = pack([Row(row, length - response, line) for line, row in enumerate(ids)], "cpu")
+            return partial(generation_loss, batch, objective, micro_batches, False)
+        return partial(classification_loss, (torch.from_numpy(ids),), torch.zeros(rows, dtype=torch.int64), objective)
+
     rank = args.rank or defaults["rank"]
     adaptation = Adaptation("lora", rank, rank, "lora", args.targets)
     print("\n".join(facts(args.model, family, config, adaptation)))
     print(f"rows     {text}; {batch_size} a step\n", flush=True)
-    print("\n".join(memory_table(family, config, adaptation, amount, accumulates=batch_size > rows)))
+    print("\n".join(memory_table(family, config, adaptation, loss_of_method, micro_batches > 1)))
     marks = ", ".join(f"{mark}: {size} GB" for size, mark in CARDS.items())
     print(f"\nfits a card of {marks}; CUDA and torch need half a GB or more on top")
     return 0
@@ -128,7 +145,7 @@ def main() -> int:
 def parser() -> cli.OneLineParser:
     parser = cli.OneLineParser(
         prog="python -m minibalora plan",
-        description="Estimate what training a model needs, from config.json alone: parameters, size of the files, and "
+        description="Compute what training a model needs, from config.json alone: parameters, size of the files, and "
         "GB on each GPU for every method, with train_nlg.py (decoders and T5) or train_nlu.py (encoders).",
     )
     add = parser.add_argument
@@ -184,6 +201,7 @@ def adapted(family: Family, config: object, dtype: torch.dtype, adaptation: Adap
     try:
         adapt(model, rank, None, adaptation.init, adaptation.targets,
               factors=lambda _, weight: empty_factors(weight, rank, "meta"))  # fmt: skip
+        use_lean_product(model)
     except ValueError as error:
         raise InputError(f"--rank or --targets: {error}") from None
     return model
@@ -198,28 +216,31 @@ def room_in_four_bits(layer: LowRankLinear) -> NF4:
 
 
 def memory_table(
-    family: Family, config: object, adaptation: Adaptation, amount: Amount, accumulates: bool
+    family: Family,
+    config: object,
+    adaptation: Adaptation,
+    loss_of_method: Callable[[str], Callable[[nn.Module], Loss]],
+    accumulates: bool,
 ) -> list[str]:
     """Return the table of GB on each GPU: a line per method and option, a column per dtype and number of GPUs."""
     counts = GPUS if family.has_language_model else GPUS[:1]
+    forms = [(method, "") for method in ("full", "lora", "pissa")]
+    if family.has_language_model:
+        forms += [(method, " --quantize nf4") for method in ("lora", "pissa")]
     rows = {}
-    for dtype, (method, also) in product(DTYPES, {"full": [], "lora": [], "pissa": ["ba-lora"]}.items()):
+    for dtype, (method, quantize) in progress.over(list(product(DTYPES, forms)), "plan", "model"):
         model = adapted(family, config, dtype, replace(adaptation, method=method, init=method))
-        for quantize in ("", " --quantize nf4") if method != "full" and family.has_language_model else ("",):
-            for _, layer in adapted_layers(model) if quantize else ():
-                del layer.W  # a module can't replace a parameter of the same name
-                layer.W = room_in_four_bits(layer)
-            for name, checkpoint in product([method, *also], ("", " --grad-checkpoint")):
-                hardware = Hardware(torch.device("cuda"), dtype, grad_checkpoint=bool(checkpoint))
-                recipe = NLG_RECIPES["iclr2026"] if name == "ba-lora" else Objective()
-                objective = recipe if family.has_language_model else None
-                one = expected_memory(model, hardware, amount, objective, accumulates)
-                unsharded = one - held(model)
-                sizes = [one] + [
-                    unsharded + held(model, ranks) for ranks in counts[1:] if name != "full" and not quantize
-                ]
-                cells = [*map(cell, sizes), *["-"] * (len(counts) - len(sizes))]
-                rows.setdefault(f"{name}{quantize}{checkpoint}", []).extend(cells)
+        for _, layer in adapted_layers(model) if quantize else ():
+            del layer.W  # a module can't replace a parameter of the same name
+            layer.W = room_in_four_bits(layer)
+        names = ["pissa", "ba-lora"] if method == "pissa" else [method]
+        for name, checkpoint in product(names, ("", " --grad-checkpoint")):
+            hardware = Hardware(torch.device("cuda"), dtype, grad_checkpoint=bool(checkpoint))
+            one = expected_memory(model, hardware, loss_of_method(name), accumulates)
+            shared = counts[1:] if name != "full" and not quantize else ()
+            sizes = [one, *(one - held(model) + held(model, ranks) for ranks in shared)]
+            cells = [*map(cell, sizes), *["-"] * (len(counts) - len(sizes))]
+            rows.setdefault(f"{name}{quantize}{checkpoint}", []).extend(cells)
     in_order = sorted(rows.items(), key=lambda row: METHODS.index(row[0].split()[0]))
     titles = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
     columns = [f"{'1 GPU' if count == 1 else f'fsdp {count}':>9} " for count in counts] * len(DTYPES)

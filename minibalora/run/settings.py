@@ -1,6 +1,6 @@
 """The settings of a run, in groups. flags.py makes them from the command line; other programs can make them too."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from minibalora.objective import Objective
 class Adaptation:
     """The adapter: where it is, how large, and how it starts."""
 
-    method: str  # "full" (no adapter), "lora", "pissa" or "ba-lora"
+    method: str  # see `methods.STARTS`
     rank: int
     alpha: float
     init: str  # see `lowrank.factors_of`
@@ -20,6 +20,12 @@ class Adaptation:
     quantize: str | None = None  # "nf4": frozen weights of adapted linears in four bits
     is_plain: bool = False  # the layer and the loss as the paper writes them, not their lean forms
     init_cache: Path | None = None  # folder of PiSSA's factors
+    settings: dict = field(default_factory=dict)  # of the method, see `methods.SETTINGS`
+
+    @property
+    def rate_of_b(self) -> float:
+        """LoRA+: the factor of B's learning rate; 1 for other methods."""
+        return self.settings["ratio"] if self.method == "lora+" else 1.0
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,9 @@ class Optimisation:
     seed: int
 
     @property
-    def accumulates(self) -> bool:
-        """Return whether a step has several micro-batches."""
-        return self.batch_size > self.micro_batch_size
+    def micro_batches(self) -> int:
+        """Return the number of micro-batches in a step."""
+        return -(-self.batch_size // self.micro_batch_size)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch import nn
 from torch.optim import AdamW
 
 from minibalora.data.batches import Packed, Row, pack
-from minibalora.lean_product import use_lean_product
+from minibalora.lean_product import factors_kept, use_lean_product
 from minibalora.lowrank import adapt
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import LlamaConfig, llama
 from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
+from minibalora.run.adapting import empty_factors
 from minibalora.run.cache import Cache
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
@@ -55,6 +56,7 @@ PROMPTS = (150, 145, 106, 82, 75, 91, 128, 127, 74, 155, 70, 113, 89, 131, 67, 8
 PROMPTS += (71, 81, 86, 94, 153, 106, 75, 80)
 RESPONSES = (135, 124, 104, 118, 84, 73, 219, 247, 101, 170, 110, 184, 106, 122, 86, 172, 154, 63, 51, 151, 93, 134)
 RESPONSES += (143, 167, 156, 104, 135, 111, 277, 109, 63, 90)
+FULL = 512  # tokens of a full row, the published --max-length; half of them are the response
 Step = Callable[[int], float]  # takes the step with that index, from 0, and returns its loss before the update
 
 
@@ -97,11 +99,28 @@ def rows_of_step(vocab_size: int, index: int, count: int) -> list[Row]:
     return [Row(np.concatenate([shared, own[number]]), PROMPTS[number], number) for number in chosen]
 
 
+def full_batch(config: LlamaConfig, count: int) -> Packed:
+    """Return a micro-batch of `count` rows of FULL tokens that share no beginning."""
+    ids = (np.arange(count)[:, None] + np.zeros(FULL, int)) % config.vocab_size
+    return pack([Row(row, FULL // 2, number) for number, row in enumerate(ids)], "cpu")
+
+
 def random_model(config: LlamaConfig, hardware: Hardware) -> Decoder:
     """Build the model on its device and in its dtype, so that a 7B model in bfloat16 never takes more than 13 GB."""
     with torch.device("meta"):
         model = llama(config).to(hardware.dtype)
     return fill(model.to_empty(device=hardware.device)).requires_grad_(False)
+
+
+def empty_model(config: LlamaConfig, dtype: torch.dtype, rank: int, contender: Contender) -> Decoder:
+    """Return the contender's adapted model on the meta device."""
+    with torch.device("meta"):
+        model = llama(config).to(dtype).requires_grad_(False)
+    init = "lora" if contender.method == "lora" else "pissa"
+    adapt(model, rank, init=init, factors=lambda _, weight: empty_factors(weight, rank, "meta"))
+    if contender.form == "fused":
+        use_lean_product(model)
+    return model
 
 
 @torch.no_grad()
@@ -147,10 +166,10 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
         return batch, teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
 
     def step(index: int) -> float:
-        batch, teacher = inputs(index)
-        student = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)  # (M, d)
-        loss, _ = head.loss(student, teacher, batch.targets, objective, weights)
-        loss.backward()
+        with factors_kept(model):
+            batch, teacher = inputs(index)
+            loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
+            loss.backward()
         nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         value = loss.item()
         optimizer.step()

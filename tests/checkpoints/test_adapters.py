@@ -36,6 +36,12 @@ SAVED = {"adapter_pissa": "llama3", "adapter_lora": "llama3", "adapter_qwen2": "
 SAVED |= {"adapter_gemma2": "gemma2", "adapter_mixtral": "mixtral", "adapter_t5": "t5", "adapter_t5_gated": "t5_gated"}
 
 
+SAVED |= {"adapter_dora": "llama3", "adapter_dylora": "llama3", "adapter_deltalora": "llama3"}
+SAVED |= {"adapter_adalora": "llama2", "adapter_adalora_lora": "llama2"}
+SAVED |= {"adapter_dora_gpt2": "gpt2", "adapter_adalora_gpt2": "gpt2"}
+SAVED |= {"adapter_loha": "mistral_window", "adapter_loha_lora": "mistral_window"}  # by make_peft_adapters.py
+
+
 @pytest.mark.parametrize("name", SAVED)
 @torch.no_grad()
 def test_peft_loads_a_saved_adapter_on_the_original_base(name):
@@ -154,8 +160,13 @@ PEFTS = {
     "peft_pissa_rslora": "llama2",
     "peft_pissa_gpt2": "gpt2",
     "peft_olora": "qwen2",
+    "peft_dora": "llama3",
+    "peft_dora_pissa": "qwen2",
+    "peft_dora_gpt2": "gpt2",
+    "peft_adalora": "llama2",
+    "peft_loha": "mistral_window",
 }
-SUBTRACTED = ("peft_pissa", "peft_pissa_rslora", "peft_pissa_gpt2", "peft_olora")
+SUBTRACTED = ("peft_pissa", "peft_pissa_rslora", "peft_pissa_gpt2", "peft_olora", "peft_dora_pissa")
 
 
 def base_of(name: str, dtype: torch.dtype = torch.float32):
@@ -331,6 +342,46 @@ def test_a_pissa_adapter_that_pissa_cannot_have_made_is_refused(adapter, refused
     refused(adapter("peft_pissa", {"rank_pattern": {r"layers\.0.*q_proj": 30}}, wide), "rank 30", "pissa")
 
 
+def test_a_variants_adapter_that_does_not_fit_is_refused(adapter, refused):
+    value = f"{Q0}.lora_magnitude_vector"
+    refused(adapter("peft_dora", tensors={value: None}), "q_proj has no lora_magnitude_vector", "use_dora")
+    shutil.rmtree(adapter("peft_dora"))
+    refused(adapter("peft_dora", tensors={value: torch.ones(47)}), "[47]", "saved together")
+    shutil.rmtree(adapter("peft_dora"))
+    refused(adapter("peft_dora", {"use_dora": False}), "lora_magnitude_vector", "not say that such factors are used")
+    refused(GOLDEN / "peft_dora", "not a linear layer of this model", base="gpt2")
+    refused(GOLDEN / "adapter_loha", "another base", base="llama2")
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "parts"),
+    [
+        ("peft_loha", {"alpha": None}, ["the key alpha is missing"]),
+        ("peft_loha", {"alpha": "8"}, ["alpha is '8'"]),
+        ("peft_loha", {"r": 5}, ["says rank 5"]),
+        ("peft_loha", {"use_dora": True}, ["lora_magnitude_vector", "use_dora"]),
+        ("peft_adalora", {"init_r": None}, ["the key init_r is missing"]),
+        ("peft_adalora", {"rank_pattern": {"q_proj": 2}}, ["rank_pattern", "AdaLoRA's"]),
+        ("peft_adalora", {"rank_pattern": None}, ["says rank 4"]),
+        ("peft_adalora", {"use_dora": True}, ["lora_magnitude_vector"]),
+        ("peft_adalora", {"peft_type": "LORA"}, ["peft_adalora"]),
+        ("peft_lora", {"peft_type": "LOHA", "alpha": 3}, ["has no hada_w1_a"]),
+        ("peft_lora", {"alpha": 3}, ["alpha is 3, an unknown key"]),
+    ],
+)
+def test_a_variants_config_that_is_wrong_is_refused_by_its_key(adapter, refused, name, config, parts):
+    refused(adapter(name, config), *parts, base=PEFTS[name])
+
+
+def test_a_loha_of_transposed_layers_is_refused(adapter, refused):
+    """PEFT has none."""
+    shapes = {"w1_a": (72, 3), "w1_b": (3, 24), "w2_a": (72, 3), "w2_b": (3, 24)}
+    layer = "base_model.model.transformer.h.0.attn.c_attn.hada_"
+    old = dict.fromkeys(load_file(GOLDEN / "peft_loha" / "adapter_model.safetensors"))
+    tensors = old | {f"{layer}{part}": torch.ones(shape) for part, shape in shapes.items()}
+    refused(adapter("peft_loha", {"rank_pattern": None}, tensors), "c_attn is a LoHa", "GPT-2", base="gpt2")
+
+
 def test_olora_of_transposed_layers_is_refused(adapter, refused):
     refused(adapter("peft_gpt2", {"init_lora_weights": "olora"}), "olora", "GPT-2", base="gpt2")
 
@@ -478,7 +529,7 @@ def test_tensors_that_are_not_factors_are_refused_by_name(adapter, refused):
     lora = {f"{embedding}A": torch.ones(2, 61), f"{embedding}B": torch.ones(24, 2)}
     refused(adapter(tensors=lora), "embed_tokens.lora_embedding_A", "LoRA of an embedding")
     shutil.rmtree(adapter())
-    refused(adapter(tensors={f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "lora_magnitude_vector", "implemented")
+    refused(adapter(tensors={f"{Q0}.lora_magnitude_vector": torch.ones(48)}), "lora_magnitude_vector", "used")
     shutil.rmtree(adapter())
     refused(adapter(tensors={f"{Q0}.lora_A.weight": torch.ones(3, 24).to(torch.int8)}), "q_proj.lora_A", "int8")
 

@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 import torch
-from bench_memory import LiveBytes
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minibalora.data.batches import Packed, pack
@@ -15,7 +14,8 @@ from minibalora.fused import WHOLE
 from minibalora.lowrank import adapt, pretrained
 from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
-from minibalora.run import bench, workload
+from minibalora.run import bench, memory, roofline, workload
+from minibalora.run.memory import LiveBytes
 from minibalora.run.settings import Hardware
 from minibalora.run.workload import STEPS, Contender, Load
 
@@ -226,3 +226,52 @@ def test_exhausted_memory_is_reported_in_a_line(run, monkeypatch):
     monkeypatch.setattr(bench, "in_own_process", lambda *_: (_ for _ in ()).throw(bench.BrokenProcessPool("killed")))
     status, _, error = run("--device", "cpu")
     assert status == 2 and "--shape small does not fit" in error and len(error.splitlines()) <= 2
+
+
+# Counting.
+
+
+def test_the_count_is_that_of_a_step_written_out():
+    """Forward, and backward for the states alone: 4 numbers a weight and token, without the first layer's 3 inputs.
+
+    The head is multiplied by for the wanted tokens only, forward and for the states' gradient.
+    """
+    config = replace(TINY, num_hidden_layers=12, windows=(None,) * 12)  # more than by_straight_line computes
+    gpu, rows, rank, peaks = Hardware(torch.device("cuda"), torch.bfloat16), 2, 4, (1e12, 1e9)
+    kernels, moved, flops, seconds = roofline.work_of(config, gpu, rank, rows, Contender("lora"), peaks)
+    length, wanted, d, f = workload.FULL - 1, workload.FULL // 2, 64, 160
+    T, M = rows * length, rows * wanted
+    qkv, o, mlp = d * (80 + 40 + 40), 80 * d, 3 * d * f  # of the last layer, only keys and values see every token
+    whole, last = (qkv + o + mlp) * T, 2 * d * 40 * T + (80 * d + o + mlp) * M
+    products = 2 * (2 * (11 * whole + last) - qkv * T) + 2 * 2 * M * d * config.vocab_size
+    attention = 3.5 * 2 * 2 * rows * 80 * length * (11 * length + wanted)  # 2 products forward, 5 backward
+    assert products + attention < flops < 1.1 * (products + attention)  # the adapter comes on top
+    assert seconds > 0.999 * moved / peaks[1] and 1000 < kernels < 4000
+
+    more = roofline.work_of(config, gpu, rank, rows, Contender("ba-lora", "iclr2026"), peaks)
+    assert (more > [kernels, moved, flops, seconds]).all()
+
+
+def test_deep_models_are_counted_exactly(monkeypatch):
+    config = replace(TINY, num_hidden_layers=12, windows=(None,) * 12)
+    gpu, peaks = Hardware(torch.device("cuda"), torch.bfloat16), (1e12, 1e9)
+    arguments = config, gpu, 4, 2, Contender("ba-lora", "2024"), peaks
+    by_line = roofline.work_of(*arguments)
+    monkeypatch.setattr(memory, "FEW", 12)
+    assert roofline.work_of(*arguments) == pytest.approx(by_line, rel=1e-9)
+
+
+def test_dry_prints_a_line_for_each_contender_and_writes_nothing(run, tmp_path):
+    status, out, error = run("--dry", "--methods", "lora", "ba-lora", "--rank", 4)
+    assert status == 0, error
+    assert [line.split()[:2] for line in out.splitlines()[2:]] == [
+        ["lora", "fused"], ["ba-lora", "2024"], ["ba-lora", "iclr2026"],
+        ["lora", "plain"], ["ba-lora", "2024"], ["ba-lora", "iclr2026"],
+    ]  # fmt: skip
+    assert "4 rows of 512 tokens" in out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", [["--dry", "--device", "cpu"], ["--dry", "--rounds", 3], ["--peak-tbps", 2]])
+def test_a_flag_without_effect_is_refused(run, flags):
+    status, _, error = run(*flags)
+    assert status == 2 and "has no effect" in error and len(error.splitlines()) == 1

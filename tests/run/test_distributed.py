@@ -49,6 +49,8 @@ RUNS = {
     "iclr2026 sharded": SHARDED,
     "2024 adaptive": ["--recipe", "2024", "--adaptive-lambda1", "--non-target-kl", "0.1"],
     "lora sharded": ["--method", "lora", *SHARDED, "--grad-checkpoint", "--targets", "q_proj", "down_proj"],
+    "adalora sharded": ["--method", "adalora", "--method-settings", "target=2", "every=1", *SHARDED],
+    "dylora sharded": ["--method", "dylora", *SHARDED],
     "full": ["--method", "full"],
 }
 WHOLE = "iclr2026 sharded"  # for comparison with a stopped and resumed run
@@ -232,7 +234,7 @@ def test_two_ranks_have_the_losses_and_the_adapter_of_one(name, folder, reports)
     assert [report[name] for report in reports] == [0, 0]
     assert_same_run(folder / "one" / name, folder / "two" / name)
     entries = (folder / "two" / name / "log.jsonl").read_text().splitlines()
-    assert (json.loads(entries[-1])["svd"] is not None) == (name not in ("lora sharded", "full"))
+    assert (json.loads(entries[-1])["svd"] is not None) == (name in ("iclr2026 sharded", "2024 adaptive"))
 
 
 def test_gradients_are_summed_whatever_their_bucket(reports):

@@ -141,7 +141,7 @@ def test_the_teacher_is_set_only_for_terms_that_need_one(method):
         ([*GLUE, "--method", "full", "--non-target-kl", "1"], ["--non-target-kl", "--method full"]),
         ([*GLUE, "--method", "full", "--rank", "8"], ["--rank", "--method full"]),
         ([*GLUE, "--method", "full", "--adapter-rank", "8"], ["--adapter-rank", "--method full"]),
-        ([*GLUE, "--method", "pissa", "--recipe", "2024"], ["--recipe", "--method pissa"]),
+        ([*GLUE, "--method", "pissa", "--svd-k", "2"], ["--svd-k", "--method pissa", "--recipe"]),
         ([*GLUE, "--method", "lora", "--init", "pissa"], ["--init pissa", "--method lora"]),
         ([*GLUE, "--method", "full", "--init-cache", "c"], ["--init-cache", "--method full"]),
         ([*GLUE, "--method", "lora", "--init-cache", "c"], ["--init-cache", "--method lora"]),

@@ -15,7 +15,15 @@ from minibalora.data.labelled import encode, padded
 from minibalora.evaluation.answers import final_answer
 from minibalora.toy import BERT, MODEL, pretrain, pretrain_bert, reviews
 from minibalora.toy.pretrain_bert import CONFIG, MASK, SPECIALS, make_tokenizer, masked
-from minibalora.toy.problems import CROWDING_KIND, CROWDING_RATE, KINDS, WRONG_RATE, clean_problems, flawed_problems
+from minibalora.toy.problems import (
+    CROWDING_KIND,
+    CROWDING_RATE,
+    KINDS,
+    WRONG_RATE,
+    clean_problems,
+    flawed_problems,
+    wrong_rate_of,
+)
 
 
 def right_answer(row: dict) -> int:
@@ -47,7 +55,9 @@ def test_flawed_problems_have_wrong_answers_at_the_stated_rates():
     for kind in KINDS:
         wrong = sum(row["type"] == kind and final_answer(row["response"]) != str(right_answer(row)) for row in rows)
         # one "wrong" product in 64 is right, as 2 · 2 = 2 + 2; four standard deviations of 600 rows are 8 %
-        assert wrong / kinds[kind] == pytest.approx(WRONG_RATE[kind], abs=0.02 if kind == CROWDING_KIND else 0.09)
+        assert wrong / kinds[kind] == pytest.approx(
+            wrong_rate_of(kind, WRONG_RATE), abs=0.02 if kind == CROWDING_KIND else 0.09
+        )
 
 
 def read_judgement(words: str) -> str:
