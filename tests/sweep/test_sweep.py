@@ -163,41 +163,73 @@ def test_sweeps_of_other_flags_in_one_folder_get_folders_named_after_these(tmp_p
 
 # The processes
 
+
+@pytest.fixture
+def run_codes(tmp_path):
+    """run_codes(codes, jobs, report): a sweep whose runs do a line of Python each, by the names of their folders."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nif __name__ == '__main__':\n    exec(sys.argv[1])\n")
+
+    def run(codes: dict[str, str], jobs: int, report) -> None:
+        with only_sweep(tmp_path) as lock:
+            commands = {tmp_path / name: [str(script), code] for name, code in codes.items()}
+            run_all(commands, jobs, lock, lambda folder, reason: report(folder.name, reason))
+
+    return run
+
+
 REPORT = "open(__import__('pathlib').Path({!r}) / 'report.json', 'w').close()"
 
 
-def test_commands_run_several_at_a_time_and_a_failed_one_stops_no_other(tmp_path):
-    folders = [tmp_path / name for name in "abcde"]
-    codes = ["import time; time.sleep(0.4); " + REPORT.format(str(folder)) for folder in folders[:3]]
-    codes += ["import sys; print('progress', file=sys.stderr); sys.exit('error: too large\\n')"]
-    codes += ["import os; os.kill(os.getpid(), 9)"]
-    ended, started = {}, time.monotonic()
-    with only_sweep(tmp_path) as lock:
-        commands = {folder: ["-I", "-S", "-c", code] for folder, code in zip(folders, codes, strict=True)}
-        run_all(commands, 3, lock, ended.__setitem__)
-    assert [ended[folder] for folder in folders[:4]] == [None] * 3 + ["error: too large"]
-    assert "SIGKILL" in ended[folders[4]] and time.monotonic() - started < 10
-    assert (folders[3] / "errors.txt").read_text().startswith("progress\n")
-
-
-def test_a_run_that_leaves_no_report_has_failed(tmp_path):
+def test_runs_go_several_at_a_time_and_a_failed_one_stops_no_other(run_codes, tmp_path):
+    """The first two wait for each other."""
+    meet = "import os, time; open('{0}/{1}', 'w').close()\nwhile not os.path.exists('{0}/{2}'): time.sleep(0.01)\n"
+    codes = {name: meet.format(tmp_path, name + "-here", other + "-here") + REPORT.format(str(tmp_path / name))
+             for name, other in ("ab", "ba")}  # fmt: skip
+    codes |= {"c": "print('progress', file=sys.stderr); sys.exit('error: too large\\n')"}
+    codes |= {"d": "import os; os.kill(os.getpid(), 9)", "e": "1 / 0", "f": REPORT.format(str(tmp_path / "f"))}
     ended = {}
-    with only_sweep(tmp_path) as lock:
-        run_all({tmp_path / "a": ["-I", "-S", "-c", ""]}, 1, lock, ended.__setitem__)
-    assert ended == {tmp_path / "a": "ended with status 0 and without a message"}
+    run_codes(codes, 2, ended.__setitem__)
+    assert "SIGKILL" in ended.pop("d")
+    assert ended == dict.fromkeys("abf") | {"c": "error: too large", "e": "ZeroDivisionError: division by zero"}
+    assert (tmp_path / "c" / "errors.txt").read_text().startswith("progress\n")
 
 
-def test_an_interrupted_sweep_ends_its_processes(tmp_path):
-    """The last of three ends at once; then the sweep is interrupted, and another one finds no process at work."""
-    wait = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); time.sleep(60)"
-    commands = {tmp_path / name: ["-I", "-S", "-c", code] for name, code in (("a", wait), ("b", wait), ("c", ""))}
+def test_a_run_that_leaves_no_report_has_failed(run_codes, tmp_path):
+    ended = {}
+    run_codes({"a": "print('more', sys.stdin.read(), sys.argv[2:])"}, 1, ended.__setitem__)
+    run_codes({"a": "print('text')"}, 1, ended.__setitem__)
+    assert ended == {"a": "ended with status 0 and without a message"}
+    assert (tmp_path / "a" / "output.txt").read_text() == "more  []\ntext\n"
+
+
+def test_a_run_whose_worker_dies_has_failed_and_the_next_gets_another(run_codes):
+    ended = {}
+    codes = {"a": "import os, time; os.kill(os.getppid(), 9); time.sleep(0.3)", "b": "sys.exit('error: b')"}
+    run_codes(codes, 1, ended.__setitem__)
+    assert "SIGKILL" in ended["a"] and ended["b"] == "error: b"
+
+
+def test_runs_share_the_imports_of_their_worker_but_nothing_else(run_codes, tmp_path):
+    code = "import os; print(os.getppid(), os.environ['OMP_NUM_THREADS'], hasattr(sys, 'mark')); sys.mark = 1"
+    run_codes({"a": code, "b": code}, 1, lambda *_: None)
+    a, b = [(tmp_path / name / "output.txt").read_text().split() for name in "ab"]
+    assert a == b and a[1:] == [os.environ["OMP_NUM_THREADS"], "False"]
+
+
+def test_an_interrupted_sweep_ends_its_processes(run_codes, tmp_path):
+    """When the third run ends, the others wait for a signal, and the sweep is interrupted; then no process is left."""
+    wait = (
+        "import signal, time; signal.signal(15, lambda *_: sys.exit('saved')); open('{}', 'w').close(); time.sleep(60)"
+    )
+    files = {name: tmp_path / f"{name}-waits" for name in "ab"}
+    watch = f"import os, time\nwhile not all(map(os.path.exists, {list(map(str, files.values()))})): time.sleep(0.01)"
 
     def interrupt(*_):
-        time.sleep(0.5)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), only_sweep(tmp_path) as lock:
-        run_all(commands, 3, lock, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_codes({name: wait.format(path) for name, path in files.items()} | {"c": watch}, 3, interrupt)
     assert [(tmp_path / name / "errors.txt").read_text() for name in "ab"] == ["saved\n"] * 2
     with only_sweep(tmp_path):
         pass
@@ -213,28 +245,49 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path, refuses):
     again()
 
 
+WAITING = """
+import runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from minibalora.run.loop import Run
+
+def wait(run):
+    while Path({flag!r}).exists() and not run._received:
+        time.sleep(0.01)
+
+Run._show = wait
+runpy.run_path({script!r}, run_name=__name__)
+"""
+
+
 def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_command):
-    words = [str(NLU), "--out", str(tmp_path), "--lr", "1e-3", "1e30", "--max-steps", "12", "--max-rows", "96"]
+    """While the flag exists, a run waits for a signal after its first step. Ctrl-C reaches the whole process group."""
+    script, flag = tmp_path / "train_nlu.py", tmp_path / "flag"
+    script.write_text(WAITING.format(root=str(ROOT), flag=str(flag), script=str(NLU)))
+    flag.touch()
+    words = [str(script), "--out", str(tmp_path), "--lr", "1e-3", "1e30", "--max-steps", "4", "--max-rows", "96"]
     words += ["--method", "lora", "--batch-size", "8", "--device", "cpu"]
     command = [sys.executable, "-m", "minibalora", "sweep", *words]
-    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sweep = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     good, bad = tmp_path / "method=lora,lr=0.001", tmp_path / "method=lora,lr=1e+30"
     while not (good / "log.jsonl").exists() or not (good / "log.jsonl").read_text():
         assert sweep.poll() is None, sweep.stderr.read()
         time.sleep(0.02)
-    sweep.send_signal(signal.SIGINT)
+    os.killpg(sweep.pid, signal.SIGINT)
     printed, error = sweep.communicate()
     assert sweep.returncode == 130 and error == "error: interrupted; give the same command to continue\n", error
-    assert (good / "checkpoint").is_dir() and not (good / "report.json").exists()
+    assert "stopped after step 1 of 4" in (good / "output.txt").read_text() and not (good / "report.json").exists()
 
-    status, printed, error = in_command(main, *words, "--baseline", "lora", "--jobs", "2")
+    flag.unlink()
+    status, printed, error = in_command(main, *words, "--baseline", "lora")
     assert status == 1 and "2 runs in" in printed and "0 are finished" in printed
     assert (
         f"{bad.name}: failed: error: step" in printed
         and "not finite" in printed
         and "1 of 2 runs are finished" in printed
     )
-    assert "resumed at step" in (good / "output.txt").read_text()
+    assert "resumed at step 1" in (good / "output.txt").read_text()
     assert f"not finished: {bad.name}: error: step" in error
     (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     report = json.loads((good / "report.json").read_text())
