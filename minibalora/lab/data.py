@@ -9,8 +9,8 @@ from minibalora.lab.grid import TASKS
 from minibalora.toy import problems, reviews
 
 ROWS, DEV, TEST = 3200, 300, 400
-PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 1200, 100, 120, 60, 100
-OTHER = "other"  # the kind of problems with larger numbers and in other sentences
+PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 960, 100, 80, 24, 100
+OTHERS = {"other sentences": False, "larger numbers": True}  # kinds of test problems, also these in other sentences
 # Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
 TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
 
@@ -21,12 +21,13 @@ def write_data(out: Path) -> None:
         (out / name).mkdir(parents=True, exist_ok=True)
     pool = reviews.clean_reviews(2 * ROWS + ROWS // 2, TRAIN_SEED)
     write_rows(out / "bert" / "train.jsonl", in_rows(pool[:ROWS]))
-    write_rows(out / "bert" / "imbalanced.jsonl", in_rows(with_imbalance(pool, 10, TRAIN_SEED)[:ROWS]))
+    write_rows(out / "bert" / "imbalanced.jsonl", in_rows(with_imbalance(pool, 10, seed=0)[:ROWS]))
     write_rows(out / "bert" / "dev.jsonl", in_rows(reviews.clean_reviews(DEV, DEV_SEED)))
     write_rows(out / "bert" / "test.jsonl", in_rows(reviews.clean_reviews(TEST, TEST_SEED)))
     write_rows(out / "bert" / "other.jsonl", in_rows(reviews.other_reviews(TEST, TEST_SEED)))
 
-    others = [row | {"type": OTHER} for row in problems.other_problems(OTHER_PROBLEMS, TEST_SEED)]
+    others = [row | {"type": kind} for kind, is_large in OTHERS.items()
+              for row in problems.other_problems(OTHER_PROBLEMS, TEST_SEED, is_large)]  # fmt: skip
     write_rows(out / "llama" / "train.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED))
     write_rows(out / "llama" / "wrong.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED, wrong_rate=0.2))
     write_rows(out / "llama" / "dev.jsonl", problems.clean_problems(DEV_PROBLEMS, DEV_SEED))

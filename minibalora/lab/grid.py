@@ -105,7 +105,9 @@ FULL = Size(
     ("wrong", "imbalanced"),
 )
 QUICK_CELLS = ((BUILT_IN, "wrong"),)
-QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5), (1,), ())
+QUICK = Size(
+    {"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5), (1,), ()
+)
 
 
 def sweeps_of(size: Size) -> list[Sweep]:

@@ -46,10 +46,11 @@ def clean_problems(count: int, seed: int, wrong_rate: float = 0.0) -> list[dict]
     return rows
 
 
-def other_problems(count: int, seed: int) -> list[dict]:
-    """Return `count` right rows, the kinds in turn, with larger numbers and with names and sentences of their own."""
+def other_problems(count: int, seed: int, is_large: bool) -> list[dict]:
+    """Return `count` right rows, the kinds in turn, with names and sentences of their own, and with larger numbers if
+    `is_large`."""
     rng = random.Random(f"other {seed}")
-    return [other_problem(KINDS[index % len(KINDS)], rng) for index in range(count)]
+    return [other_problem(KINDS[index % len(KINDS)], rng, is_large) for index in range(count)]
 
 
 def flawed_problems(
@@ -114,24 +115,23 @@ def problem(kind: str, rng: random.Random, is_wrong: bool = False) -> dict:
     return {"query": query, "response": f"{response}\n#### {result}\nThe answer is: {result}", "type": kind}
 
 
-def other_problem(kind: str, rng: random.Random) -> dict:
-    """Return a problem that `problem` can't make: other names, things and sentences, and larger numbers."""
+def other_problem(kind: str, rng: random.Random, is_large: bool) -> dict:
+    """Return a right problem that `problem` can't make. Its numbers are in the same ranges, or above them."""
     name, things = rng.choice(OTHER_NAMES), rng.choice(OTHER_THINGS)
+    a, b, c = (rng.randint(10, 12) if is_large else rng.randint(2, 9)), rng.randint(2, 9), rng.randint(2, 19)
     if kind == "addition":
-        a, b = rng.randint(61, 99), rng.randint(40, 99)
+        a, b = (rng.randint(61, 99), rng.randint(40, 99)) if is_large else (rng.randint(2, 60), rng.randint(2, 39))
         query = f"There are {a} {things} on the shelf. {name} puts {b} more there. How many {things} are there now?"
         response, result = f"There are {a} + {b} = {a + b} {things}.", a + b
     elif kind == "subtraction":
-        a = rng.randint(26, 99)
+        a = rng.randint(26, 99) if is_large else rng.randint(5, 25)
         b = rng.randint(2, a - 2)
         query = f"{name} bought {a} {things} and lost {b}. How many {things} remain?"
         response, result = f"There remain {a} - {b} = {a - b} {things}.", a - b
     elif kind == "multiplication":
-        a, b = rng.randint(10, 12), rng.randint(2, 9)
         query = f"Each of {a} rows has {b} {things}. How many {things} does {name} count?"
         response, result = f"{name} counts {a} * {b} = {a * b} {things}.", a * b
     else:
-        a, b, c = rng.randint(10, 12), rng.randint(2, 9), rng.randint(20, 39)
         query = f"Each of {a} rows has {b} {things}, and {name} adds {c} more. How many {things} are there?"
         response = f"The rows have {a} * {b} = {a * b} {things}.\nThere are {a * b} + {c} = {a * b + c} {things}."
         result = a * b + c
