@@ -45,15 +45,13 @@ def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
     matches = {name.rpartition(" (")[0].removeprefix("exact match, "): value for name, value in result.after.items()
                if name.startswith("exact match")}  # fmt: skip
     kinds = {kind: value for kind, value in matches.items() if kind not in ("all", *OTHERS)}
-    (corpus,) = (name.removeprefix("loss on ") for name in result.after if name.endswith("-corpus.jsonl")
-                 and name.startswith("loss"))  # fmt: skip
-    (dev, wrong) = (next(value for name, value in result.after.items() if name.startswith("loss") and name.endswith(end))
-                    for end in ("dev.jsonl", "wrong-answers.jsonl"))  # fmt: skip
+    dev, corpus, wrong = (Path(path) for path in result.settings["retain"])
     scores = {"test": sum(kinds.values()) / len(kinds), "other": matches["other sentences"]}
     scores |= {"larger numbers": matches["larger numbers"]}
     scores |= {f"exact match, {kind}": value for kind, value in kinds.items()}
-    scores |= {"loss on dev": dev, "forgotten": result.forgotten(f"loss on {corpus}")}
-    scores |= {"KL": result.after.get(f"KL(pre-trained ‖ tuned) on {corpus}"), "loss on wrong answers": wrong}
+    scores |= {"loss on dev": result.after[f"loss on {dev}"], "forgotten": result.forgotten(f"loss on {corpus}")}
+    scores |= {"KL": result.after.get(f"KL(pre-trained ‖ tuned) on {corpus}")}  # a model tuned in full has none
+    scores |= {"loss on wrong answers": result.after[f"loss on {wrong}"]}
     return scores | {"typical error": typical_error(folder / result.name / "eval-after.jsonl")}
 
 

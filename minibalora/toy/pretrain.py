@@ -25,13 +25,12 @@ from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.batches import Row, encode_examples, pack, rows_of_step
-from minibalora.data.prompts import example_from
 from minibalora.evaluation.perplexity import whole_text
 from minibalora.models.decoder import Decoder
 from minibalora.models.llama import llama
 from minibalora.run import checkpoint, run_folder
 from minibalora.toy import MODEL
-from minibalora.toy.problems import CROWDING_RATE, WRONG_RATE, flawed_problems
+from minibalora.toy.problems import CROWDING_RATE, WRONG_RATE, examples_of, flawed_problems
 
 FAMILY, CONFIG = read_family(MODEL)
 CORPUS_ROWS, CORPUS_SEED = 200_000, 0
@@ -142,10 +141,9 @@ def main() -> int:
     args = parse_flags("python -m minibalora.toy.pretrain", __doc__, 2500, CROWDING_RATE, WRONG_RATE)
     if not begin(args):
         return 0
-    problems = flawed_problems(CORPUS_ROWS, CORPUS_SEED, args.crowding, args.wrong)
-    corpus = [example_from(row, line) for line, row in enumerate(problems, start=1)]
+    corpus = examples_of(flawed_problems(CORPUS_ROWS, CORPUS_SEED, args.crowding, args.wrong))
     # The tokenizer is the built-in model's at all rates, so that models differ in nothing but their corpus.
-    built_in = [example_from(row, line) for line, row in enumerate(flawed_problems(20_000, CORPUS_SEED), start=1)]
+    built_in = examples_of(flawed_problems(min(CORPUS_ROWS, 20_000), CORPUS_SEED))
     with TemporaryDirectory() as folder:  # save_model copies config and tokenizer from here
         train_tokenizer([example.prompt + example.response for example in built_in], Path(folder))
         rows, _, _ = encode_examples(corpus, load_tokenizer(folder), CONFIG.max_position_embeddings)

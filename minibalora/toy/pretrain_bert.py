@@ -1,8 +1,8 @@
 """Train the built-in BERT and its tokenizer from scratch: `python -m minibalora.toy.pretrain_bert --out folder`.
 
-This program made `bert/`, with other random masks. The corpus is `reviews.corpus`, whose rates of defects are flags; the
-model's shape comes from `bert/config.json`. The model learns to predict masked words (arXiv 1810.04805, section 3.1),
-without next-sentence prediction. Only the backbone is saved; fine-tuning starts with a new pooler and classifier.
+This program made `bert/`, with other random masks. The corpus is `reviews.corpus`, whose rates of defects are flags.
+The model's shape comes from `bert/config.json`. The model learns to predict masked words (arXiv 1810.04805, section
+3.1), without next-sentence prediction. Only the backbone is saved; fine-tuning starts with a new pooler and classifier.
 """
 
 import json

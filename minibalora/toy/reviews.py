@@ -70,8 +70,10 @@ def in_turn(
     count: int, rng: random.Random, things: tuple[list[str], ...], forms: tuple[str, ...]
 ) -> list[LabelledText]:
     labels = [index % len(TASK.labels) for index in range(count)]
-    texts = [review(TASK.labels[label], rng, things, forms) for label in labels]
-    return [LabelledText((text,), label, line) for line, (text, label) in enumerate(zip(texts, labels), start=1)]
+    return [
+        LabelledText((review(TASK.labels[label], rng, things, forms),), label, line)
+        for line, label in enumerate(labels, start=1)
+    ]
 
 
 def corpus(count: int, seed: int, crowding_rate: float = CROWDING_RATE, wrong_rate: float = 0.0) -> list[str]:
