@@ -63,13 +63,11 @@ def recalls(predicted: ArrayLike, gold: ArrayLike, classes: int) -> list[float |
 def calibration_error(confidence: ArrayLike, is_right: ArrayLike, bins: int = 10) -> float:
     """Return the expected calibration error in [0, 1] (arXiv 1706.04599, equation 3): Σ_b n_b / N · |right_b − conf_b|.
 
-    Bin b has the n_b predictions whose confidence is in ((b − 1) / bins, b / bins]; right_b is the share of them that is
-    right, and conf_b the mean of their confidence. confidence: the probabilities of the predicted classes.
+    Bin b has the n_b predictions whose confidence is in ((b − 1) / bins, b / bins]; right_b is the share of them that
+    are right, and conf_b their mean confidence. confidence: the probabilities of the predicted classes.
     """
     confidence, is_right = _paired(np.asarray(confidence, dtype=np.float64), is_right)
-    numbers = np.ceil(confidence * bins).astype(
-        int
-    )  # 0 for a confidence of 0 only
+    numbers = np.ceil(confidence * bins).astype(int)  # 0 for a confidence of 0 only
     return float(np.abs(np.bincount(numbers, weights=is_right - confidence)).sum() / len(confidence))
 
 
