@@ -82,7 +82,7 @@ def star_logits(folder: Path, tok: Tokenizer, examples: list[LabelledText]) -> T
 def spread(logits: Tensor, gold: Tensor) -> dict[str, float]:
     """Return the calibration error and the effective rank of logits (N, D), whose right classes are `gold` (N,).
 
-    The rank is of the logits as they are, so a large offset that all logits share lowers it, although softmax ignores it.
+    The rank is of the logits as they are: a large offset that all share lowers it, although softmax ignores it.
     """
     confidence, predicted = logits.softmax(1).max(1)
     error = metrics.calibration_error(confidence, predicted == gold)
