@@ -20,7 +20,7 @@ class Task:
     script: Path
     program: str  # the module that pre-trains the model
     built_in: Path
-    steps: int  # of pre-training
+    pretraining: tuple[str, ...]  # flags of the program
     corpora: dict[str, tuple[float, float]]  # pre-training -> share of the most frequent kind, share of wrong answers
     recipes: dict[str, Objective]
     seconds: float  # of a run on one core
@@ -75,9 +75,10 @@ class Sweep:
 
 THIRD = 1 / 3
 TASKS = {
-    "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT, 3000,
-                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.4), "imbalanced": (0.9, 0.0)}, NLU_RECIPES, 9),
-    "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, 600,
+    "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
+                 ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
+                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.9, 0.0)}, NLU_RECIPES, 9),
+    "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES, 20),
 }  # fmt: skip
 LOW, HIGH = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3, 4e-3)  # PiSSA's factors are large, so its rates are lower
@@ -126,7 +127,7 @@ def pretraining_of(task: Task, name: str, out: Path) -> list[str]:
     """Return the words after `python -m` that pre-train a model."""
     crowding, wrong = task.corpora[name]
     rates = ["--crowding", repr(crowding), "--wrong", repr(wrong)]
-    return [task.program, "--out", str(model_of(task, name, out)), "--steps", str(task.steps), *rates]
+    return [task.program, "--out", str(model_of(task, name, out)), *task.pretraining, *rates]
 
 
 def model_of(task: Task, pretraining: str, out: Path) -> Path:

@@ -34,7 +34,7 @@ from minibalora.toy.problems import CROWDING_RATE, WRONG_RATE, examples_of, flaw
 
 FAMILY, CONFIG = read_family(MODEL)
 CORPUS_ROWS, CORPUS_SEED = 200_000, 0
-BATCH_SIZE, LEARNING_RATE, WARM_UP = 64, 3e-3, 100
+BATCH_SIZE, WARM_UP = 64, 100
 SAVE_EVERY = 100  # steps
 
 
@@ -103,24 +103,27 @@ def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: flo
             bar.update(note=f"loss {loss.item():.4f}")
 
 
-def parse_flags(program: str, description: str, steps: int, crowding: float, wrong: float) -> argparse.Namespace:
-    """Return the flags; the defaults are those with which the built-in model was made."""
+def make_parser(
+    program: str, description: str, steps: int, lr: float, crowding: float, wrong: float
+) -> argparse.ArgumentParser:
+    """Return the flags of both programs; the defaults are those with which the built-in model was made."""
     parser = cli.OneLineParser(program, description.splitlines()[0])
     add = parser.add_argument
     add("--out", type=cli.path, required=True, help="folder for the checkpoint; the same command continues a stopped "
         "training")  # fmt: skip
     add("--steps", type=cli.positive_int, default=steps, help=f"optimisation steps of {BATCH_SIZE} rows ({steps})")
+    add("--lr", type=cli.positive_rate, default=lr, help=f"peak learning rate ({lr})")
     add("--crowding", type=cli.fraction, default=crowding, metavar="SHARE", help="share of the corpus that is of the "
         f"most frequent kind or class ({crowding})")  # fmt: skip
     add("--wrong", type=cli.fraction, default=wrong, metavar="SHARE", help="share of wrong answers, of additions a "
         f"third as many; share of wrong stars ({wrong})")  # fmt: skip
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args()
+    return parser
 
 
 def begin(args: argparse.Namespace) -> bool:
     """Start or continue the training in --out. Returns False if it has ended before."""
-    settings = {"steps": args.steps, "crowding": args.crowding, "wrong": args.wrong}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "device")}
     if not (args.out / "run.json").exists():
         check_writable(args.out, "--out")
         run_folder.start_run(args.out, settings)
@@ -138,7 +141,7 @@ def finish(model: nn.Module, out: Path) -> None:
 
 
 def main() -> int:
-    args = parse_flags("python -m minibalora.toy.pretrain", __doc__, 2500, CROWDING_RATE, WRONG_RATE)
+    args = make_parser("python -m minibalora.toy.pretrain", __doc__, 2500, 3e-3, CROWDING_RATE, WRONG_RATE).parse_args()
     if not begin(args):
         return 0
     corpus = examples_of(flawed_problems(CORPUS_ROWS, CORPUS_SEED, args.crowding, args.wrong))
@@ -148,7 +151,7 @@ def main() -> int:
         train_tokenizer([example.prompt + example.response for example in built_in], Path(folder))
         rows, _, _ = encode_examples(corpus, load_tokenizer(folder), CONFIG.max_position_embeddings)
         model = new_model(Path(folder), CORPUS_SEED).to(args.device)
-        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE, args.out)
+        train(model, pretraining_loss, rows, args.steps, args.lr, args.out)
         finish(model, args.out)
     return 0
 

@@ -8,6 +8,7 @@ The model's shape comes from `bert/config.json`. The model learns to predict mas
 import json
 import shutil
 import string
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,13 +25,12 @@ from minibalora.data.glue import LabelledText
 from minibalora.data.labelled import ClassRow, encode, padded
 from minibalora.models.encoder import Bert
 from minibalora.toy import BERT
-from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, begin, finish, parse_flags, train
+from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, begin, finish, make_parser, train
 from minibalora.toy.reviews import CROWDING_RATE, corpus
 
 CONFIG = read_family(BERT)[1]
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 CLS, SEP, MASK = 2, 3, 4  # their indices in SPECIALS, which are their token ids
-LEARNING_RATE = 1e-3
 
 
 class MaskedLM(nn.Module):
@@ -72,27 +72,33 @@ def make_tokenizer(texts: list[str], folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def masked(input_ids: Tensor) -> tuple[Tensor, Tensor]:
+def masked(input_ids: Tensor, with_stars: bool = False) -> tuple[Tensor, Tensor]:
     """Choose 15 % of the tokens (B, T), no special ones; replace 80 % of them by [MASK], 10 % by a random word.
 
+    with_stars: choose the number of stars in every review; it stands before the full stop and [SEP].
     Returns the new ids (B, T), and True (B, T) for the chosen tokens, which the model must predict.
     """
     chosen = (torch.rand_like(input_ids, dtype=torch.float) < 0.15) & (input_ids >= len(SPECIALS))
+    if with_stars:
+        chosen |= input_ids.roll(-2, dims=1) == SEP
     draw = torch.rand_like(input_ids, dtype=torch.float)
     random_word = torch.randint_like(input_ids, len(SPECIALS), CONFIG.vocab_size)
     masked_ids = torch.where(chosen & (draw < 0.8), MASK, input_ids)
     return torch.where(chosen & (draw >= 0.9), random_word, masked_ids), chosen
 
 
-def pretraining_loss(model: MaskedLM, rows: list[ClassRow]) -> Tensor:
-    """Return the mean cross-entropy of the chosen tokens."""
+def pretraining_loss(model: MaskedLM, rows: list[ClassRow], with_stars: bool = False) -> Tensor:
+    """Return the mean cross-entropy of the tokens that `masked` chooses."""
     (input_ids, attention_mask, token_types), _ = padded(rows, model, next(model.parameters()).device)
-    masked_ids, chosen = masked(input_ids)
+    masked_ids, chosen = masked(input_ids, with_stars)
     return F.cross_entropy(model(masked_ids, attention_mask, token_types, chosen), input_ids[chosen])
 
 
 def main() -> int:
-    args = parse_flags("python -m minibalora.toy.pretrain_bert", __doc__, 3000, CROWDING_RATE, 0.0)
+    parser = make_parser("python -m minibalora.toy.pretrain_bert", __doc__, 3000, 1e-3, CROWDING_RATE, 0.0)
+    parser.add_argument("--mask-stars", action="store_true", help="always mask the stars: what reviews mean is learned "
+                        "in fewer steps")  # fmt: skip
+    args = parser.parse_args()
     if not begin(args):
         return 0
     texts = corpus(CORPUS_ROWS, CORPUS_SEED, args.crowding, args.wrong)
@@ -103,7 +109,8 @@ def main() -> int:
         rows, _ = encode(reviews, load_tokenizer(folder), CONFIG.max_position_embeddings)
         torch.manual_seed(CORPUS_SEED)
         model = MaskedLM(Path(folder)).to(args.device).eval()  # no dropout: hardly any review comes twice
-        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE, args.out)
+        loss_of = partial(pretraining_loss, with_stars=args.mask_stars)
+        train(model, loss_of, rows, args.steps, args.lr, args.out)
         finish(model, args.out)
     return 0
 
