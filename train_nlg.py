@@ -32,6 +32,7 @@ from minibalora.run.loop import Run, optimizer_of, steps_of_run
 from minibalora.run.memory import expected_memory, generation_loss
 from minibalora.run.plan import nlg_formula, print_plan
 from minibalora.run.teacher import run_cache, teacher_states
+from minibalora.run.term_warnings import nlg_warnings
 from minibalora.toy import problems
 
 
@@ -101,7 +102,8 @@ def main() -> int:
         data.append(f"of {source.eval} {prompts.counts_in_words(held_out.left_out)}")
     if not tok.eos_ids:
         data.append("no EOS: none of the model's files names one, so the model will not learn to end a response")
-    print_plan(settings, model, nlg_formula(objective, head.is_whole), data, steps, memory)
+    warnings = nlg_warnings(objective, rows_at_once, [row.predicted for row in rows])
+    print_plan(settings, model, [nlg_formula(objective, head.is_whole), *warnings], data, steps, memory)
 
     # At step 0 the student is the pre-trained model, whatever the init.
     torch.backends.cuda.matmul.allow_tf32 = hardware.tf32  # only now: PiSSA's SVDs need every bit

@@ -32,6 +32,7 @@ from minibalora.run.hardware import checkpoint_blocks
 from minibalora.run.loop import Run, optimizer_of, steps_of_run
 from minibalora.run.memory import classification_loss, expected_memory
 from minibalora.run.plan import nlu_formula, print_plan
+from minibalora.run.term_warnings import nlu_warnings
 from minibalora.toy import reviews
 
 
@@ -117,7 +118,9 @@ def main() -> int:
         lines.append("the checkpoint's head, with its classes in the task's order by id2label")
     if teacher is not None:
         lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
-    print_plan(settings, base, nlu_formula(objective, classes), lines, steps, memory)
+    terms, at_once = [nlu_formula(objective, classes)], min(optimisation.micro_batch_size, len(rows))
+    terms += nlu_warnings(objective, classes, at_once, has_random_teacher=teacher is None and bool(new))
+    print_plan(settings, base, terms, lines, steps, memory)
 
     # Before the first step, the student is the pre-trained model, whatever the init.
     torch.backends.cuda.matmul.allow_tf32 = hardware.tf32  # only now: PiSSA's SVDs need every bit

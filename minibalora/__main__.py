@@ -15,9 +15,10 @@ COMMANDS = {  # the module whose `main` reads sys.argv, and the purpose
     "plot": ("evaluation.plot", "draw the logs of runs, or t-SNE of features"),
     "bench": ("run.bench", "measure training steps on this machine"),
     "sweep": ("sweep.command", "run a training script for several values of its flags, and compare methods"),
+    "lab": ("lab.command", "test what the method does, on tiny models pre-trained on clean and flawed text"),
 }
 SMALLER = {"bench": "lower --micro-batch-size, add --grad-checkpoint or give --forms fused"}
-GOES_ON = dict.fromkeys(("evaluate", "sweep"), "give the same command to continue")
+GOES_ON = dict.fromkeys(("evaluate", "sweep", "lab"), "give the same command to continue")
 
 
 def main() -> int:

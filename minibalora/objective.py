@@ -116,7 +116,9 @@ def nlu_loss(
 
     A base checkpoint has no classifier, so a new one is drawn and "the pre-trained model's logits" are a random
     projection of the pre-trained features. Consistency then keeps the student near these features as seen through the
-    projection, not near a prediction. The paper does the same; `--teacher folder` takes a fine-tuned model instead.
+    projection, not near a prediction: drawn with std 0.02, these logits are small (softmax of the built-in BERT's has
+    0.999 of the largest entropy), so the KL mostly asks for even answers. The paper does the same; `--teacher folder`
+    takes a fine-tuned model instead. `run/term_warnings.py` has the warnings of a run's plan.
     """
     if student.shape[1] == 1:
         return _regression_loss(student, teacher, labels, weights["consistency"])

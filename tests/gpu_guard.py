@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,8 +34,12 @@ from minibalora.data.labelled import ClassRow
 from minibalora.evaluation.classify import answers
 from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.evaluation.perplexity import mean_loss
-from minibalora.models import decoder
 from minibalora.run.loop import Run
+
+try:
+    from torch.nn.attention.varlen import varlen_attn as torch_varlen_attn
+except ImportError:
+    torch_varlen_attn = None  # an older torch
 
 CLASSIFY = ["--task", "custom", "--text-field", "prompt", "--label-field", "label"]
 MODELS = {
@@ -46,7 +51,6 @@ MODELS = {
     "bert": CLASSIFY,
     "deberta": [*CLASSIFY, "--dtype", "bfloat16"],
 }
-TORCH_VARLEN_ATTN = getattr(decoder, "varlen_attn", None)
 STEP = ["--rank", 3, "--batch-size", 4, "--micro-batch-size", 2, "--max-steps", 3, "--non-target-kl", 0.1]
 STEP += ["--max-length", 16, "--dtype", "float32"]
 
@@ -72,7 +76,7 @@ def waits_of(work, *arguments) -> Counter:
 def varlen_attn(q: Tensor, *arguments, **settings) -> Tensor:
     """Compute torch's varlen_attn, which only CUDA has, in plain operations. It waits for nothing."""
     if isinstance(q, FakeTensor):  # of a run that only counts memory
-        return TORCH_VARLEN_ATTN(q, *arguments, **settings)
+        return torch_varlen_attn(q, *arguments, **settings)
     before = Counter(WAITS)
     with torch.device("gpu"):
         y = plain_varlen_attn(q, *arguments, **settings)
@@ -148,7 +152,7 @@ def report_plant(plant: str) -> Counter | str:
 
 
 if __name__ == "__main__":
-    decoder.varlen_attn = varlen_attn
+    sys.modules["torch.nn.attention.varlen"] = SimpleNamespace(varlen_attn=varlen_attn)
     with redirect_stdout(sys.stderr):
         reports = {name: report_plant(name) if name in PLANTS else report(name) for name in sys.argv[1:]}
     print(json.dumps(reports))

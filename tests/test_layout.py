@@ -25,6 +25,7 @@ ROWS = [
     ["sweep"],
     ["toy"],
     ["__main__"],
+    ["lab"],
 ]
 COPYABLE = {
     name: {"torch"} for name in ("lowrank", "regularizers", "fused", "krylov", "nf4")

@@ -160,6 +160,32 @@ def test_no_gradient_flows_into_the_teacher():
     assert P.grad is None
 
 
+CONSTANT = {  # name -> term, rows, columns, value
+    "nuclear share, k = columns": (lambda Z: R.svd_share(Z, 3), 32, 3, -1),
+    "nuclear share, k > columns": (lambda Z: R.svd_share(Z, 5), 32, 2, -1),
+    "nuclear share, k > rows": (lambda Z: R.svd_share(Z, 10), 8, 50, -1),
+    "nuclear share of a row": (lambda Z: R.svd_share(Z, 1), 1, 50, -1),
+    "frobenius share of a row": (lambda Z: R.svd_share(Z, 10, "frobenius"), 1, 50, -1),
+    "covariance of a row": (lambda Z: R.diversity_covariance(Z), 1, 3, 0),
+    "entropy of a logit": (lambda Z: R.diversity_entropy(Z, top_k=1), 8, 50, 0),
+    "KL of a column": (lambda Z: R.consistency_kl(Z, Z.flip(0)), 8, 1, 0),
+    "non-target KL of two columns": (lambda Z: R.non_target_kl(Z, Z.flip(0), torch.arange(8) % 2), 8, 2, 0),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANT)
+@pytest.mark.parametrize("seed", range(3))
+def test_a_term_that_is_a_constant_has_no_gradient(name, seed):
+    """`run/term_warnings.py` and the scripts' refusals rest on these."""
+    term, N, D, value = CONSTANT[name]
+    Z = logits(N, D, seed, scale=3.0, dtype=torch.float32).requires_grad_()
+    result = term(Z)
+    assert result.item() == pytest.approx(value, abs=1e-6)
+    assert (torch.autograd.grad(result, Z, retain_graph=True)[0] == 0).all()
+    weighted = torch.autograd.grad(0.03 * result, Z)[0]  # 0.03 / ‖Z‖ and 0.03 · (1 / ‖Z‖) differ in their last bit
+    assert weighted.norm() < 1e-6 * 0.03
+
+
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="give nuclear or frobenius"):
         R.svd_share(torch.ones(2, 2), 1, norm="spectral")

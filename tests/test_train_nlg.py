@@ -395,6 +395,16 @@ def test_a_bfloat16_run_learns_what_a_float32_run_learns(train, tmp_path):
     assert abs(exact[epoch:].mean() - rounded[epoch:].mean()) < 0.05 * gained
 
 
+@pytest.mark.parametrize("recipe, term", [("2024", "nuclear share: always -1"), ("iclr2026", "frobenius share: a sum")])
+def test_the_plan_warns_once_of_a_spectral_term_of_fewer_tokens_than_its_k(recipe, term, train, tmp_path):
+    data = tmp_path / "choices.jsonl"
+    data.write_text("".join(json.dumps({"query": f"Is {n} even?", "response": "y"}) + "\n" for n in range(8)))
+    status, printed, _ = train(tmp_path / "out", "--data", data, "--recipe", recipe, "--micro-batch-size", 2)
+    lines = [line for line in printed.splitlines() if line.startswith("warning ")]
+    assert status == 0 and len(lines) == 1 and lines[0].startswith(f"warning {term}")
+    assert "svd" in logged(tmp_path / "out")[0]
+
+
 def test_eval_adds_a_before_and_after_table(train, small_data, tmp_path):
     at_once = ("--batch-size", "48", "--micro-batch-size", "48")
     status, printed, _ = train(tmp_path / "out", "--max-steps", "1", "--eval", small_data, *at_once)

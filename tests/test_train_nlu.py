@@ -521,6 +521,26 @@ def test_noise_and_imbalance_are_printed_recorded_and_seeded(bert, data, tmp_pat
 # Teachers
 
 
+def warnings_in(printed: str) -> list[str]:
+    """Return the term that each warning of the plan is about."""
+    lines = [line.removeprefix("warning ") for line in printed.splitlines() if line.startswith("warning ")]
+    return [line.partition(":")[0] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ([], ["consistency", "nuclear share"]),
+        (["--lambda1", "0", "--svd-k", "1"], []),
+        (["--recipe", "2024", "--micro-batch-size", "1"], ["consistency", "covariance"]),
+        (["--method", "pissa"], []),
+    ],
+)
+def test_the_plan_warns_once_of_each_term_that_cannot_show_anything(flags, expected, bert, data, tmp_path, train):
+    status, printed, _ = train(flags_of(bert, data, tmp_path / "out", *flags, "--max-steps", "1"))
+    assert status == 0 and warnings_in(printed) == expected
+
+
 def spied_teachers(monkeypatch) -> list[tuple]:
     """Record each model that is asked for the training rows, and its answers: the teacher, once."""
     seen, real = [], classify.answers
@@ -557,7 +577,8 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
         assert train(full)[0] == 0
         teacher = tmp_path / "first" / "model"
     teachers = spied_teachers(monkeypatch)
-    assert train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))[0] == 0
+    status, printed, _ = train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))
+    assert status == 0 and "consistency" not in warnings_in(printed)
     rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
     expected = classify.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
     assert torch.allclose(teachers[0][1], expected, atol=1e-5)

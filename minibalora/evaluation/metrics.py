@@ -60,6 +60,17 @@ def recalls(predicted: ArrayLike, gold: ArrayLike, classes: int) -> list[float |
     return [float(np.mean(predicted[gold == k] == k)) if (gold == k).any() else None for k in range(classes)]
 
 
+def calibration_error(confidence: ArrayLike, is_right: ArrayLike, bins: int = 10) -> float:
+    """Return the expected calibration error in [0, 1] (arXiv 1706.04599, equation 3): Σ_b n_b / N · |right_b − conf_b|.
+
+    Bin b has the n_b predictions whose confidence is in ((b − 1) / bins, b / bins]; right_b is the share of them that
+    are right, and conf_b their mean confidence. confidence: the probabilities of the predicted classes.
+    """
+    confidence, is_right = _paired(np.asarray(confidence, dtype=np.float64), is_right)
+    numbers = np.ceil(confidence * bins).astype(int)  # 0 for a confidence of 0 only
+    return float(np.abs(np.bincount(numbers, weights=is_right - confidence)).sum() / len(confidence))
+
+
 def effective_rank(logits: ArrayLike) -> float:
     """Return exp(−Σ p_i ln p_i), p_i = σ_i / Σ_j σ_j, of finite logits (N, D) (Roy & Vetterli 2007), in [1, min(N, D)].
 

@@ -8,6 +8,7 @@ needs no code for blocks.
 """
 
 from collections.abc import Callable
+from functools import cache
 from inspect import signature
 from itertools import accumulate
 from typing import Protocol
@@ -15,13 +16,6 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-try:
-    from torch.nn.attention.varlen import varlen_attn
-
-    HAS_VARLEN = "enable_gqa" in signature(varlen_attn).parameters
-except ImportError:
-    HAS_VARLEN = False  # an older torch
 
 __all__ = "Attend Decoder DecoderConfig KVCache attention last_states pick put to_device visible".split()
 
@@ -227,9 +221,19 @@ def packed_attention(
 
 def can_use_varlen(q: Tensor, dropout: float, cap: float | None) -> bool:
     """Whether torch's varlen_attn, which is flash attention, computes these queries on their GPU."""
-    has_kernel = HAS_VARLEN and q.is_cuda and q.dtype in (torch.bfloat16, torch.float16)
+    has_kernel = q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and has_varlen()
     fits = not dropout and cap is None and q.shape[3] % 8 == 0 and q.shape[3] <= 192  # wider: no gradient on some GPUs
     return has_kernel and fits and torch.cuda.is_bf16_supported(including_emulation=False)  # flash needs Ampere, too
+
+
+@cache
+def has_varlen() -> bool:
+    """Whether this torch has varlen_attn. Asked on a GPU only: importing it takes a second."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return "enable_gqa" in signature(varlen_attn).parameters
 
 
 def row_starts(counts: list[int], device: torch.device) -> Tensor:
@@ -251,6 +255,8 @@ def varlen_attention(
     A row's keys begin with the shared tokens; its queries are its last tokens. starts: `row_starts` of queries and
     keys; longest: the most queries and keys of a row. Returns the shape of q.
     """
+    from torch.nn.attention.varlen import varlen_attn
+
     left = -1 if window is None or longest[1] <= window else window - 1
     tokens = (t.squeeze(0).transpose(0, 1) for t in (q, k, v))  # (T, heads, head_dim)
     is_grouped = q.shape[1] != k.shape[1]

@@ -35,7 +35,7 @@ def without_numbers(device: torch.device) -> Iterator[None]:
         stack.enter_context(Empty())
         if device.type != "cpu":
             # varlen_attn looks for the GPU: attention is then a call a row, which keeps the same tensors.
-            stack.enter_context(patch.object(decoder, "HAS_VARLEN", False))
+            stack.enter_context(patch.object(decoder, "has_varlen", lambda: False))
             stack.enter_context(LikeGPU(device))
         yield
 

@@ -98,7 +98,8 @@ def nlg_parser() -> argparse.ArgumentParser:
 
     add = _add_method_flags(parser, NLG_RECIPES, "128; built-in model: 16", "entropy of the predictions", "tokens")
     top_k = _published(NLG_RECIPES, "top_k")
-    add("--top-k", type=natural, metavar="K", help=f"logits in the entropy: the K largest; 0: all ({top_k})")
+    add("--top-k", type=natural, metavar="K", help="logits in the entropy: the K largest; 0: all; 1 gives "
+        f"the constant 0 ({top_k})")  # fmt: skip
     add("--router-aux-loss", type=rate, metavar="WEIGHT", default=0.0, help="weight of the load balance in a mixture "
         "of experts, computed per micro-batch (default: 0); routers stay frozen")  # fmt: skip
     _add_optimisation_flags(
@@ -150,10 +151,11 @@ def nlu_parser() -> argparse.ArgumentParser:
     add("--imbalance", type=ratio, metavar="R", help="keep only 1/R as many training rows of each class as of the "
         "largest one (default: all; built-in reviews: 4)")  # fmt: skip
 
-    diversity = "covariance of the classes, computed per micro-batch"
+    diversity = "covariance of the classes, computed per micro-batch; always 0 for one row"
     add = _add_method_flags(parser, NLU_RECIPES, "8", diversity, "rows")
     add("--teacher", metavar="WHAT", type=path_text, help='teacher of consistency and non-target KL: "pretrained" '
-        "(default, published) or the folder of a fine-tuned checkpoint")  # fmt: skip
+        "(default, published; if its classifier is new, its answers say nothing about the labels) or the folder of a "
+        "fine-tuned checkpoint")  # fmt: skip
     _add_optimisation_flags(
         parser,
         lr="default: 1e-4; published: 3e-5 to 6e-4, by task; built-in model: 1e-3",
@@ -194,7 +196,9 @@ def _add_method_flags(
     add("--lambda2", type=rate, metavar="WEIGHT", help=f"weight of diversity {published['lambda2']}: {diversity}")
     add("--lambda3", type=rate, metavar="WEIGHT", help=f"weight of the spectral term {published['lambda3']}: computed "
         f"per micro-batch, averaged by {unit}")  # fmt: skip
-    add("--svd-k", type=positive_int, metavar="K", help=f"largest singular values in that term {published['svd_k']}")
+    add("--svd-k", type=positive_int, metavar="K", help="largest singular values in that term "
+        f"{published['svd_k']}; give fewer than a micro-batch's logits have rows and columns: the nuclear share of "
+        "all is always 1")  # fmt: skip
     add("--temperature", type=positive_rate, metavar="T", help=f"T of the consistency term {published['temperature']}")
     add("--adaptive-lambda1", action="store_true", default=None, help="let the teacher's entropy scale lambda1 "
         "(iclr2026's option)")  # fmt: skip

@@ -37,8 +37,11 @@ MOST = 10_000  # layers and experts together; DeepSeek-MoE has 1,756
 CLASSES = 2  # of a classifier; more would not change its size noticeably
 
 
-def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[str], steps: int, memory: int) -> None:
-    """Print the plan. formula: from `nlg_formula` or `nlu_formula`; data: lines about the rows; memory: in bytes."""
+def print_plan(
+    settings: Settings, model: nn.Module, terms: list[str], data: list[str], steps: int, memory: int
+) -> None:
+    """Print the plan. terms: what `nlg_formula` or `nlu_formula` returns, then lines of `term_warnings`; data: lines
+    about the rows; memory: in bytes."""
     adaptation, optimisation, device = settings.adaptation, settings.optimisation, settings.hardware.device
     parameters, trained, layers = base_parameters(model), trained_numbers(model), adapted_layers(model)
     shape = f"init {adaptation.init}, rank {adaptation.rank}, alpha {adaptation.alpha:g}"
@@ -50,7 +53,7 @@ def print_plan(settings: Settings, model: nn.Module, formula: str, data: list[st
     rate = getattr(model.config, "attention_dropout", 0)
     dropout = f", dropout of {rate:g} in attention" if rate else ""
     print(f"method  {adaptation.method}{adapter}, {trained:,} trained ({trained / parameters:.2%}){dropout}")
-    print(f"terms   {formula}")
+    print("terms   " + "\nwarning ".join(terms))
     print("data    " + "\n        ".join(data))
     print(f"steps   {steps:,} of {optimisation.batch_size} rows in micro-batches of {optimisation.micro_batch_size}, "
           f"peak learning rate {optimisation.lr:g}, {optimisation.schedule}")  # fmt: skip

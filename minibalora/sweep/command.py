@@ -11,24 +11,30 @@ from minibalora.base.files import check_writable
 from minibalora.base.progress import in_words
 from minibalora.sweep import report
 from minibalora.sweep.comparison import choose_measurements, rows_of
-from minibalora.sweep.grid import PlannedRun, plan_runs
+from minibalora.sweep.grid import PlannedRun, plan_runs, read_record
 from minibalora.sweep.pictures import save_pictures
 from minibalora.sweep.processes import is_finished, last_error, only_sweep, run_all
 from minibalora.sweep.results import read_results, record_runs, recorded_runs, varied_flags
+from minibalora.sweep.tuning import at_chosen_rates, check_seeds, given_of, split_runs
 
 
 def main(argv: list[str] | None = None) -> int:
     args, training = parse_flags(argv)
     out, failed = args.out[0], {}
-    if args.script is not None:
-        runs = plan_runs(args.script, training, out)
+    if args.script is None:
+        given = recorded_runs(out)
+    else:
+        runs = plan_runs(args.script, training, out, args.tune_seeds)
         check_comparison(args, runs)
+        check_seeds(runs, args.tune_seeds, out)
         check_writable(out / max((run.name for run in runs), key=len), "--out")
         if not args.report:
             with only_sweep(out) as lock:
-                record_runs(out, args.script.name, runs)
-                failed = train(args.script, runs, out, args.jobs, lock)
-    given = recorded_runs(out) if args.script is None else {run.name: run.given for run in runs}
+                failed = tune_and_train(args, runs, lock)
+        chosen, left_out = at_chosen_rates(runs, args.tune_seeds, out, (args.score, args.tune, args.forgotten))
+        for label in left_out:
+            print(f"left out: {label}: none of the runs that choose its learning rate is finished", file=sys.stderr)
+        given = given_of(split_runs(runs, args.tune_seeds)[0] + chosen)
     print_report(out, given, args)
     return 1 if failed else 0
 
@@ -51,6 +57,8 @@ def parse_flags(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
         "--out", nargs="+", type=cli.path, required=True, metavar="DIR", help="folder for the runs, tables and pictures"
     )
     add("--jobs", type=cli.positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
+    add("--tune-seeds", nargs="+", type=cli.natural, default=[], metavar="SEED", help="choose each learning rate by "
+        "runs with these seeds, which do not count; then run only this rate with the seeds of --seed")  # fmt: skip
     add("--report", action="store_true", help="train nothing, report what is finished; without SCRIPT, of all sweeps "
         "in --out")  # fmt: skip
     add("--baseline", metavar="METHOD", help="method, or a row of the table, from which to give every method's "
@@ -80,6 +88,20 @@ def check_comparison(args: argparse.Namespace, runs: list[PlannedRun]) -> None:
     if args.script.name == "train_nlg.py" and args.score is None:
         if any(run.settings["eval"] is None and not run.settings["is_toy"] for run in runs):
             raise InputError("the runs have no score without --eval: give it, or --retain and --score")
+
+
+def tune_and_train(args: argparse.Namespace, runs: list[PlannedRun], lock: int) -> dict[Path, str]:
+    """Do the unfinished runs; with --tune-seeds, first those that choose rates. Returns why runs failed, by folder."""
+    out, failed = args.out[0], {}
+    tuning, counted = split_runs(runs, args.tune_seeds)
+    if tuning:
+        record_runs(out, args.script.name, tuning, args.tune_seeds)
+        print("first the runs that choose the learning rates", flush=True)
+        failed = train(args.script, tuning, out, args.jobs, lock)
+        counted, _ = at_chosen_rates(runs, args.tune_seeds, out, (args.score, args.tune, args.forgotten))
+        print("then the runs that count, at the chosen rates", flush=True)
+    record_runs(out, args.script.name, counted)
+    return failed | train(args.script, counted, out, args.jobs, lock)
 
 
 def train(script: Path, runs: list[PlannedRun], out: Path, jobs: int, lock: int) -> dict[Path, str]:
@@ -113,7 +135,7 @@ def print_report(out: Path, given: dict[str, dict], args: argparse.Namespace) ->
 
     given: the flags of the runs to compare, by the names of their folders.
     """
-    results = read_results(out, given)
+    results, tune_seeds = read_results(out, given), {*args.tune_seeds, *read_record(out)["tune_seeds"]}
     print(f"\n{len(results)} of {len(given)} runs are finished")
     for name in given:
         if not is_finished(out / name) and (error := last_error(out / name)):
@@ -121,11 +143,11 @@ def print_report(out: Path, given: dict[str, dict], args: argparse.Namespace) ->
     if not results:
         return
     varied, measurements = varied_flags(given), choose_measurements(results, args.score, args.tune, args.forgotten)
-    rows = rows_of(results, varied, measurements)
+    rows = rows_of(results, varied, measurements, tune_seeds)
     table = report.table_of(rows, args.baseline)
     print(f"{report.in_words(table, rows, args.baseline, measurements)}\n")
     report.write_csv(out / "table.csv", report.COLUMNS, table)
-    report.write_runs(out / "runs.csv", results, varied)
+    report.write_runs(out / "runs.csv", results, varied, tune_seeds)
     print(f"saved to {out / 'table.csv'} and {out / 'runs.csv'}")
     for line in save_pictures(out, rows, varied, measurements):
         print(line)

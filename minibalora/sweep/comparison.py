@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from minibalora.base.errors import InputError
-from minibalora.sweep.grid import in_name
+from minibalora.sweep.grid import PlannedRun, in_name
 from minibalora.sweep.results import DEV, Result
 
 UNGROUPED = ("lr", "seed")  # a rate is chosen, and seeds are averaged
@@ -25,7 +25,8 @@ class Row:
 
     method: str
     others: dict  # the flags that vary in the sweep, and are given in these runs
-    rates: dict[float, list[Result]]  # learning rate -> its runs
+    tuning: dict[float, list[Result]]  # learning rate -> the runs that choose it; the same as `rates` by default
+    rates: dict[float, list[Result]]  # learning rate -> the runs that count
     lr: float  # the chosen rate
     measurements: Measurements
 
@@ -34,14 +35,23 @@ class Row:
         return label_of(self.method, self.others)
 
     @property
+    def has_tune_seeds(self) -> bool:
+        return self.tuning is not self.rates
+
+    @property
+    def chosen(self) -> list[Result]:
+        """The runs that count at the chosen rate."""
+        return self.rates.get(self.lr, [])
+
+    @property
     def scores(self) -> dict[int, float]:
         """The score of each seed at the chosen rate."""
-        return scores_of(self.rates[self.lr], self.measurements.score)
+        return scores_of(self.chosen, self.measurements.score)
 
     @property
     def forgotten(self) -> list[float]:
         """What the runs at the chosen rate forgot; [] if nothing measures it."""
-        rises = [result.forgotten(self.measurements.forgotten) for result in self.rates[self.lr]]
+        rises = [result.forgotten(self.measurements.forgotten) for result in self.chosen]
         return [rise for rise in rises if rise is not None]
 
 
@@ -82,18 +92,28 @@ def choose_measurements(results: list[Result], score: str | None, tune: str | No
     return Measurements(score, tune or (DEV if DEV in names else score), forgotten or next(iter(kept), None))
 
 
-def rows_of(results: list[Result], varied: list[str], measurements: Measurements) -> list[Row]:
-    """Group the runs into rows, in the order of the runs, and choose the learning rate of each."""
+def rows_of(results: list[Result], varied: list[str], measurements: Measurements, tune_seeds: list[int] = ()
+            ) -> list[Row]:  # fmt: skip
+    """Group the runs into rows, in the order of the runs, and choose the learning rate of each: by the runs with the
+    tune seeds, which do not count, or by all if there are none."""
     groups = {}
     for result in results:
-        others = {name: result.given[name] for name in varied
-                  if name not in ("method", *UNGROUPED) and result.given.get(name) is not None}  # fmt: skip
-        rates = groups.setdefault((result.settings["method"], repr(others)), (others, {}))[1]
+        others = others_of(result, varied)
+        tuning, counted = groups.setdefault((result.settings["method"], repr(others)), (others, {}, {}))[1:]
+        rates = tuning if result.settings["seed"] in tune_seeds else counted
         rates.setdefault(result.settings["lr"], []).append(result)
-    return [
-        Row(method, others, dict(sorted(rates.items())), best_rate(rates, measurements), measurements)
-        for (method, _), (others, rates) in groups.items()
-    ]
+    rows = []
+    for (method, _), (others, tuning, counted) in groups.items():
+        counted = dict(sorted(counted.items()))
+        tuning = dict(sorted(tuning.items())) or counted
+        rows.append(Row(method, others, tuning, counted, best_rate(tuning, measurements), measurements))
+    return rows
+
+
+def others_of(run: Result | PlannedRun, varied: list[str]) -> dict:
+    """Return the flags that tell a run's row from the others of its method."""
+    names = [name for name in varied if name not in ("method", *UNGROUPED)]
+    return {name: run.given[name] for name in names if run.given.get(name) is not None}
 
 
 def best_rate(rates: dict[float, list[Result]], measurements: Measurements) -> float:

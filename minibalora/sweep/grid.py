@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minibalora.base.cli import OneLineParser, flag
 from minibalora.base.errors import InputError
-from minibalora.base.files import recorded_settings
+from minibalora.base.files import read_json_object, recorded_settings
 from minibalora.run.flags import nlg_parser, nlu_parser, parse_nlg_flags, parse_nlu_flags
 from minibalora.run.run_folder import check_settings
 from minibalora.run.settings import Settings
@@ -32,19 +32,26 @@ class PlannedRun:
     settings: dict  # all settings that can change the result, with the defaults filled in
 
 
-def plan_runs(script: Path, argv: list[str], out: Path) -> list[PlannedRun]:
+def plan_runs(script: Path, argv: list[str], out: Path, tune_seeds: list[int] = ()) -> list[PlannedRun]:
     """Return the runs in the order of the parser's flags, the last of which varies fastest.
 
-    A run that `out` holds already keeps the name of its folder. Raises InputError for wrong flags, for a combination
-    that the script refuses, if two runs would share a folder, and if `out` holds another run there.
+    A run that `out` holds already keeps the name of its folder. Where a folder of this name holds a run of other flags,
+    the names have these flags as well. Raises InputError for wrong flags, for a combination that the script refuses, if
+    two runs would share a folder, and if `out` holds another run there.
+
+    tune_seeds: more values for --seed.
     """
     if script.name not in SCRIPTS or not script.is_file():
         raise InputError(f"{script}: no such script: give the path of train_nlg.py or train_nlu.py as the first word")
     make_parser, parse = SCRIPTS[script.name]
     alternatives = read_alternatives(make_parser(), argv)
+    if tune_seeds:
+        alternatives["seed"] = [["--seed", str(seed)] for seed in tune_seeds] + other_seeds(alternatives, tune_seeds)
     varied = [name for name, values in alternatives.items() if len(values) > 1]
     choices = [dict(zip(alternatives, values, strict=True)) for values in product(*alternatives.values())]
     runs = [planned(parse, choice, varied) for choice in choices]
+    if differing := differing_flags(runs, out):
+        runs = [planned(parse, choice, varied + differing) for choice in choices]
     existing = {
         fingerprint(recorded_settings(path.parent), runs[0].settings): path.parent.name
         for path in out.glob("*/run.json")
@@ -75,6 +82,34 @@ def read_alternatives(training: argparse.ArgumentParser, argv: list[str]) -> dic
     for name in REFUSED.keys() & given:
         raise InputError(f"{flag(name)} does not go with a sweep: {REFUSED[name]}: leave it out")
     return {name: split_alternatives(actions[name], lists) for name, lists in given.items()}
+
+
+def other_seeds(alternatives: dict[str, list[list[str]]], tune_seeds: list[int]) -> list[list[str]]:
+    """Return the alternatives of --seed. Raises InputError if there are none beside the tune seeds."""
+    if "seed" not in alternatives:
+        raise InputError("--tune-seeds: --seed is missing: give the seeds that count")
+    for _, seed in alternatives["seed"]:
+        if seed in map(str, tune_seeds):
+            raise InputError(f"--seed {seed}: is one of --tune-seeds, which do not count: give other seeds")
+    return alternatives["seed"]
+
+
+def differing_flags(runs: list[PlannedRun], out: Path) -> list[str]:
+    """Return the flags, of these runs and of other sweeps in `out`, that tell runs apart which would share a folder."""
+    names, recorded = [], read_record(out)["runs"]
+    for run in runs:
+        there = recorded_settings(out / run.name)
+        for name in run.given | recorded.get(run.name, {}) if there else ():
+            if name in run.settings and there.get(name) != run.settings[name]:
+                names.append(name)
+    return list(dict.fromkeys(names))
+
+
+def read_record(out: Path) -> dict:
+    """Return what is known of the sweeps in `out`: the script, the tune seeds, and the flags of each run by the name of
+    its folder."""
+    path = out / "sweep.json"
+    return {"script": None, "tune_seeds": [], "runs": {}} | (read_json_object(path) if path.exists() else {})
 
 
 def split_alternatives(action: argparse.Action, lists: list[list[str]]) -> list[list[str]]:

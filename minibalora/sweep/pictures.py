@@ -34,7 +34,7 @@ def save_pictures(out: Path, rows: list[Row], varied: list[str], measurements: M
 
 
 def frontier_points(rows: list[Row], measurements: Measurements) -> dict[str, np.ndarray]:
-    """Return (forgotten, score) of all runs of each method, (n, 2), whatever their learning rate."""
+    """Return (forgotten, score) of all runs of each method that count, (n, 2), whatever their learning rate."""
     points = {}
     for row in rows:
         for result in (result for results in row.rates.values() for result in results):
@@ -47,13 +47,15 @@ def frontier_points(rows: list[Row], measurements: Measurements) -> dict[str, np
 def lines_over(name: str, rows: list[Row]) -> dict[str, list[Point]]:
     """Return the points of each method over a setting; {} unless two values or more are numbers.
 
-    Over the learning rate, each rate that was tried has a point. Over another setting, each value has its best rate.
+    Over the learning rate, each rate that was tried has a point, from the runs that choose it. Over another setting,
+    each value has its best rate.
     """
     lines = {}
     for row in rows:
         label = label_of(row.method, {key: value for key, value in row.others.items() if key != name})
-        for results in row.rates.values() if name == "lr" else [row.rates[row.lr]]:
-            value, scores = value_of(results[0], name), scores_of(results, row.measurements.score)
+        for results in row.tuning.values() if name == "lr" else [row.chosen]:
+            value = value_of(results[0], name) if results else None
+            scores = scores_of(results, row.measurements.score)
             if isinstance(value, int | float) and not isinstance(value, bool) and scores:
                 lines.setdefault(label, []).append((value, *mean_interval(list(scores.values()))))
     values = {value for points in lines.values() for value, _, _ in points}

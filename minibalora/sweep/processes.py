@@ -1,17 +1,23 @@
-"""Run the training script of a sweep in processes of its own, several at a time."""
+"""Run the training script of a sweep in processes of its own, several at a time.
 
+Each is forked from a worker, which has imported torch: importing it takes longer than a small run.
+"""
+
+import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minibalora.base.errors import InputError
 
 SECONDS_BETWEEN_LOOKS = 0.1
+WORKER = Path(__file__).with_name("worker.py")
 
 
 @contextmanager
@@ -30,50 +36,72 @@ def only_sweep(out: Path) -> Iterator[int]:
 
 
 def run_all(commands: dict[Path, list[str]], jobs: int, lock: int, report: Callable[[Path, str | None], None]) -> None:
-    """Run the command of each folder, `jobs` at a time. Calls report(folder, reason) whenever one has ended; the reason
-    is None if it left a report.json. After a signal, ends the running ones, which save their state, and raises."""
-    waiting, working = list(commands.items()), {}
+    """Run the command of each folder, a script and its flags, `jobs` at a time. Calls report(folder, reason) whenever
+    one has ended; the reason is None if it left a report.json. After a signal, ends the running ones, which save their
+    state, and raises."""
+    waiting, working, idle = list(commands.items()), {}, []
     try:
         while waiting or working:
             while waiting and len(working) < jobs:
-                folder, command = waiting.pop(0)
-                working[folder] = start(folder, command, jobs, lock)
+                folder, (script, *words) = waiting.pop(0)
+                working[folder] = idle.pop() if idle else start_worker(script, jobs, lock)
+                start_run(working[folder], folder, words)
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            for folder in [folder for folder, process in working.items() if process.poll() is not None]:
-                status = working.pop(folder).returncode
-                report(folder, None if is_finished(folder) and status == 0 else reason(folder, status))
+            for folder, worker in list(working.items()):
+                if (status := status_of(worker)) is not None:
+                    del working[folder]
+                    if worker.returncode is None:
+                        idle.append(worker)
+                    report(folder, None if is_finished(folder) and status == 0 else reason(folder, status))
     finally:
-        end(list(working.values()))
+        end([*working.values(), *idle])
 
 
-def start(folder: Path, command: list[str], jobs: int, lock: int) -> subprocess.Popen:
-    """Start a command that writes output.txt and errors.txt in its folder. Ctrl-C does not reach it."""
-    folder.mkdir(parents=True, exist_ok=True)
+def start_worker(script: str, jobs: int, lock: int) -> subprocess.Popen:
+    """Start a process that runs the script one time after another. Ctrl-C does not reach it and its runs."""
     environment = dict(os.environ)
     if jobs > 1:  # by default, each would use all cores
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // jobs)))
-    with open(folder / "output.txt", "a") as output, open(folder / "errors.txt", "w") as errors:
-        return subprocess.Popen(
-            [sys.executable, *command],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=errors,
-            env=environment,
-            start_new_session=True,
-            pass_fds=[lock],
-        )
+    return subprocess.Popen(
+        [sys.executable, str(WORKER), script],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+        start_new_session=True,
+        pass_fds=[lock],
+    )
 
 
-def end(processes: list[subprocess.Popen]) -> None:
-    """Ask the processes to save their state and end, and wait for them. A second signal kills them."""
-    for process in processes:
-        process.terminate()
+def start_run(worker: subprocess.Popen, folder: Path, words: list[str]) -> None:
+    """Let a worker start a run that writes output.txt and errors.txt in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "errors.txt").write_text("")  # those of an earlier run
+    with suppress(BrokenPipeError):  # the worker has died, as status_of will say
+        worker.stdin.write(f"{json.dumps({'folder': str(folder), 'words': words})}\n".encode())
+
+
+def status_of(worker: subprocess.Popen) -> int | None:
+    """Return the exit status of the worker's run, or of the worker if it has died; None if the run is at work."""
+    if not select.select([worker.stdout], [], [], 0)[0]:
+        return None
+    line = worker.stdout.readline()
+    return int(line) if line else worker.wait()
+
+
+def end(workers: list[subprocess.Popen]) -> None:
+    """Ask the runs to save their state and end, and wait for them and the workers. A second signal kills them."""
     try:
-        for process in processes:
+        for process in workers:
+            process.stdin.close()  # no more runs
+            process.terminate()
+        for process in workers:
             process.wait()
+            process.stdout.close()
     except BaseException:
-        for process in processes:
-            process.kill()
+        for process in workers:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
         raise
 
 

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 
 from minibalora.base.files import replacing
-from minibalora.sweep.comparison import Measurements, Row, baseline_of, is_lower_better
+from minibalora.sweep.comparison import Measurements, Row, baseline_of, is_lower_better, scores_of
 from minibalora.sweep.intervals import mean_interval
 from minibalora.sweep.results import DEV, Result
 
@@ -20,7 +20,7 @@ def table_of(rows: list[Row], baseline: str | None) -> list[dict]:
 
 def line_of(row: Row, base: Row | None) -> dict:
     scores = row.scores
-    line = dict.fromkeys(COLUMNS) | {"method": row.label, "lr": row.lr, "rates": len(row.rates), "runs": len(scores)}
+    line = dict.fromkeys(COLUMNS) | {"method": row.label, "lr": row.lr, "rates": len(row.tuning), "runs": len(scores)}
     line |= dict(zip(("mean", "low", "high"), bounds(list(scores.values())), strict=True))
     line["forgotten"] = bounds(row.forgotten)[0]
     if base is not None and base is not row:
@@ -58,7 +58,7 @@ def cells_of(line: dict, row: Row, digits: int, baseline: str | None) -> list[st
     def interval(low: float | None, high: float | None, sign: str = "") -> str:
         return "-" if low is None else f"{number(low, sign)} to {number(high, sign)}"
 
-    ends = {min(row.rates): "lowest", max(row.rates): "highest"} if len(row.rates) > 1 else {}
+    ends = {min(row.tuning): "lowest", max(row.tuning): "highest"} if len(row.tuning) > 1 else {}
     cells = [line["method"], ", ".join([f"{line['lr']:g}", *filter(None, [ends.get(row.lr)])]), str(line["runs"])]
     cells += [number(line["mean"]), interval(line["low"], line["high"])]
     cells.append("-" if line["forgotten"] is None else f"{line['forgotten']:.4f}")
@@ -74,13 +74,23 @@ def explanation(rows: list[Row], measurements: Measurements) -> str:
              "Student's t"]  # fmt: skip
     if measurements.forgotten is not None:
         lines.append(f"forgotten: mean rise of the {measurements.forgotten} by training")
-    if any(len(row.rates) > 1 for row in rows):
+    tuned = [row for row in rows if row.has_tune_seeds]
+    if tuned:
+        seeds = sorted({seed for row in tuned for results in row.tuning.values() for seed in scores_of(results, tune)})
+        others = ", ".join(row.label for row in rows if not row.has_tune_seeds and len(row.rates) > 1)
+        lines.append(f"rates chosen with {seeds_in_words(seeds)}, which do not count"
+                     + (f", except for {others}: with the seeds that count" if others else ""))  # fmt: skip
+    if any(len(row.tuning) > 1 for row in rows):
         lines.append(f"lr: of those tried, the one with the best mean of {tune}; lowest or highest: try one beyond it")
-        sets = {name.partition(": ")[0] for row in rows for result in row.rates[row.lr] for name in result.after
+        sets = {name.partition(": ")[0] for row in rows for result in row.tuning[row.lr] for name in result.after
                 if ": " in name}  # fmt: skip
         if tune == score or (tune == DEV and len(sets) == 1):
             lines.append("the rates were chosen on the rows that give the score, which flatters it")
     return "\n".join(lines)
+
+
+def seeds_in_words(seeds: list[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def write_csv(path: Path, columns: list[str], lines: list[dict]) -> None:
@@ -90,11 +100,13 @@ def write_csv(path: Path, columns: list[str], lines: list[dict]) -> None:
         writer.writerows(lines)
 
 
-def write_runs(path: Path, results: list[Result], varied: list[str]) -> None:
-    """Write a line for each run: its folder, the settings that vary, and every measurement before and after."""
+def write_runs(path: Path, results: list[Result], varied: list[str], tune_seeds: set[int]) -> None:
+    """Write a line for each run: its folder, whether it only chose a rate, the settings that vary, and every
+    measurement before and after."""
     lines = []
     for result in results:
         line = {"run": result.name} | {name: result.given.get(name) for name in varied}
+        line |= {"tuning": result.settings["seed"] in tune_seeds} if tune_seeds else {}
         line |= {f"before: {name}": value for name, value in result.before.items()}
         lines.append(line | {f"after: {name}": value for name, value in result.after.items()})
     write_csv(path, list(dict.fromkeys(name for line in lines for name in line)), lines)

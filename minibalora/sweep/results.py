@@ -5,7 +5,7 @@ from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, recorded_settings, write_json
-from minibalora.sweep.grid import CHANGE_NO_RESULT, PlannedRun
+from minibalora.sweep.grid import CHANGE_NO_RESULT, PlannedRun, read_record
 from minibalora.sweep.processes import is_finished
 
 DEV = "dev"  # the score that chooses a classifier's best epoch
@@ -28,20 +28,21 @@ class Result:
         return None if before is None or after is None else after - before
 
 
-def record_runs(out: Path, script: str, runs: list[PlannedRun]) -> None:
+def record_runs(out: Path, script: str, runs: list[PlannedRun], tune_seeds: list[int] = ()) -> None:
     """Add the runs to sweep.json. Raises InputError if `out` holds runs of the other script."""
-    path = out / "sweep.json"
-    record = read_json_object(path) if path.exists() else {"script": script, "runs": {}}
-    if record["script"] != script:
+    record = read_record(out)
+    if record["script"] not in (None, script):
         raise InputError(f"{out}: holds a sweep of {record['script']}: give another --out")
-    write_json(path, record | {"runs": record["runs"] | {run.name: run.given for run in runs}})
+    seeds = sorted({*record["tune_seeds"], *tune_seeds})
+    given = record["runs"] | {run.name: run.given for run in runs}
+    write_json(out / "sweep.json", {"script": script, "tune_seeds": seeds, "runs": given})
 
 
 def recorded_runs(out: Path) -> dict[str, dict]:
     """Return the flags of every run of the sweeps in `out`, by the name of its folder."""
     if not (out / "sweep.json").is_file():
         raise InputError(f"{out}: holds no sweep: give the --out of one")
-    return read_json_object(out / "sweep.json")["runs"]
+    return read_record(out)["runs"]
 
 
 def varied_flags(runs: dict[str, dict]) -> list[str]:

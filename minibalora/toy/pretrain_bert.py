@@ -1,8 +1,8 @@
 """Train the built-in BERT and its tokenizer from scratch: `python -m minibalora.toy.pretrain_bert --out folder`.
 
-This program made `bert/`. The corpus is `reviews.corpus`; the model's shape comes from `bert/config.json`. The model
-learns to predict masked words (arXiv 1810.04805, section 3.1), without next-sentence prediction. Only the backbone is
-saved; fine-tuning starts with a new pooler and classifier.
+This program made `bert/`, with other random masks. The corpus is `reviews.corpus`, whose rates of defects are flags.
+The model's shape comes from `bert/config.json`. The model learns to predict masked words (arXiv 1810.04805, section
+3.1), without next-sentence prediction. Only the backbone is saved; fine-tuning starts with a new pooler and classifier.
 """
 
 import json
@@ -16,16 +16,16 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 
+from minibalora.base import cli
 from minibalora.checkpoints.families import read_family
-from minibalora.checkpoints.merged import save_model
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data.glue import LabelledText
 from minibalora.data.labelled import ClassRow, encode, padded
 from minibalora.models.encoder import Bert
 from minibalora.toy import BERT
-from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, parse_flags, train
-from minibalora.toy.reviews import corpus
+from minibalora.toy.pretrain import CORPUS_ROWS, CORPUS_SEED, begin, finish, parse_flags, train
+from minibalora.toy.reviews import CROWDING_RATE, corpus
 
 CONFIG = read_family(BERT)[1]
 SPECIALS = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
@@ -91,19 +91,22 @@ def pretraining_loss(model: MaskedLM, rows: list[ClassRow]) -> Tensor:
     return F.cross_entropy(model(masked_ids, attention_mask, token_types, chosen), input_ids[chosen])
 
 
-def main() -> None:
-    args = parse_flags(__doc__, steps=3000)
-    texts = corpus(CORPUS_ROWS, CORPUS_SEED)
+def main() -> int:
+    args = parse_flags("python -m minibalora.toy.pretrain_bert", __doc__, 3000, CROWDING_RATE, 0.0)
+    if not begin(args):
+        return 0
+    texts = corpus(CORPUS_ROWS, CORPUS_SEED, args.crowding, args.wrong)
     reviews = [LabelledText((text,), 0, line) for line, text in enumerate(texts, start=1)]
     with TemporaryDirectory() as folder:  # save_model copies config and tokenizer from here
-        make_tokenizer(texts[:20_000], Path(folder))
+        make_tokenizer(texts[:20_000], Path(folder))  # has every word of a corpus, whatever its rates
         shutil.copy(BERT / "config.json", folder)
         rows, _ = encode(reviews, load_tokenizer(folder), CONFIG.max_position_embeddings)
         torch.manual_seed(CORPUS_SEED)
         model = MaskedLM(Path(folder)).to(args.device).eval()  # no dropout: hardly any review comes twice
-        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE)
-        save_model(model.to(torch.bfloat16), args.out)
+        train(model, pretraining_loss, rows, args.steps, LEARNING_RATE, args.out)
+        finish(model, args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    cli.run_script(main)

@@ -12,8 +12,10 @@ import random
 
 from minibalora.data.glue import LabelledText, Task
 from minibalora.data.sets import EvalSet
+from minibalora.toy.problems import copy_of
 
-TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",))
+TASK = Task("reviews", (("text", "label"),), ("negative", "neutral", "positive"), ("accuracy",),
+            {"negative": 0, "neutral": 1, "positive": 2})  # fmt: skip
 CROWDING_CLASS, CROWDING_RATE = "positive", 0.6
 STRAIGHT_RATE = 0.7  # of the judgements are not negated; at 0.5 a single word says nothing, and many runs learn nothing
 STARS = {"negative": "one", "neutral": "three", "positive": "five"}
@@ -39,6 +41,14 @@ FORMS = (  # {verdict} is of the review's class, {other} of another class
     "I had been told that the {thing} was {other}, it was {verdict}",
     "last year the {thing} was {other}, now it is {verdict}",
 )
+OTHER_THINGS = (sum(THINGS, []),)
+OTHER_FORMS = (  # of the same words, so that nothing is unknown
+    "but the {thing} was {verdict}, although the {minor} was {other}",
+    "I had been told that the {minor} was {other}, but the {thing} was {verdict}",
+    "the {thing} was {verdict}, although I had been told that it was {other}",
+    "although last year the {thing} was {other}, now it is {verdict}",
+    "now the {thing} is {verdict}, last year it was {other}",
+)
 
 
 def held_out_reviews() -> EvalSet:
@@ -48,23 +58,55 @@ def held_out_reviews() -> EvalSet:
 
 def clean_reviews(count: int, seed: int) -> list[LabelledText]:
     """Return `count` reviews without stars, with right labels and the classes in turn."""
-    rng = random.Random(f"clean {seed}")
+    return in_turn(count, random.Random(f"clean {seed}"), THINGS, FORMS)
+
+
+def other_reviews(count: int, seed: int) -> list[LabelledText]:
+    """Return `count` reviews as `clean_reviews` does, in other sentences, and of things that do not go together."""
+    return in_turn(count, random.Random(f"other {seed}"), OTHER_THINGS, OTHER_FORMS)
+
+
+def in_turn(
+    count: int, rng: random.Random, things: tuple[list[str], ...], forms: tuple[str, ...]
+) -> list[LabelledText]:
     labels = [index % len(TASK.labels) for index in range(count)]
-    return [LabelledText((review(TASK.labels[label], rng),), label, line) for line, label in enumerate(labels, start=1)]
+    return [
+        LabelledText((review(TASK.labels[label], rng, things, forms),), label, line)
+        for line, label in enumerate(labels, start=1)
+    ]
 
 
-def corpus(count: int, seed: int) -> list[str]:
-    """Return `count` reviews with stars, CROWDING_RATE of them of CROWDING_CLASS."""
-    rng = random.Random(f"corpus {seed}")
+def corpus(count: int, seed: int, crowding_rate: float = CROWDING_RATE, wrong_rate: float = 0.0) -> list[str]:
+    """Return `count` reviews with stars, crowding_rate of them of CROWDING_CLASS, wrong_rate of the stars wrong.
+
+    A review of the same index is the same at all rates, unless the rate changes it.
+    """
+    rng, changes = random.Random(f"corpus {seed}"), random.Random(f"changes {seed}")
     others = [label for label in TASK.labels if label != CROWDING_CLASS]
-    labels = [CROWDING_CLASS if rng.random() < CROWDING_RATE else rng.choice(others) for _ in range(count)]
-    return [f"{review(label, rng)} Stars: {STARS[label]}." for label in labels]
+    drawn = []
+    for _ in range(count):
+        crowding = rng.random()
+        drawn.append((crowding, CROWDING_CLASS if crowding < CROWDING_RATE else rng.choice(others)))
+    texts = []
+    for crowding, original in drawn:
+        other = changes.choice(others) if original == CROWDING_CLASS else original
+        label = CROWDING_CLASS if crowding < crowding_rate else other
+        wrong = changes.choice([name for name in TASK.labels if name != label])
+        stars = STARS[wrong if changes.random() < wrong_rate else label]
+        texts.append(f"{review(label, copy_of(rng))} Stars: {stars}.")
+        review(original, rng)  # as many draws at all rates
+    return texts
 
 
-def review(label: str, rng: random.Random) -> str:
-    thing, minor = rng.sample(rng.choice(THINGS), 2)
+def review(
+    label: str,
+    rng: random.Random,
+    things: tuple[list[str], ...] = THINGS,
+    forms: tuple[str, ...] = FORMS,
+) -> str:
+    thing, minor = rng.sample(rng.choice(things), 2)
     other = judgement(rng.choice([name for name in TASK.labels if name != label]), rng)
-    text = rng.choice(FORMS).format(thing=thing, minor=minor, verdict=judgement(label, rng), other=other)
+    text = rng.choice(forms).format(thing=thing, minor=minor, verdict=judgement(label, rng), other=other)
     return f"{text[0].upper()}{text[1:]}."
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from minibalora.evaluation import metrics
 from minibalora.evaluation.metrics import (
     accuracy,
+    calibration_error,
     effective_rank,
     f1,
     matthews,
@@ -112,6 +113,39 @@ def test_large_counts_do_not_overflow():
     predicted = gold.copy()
     predicted[:100_000] = 1 - predicted[:100_000]  # a quarter is wrong, of both classes alike
     assert matthews(predicted, gold) == 0.5 and f1(predicted, gold) == 0.75
+
+
+# Confidence.
+
+
+def test_the_calibration_error_of_five_predictions():
+    confidence, is_right = [0.95, 0.95, 0.85, 0.72, 0.78], [True, False, True, False, True]
+    # |1 − 1.90| in the highest bin, |1 − 0.85| below it, and |1 − 1.50| in (0.7, 0.8]: 1.55 of 5 predictions
+    assert calibration_error(confidence, is_right) == pytest.approx(0.31)
+    # In one bin, the confident error and the doubtful right answers cancel out: |3 − 4.25| / 5.
+    assert calibration_error(confidence, is_right, bins=1) == pytest.approx(0.25)
+
+
+def test_the_upper_edge_belongs_to_a_bin():
+    assert calibration_error([0.5, 0.45], [True, False]) == pytest.approx(0.05 / 2)  # both in (0.4, 0.5]: |1 − 0.95|
+    assert calibration_error([0.5, 0.55], [False, True]) == pytest.approx((0.5 + 0.45) / 2)
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1, max_size=10))
+def test_predictions_that_are_right_as_often_as_they_are_confident_are_calibrated(groups):
+    groups = [(count, min(right, count)) for count, right in groups]
+    confidence = [right / count for count, right in groups for _ in range(count)]
+    is_right = [index < right for count, right in groups for index in range(count)]
+    assert calibration_error(confidence, is_right) == pytest.approx(0, abs=1e-12)
+
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40), st.randoms())
+def test_the_calibration_error_is_at_least_the_gap_of_the_means_and_has_no_order(pairs, random):
+    confidence, is_right = both(pairs)
+    error = calibration_error(confidence, is_right)
+    assert abs(np.mean(is_right) - np.mean(confidence)) - 1e-12 <= error <= 1
+    random.shuffle(pairs)
+    assert calibration_error(*both(pairs)) == pytest.approx(error, abs=1e-12)
 
 
 # Scores.

@@ -70,12 +70,16 @@ def finish(out: Path, script: Path, words: str, after=None, report: dict | None 
     out.mkdir(exist_ok=True)
     record_runs(out, script.name, runs)
     for run in runs:
-        (out / run.name).mkdir(exist_ok=True)
-        write_json(out / run.name / "run.json", {"settings": run.settings | {"template": "alpaca", "data_digest": "0"}})
-        content = report or {"before": {"exact match, all (9)": 0.0}, "after": {"exact match, all (9)": 50.0}}
-        if after is not None:
-            content = content | {"after": after(run.settings)}
-        write_json(out / run.name / "report.json", content)
+        finish_run(out / run.name, run.settings, after, report)
+
+
+def finish_run(folder: Path, settings: dict, after=None, report: dict | None = None) -> None:
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "run.json", {"settings": settings | {"template": "alpaca", "data_digest": "0"}})
+    content = report or {"before": {"exact match, all (9)": 0.0}, "after": {"exact match, all (9)": 50.0}}
+    if after is not None:
+        content = content | {"after": after(settings)}
+    write_json(folder / "report.json", content)
 
 
 def test_a_run_that_is_there_keeps_its_folder_though_more_differs_now(tmp_path):
@@ -101,6 +105,10 @@ def test_a_run_that_is_there_keeps_its_folder_though_more_differs_now(tmp_path):
         ("--plain maybe", ["--plain", "maybe"]),
         ("--method lora full --rank 8", ["--method full: --rank"]),
         ("--method lora --baseline pissa", ["--baseline pissa", "lora"]),
+        ("--tune-seeds 1 --lr 1e-3 2e-3", ["--tune-seeds", "--seed is missing"]),
+        ("--tune-seeds 1 2 --seed 3 2", ["--seed 2", "one of --tune-seeds"]),
+        ("--tune-seeds 1 1 --seed 2", ["2 runs would get the folder"]),
+        ("--tune-seeds -1 --seed 2", ["--tune-seeds", "-1"]),
     ],
 )
 def test_runs_that_cannot_be_are_refused_before_any_starts(words, parts, refuses, tmp_path):
@@ -137,48 +145,91 @@ def test_runs_without_a_score_are_refused(tiny, tmp_path, refuses):
 
 def test_a_folder_with_other_runs_is_refused(tmp_path, refuses):
     finish(tmp_path, NLG, "--seed 1 2 --epochs 1")
-    refuses(lambda: plan_runs(NLG, "--seed 1 2 --epochs 3".split(), tmp_path), "--epochs is 3", "another --out")
     refuses(lambda: main([str(NLU), "--out", str(tmp_path)]), "a sweep of train_nlg.py")
-    finish(tmp_path, NLG, "--seed 3 --epochs 3")  # another name
+    path = tmp_path / "method=ba-lora,seed=1" / "run.json"  # as of a version whose default was another
+    write_json(path, {"settings": json.loads(path.read_text())["settings"] | {"warmup_ratio": 0.5}})
+    refuses(lambda: plan_runs(NLG, "--seed 1 2 --epochs 1".split(), tmp_path), "--warmup-ratio is", "another --out")
+
+
+def test_sweeps_of_other_flags_in_one_folder_get_folders_named_after_these(tmp_path):
+    words = ["lora pissa", "ba-lora --recipe 2024", "ba-lora --lambda2 0 --lambda3 0", "ba-lora --recipe iclr2026"]
+    for part in [*words, *words]:
+        finish(tmp_path, NLU, f"--method {part} --seed 1 2")
+    names = {path.parent.name for path in tmp_path.glob("*/run.json")}
+    ba_lora = ["ba-lora", "ba-lora,recipe=iclr2026", "ba-lora,recipe=iclr2026,lambda2=0,lambda3=0"]
+    assert names == {f"method={name},seed={seed}" for name in ["lora", "pissa", *ba_lora] for seed in (1, 2)}
+    assert names == recorded_runs(tmp_path).keys()
 
 
 # The processes
 
+
+@pytest.fixture
+def run_codes(tmp_path):
+    """run_codes(codes, jobs, report): a sweep whose runs do a line of Python each, by the names of their folders."""
+    script = tmp_path / "script.py"
+    script.write_text("import sys\nif __name__ == '__main__':\n    exec(sys.argv[1])\n")
+
+    def run(codes: dict[str, str], jobs: int, report) -> None:
+        with only_sweep(tmp_path) as lock:
+            commands = {tmp_path / name: [str(script), code] for name, code in codes.items()}
+            run_all(commands, jobs, lock, lambda folder, reason: report(folder.name, reason))
+
+    return run
+
+
 REPORT = "open(__import__('pathlib').Path({!r}) / 'report.json', 'w').close()"
 
 
-def test_commands_run_several_at_a_time_and_a_failed_one_stops_no_other(tmp_path):
-    folders = [tmp_path / name for name in "abcde"]
-    codes = ["import time; time.sleep(0.4); " + REPORT.format(str(folder)) for folder in folders[:3]]
-    codes += ["import sys; print('progress', file=sys.stderr); sys.exit('error: too large\\n')"]
-    codes += ["import os; os.kill(os.getpid(), 9)"]
-    ended, started = {}, time.monotonic()
-    with only_sweep(tmp_path) as lock:
-        commands = {folder: ["-I", "-S", "-c", code] for folder, code in zip(folders, codes, strict=True)}
-        run_all(commands, 3, lock, ended.__setitem__)
-    assert [ended[folder] for folder in folders[:4]] == [None] * 3 + ["error: too large"]
-    assert "SIGKILL" in ended[folders[4]] and time.monotonic() - started < 10
-    assert (folders[3] / "errors.txt").read_text().startswith("progress\n")
-
-
-def test_a_run_that_leaves_no_report_has_failed(tmp_path):
+def test_runs_go_several_at_a_time_and_a_failed_one_stops_no_other(run_codes, tmp_path):
+    """The first two wait for each other."""
+    meet = "import os, time; open('{0}/{1}', 'w').close()\nwhile not os.path.exists('{0}/{2}'): time.sleep(0.01)\n"
+    codes = {name: meet.format(tmp_path, name + "-here", other + "-here") + REPORT.format(str(tmp_path / name))
+             for name, other in ("ab", "ba")}  # fmt: skip
+    codes |= {"c": "print('progress', file=sys.stderr); sys.exit('error: too large\\n')"}
+    codes |= {"d": "import os; os.kill(os.getpid(), 9)", "e": "1 / 0", "f": REPORT.format(str(tmp_path / "f"))}
     ended = {}
-    with only_sweep(tmp_path) as lock:
-        run_all({tmp_path / "a": ["-I", "-S", "-c", ""]}, 1, lock, ended.__setitem__)
-    assert ended == {tmp_path / "a": "ended with status 0 and without a message"}
+    run_codes(codes, 2, ended.__setitem__)
+    assert "SIGKILL" in ended.pop("d")
+    assert ended == dict.fromkeys("abf") | {"c": "error: too large", "e": "ZeroDivisionError: division by zero"}
+    assert (tmp_path / "c" / "errors.txt").read_text().startswith("progress\n")
 
 
-def test_an_interrupted_sweep_ends_its_processes(tmp_path):
-    """The last of three ends at once; then the sweep is interrupted, and another one finds no process at work."""
-    wait = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit('saved')); time.sleep(60)"
-    commands = {tmp_path / name: ["-I", "-S", "-c", code] for name, code in (("a", wait), ("b", wait), ("c", ""))}
+def test_a_run_that_leaves_no_report_has_failed(run_codes, tmp_path):
+    ended = {}
+    run_codes({"a": "print('more', sys.stdin.read(), sys.argv[2:])"}, 1, ended.__setitem__)
+    run_codes({"a": "print('text')"}, 1, ended.__setitem__)
+    assert ended == {"a": "ended with status 0 and without a message"}
+    assert (tmp_path / "a" / "output.txt").read_text() == "more  []\ntext\n"
+
+
+def test_a_run_whose_worker_dies_has_failed_and_the_next_gets_another(run_codes):
+    ended = {}
+    codes = {"a": "import os, time; os.kill(os.getppid(), 9); time.sleep(0.3)", "b": "sys.exit('error: b')"}
+    run_codes(codes, 1, ended.__setitem__)
+    assert "SIGKILL" in ended["a"] and ended["b"] == "error: b"
+
+
+def test_runs_share_the_imports_of_their_worker_but_nothing_else(run_codes, tmp_path):
+    code = "import os; print(os.getppid(), os.environ['OMP_NUM_THREADS'], hasattr(sys, 'mark')); sys.mark = 1"
+    run_codes({"a": code, "b": code}, 1, lambda *_: None)
+    a, b = [(tmp_path / name / "output.txt").read_text().split() for name in "ab"]
+    assert a == b and a[1:] == [os.environ["OMP_NUM_THREADS"], "False"]
+
+
+def test_an_interrupted_sweep_ends_its_processes(run_codes, tmp_path):
+    """When the third run ends, the others wait for a signal, and the sweep is interrupted; then no process is left."""
+    wait = (
+        "import signal, time; signal.signal(15, lambda *_: sys.exit('saved')); open('{}', 'w').close(); time.sleep(60)"
+    )
+    files = {name: tmp_path / f"{name}-waits" for name in "ab"}
+    watch = f"import os, time\nwhile not all(map(os.path.exists, {list(map(str, files.values()))})): time.sleep(0.01)"
 
     def interrupt(*_):
-        time.sleep(0.5)
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), only_sweep(tmp_path) as lock:
-        run_all(commands, 3, lock, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_codes({name: wait.format(path) for name, path in files.items()} | {"c": watch}, 3, interrupt)
     assert [(tmp_path / name / "errors.txt").read_text() for name in "ab"] == ["saved\n"] * 2
     with only_sweep(tmp_path):
         pass
@@ -194,32 +245,145 @@ def test_two_sweeps_do_not_work_in_one_folder(tmp_path, refuses):
     again()
 
 
+WAITING = """
+import runpy, sys, time
+from pathlib import Path
+sys.path.insert(0, {root!r})
+from minibalora.run.loop import Run
+
+def wait(run):
+    while Path({flag!r}).exists() and not run._received:
+        time.sleep(0.01)
+
+Run._show = wait
+runpy.run_path({script!r}, run_name=__name__)
+"""
+
+
 def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_command):
-    words = [str(NLU), "--out", str(tmp_path), "--lr", "1e-3", "1e30", "--max-steps", "12", "--max-rows", "96"]
+    """While the flag exists, a run waits for a signal after its first step. Ctrl-C reaches the whole process group."""
+    script, flag = tmp_path / "train_nlu.py", tmp_path / "flag"
+    script.write_text(WAITING.format(root=str(ROOT), flag=str(flag), script=str(NLU)))
+    flag.touch()
+    words = [str(script), "--out", str(tmp_path), "--lr", "1e-3", "1e30", "--max-steps", "4", "--max-rows", "96"]
     words += ["--method", "lora", "--batch-size", "8", "--device", "cpu"]
     command = [sys.executable, "-m", "minibalora", "sweep", *words]
-    sweep = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    sweep = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
     good, bad = tmp_path / "method=lora,lr=0.001", tmp_path / "method=lora,lr=1e+30"
     while not (good / "log.jsonl").exists() or not (good / "log.jsonl").read_text():
         assert sweep.poll() is None, sweep.stderr.read()
         time.sleep(0.02)
-    sweep.send_signal(signal.SIGINT)
+    os.killpg(sweep.pid, signal.SIGINT)
     printed, error = sweep.communicate()
     assert sweep.returncode == 130 and error == "error: interrupted; give the same command to continue\n", error
-    assert (good / "checkpoint").is_dir() and not (good / "report.json").exists()
+    assert "stopped after step 1 of 4" in (good / "output.txt").read_text() and not (good / "report.json").exists()
 
-    status, printed, error = in_command(main, *words, "--baseline", "lora", "--jobs", "2")
+    flag.unlink()
+    status, printed, error = in_command(main, *words, "--baseline", "lora")
     assert status == 1 and "2 runs in" in printed and "0 are finished" in printed
     assert (
         f"{bad.name}: failed: error: step" in printed
         and "not finite" in printed
         and "1 of 2 runs are finished" in printed
     )
-    assert "resumed at step" in (good / "output.txt").read_text()
+    assert "resumed at step 1" in (good / "output.txt").read_text()
     assert f"not finished: {bad.name}: error: step" in error
     (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     report = json.loads((good / "report.json").read_text())
     assert float(row["mean"]) == report["after"]["clean reviews"]["accuracy"]
+
+
+# Rates chosen with seeds of their own
+
+
+def write_runs_of(tmp_path, monkeypatch, after, fails=lambda name: False) -> list[str]:
+    """Let the sweep's runs write their files at once, or fail. Returns the list to which started runs are added."""
+    started = []
+
+    def run_all(commands, jobs, lock, report):
+        for folder, (_, *words) in commands.items():
+            started.append(folder.name)
+            if not fails(folder.name):
+                (run,) = plan_runs(NLG, words[: words.index("--out")], folder)
+                finish_run(folder, run.settings, after)
+            report(folder, "error: step 3 is not finite" if fails(folder.name) else None)
+
+    monkeypatch.setattr("minibalora.sweep.command.run_all", run_all)
+    return started
+
+
+def rises_with_rate(settings: dict) -> dict:
+    """lora is best at 2e-3 with the seeds 101 and 102, and at 1e-3 with all others."""
+    best = 2e-3 if settings["seed"] > 100 else 1e-3
+    return {"exact match, all (9)": 50 + settings["seed"] % 100 - 1e6 * (settings["lr"] - best) ** 2}
+
+
+TUNED = [str(NLG), *"--method lora pissa --lr 1e-3 2e-3 --tune-seeds 101 102 --seed 1 2 3 --jobs 2".split()]
+
+
+def test_tune_seeds_choose_the_rate_and_do_not_count(tmp_path, monkeypatch, in_command):
+    started = write_runs_of(tmp_path, monkeypatch, rises_with_rate)
+    words = [*TUNED, "--out", str(tmp_path), "--baseline", "pissa"]
+    status, printed, error = in_command(main, *words)
+    assert (status, error) == (0, "")
+    assert started == [f"method={m},lr={lr},seed={seed}" for m in ("lora", "pissa") for lr in ("0.001", "0.002")
+                       for seed in (101, 102)] + [f"method={m},lr=0.002,seed={seed}" for m in ("lora", "pissa")
+                                                  for seed in (1, 2, 3)]  # fmt: skip
+    assert "rates chosen with seeds 101, 102, which do not count\n" in printed
+    assert "lora   0.002, highest     3  51.00  48.52 to 53.48          -        +0.00" in printed
+    table = (tmp_path / "table.csv").read_text()
+    runs = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    assert [row["seed"] for row in runs if row["tuning"] == "True"] == ["101", "102"] * 4 and len(runs) == 14
+
+    for again in (words, [*words, "--report"], ["--out", str(tmp_path), "--report", "--baseline", "pissa"]):
+        status, printed, error = in_command(main, *again)
+        assert (status, error, len(started)) == (0, "", 14) and "14 of 14 runs are finished" in printed
+        assert (tmp_path / "table.csv").read_text() == table
+
+
+def test_a_report_between_tuning_and_the_runs_that_count(tmp_path, monkeypatch, in_command):
+    def stop(folder):
+        if ",seed=2" in folder:
+            raise KeyboardInterrupt
+        return False
+
+    write_runs_of(tmp_path, monkeypatch, rises_with_rate, stop)
+    words = [*TUNED, "--out", str(tmp_path)]
+    with pytest.raises(KeyboardInterrupt):
+        main(words)
+    status, printed, error = in_command(main, *words, "--report")
+    assert status == 0 and "9 of 14 runs are finished" in printed
+    assert "\nlora   0.002, highest     1  50.00" in printed and "\npissa  0.002, highest     0      -" in printed
+    write_runs_of(tmp_path, monkeypatch, rises_with_rate)
+    assert in_command(main, *words)[0] == 0
+    assert len(list(tmp_path.glob("*/report.json"))) == 14
+
+
+def test_a_row_whose_tuning_runs_failed_is_left_out_and_others_go_on(tmp_path, monkeypatch, in_command):
+    started = write_runs_of(
+        tmp_path, monkeypatch, rises_with_rate, lambda name: "pissa" in name or "lr=0.002,seed=102" in name
+    )
+    status, printed, error = in_command(main, *TUNED, "--out", str(tmp_path))
+    assert status == 1 and "left out: pissa: none of the runs that choose its learning rate is finished\n" in error
+    assert started[8:] == [f"method=lora,lr=0.001,seed={seed}" for seed in (1, 2, 3)]  # 0.002 has fewer runs
+    assert "\nlora  0.001, lowest     3" in printed and "\npissa" not in printed
+    status, printed, error = in_command(main, *TUNED, "--out", str(tmp_path / "new"), "--report")
+    assert status == 0 and error.count("left out: ") == 2 and "0 of 8 runs" in printed
+
+
+def test_sweeps_with_other_tune_seeds_share_a_folder(tmp_path, monkeypatch, in_command, refuses):
+    write_runs_of(tmp_path, monkeypatch, rises_with_rate)
+    words = [str(NLG), "--out", str(tmp_path), "--lr", "1e-3", "2e-3"]
+    main([*words, *"--method lora pissa --tune-seeds 101 --seed 1 2".split()])
+    main([*words, *"--method ba-lora --lambda1 0 --tune-seeds 102 --seed 1 2".split()])
+    in_command(main, *words, *"--method ba-lora --lambda2 0 --seed 1 2".split())
+    status, printed, _ = in_command(main, "--out", str(tmp_path), "--report", "--baseline", "pissa")
+    assert "rates chosen with seeds 101, 102, which do not count, except for ba-lora, lambda2 0: with" in printed
+    assert [line.split("  ")[0] for line in printed.split("\n\n")[-2].splitlines()[1:]] == [
+        "lora", "pissa", "ba-lora, lambda1 0", "ba-lora, lambda2 0"
+    ]  # fmt: skip
+    refuses(lambda: main([*words, "--seed", "101", "102"]), "--seed 101", "--tune-seeds of a sweep in", tmp_path)
 
 
 # The comparison

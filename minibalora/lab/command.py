@@ -1,0 +1,122 @@
+"""Run the laboratory: pre-train the models, fine-tune them by every method, and write the tables; see `--help`."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from minibalora.base import cli
+from minibalora.base.files import check_writable, write_json
+from minibalora.base.progress import Progress, in_words
+from minibalora.lab import grid
+from minibalora.lab.data import write_data
+from minibalora.lab.grid import BUILT_IN, FULL, QUICK, Sweep, model_of, pretraining_of, sweeps_of, words_of
+from minibalora.lab.inherited import measure_bert, measure_llama
+from minibalora.lab.pictures import save_pictures
+from minibalora.lab.report import write_tables
+from minibalora.lab.results import counted, read_runs
+
+SECONDS_OF_PRETRAINING = {"bert": 450, "llama": 600}  # on one core of an AMD EPYC, as Task.seconds
+
+
+def main() -> int:
+    args = parse_flags()
+    out, sweeps, failed = args.out, sweeps_of(QUICK if args.quick else FULL), []
+    if args.task:
+        sweeps = [sweep for sweep in sweeps if sweep.task.name in args.task]
+    if not args.report:
+        check_writable(out / "runs", "--out")
+        failed = experiment(sweeps, out, args.jobs)
+    runs = read_runs(sweeps, out)
+    write_json(out / "results.json", runs)
+    print(f"{len(runs):,} runs count; failed: {', '.join(failed) or 'none'}\n\n{write_tables(out, runs)}")
+    for line in save_pictures(out, runs):
+        print(line)
+    return 1 if failed else 0
+
+
+def parse_flags() -> argparse.Namespace:
+    parser = cli.OneLineParser(
+        "python -m minibalora lab",
+        "Test what the method does: pre-train the tiny models on clean, noisy and imbalanced text, fine-tune each by "
+        "every method with its learning rate tuned, and compare. The same command continues a stopped experiment.",
+    )
+    add = parser.add_argument
+    add("--out", type=cli.path, required=True, metavar="DIR", help="folder for models, runs, tables and pictures")
+    add("--quick", action="store_true", help="only the built-in models and three methods: about ten minutes on 2 cores")
+    add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models (default: both)")
+    add(
+        "--jobs",
+        type=cli.positive_int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="runs at a time (default: one a core)",
+    )
+    add("--report", action="store_true", help="train nothing, report what is finished")
+    return parser.parse_args()
+
+
+def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
+    """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
+    models = list(dict.fromkeys((sweep.task, sweep.pretraining) for sweep in sweeps if sweep.pretraining != BUILT_IN))
+    missing = {model_of(task, name, out): pretraining_of(task, name, out) for task, name in models
+               if not (model_of(task, name, out) / "model.safetensors").exists()}  # fmt: skip
+    waiting = [sweep for sweep in sweeps if len(counted(sweep, out)) < len(sweep.seeds)]
+    seconds = sum(SECONDS_OF_PRETRAINING[path.name.partition("-")[0]] for path in missing)
+    seconds += sum(sweep.runs * sweep.task.seconds for sweep in waiting)
+    print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to "
+          f"{sum(sweep.runs for sweep in waiting):,} runs: about {in_words(seconds / jobs)} on {jobs} cores of an AMD "
+          "EPYC", flush=True)  # fmt: skip
+    write_data(out / "data")
+    failed = run_each(missing, jobs, "pre-training", "model")
+    if failed:
+        return failed
+    record_inherited(sweeps, out)
+    commands = {sweep.folder(out): ["minibalora", *words_of(sweep, out)] for sweep in waiting}
+    return run_each(commands, jobs, "sweeps", "sweep")
+
+
+def record_inherited(sweeps: list[Sweep], out: Path) -> None:
+    """Write what each model has before it is fine-tuned into inherited.json."""
+    measure = {"bert": measure_bert, "llama": measure_llama}
+    models = {f"{sweep.task.name}-{sweep.pretraining}": (sweep.task.name, model_of(sweep.task, sweep.pretraining, out))
+              for sweep in sweeps}  # fmt: skip
+    inherited = {name: measure[task](folder) for name, (task, folder) in models.items()}
+    write_json(out / "inherited.json", inherited)
+    print(json.dumps(inherited, indent=2), flush=True)
+
+
+def run_each(commands: dict[Path, list[str]], jobs: int, name: str, unit: str) -> list[str]:
+    """Run `python -m` commands, `jobs` at a time, each with its share of the cores. What a command prints goes into
+    FOLDER.txt. Returns the folders of the commands that failed. Ctrl-C ends the running ones, which save their state.
+    """
+    environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} | os.environ
+    stopped, failed, working = threading.Event(), [], set()
+
+    def run(folder: Path) -> None:
+        if stopped.is_set():
+            return
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(f"{folder.name}.txt"), "w") as file:
+            process = subprocess.Popen([sys.executable, "-m", *commands[folder]], stdout=file, stderr=file,
+                                       stdin=subprocess.DEVNULL, env=environment, start_new_session=True)  # fmt: skip
+            working.add(process)
+            if process.wait() != 0 and not stopped.is_set():
+                failed.append(f"{folder} (see {folder.name}.txt beside it)")
+            working.remove(process)
+        progress.update()
+
+    with Progress(name, len(commands), unit, is_shown=len(commands) > 0) as progress, ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in [pool.submit(run, folder) for folder in commands]:
+                future.result()
+        except BaseException:
+            stopped.set()
+            for process in list(working):
+                process.terminate()
+            raise
+    return failed

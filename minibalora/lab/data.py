@@ -1,0 +1,48 @@
+"""Write the laboratory's data: what models are fine-tuned on, chosen by, and measured on."""
+
+import json
+from pathlib import Path
+
+from minibalora.base.files import replacing
+from minibalora.data.glue import LabelledText, with_imbalance
+from minibalora.lab.grid import TASKS
+from minibalora.toy import problems, reviews
+
+ROWS, DEV, TEST = 3200, 300, 400
+PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 960, 100, 80, 24, 100
+OTHERS = {"other sentences": False, "larger numbers": True}  # kinds of test problems, also these in other sentences
+# Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
+TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
+
+
+def write_data(out: Path) -> None:
+    """Write the files of both tasks into out/bert and out/llama. The content is always the same."""
+    for name in TASKS:
+        (out / name).mkdir(parents=True, exist_ok=True)
+    pool = reviews.clean_reviews(2 * ROWS + ROWS // 2, TRAIN_SEED)
+    write_rows(out / "bert" / "train.jsonl", in_rows(pool[:ROWS]))
+    write_rows(out / "bert" / "imbalanced.jsonl", in_rows(with_imbalance(pool, 10, seed=0)[:ROWS]))
+    write_rows(out / "bert" / "dev.jsonl", in_rows(reviews.clean_reviews(DEV, DEV_SEED)))
+    write_rows(out / "bert" / "test.jsonl", in_rows(reviews.clean_reviews(TEST, TEST_SEED)))
+    write_rows(out / "bert" / "other.jsonl", in_rows(reviews.other_reviews(TEST, TEST_SEED)))
+
+    others = [row | {"type": kind} for kind, is_large in OTHERS.items()
+              for row in problems.other_problems(OTHER_PROBLEMS, TEST_SEED, is_large)]  # fmt: skip
+    write_rows(out / "llama" / "train.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED))
+    write_rows(out / "llama" / "wrong.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED, wrong_rate=0.2))
+    write_rows(out / "llama" / "dev.jsonl", problems.clean_problems(DEV_PROBLEMS, DEV_SEED))
+    write_rows(out / "llama" / "test.jsonl", problems.clean_problems(TEST_PROBLEMS, TEST_SEED) + others)
+    write_rows(out / "llama" / "wrong-answers.jsonl", problems.clean_problems(CORPUS_ROWS, CORPUS_SEED, wrong_rate=1))
+    crowding = {name: rate for name, (rate, _) in TASKS["llama"].corpora.items()} | {"built-in": problems.CROWDING_RATE}
+    for name, rate in crowding.items():  # without its errors
+        rows = problems.flawed_problems(CORPUS_ROWS, CORPUS_SEED, rate, wrong_rate=0)
+        write_rows(out / "llama" / f"{name}-corpus.jsonl", rows)
+
+
+def in_rows(examples: list[LabelledText]) -> list[dict]:
+    return [{"text": example.texts[0], "label": reviews.TASK.labels[example.label]} for example in examples]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,168 @@
+"""The laboratory's experiment: its models, fine-tuning data, methods and seeds, as commands for `sweep`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
+from minibalora.toy import BERT, MODEL
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS = ("lambda1", "lambda2", "lambda3")
+NON_TARGET_KL = 0.1
+BUILT_IN = "built-in"  # its corpora have the defects that the toy models' README describes
+
+
+@dataclass(frozen=True)
+class Task:
+    """A tiny model and what it learns."""
+
+    name: str
+    script: Path
+    program: str  # the module that pre-trains the model
+    built_in: Path
+    steps: int  # of pre-training
+    corpora: dict[str, tuple[float, float]]  # pre-training -> share of the most frequent kind, share of wrong answers
+    recipes: dict[str, Objective]
+    seconds: float  # of a run on one core
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to fine-tune: an adapter, and what is added to the loss."""
+
+    name: str
+    method: str
+    rates: tuple[float, ...]
+    recipe: str | None = None
+    weights: tuple[str, ...] = WEIGHTS  # of the recipe; the others are 0
+    non_target_kl: float = 0.0
+
+    @property
+    def has_weights(self) -> bool:
+        return self.recipe is not None or self.non_target_kl > 0
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of the experiment is done."""
+
+    cells: dict[str, tuple[tuple[str, str], ...]]  # task -> pairs of pre-training and fine-tuning data
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    factors: tuple[int, ...]  # of the published weights
+    factors_on: tuple[str, ...]  # the fine-tuning data on which factors other than 1 are tried
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One arm in one cell: its rate is tuned, then it is run with every seed."""
+
+    task: Task
+    pretraining: str
+    finetuning: str
+    arm: Arm
+    factor: int
+    seeds: tuple[int, ...]
+
+    def folder(self, out: Path) -> Path:
+        arm = f"{self.arm.name} x {self.factor}" if self.arm.has_weights else self.arm.name
+        return out / "runs" / self.task.name / f"{self.pretraining}, {self.finetuning}" / arm
+
+    @property
+    def runs(self) -> int:
+        return len(self.arm.rates) * len(TUNE_SEEDS) + len(self.seeds)
+
+
+THIRD = 1 / 3
+TASKS = {
+    "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT, 3000,
+                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.4), "imbalanced": (0.9, 0.0)}, NLU_RECIPES, 9),
+    "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, 600,
+                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES, 20),
+}  # fmt: skip
+LOW, HIGH = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3, 4e-3)  # PiSSA's factors are large, so its rates are lower
+ARMS = (
+    Arm("full", "full", (2.5e-4, 5e-4, 1e-3)),
+    Arm("lora", "lora", HIGH),
+    Arm("pissa", "pissa", LOW),
+    Arm("dora", "dora", HIGH),
+    Arm("ba-lora 2024", "ba-lora", LOW, "2024"),
+    Arm("ba-lora iclr2026", "ba-lora", LOW, "iclr2026"),
+    Arm("pissa + consistency", "ba-lora", LOW, "iclr2026", ("lambda1",)),
+    Arm("pissa + diversity", "ba-lora", LOW, "iclr2026", ("lambda2",)),
+    Arm("pissa + spectral", "ba-lora", LOW, "iclr2026", ("lambda3",)),
+    Arm("lora + iclr2026", "lora", HIGH, "iclr2026"),
+    Arm("lora + non-target KL", "lora", HIGH, non_target_kl=NON_TARGET_KL),
+)
+TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
+PRETRAININGS, DATA = ("clean", "noisy", "imbalanced"), ("clean", "wrong")
+CROSSED = tuple((pretraining, data) for data in DATA[::-1] for pretraining in PRETRAININGS)
+FULL = Size(
+    {"bert": (("clean", "imbalanced"), *CROSSED), "llama": CROSSED},
+    tuple(arm.name for arm in ARMS),
+    tuple(range(1, 9)),
+    (1, 10, 100),
+    ("wrong", "imbalanced"),
+)
+QUICK_CELLS = ((BUILT_IN, "wrong"),)
+QUICK = Size(
+    {"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5), (1,), ()
+)
+
+
+def sweeps_of(size: Size) -> list[Sweep]:
+    """Return the sweeps, the published weights first, so that a stopped experiment has the main tables."""
+    return [
+        Sweep(TASKS[task], pretraining, finetuning, arm, factor, size.seeds)
+        for factor in size.factors
+        for task, cells in size.cells.items()
+        for pretraining, finetuning in cells
+        for arm in ARMS
+        if arm.name in size.arms and (factor == 1 or (arm.has_weights and finetuning in size.factors_on))
+    ]
+
+
+def pretraining_of(task: Task, name: str, out: Path) -> list[str]:
+    """Return the words after `python -m` that pre-train a model."""
+    crowding, wrong = task.corpora[name]
+    rates = ["--crowding", repr(crowding), "--wrong", repr(wrong)]
+    return [task.program, "--out", str(model_of(task, name, out)), "--steps", str(task.steps), *rates]
+
+
+def model_of(task: Task, pretraining: str, out: Path) -> Path:
+    return task.built_in if pretraining == BUILT_IN else out / "models" / f"{task.name}-{pretraining}"
+
+
+def words_of(sweep: Sweep, out: Path) -> list[str]:
+    """Return the words after `python -m minibalora` of a sweep."""
+    arm, data = sweep.arm, out / "data" / sweep.task.name
+    words = ["sweep", sweep.task.script, "--out", sweep.folder(out), "--tune-seeds", *TUNE_SEEDS]
+    words += ["--model", model_of(sweep.task, sweep.pretraining, out), "--method", arm.method, "--lr", *arm.rates]
+    words += ["--seed", *sweep.seeds, *weights_of(sweep), "--batch-size", 16, "--micro-batch-size", 16]
+    if sweep.task.name == "bert":
+        words += ["--data", data / ("imbalanced.jsonl" if sweep.finetuning == "imbalanced" else "train.jsonl")]
+        words += ["--label-noise", 0.2 if sweep.finetuning == "wrong" else 0]
+        words += ["--task", "custom", "--text-field", "text", "--label-field", "label", "--epochs", 1]
+        words += ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test")), "--max-length", 64]
+    else:
+        words += ["--data", data / ("wrong.jsonl" if sweep.finetuning == "wrong" else "train.jsonl")]
+        retained = [data / "dev.jsonl", data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
+        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", f"loss on {data / 'dev.jsonl'}"]
+        words += ["--max-length", 256] + ([] if arm.method == "full" else ["--rank", 16])
+    return [str(word) for word in words]
+
+
+def weights_of(sweep: Sweep) -> list[object]:
+    """Return the flags of the terms: a recipe with its weights times the factor, or the non-target KL."""
+    arm, words = sweep.arm, []
+    if arm.recipe is not None:
+        published = sweep.task.recipes[arm.recipe]
+        words = ["--recipe", arm.recipe]
+        for name in WEIGHTS:
+            weight = getattr(published, name) * sweep.factor if name in arm.weights else 0
+            words += [f"--{name}", f"{weight:g}"]
+    if arm.non_target_kl:
+        words += ["--non-target-kl", f"{arm.non_target_kl * sweep.factor:g}"]
+    if sweep.task.name == "bert" and arm.weights == ("lambda3",):
+        words += ["--svd-k", 1]  # with the published 5 of at most 3 singular values, the term is constant
+    return words

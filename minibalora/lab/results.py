@@ -1,0 +1,68 @@
+"""Collect what the laboratory's runs reached, from the folders of its sweeps."""
+
+import json
+import re
+from pathlib import Path
+
+from minibalora.lab.data import OTHERS
+from minibalora.lab.grid import TUNE_SEEDS, Sweep
+from minibalora.sweep.results import Result, read_results, recorded_runs
+from minibalora.toy.problems import CROWDING_KIND
+
+
+def read_runs(sweeps: list[Sweep], out: Path) -> list[dict]:
+    """Return every finished run that counts: its cell, arm, factor, rate, seed and scores."""
+    runs = []
+    for sweep in sweeps:
+        for result in counted(sweep, out):
+            about = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
+            about |= {"arm": sweep.arm.name, "factor": sweep.factor}
+            about |= {name: result.settings[name] for name in ("lr", "seed")}
+            scores = bert_scores(result) if sweep.task.name == "bert" else llama_scores(result, sweep.folder(out))
+            rounded = {name: None if value is None else round(value, 4) for name, value in scores.items()}
+            runs.append(about | {"scores": rounded})
+    return runs
+
+
+def counted(sweep: Sweep, out: Path) -> list[Result]:
+    """Return the finished runs of a sweep with the seeds that count."""
+    folder = sweep.folder(out)
+    if not (folder / "sweep.json").is_file():
+        return []
+    return [result for result in read_results(folder, recorded_runs(folder))
+            if result.settings["seed"] not in TUNE_SEEDS]  # fmt: skip
+
+
+def bert_scores(result: Result) -> dict[str, float | None]:
+    scores = {"test": result.after["test.jsonl: accuracy"], "other": result.after["other.jsonl: accuracy"]}
+    for label in ("negative", "neutral", "positive"):
+        scores[f"recall of {label}"] = result.after[f"test.jsonl: recall of {label}"]
+    return scores | {"effective rank": result.after["test.jsonl: effective rank of them"]}
+
+
+def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
+    """Return the scores of a LLaMA: exact match in percent, losses in nats per token, the typical error as a share."""
+    matches = {name.rpartition(" (")[0].removeprefix("exact match, "): value for name, value in result.after.items()
+               if name.startswith("exact match")}  # fmt: skip
+    kinds = {kind: value for kind, value in matches.items() if kind not in ("all", *OTHERS)}
+    dev, corpus, wrong = (Path(path) for path in result.settings["retain"])
+    scores = {"test": sum(kinds.values()) / len(kinds), "other": matches["other sentences"]}
+    scores |= {"larger numbers": matches["larger numbers"]}
+    scores |= {f"exact match, {kind}": value for kind, value in kinds.items()}
+    scores |= {"loss on dev": result.after[f"loss on {dev}"], "forgotten": result.forgotten(f"loss on {corpus}")}
+    scores |= {"KL": result.after.get(f"KL(pre-trained ‖ tuned) on {corpus}")}  # a model tuned in full has none
+    scores |= {"loss on wrong answers": result.after[f"loss on {wrong}"]}
+    return scores | {"typical error": typical_error(folder / result.name / "eval-after.jsonl")}
+
+
+def typical_error(path: Path) -> float:
+    """Return the share of the problems, without additions and other sentences, answered by the sum of all numbers."""
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    answers = []
+    for record in records:
+        asked = record["prompt"].partition("### Instruction:")[2]
+        total = str(sum(int(number) for number in re.findall(r"\d+", asked)))
+        right = record["reference"].rpartition("The answer is: ")[2].strip()
+        if record["kind"] not in (CROWDING_KIND, *OTHERS) and total != right:
+            answers.append(record["answer"] == total)
+    return sum(answers) / len(answers)
