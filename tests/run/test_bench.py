@@ -113,13 +113,13 @@ def test_full_trains_weights_of_its_own():
 
 def test_a_step_includes_what_the_loop_does_around_it(monkeypatch):
     calls = []
-    for name in ("before_step", "add_penalty", "after_step"):
 
-        def noted(model, *args, name=name, work=getattr(variants, name), **kwargs):
-            calls.append((name, *args))
-            return work(model, *args, **kwargs)
+    def noted(work, model, *args, **kwargs):
+        calls.append((work.__name__, *args))
+        return work(model, *args, **kwargs)
 
-        monkeypatch.setattr(variants, name, noted)
+    for work in (variants.before_step, variants.add_penalty, variants.after_step):
+        monkeypatch.setattr(variants, work.__name__, partial(noted, work))
     for method in ("adalora", "dylora", "deltalora"):
         contender = Contender(method, form="mixed")
         step = workload.steps_of(LOAD, [contender])[contender]
