@@ -131,7 +131,7 @@ def pissa(weight: Tensor, rank: int, scaling: float, svd: Callable | None = None
 def olora(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A = R[:r]ᵀ, B = Q[:, :r]ᵀ with Wᵀ = Q R, in float32 (OLoRA, arXiv 2406.01775). weight (n, m) is Wᵀ."""
     Q, R = torch.linalg.qr(weight.detach().float())
-    return R[:rank].T.contiguous(), Q[:, :rank].T.contiguous()
+    return R[:rank].T.contiguous(), Q.T[:rank].clone()  # a view would keep all of Q, which LAPACK has in columns
 
 
 def factors_of(init: str) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor]]:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from minibalora import variants
 from minibalora.checkpoints.families import read_family
 from minibalora.data.batches import Row, micro_batches, pack
 from minibalora.lean_product import factors_kept
@@ -30,6 +31,7 @@ from minibalora.run.adapting import adapt_model
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
 from minibalora.run.memory import LiveBytes, classification_loss, expected_memory, generation_loss
+from minibalora.run.methods import METHODS, SETTINGS, STARTS
 from minibalora.run.settings import Adaptation, Hardware
 from minibalora.run.teacher import teacher_states
 
@@ -75,7 +77,7 @@ def cases() -> list[tuple[str, str, str, str]]:
     """Return all cases (shape, method, dtype, kind); NF4 only for PiSSA and BA-LoRA, and not for encoders."""
     combinations = []
     for shape in SHAPES:
-        for method in ("full", "lora", "pissa", "ba-lora"):
+        for method in METHODS:
             for dtype in ("float32", "bfloat16"):
                 kinds = [kind for kind in KINDS if kind != "nf4" or method in ("pissa", "ba-lora")]
                 kinds = [kind for kind in kinds if kind != "nf4" or not is_encoder(shape)]
@@ -89,8 +91,10 @@ def is_encoder(shape: str) -> bool:
 
 def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -> tuple[int, int]:
     """Return the predicted and the measured bytes of a step on rows of `length` tokens, half of them response."""
-    init, is_plain = "lora" if method == "lora" else "pissa_niter_1", kind == "plain form"
-    adaptation = Adaptation(method, 8, 8, init, quantize="nf4" if kind == "nf4" else None, is_plain=is_plain)
+    start, is_plain = "".join(STARTS[method][:1]), kind == "plain form"
+    init, quantize = start.replace("pissa", "pissa_niter_1"), "nf4" if kind == "nf4" else None
+    settings = SETTINGS.get(method, {})
+    adaptation = Adaptation(method, 8, 8, init, quantize=quantize, is_plain=is_plain, settings=settings)
     hardware = Hardware(torch.device("cpu"), getattr(torch, dtype), grad_checkpoint=kind == "grad-checkpoint")
     torch.manual_seed(0)
     model = random_model(shape, torch.float32 if method == "full" else hardware.dtype)
@@ -105,16 +109,19 @@ def compare(shape: str, method: str, dtype: str, kind: str, length: int = 192) -
         model.requires_grad_(True)
     predicted = expected_memory(model, hardware, loss_of, accumulates=micro > 1)
     fit_hardware(model.train(), hardware)
-    optimizer = optimizer_of(model)
-    for parameter in optimizer.param_groups[0]["params"]:
+    optimizer = optimizer_of(model, adaptation.rate_of_b)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()  # allocates Adam's moments
     optimizer.zero_grad()
     state = [value for values in optimizer.state.values() for value in values.values()]
     with LiveBytes(*model.parameters(), *model.buffers(), *state) as live, factors_kept(model):
         gradients(torch.autocast("cpu", hardware.dtype, method == "full" and dtype != "float32"))
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        variants.add_penalty(model)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
+        variants.after_step(model, 3, 10)  # of 10 steps, AdaLoRA notes the importance in the third
     return predicted, live.peak
 
 

@@ -414,6 +414,7 @@ def test_olora_starts_from_the_qr_of_w():
     assert distance(layer.B @ layer.B.T, torch.eye(4)) < 1e-6  # rows of Q
     Q, R = torch.linalg.qr(layer.W)
     assert distance(layer.A0 @ layer.B0, (Q[:, :4] @ R[:4]).T) < 1e-6
+    assert all(factor.untyped_storage().nbytes() == factor.nbytes for factor in (layer.A, layer.B))  # not all of Q
 
 
 # PEFT's numbers.

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import product
 from multiprocessing import get_context
 from operator import truediv
 from pathlib import Path
@@ -29,10 +30,14 @@ from minibalora.lowrank import factors_of
 from minibalora.objective import NLG_RECIPES
 from minibalora.run import roofline
 from minibalora.run.flags import DEFAULTS
+from minibalora.run.methods import METHODS, WITHOUT, settings_of
 from minibalora.run.settings import Hardware
 from minibalora.run.workload import FULL, SHAPES, Contender, Load, Step, random_model, steps_of
+from minibalora.variants import VARIANTS
 
-METHODS, FORMS = ("lora", "pissa", "ba-lora"), ("fused", "plain")
+PAPER = ("lora", "pissa", "ba-lora")  # measured by default
+FORMS = ("fused", "plain")
+MIXED = "mixed: the fused loss on the plain layer, as train_nlg.py trains the methods that have no lean product"
 
 
 def main() -> int:
@@ -95,9 +100,11 @@ def parse_flags() -> argparse.Namespace:
     )
     add = parser.add_argument_group("measurement").add_argument
     add("--shape", choices=SHAPES, default="small", help="shape of the model (default: small, 60 M parameters)")
-    add("--methods", choices=METHODS, nargs="+", default=list(METHODS), help="default: all; ba-lora in both recipes")
+    add("--methods", choices=METHODS, nargs="+", default=list(PAPER), help=f"any --method of train_nlg.py; ba-lora in "
+        f"both recipes (default: {' '.join(PAPER)})")  # fmt: skip
     add("--forms", choices=FORMS, nargs="+", default=list(FORMS), help="fused: without whole logits, as train_nlg.py "
-        "trains; plain: the formulas on whole logits, with an exact SVD (default: both)")  # fmt: skip
+        f"trains; {', '.join(VARIANTS)} have the plain layer then, and lora is measured with it, too; plain: the "
+        "formulas on whole logits, with an exact SVD (default: both)")  # fmt: skip
     add(
         "--rank",
         type=cli.positive_int,
@@ -140,6 +147,12 @@ def parse_flags() -> argparse.Namespace:
     largest = min(config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim)
     if args.rank > largest:
         raise InputError(f"--rank {args.rank} does not fit {args.shape}: give 1 to {largest}")
+    for method in args.methods:
+        settings_of(method, None, args.rank)
+        if args.dry and method in VARIANTS:
+            raise InputError(f"--dry can't count {method}: leave it out of --methods")
+        if args.compile and "compile" in (why := WITHOUT.get(method, {})):
+            raise InputError(f"--compile has no meaning with --methods {method}, {why['compile']}: leave one out")
     if not args.dry:
         args.json = args.json or Path(f"bench-{args.shape}-{args.device.type}.json")
         check_file(args.json, "--json")
@@ -147,9 +160,18 @@ def parse_flags() -> argparse.Namespace:
 
 
 def contenders_of(methods: list[str], forms: list[str]) -> list[Contender]:
-    """Return the contenders in the order of the table. The cached teacher is measured in the fused form only."""
+    """Return the contenders in the order of the table. The cached teacher is measured in the fused form only. Methods
+    without a lean product are mixed instead of fused, and LoRA's mixed form then shows what is their own. All of `full`
+    is plain."""
     kinds = [(method, recipe) for method in methods for recipe in (NLG_RECIPES if method == "ba-lora" else [None])]
-    contenders = [Contender(*kind, form) for form in forms for kind in kinds]
+    contenders = []
+    for form, kind in product(forms, kinds):
+        if kind[0] == "full":
+            form = "plain"
+        elif kind[0] in VARIANTS and form == "fused":
+            form = "mixed"
+            contenders += [Contender("lora", form=form)] if "lora" in methods else []
+        contenders.append(Contender(*kind, form))
     if "fused" in forms and "ba-lora" in methods:
         contenders.append(Contender("ba-lora", "iclr2026", knows_teacher=True))
     return list(dict.fromkeys(contenders))
@@ -262,4 +284,5 @@ def timing_table(contenders: list[Contender], results: list[dict]) -> str:
         memory = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
         ratio = "-" if row["times_lora"] is None else f"{row['times_lora']:.2f}"
         lines.append(f"{each!s:33}{each.form:7}{times}{row['share_of_peak']:9.1%}{memory:>9}{ratio:>8}")
+    lines += [MIXED] if any(each.form == "mixed" for each in contenders) else []
     return "\n".join(lines)

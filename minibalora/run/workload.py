@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.optim import AdamW
 
+from minibalora import variants
 from minibalora.data.batches import Packed, Row, pack
 from minibalora.lean_product import factors_kept, use_lean_product
 from minibalora.lowrank import adapt
@@ -23,6 +24,7 @@ from minibalora.run.adapting import empty_factors
 from minibalora.run.cache import Cache
 from minibalora.run.hardware import fit_hardware
 from minibalora.run.loop import optimizer_of
+from minibalora.run.methods import SETTINGS, STARTS
 from minibalora.run.settings import Hardware
 from minibalora.run.teacher import open_cache, teacher_states
 
@@ -64,7 +66,7 @@ Step = Callable[[int], float]  # takes the step with that index, from 0, and ret
 class Contender:
     method: str
     recipe: str | None = None  # for ba-lora
-    form: str = "fused"  # or "plain": the layer and the loss as the paper writes them, with the exact SVD
+    form: str = "fused"  # or "mixed": the fused loss, the plain layer; "plain": both plain, with the exact SVD
     knows_teacher: bool = False  # whether --teacher-cache has the states of every row, as after the first epoch
 
     @property
@@ -113,12 +115,26 @@ def random_model(config: LlamaConfig, hardware: Hardware) -> Decoder:
 
 
 def empty_model(config: LlamaConfig, dtype: torch.dtype, rank: int, contender: Contender) -> Decoder:
-    """Return the contender's adapted model on the meta device."""
+    """Return the contender's model, ready to train, on the meta device. DoRA can't start there."""
     with torch.device("meta"):
-        model = llama(config).to(dtype).requires_grad_(False)
-    init = "lora" if contender.method == "lora" else "pissa"
-    adapt(model, rank, init=init, factors=lambda _, weight: empty_factors(weight, rank, "meta"))
-    if contender.form == "fused":
+        model = llama(config).to(torch.float32 if contender.method == "full" else dtype)
+    return fitted(model, contender, rank, lambda _, weight: empty_factors(weight, rank, "meta"))
+
+
+def fitted(model: Decoder, contender: Contender, rank: int, factors: Callable | None = None) -> Decoder:
+    """Give the model the contender's layers, in place, as train_nlg.py does. factors: see `adapt`.
+
+    PiSSA starts from the factors that are fastest to compute: their numbers do not affect the time.
+    """
+    method = contender.method
+    if method == "full":
+        return model.requires_grad_(True)
+    init = "pissa_niter_0" if STARTS[method][0] == "pissa" else STARTS[method][0]
+    alpha = variants.rslora_alpha(rank, rank) if method == "rslora" else rank
+    adapt(model, rank, alpha, init, factors=factors)
+    if method in variants.VARIANTS:
+        variants.use(model, method, **SETTINGS[method])
+    elif contender.form == "fused":
         use_lean_product(model)
     return model
 
@@ -135,47 +151,59 @@ def fill(model: nn.Module) -> nn.Module:
 def steps_of(load: Load, contenders: list[Contender], folder: str | None = None) -> dict[Contender, Step]:
     """Return the step of each contender. folder: where the teacher cache goes, if a contender has one.
 
-    All models share the frozen weights, and contenders with the same layers share a model: its numbers do not affect
-    the time. For the same reason PiSSA starts from the factors that are fastest to compute.
+    All models share the frozen weights, and PiSSA and BA-LoRA share a model: its numbers do not affect the time. `full`
+    has weights of its own, which it trains, in float32.
     """
-    base, models, steps = random_model(load.config, load.hardware), {}, {}
+    is_base_used = any(each.method != "full" for each in contenders)
+    base, models, steps = random_model(load.config, load.hardware) if is_base_used else None, {}, {}
     for each in contenders:
-        kind = "lora" if each.method == "lora" else "pissa_niter_0", each.form
+        kind = each.method.replace("ba-lora", "pissa"), each.form
         if kind not in models:
             torch.manual_seed(0)
-            model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-            adapt(model, load.rank, init=kind[0]).train()
-            if each.form == "fused":
-                use_lean_product(model)
-            fit_hardware(model, load.hardware)
-            models[kind] = model, optimizer_of(model)
+            if each.method == "full":
+                model = random_model(load.config, replace(load.hardware, dtype=torch.float32))
+            else:
+                model = copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+            fit_hardware(fitted(model, each, load.rank).train(), load.hardware)
+            models[kind] = model, optimizer_of(model, SETTINGS["lora+"]["ratio"] if each.method == "lora+" else 1.0)
         cache = open_cache(Path(folder), "bench", [], 0) if each.knows_teacher else None
         steps[each] = step_of(*models[kind], load, each, cache)
     return steps
 
 
 def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, cache: Cache | None) -> Step:
-    """Return the optimisation step of train_nlg.py for one micro-batch; fill the cache with the teacher's states."""
-    optimizer.param_groups[0]["lr"] = LEARNING_RATE
+    """Return the optimisation step of train_nlg.py for one micro-batch; fill the cache with the teacher's states.
+
+    What AdaLoRA, DyLoRA and DeltaLoRA do at certain steps of a run is spread over all the steps of the load.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = LEARNING_RATE * group.get("ratio", 1.0)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     head, objective = head_of(model, is_plain=contender.form == "plain"), contender.objective
-    weights = lambdas(objective, STEPS // 2, STEPS)
+    weights, steps = lambdas(objective, STEPS // 2, STEPS), load.warmup + load.rounds
+    device, dtype = load.hardware.device, load.hardware.dtype
+    is_mixed = contender.method == "full" and dtype != torch.float32
 
     def inputs(index: int) -> tuple[Packed, torch.Tensor | None]:
         rows = rows_of_step(load.config.vocab_size, index, load.rows)
-        batch = pack(rows, load.hardware.device)
+        batch = pack(rows, device)
         return batch, teacher_states(model, [batch], [rows], cache)[0] if objective.needs_teacher else None
 
     def step(index: int) -> float:
+        variants.before_step(model, index, seed=0)
         with factors_kept(model):
             batch, teacher = inputs(index)
-            loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
+            with torch.autocast(device.type, dtype, is_mixed):
+                loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
             loss.backward()
-        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+        variants.add_penalty(model)
+        nn.utils.clip_grad_norm_(parameters, 1.0)
         value = loss.item()
         optimizer.step()
+        variants.after_step(model, index + 1, steps)
         optimizer.zero_grad()
         return value
 
-    for index in range(load.warmup + load.rounds) if cache else ():
+    for index in range(steps) if cache else ():
         inputs(index)
     return step

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from minibalora import variants
 from minibalora.data.batches import Packed, pack
 from minibalora.fused import WHOLE
 from minibalora.lowrank import adapt, pretrained
@@ -16,6 +17,7 @@ from minibalora.models.llama import llama
 from minibalora.objective import lambdas, nlg_loss
 from minibalora.run import bench, memory, roofline, workload
 from minibalora.run.memory import LiveBytes
+from minibalora.run.methods import METHODS, STARTS
 from minibalora.run.settings import Hardware
 from minibalora.run.workload import STEPS, Contender, Load
 
@@ -23,8 +25,8 @@ TINY = replace(
     workload.SMALL, vocab_size=1000, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, head_dim=20,
 )  # fmt: skip
-EVERY = bench.contenders_of(bench.METHODS, bench.FORMS)
-
+DEFAULT = bench.contenders_of(bench.PAPER, bench.FORMS)
+EVERY = bench.contenders_of(METHODS, bench.FORMS)
 
 CPU = Hardware(torch.device("cpu"), torch.float32)
 LOAD = Load(TINY, CPU, rank=4, rows=3, warmup=1, rounds=2)
@@ -76,7 +78,7 @@ def test_a_step_equals_that_of_train_nlg(contender, tmp_path):
     losses = [step(index) for index in range(3)]
 
     torch.manual_seed(0)
-    model = adapt(workload.random_model(TINY, CPU), LOAD.rank, init="lora" if contender.method == "lora" else "pissa")
+    model = adapt(workload.random_model(TINY, CPU), LOAD.rank)
     batch = pack(workload.rows_of_step(1000, 0, 3), "cpu")
     inputs = batch.input_ids, batch.lengths, batch.wanted, batch.shared
     with pretrained(model):
@@ -89,7 +91,7 @@ def test_a_step_equals_that_of_train_nlg(contender, tmp_path):
 
 
 def test_contenders_share_frozen_weights_and_are_timed_in_turn():
-    contenders, order = EVERY[:2], []
+    contenders, order = DEFAULT[:2], []
     with LiveBytes() as live:
         steps = workload.steps_of(LOAD, contenders)
     weights = sum(parameter.nbytes for parameter in workload.random_model(TINY, CPU).parameters())
@@ -99,6 +101,41 @@ def test_contenders_share_frozen_weights_and_are_timed_in_turn():
     lora, pissa = contenders
     assert order == [(0, lora), (0, pissa), (1, pissa), (1, lora), (2, lora), (2, pissa)]
     assert [len(times) for times in seconds.values()] == [LOAD.rounds] * 2
+
+
+def test_full_trains_weights_of_its_own():
+    full, lora = Contender("full", form="plain"), Contender("lora")
+    steps, alone = workload.steps_of(LOAD, [full, lora]), workload.steps_of(LOAD, [lora])[lora]
+    losses = [(steps[full](0), steps[lora](0)) for _ in range(3)]
+    assert [loss for _, loss in losses] == [alone(0) for _ in range(3)]
+    assert losses[2][0] < losses[0][0]
+
+
+def test_a_step_includes_what_the_loop_does_around_it(monkeypatch):
+    calls = []
+
+    def noted(work, model, *args, **kwargs):
+        calls.append((work.__name__, *args))
+        return work(model, *args, **kwargs)
+
+    for work in (variants.before_step, variants.add_penalty, variants.after_step):
+        monkeypatch.setattr(variants, work.__name__, partial(noted, work))
+    for method in ("adalora", "dylora", "deltalora"):
+        contender = Contender(method, form="mixed")
+        step = workload.steps_of(LOAD, [contender])[contender]
+        del calls[:]
+        step(1)
+        assert calls == [("before_step", 1), ("add_penalty",), ("after_step", 2, 3)]
+
+
+def test_loras_mixed_form_stands_before_the_methods_without_a_lean_product():
+    contenders = bench.contenders_of(["full", "lora", "dora", "loha", "olora"], ["fused"])
+    forms = ["plain", "fused", "mixed", "mixed", "mixed", "fused"]
+    assert [each.method for each in contenders] == ["full", "lora", "lora", "dora", "loha", "olora"]
+    assert [each.form for each in contenders] == forms
+    rows = [dict.fromkeys(("median_ms", "fastest_ms", "tokens_per_s", "share_of_peak", "peak_bytes", "times_lora"), 1)]
+    assert bench.timing_table(contenders[2:3], rows).endswith(bench.MIXED)
+    assert bench.MIXED not in bench.timing_table(contenders[1:2], rows)
 
 
 def test_checkpointed_blocks_take_the_same_step():
@@ -113,7 +150,7 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
 
     A frozen W takes part in the student's pass, in the gradient of its input (not where that is an embedding, which is
     frozen) and in the teacher's pass; never in a gradient of its own. A and B: 4 r (m + n) a row for their gradients,
-    and twice the change, of rank R = r from `lora` and 2r from PiSSA: 2 R (m + n) a row, or 2 R m n at once where the
+    and twice the change, of rank R = r from `lora` and 2r from others: 2 R (m + n) a row, or 2 R m n at once where the
     change is folded into W. Attention: 4 · width · pairs of tokens a pass, the backward pass two, pairs beyond the
     diagonal included. In the last block only response tokens are queries and go through the MLP; only they reach the
     head, whose (V, d) takes part in their logits, the teacher's and the gradient. The spectral term: as fused.py takes
@@ -127,7 +164,7 @@ def expected_flops(load: Load, batch: Packed, contender: Contender) -> int:
     linears = {"q": (d, width), "k": (d, kv), "v": (d, kv), "o": (width, d)}
     linears |= {"gate": (d, f), "up": (d, f), "down": (f, d)}
     has_teacher_pass = objective.needs_teacher and not contender.knows_teacher
-    R = rank if contender.method == "lora" else 2 * rank
+    R = rank if STARTS[contender.method][0] == "lora" else 2 * rank
     total = 0
     for layer in range(config.num_hidden_layers):
         is_last = layer == config.num_hidden_layers - 1
@@ -175,14 +212,14 @@ def test_the_table_and_the_file_have_every_contender(run, tmp_path, monkeypatch)
     assert headline == "small, rank 4, 2 rows a step, float32" and f"torch {torch.__version__}" in where
     assert peak == "peak: 1,000 GFLOP/s in matrix products alone"
     assert columns.split() == "form ms a step fastest tokens/s of peak peak MB x lora".split()
-    assert [line[:40].split() for line in lines] == [[*str(each).split(), each.form] for each in EVERY]
+    assert [line[:40].split() for line in lines] == [[*str(each).split(), each.form] for each in DEFAULT]
     assert init.startswith("init pissa_krylov_8: ") and saved == "saved to bench-small-cpu.json"
 
     written = json.loads((tmp_path / "bench-small-cpu.json").read_text())
     assert written["settings"]["config"]["vocab_size"] == 1000 and written["settings"]["rounds"] == 2
     assert written["machine"]["threads"] == torch.get_num_threads() and written["machine"]["gpu"] is None
     assert written["init_seconds"] > 0
-    for result, contender in zip(written["results"], EVERY, strict=True):
+    for result, contender in zip(written["results"], DEFAULT, strict=True):
         assert {name: result[name] for name in vars(contender)} == vars(contender)
         assert len(result["seconds"]) == len(result["tokens"]) == 2 and result["flops_per_token"] > 4 * 100_000
         assert result["fastest_ms"] <= result["median_ms"] and 0 < result["share_of_peak"] < 1
@@ -210,6 +247,10 @@ def test_memory_is_measured_in_another_process_and_without_lora_there_is_no_rati
         (("--rank", 41), ["--rank 41", "1 to 40"]),
         (("--rounds", 0), ["--rounds", "positive"]),
         (("--forms", "dense"), ["--forms", "'dense'"]),
+        (("--methods", "moe"), ["--methods", "'moe'"]),
+        (("--methods", "adalora", "--rank", 1), ["--rank 1", "adalora"]),
+        (("--methods", "dylora", "--compile"), ["--compile", "dylora", "every rank"]),
+        (("--methods", "dora", "--dry"), ["--dry", "dora"]),
         (("--device", "tpu"), ["--device tpu"]),
         (("--json", "no/such/folder.json"), ["--json no/such/folder.json", "can't write"]),
         (("--json", "."), ["--json .", "is a folder"]),

@@ -81,6 +81,15 @@ def run(in_command):
         "bert ba-lora float32 plain",
         "deberta lora float32 grad-checkpoint",
         "llama-3 ba-lora float32 formulas",
+        "toy dora float32 plain",
+        "toy dora bfloat16 grad-checkpoint",
+        "toy adalora bfloat16 plain",
+        "toy loha float32 plain",
+        "toy dylora float32 one",
+        "toy deltalora bfloat16 plain",
+        "toy olora float32 plain",
+        "toy rslora bfloat16 plain",
+        "toy lora+ float32 plain",
     ],
 )
 def test_the_prediction_is_within_three_percent_of_the_tensors_that_a_step_holds(case):
