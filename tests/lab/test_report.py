@@ -1,0 +1,83 @@
+"""Tests of the laboratory's tables and pictures, on made-up runs."""
+
+import random
+
+import pytest
+
+from minibalora.lab.grid import ARMS, FULL, sweeps_of
+from minibalora.lab.pictures import save_pictures
+from minibalora.lab.report import in_words, table, write_tables
+
+
+def made_up_runs() -> list[dict]:
+    """Return a run for each sweep and seed of the whole experiment. dora is 0.1 better than pissa, with every seed."""
+    runs, rng = [], random.Random(0)
+    for sweep in sweeps_of(FULL):
+        for seed in sweep.seeds:
+            by_seed = random.Random(f"{sweep.pretraining} {sweep.finetuning} {seed}").gauss(0, 0.05)
+            test = 0.7 + by_seed + (0.1 if sweep.arm.name == "dora" else 0)
+            test += 0 if sweep.arm.name in ("dora", "pissa") else rng.gauss(0, 0.04)
+            scores = {"test": test, "other": test - 0.2, "recall of negative": 0.9, "recall of neutral": test}
+            scores |= {"recall of positive": test - 0.3, "effective rank": 2.0}
+            if sweep.task.name == "llama":
+                scores = {"test": 100 * test, "other": 50 * test, "larger numbers": 1.0, "loss on dev": 1 - test}
+                scores |= {"forgotten": 0.01, "KL": None if sweep.arm.name == "full" else 0.01 + test**2 / 10}
+                scores |= {"loss on wrong answers": 0.5, "typical error": 0.3 - test / 5}
+            run = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
+            runs.append(
+                run | {"arm": sweep.arm.name, "factor": sweep.factor, "lr": 1e-3, "seed": seed, "scores": scores}
+            )
+    return runs
+
+
+def test_the_table_has_means_paired_differences_and_counts():
+    def run(arm: str, seed: int, test: float) -> dict:
+        return {"arm": arm, "seed": seed, "pretraining": "clean", "scores": {"test": test}}
+
+    runs = [run("pissa", 1, 0.5), run("pissa", 2, 0.7), run("lora", 1, 0.6), run("lora", 2, 0.8), run("lora", 3, 0.0)]
+    counts = [0, 0]
+    lines = table(runs, "pretraining", "test", counts).splitlines()
+    assert lines[0] == "| | clean: mean | minus pissa | runs |" and lines[1] == "|---|---|---|---|"
+    # t of 1 degree of freedom is 12.7, so the interval is 0.6 ± 12.7 · 0.1; the differences are 0.1 and 0.1
+    assert lines[2] == "| pissa | 0.600 (-0.671 to 1.871) | - | 2 |"
+    assert lines[3].startswith("| lora | 0.467 (") and lines[3].endswith(" | +0.100 (+0.100 to +0.100)* | 3 |")
+    assert counts == [1, 1]
+
+
+def test_numbers_from_10_on_have_one_digit():
+    assert in_words([50.0, 50.0]) == "50.0 (50.0 to 50.0)" and in_words([]) == "-" and in_words([0.25], "+") == "+0.250"
+
+
+def test_tables_tell_the_arm_that_differs_from_chance(tmp_path):
+    text = write_tables(tmp_path, made_up_runs())
+    assert text == (tmp_path / "tables.md").read_text()
+    # bert's scores on three data sets, of which one has rare classes; llama's on two; both over the weights
+    assert text.count("###") == 3 + 2 + 2 + 2 * 8 + 4 + 3
+    (section,) = (part for part in text.split("### ") if part.startswith("bert, fine-tuned on imbalanced data: recall"))
+    (dora,) = (line for line in section.splitlines() if line.startswith("| dora"))
+    assert "+0.100 (+0.100 to +0.100)* | 8 |" in dora
+    assert "by chance alone" in text
+
+
+def test_tables_of_a_part_of_the_runs(tmp_path):
+    assert "0 of 0 differences" in write_tables(tmp_path, [])
+    some = [run for run in made_up_runs() if run["task"] == "bert" and run["arm"] != "pissa" and run["seed"] < 3]
+    text = write_tables(tmp_path, some)
+    assert "llama" not in text and "| 2 |" in text and "0 of 0 differences" in text
+
+
+def test_pictures_are_small_and_follow_from_what_is_there(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = made_up_runs()
+    said = save_pictures(tmp_path, runs)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"bert-differences.png", "llama-differences.png", "rare-recall.png", "over-weights.png",
+                     "llama-frontier.png"}  # fmt: skip
+    assert len(said) == 5 and sum(path.stat().st_size for path in tmp_path.iterdir()) < 400_000
+    few = [run for run in runs if run["task"] == "bert" and run["factor"] == 1 and run["finetuning"] != "imbalanced"]
+    (tmp_path / "few").mkdir()
+    assert save_pictures(tmp_path / "few", few[:1]) == [f"saved to {tmp_path / 'few' / 'bert-differences.png'}"]
+
+
+def test_every_arm_of_the_issue_is_there():
+    assert len(ARMS) == 11 and len({arm.name for arm in ARMS}) == 11
