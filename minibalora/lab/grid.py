@@ -77,7 +77,7 @@ THIRD = 1 / 3
 TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
-                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.9, 0.0)}, NLU_RECIPES, 6),
+                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES, 6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES, 20),
 }  # fmt: skip
