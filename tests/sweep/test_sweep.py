@@ -513,6 +513,22 @@ def test_points_and_lines_of_the_pictures(compared):
     assert lines_over("seed", rows) == lines_over("rank", rows) == {}
 
 
+def test_only_the_picture_over_rates_has_runs_with_tune_seeds(tmp_path):
+    def after(settings):
+        return rises_with_rate(settings) | {"loss on held-out responses": settings["seed"]}
+
+    report = {"before": {"exact match, all (9)": 0.0, "loss on held-out responses": 0.0}}
+    finish(tmp_path, NLG, "--method lora --rank 4 8 --lr 1e-3 2e-3 --seed 101 102", after, report)
+    finish(tmp_path, NLG, "--method lora --rank 4 8 --lr 2e-3 --seed 1 2", after, report)
+    runs = recorded_runs(tmp_path)
+    results = read_results(tmp_path, runs)
+    measurements = choose_measurements(results, None, None, "loss on held-out responses")
+    rows = rows_of(results, varied_flags(runs), measurements, [101, 102])
+    assert [point[:2] for point in lines_over("lr", rows)["lora, rank 4"]] == [(1e-3, 50.5), (2e-3, 51.5)]
+    assert [point[:2] for point in lines_over("rank", rows)["lora"]] == [(4, 50.5), (8, 50.5)]
+    assert frontier_points(rows, measurements)["lora"].tolist() == [[1, 50], [2, 51]] * 2
+
+
 def test_pictures_are_left_out_with_a_line_where_matplotlib_is_missing(compared, tmp_path, monkeypatch, capsys):
     compared(["--method lora --rank 4 8"], exact_match)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
