@@ -34,8 +34,10 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
         pictures["rare-recall"] = lambda: dots([run for run in imbalanced if run["factor"] == 1], RARE)
     if len({run["factor"] for run in imbalanced}) > 1:
         pictures["over-weights"] = lambda: over_weights(with_weights(imbalanced), RARE)
-    if any(value_of(run["scores"], "KL") is not None for run in llama):
-        pictures["llama-frontier"] = lambda: forgetting([run for run in llama if run["factor"] == 1])
+    for pretraining in dict.fromkeys(run["pretraining"] for run in llama):
+        own = [run for run in llama if run["pretraining"] == pretraining and run["factor"] == 1]
+        if any(value_of(run["scores"], "KL") is not None for run in own):
+            pictures[f"llama-{pretraining}-frontier"] = lambda runs=own: forgetting(runs)
     for name, draw in pictures.items():
         save_picture(out / f"{name}.png", draw)
     return [f"saved to {out / name}.png" for name in pictures]
@@ -115,7 +117,8 @@ def over_weights(runs: list[dict], score: str) -> "Figure":
 
 
 def forgetting(runs: list[dict]) -> "Figure":
-    """Draw what was learned against what was forgotten, a point for each run and a hull for each family of arms."""
+    """Draw what runs from one pre-trained model learned against what they forgot, with a hull for each family of arms.
+    A model that was tuned in full has no KL."""
     points = {}
     for run in runs:
         family = next(name for name in reversed(FAMILIES) if run["arm"].startswith(name))
