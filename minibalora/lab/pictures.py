@@ -6,15 +6,28 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minibalora.base.files import replacing
 from minibalora.evaluation.plot_style import COLOURS, FIGURE, LINES, SMALL, WIDTH, add_legend, save_picture
 from minibalora.evaluation.plot_sweep import frontier
-from minibalora.lab.report import BASELINE, RARE, TITLES, scores_of, value_of, with_weights
+from minibalora.lab.report import (
+    BASELINE,
+    RARE,
+    TITLES,
+    differences_of,
+    excludes_zero,
+    main_score,
+    scores_of,
+    value_of,
+    with_weights,
+)
 from minibalora.sweep.intervals import mean_interval
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SMALLER = FIGURE | {"dpi": 100}  # a few pictures that are committed
+DPI = 100  # small, because pictures are committed
+SMALLER = FIGURE | {"dpi": DPI}
 FAMILIES = ("full", "lora", "pissa", "dora", "ba-lora", "lora + iclr2026", "lora + non-target KL")  # of the frontier
 
 
@@ -24,54 +37,90 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
         import matplotlib  # noqa: F401
     except ImportError as error:
         return [f"no pictures ({error}): pip install 'minibalora[plots]'"]
-    bert, llama = ([run for run in runs if run["task"] == task] for task in TITLES)
-    imbalanced = [run for run in bert if run["finetuning"] == "imbalanced"]
     pictures = {}
-    for task, part in (("bert", bert), ("llama", llama)):
-        if published := [run for run in part if run["factor"] == 1]:
+    for task in TITLES:
+        part = [run for run in runs if run["task"] == task]
+        published = [run for run in part if run["factor"] == 1]
+        if any(differences_of(cell, run["arm"], "test") for cell in cells_of(published).values() for run in cell):
             pictures[f"{task}-differences"] = lambda runs=published, task=task: differences(runs, TITLES[task]["test"])
-    if imbalanced:
-        pictures["rare-recall"] = lambda: dots([run for run in imbalanced if run["factor"] == 1], RARE)
-    if len({run["factor"] for run in imbalanced}) > 1:
-        pictures["over-weights"] = lambda: over_weights(with_weights(imbalanced), RARE)
-    for pretraining in dict.fromkeys(run["pretraining"] for run in llama):
-        own = [run for run in llama if run["pretraining"] == pretraining and run["factor"] == 1]
-        if any(value_of(run["scores"], "KL") is not None for run in own):
-            pictures[f"llama-{pretraining}-frontier"] = lambda runs=own: forgetting(runs)
+        if rare := [run for run in published if run["finetuning"] == "imbalanced"]:
+            pictures["rare-recall"] = lambda runs=rare: dots(runs, RARE)
+        if any(run["factor"] != 1 for run in part):
+            name = "over-weights" if task == "bert" else f"{task}-over-weights"
+            pictures[name] = lambda runs=part: over_weights(runs)
+        for pretraining in dict.fromkeys(run["pretraining"] for run in published):
+            own = [run for run in published if run["pretraining"] == pretraining
+                   and value_of(run["scores"], "KL") is not None]  # fmt: skip
+            if own:
+                pictures[f"{task}-{pretraining}-frontier"] = lambda runs=own: forgetting(runs)
     for name, draw in pictures.items():
         save_picture(out / f"{name}.png", draw)
+        with_palette(out / f"{name}.png")
     return [f"saved to {out / name}.png" for name in pictures]
+
+
+def with_palette(path: Path) -> None:
+    """Store a PNG with few colours, those of the pictures, their tints and greys: a third of the size.
+
+    The palette is fixed, because one that is fitted to a picture merges colours of few pixels, such as two arms' lines.
+    """
+    from matplotlib.colors import to_rgb
+    from PIL import Image  # matplotlib needs it, too
+
+    own = np.array([to_rgb(colour) for colour in COLOURS])
+    tints = np.concatenate([1 - share * (1 - own) for share in (1, 0.75, 0.5, 0.3, 0.1)])
+    greys = np.linspace(0, 1, 16)[:, None].repeat(3, axis=1)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette((255 * np.concatenate([tints, greys])).round().astype(int).ravel().tolist())
+    with Image.open(path) as image:
+        small = image.convert("RGB").reduce(image.width // (WIDTH * DPI))  # the frontier is drawn larger
+        few = small.quantize(palette=palette, dither=Image.Dither.NONE)
+    with replacing(path) as temporary:
+        few.save(temporary, format="png", optimize=True)
+
+
+def cells_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
+    """Return the runs of each pre-training and fine-tuning."""
+    cells = {}
+    for run in runs:
+        cells.setdefault((run["pretraining"], run["finetuning"]), []).append(run)
+    return cells
+
+
+def add_title(axes: "Axes", cell: tuple[str, str], runs: list[dict]) -> None:
+    """Say above a panel what was done, and how many seeds the arms have."""
+    counts = [len({run["seed"] for run in runs if run["arm"] == arm}) for arm in {run["arm"] for run in runs}]
+    seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
+    axes.set_title(f"pre-trained: {cell[0]}\nfine-tuned: {cell[1]}\n{seeds} seeds", fontsize=8)
 
 
 def differences(runs: list[dict], title: str) -> "Figure":
     """Draw each arm's difference to PiSSA with its 95 % interval, a panel for each pre-training and fine-tuning."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    cells = list(dict.fromkeys((run["finetuning"], run["pretraining"]) for run in runs))
+    cells = cells_of(runs)
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in runs) if arm != BASELINE]
     columns = min(4, len(cells))
     rows = -(-len(cells) // columns)
-    figure = Figure(figsize=(WIDTH, 0.6 + rows * (0.8 + 0.19 * len(arms))), **SMALLER)
+    figure = Figure(figsize=(WIDTH, 0.6 + rows * (0.9 + 0.19 * len(arms))), **SMALLER)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (finetuning, pretraining) in zip(panels.flat, cells, strict=False):
-        here = [run for run in runs if (run["finetuning"], run["pretraining"]) == (finetuning, pretraining)]
-        base = scores_of(here, BASELINE, "test")
+    for axes, (cell, here) in zip(panels.flat, cells.items(), strict=False):
         for place, arm in enumerate(reversed(arms)):
-            own = scores_of(here, arm, "test")
-            pairs = [own[seed] - base[seed] for seed in own if seed in base]
-            if pairs:
+            if pairs := differences_of(here, arm, "test"):
                 mean, half = mean_interval(pairs)
-                colour = COLOURS[0] if mean - half > 0 else COLOURS[1] if mean + half < 0 else "#999999"
+                colour = "#999999" if not excludes_zero(pairs) else COLOURS[0] if mean > 0 else COLOURS[1]
                 axes.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="o", color=colour, markersize=4,
                               capsize=2)  # fmt: skip
         axes.axvline(0, color="black", linewidth=0.8)
-        axes.set_title(f"pre-trained: {pretraining}\nfine-tuned: {finetuning}", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.tick_params(labelbottom=True)  # also above an empty place
         axes.set_yticks(range(len(arms)), reversed(arms))
+        add_title(axes, cell, here)
     for axes in list(panels.flat)[len(cells) :]:
         axes.set_axis_off()
-    seeds = len({run["seed"] for run in runs})
-    figure.supxlabel(f"difference to PiSSA in {title}\nmean and 95 % interval of up to {seeds} seeds, paired; right of "
-                     "the line: better; coloured: the interval does not contain 0", **SMALL)  # fmt: skip
+    figure.supxlabel(f"difference to PiSSA in {title}\nmean and 95 % interval, paired by seed; right of the line: "
+                     "better; blue or orange: the interval does not contain 0", **SMALL)  # fmt: skip
     return figure
 
 
@@ -79,38 +128,53 @@ def dots(runs: list[dict], score: str) -> "Figure":
     """Draw the score of every run, a line for each arm, with the mean and its 95 % interval."""
     from matplotlib.figure import Figure
 
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(WIDTH, 0.8 + 0.26 * len(arms)), **SMALLER)
-    axes = figure.subplots()
-    for place, arm in enumerate(reversed(arms)):
-        values = list(scores_of(runs, arm, score).values())
-        mean, half = mean_interval(values)
-        axes.plot(values, [place] * len(values), "o", color=COLOURS[5], markersize=4, alpha=0.7)
-        axes.errorbar(
-            mean, place, xerr=0 if math.isnan(half) else half, fmt="D", color=COLOURS[0], markersize=5, capsize=3
-        )
-    axes.set_yticks(range(len(arms)), reversed(arms))
-    axes.set_xlabel(f"{score}, 0 to 1")
-    figure.supxlabel("a dot a run; diamond: their mean with its 95 % interval", **SMALL)
+    cells, arms = cells_of(runs), list(dict.fromkeys(run["arm"] for run in runs))
+    figure = Figure(figsize=(WIDTH, 1.1 + 0.26 * len(arms)), **SMALLER)
+    panels = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)
+    for axes, (cell, here) in zip(panels.flat, cells.items(), strict=True):
+        for place, arm in enumerate(reversed(arms)):
+            if values := list(scores_of(here, arm, score).values()):
+                mean, half = mean_interval(values)
+                axes.plot(values, [place] * len(values), "o", color=COLOURS[5], markersize=4)
+                axes.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="D", color=COLOURS[0],
+                              markersize=5, capsize=3)  # fmt: skip
+        axes.set_yticks(range(len(arms)), reversed(arms))
+        add_title(axes, cell, here)
+    figure.supxlabel(f"{score}, 0 to 1, higher is better\na dot: a run; diamond: their mean with its 95 % interval",
+                     **SMALL)  # fmt: skip
     return figure
 
 
-def over_weights(runs: list[dict], score: str) -> "Figure":
-    """Draw the score of each arm over the factor of its published weights."""
+def over_weights(runs: list[dict]) -> "Figure":
+    """Draw the score of each arm over the factor of its published weights, a panel for each cell that has several.
+
+    runs: of one task.
+    """
     from matplotlib.figure import Figure
 
-    factors = sorted({run["factor"] for run in runs})
-    arms = list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(WIDTH, 4), **SMALLER)
-    axes = figure.subplots()
-    for index, arm in enumerate(arms):
-        values = [list(scores_of([run for run in runs if run["factor"] == factor], arm, score).values())
-                  for factor in factors]  # fmt: skip
-        means, halves = zip(*(mean_interval(part) if part else (math.nan, math.nan) for part in values), strict=True)
-        places = np.arange(len(factors)) + 0.03 * (index - (len(arms) - 1) / 2)
-        axes.errorbar(places, means, np.nan_to_num(halves), **LINES[index], marker="o", markersize=4, capsize=3)
-    axes.set_xticks(range(len(factors)), [f"published x {factor}" for factor in factors])
-    axes.set(ylabel=score)
+    parts = {}
+    for finetuning in dict.fromkeys(run["finetuning"] for run in runs):
+        several = with_weights([run for run in runs if run["finetuning"] == finetuning])
+        parts |= {(pretraining, finetuning): part for pretraining, part in several.items()}
+    arms = list(dict.fromkeys(run["arm"] for part in parts.values() for run in part))
+    columns = min(2, len(parts))
+    rows = -(-len(parts) // columns)
+    figure = Figure(figsize=(WIDTH, 1.2 + 3 * rows), **SMALLER)
+    panels = figure.subplots(rows, columns, squeeze=False)
+    for axes, (cell, part) in zip(panels.flat, parts.items(), strict=False):
+        factors, score = sorted({run["factor"] for run in part}), main_score(cell[1])
+        for index, arm in enumerate(arms):
+            values = [list(scores_of([run for run in part if run["factor"] == factor], arm, score).values())
+                      for factor in factors]  # fmt: skip
+            means, halves = zip(*(mean_interval(one) if one else (math.nan, math.nan) for one in values), strict=True)
+            places = np.arange(len(factors)) + 0.03 * (index - (len(arms) - 1) / 2)
+            axes.errorbar(places, means, np.nan_to_num(halves), **LINES[index], marker="o", markersize=4, capsize=3)
+        axes.set_xticks(range(len(factors)), [f"published x {factor}" for factor in factors])
+        title = score if score == RARE else TITLES[part[0]["task"]][score]
+        axes.set_ylabel(f"{title}\n(higher is better)", fontsize=8)
+        add_title(axes, cell, part)
+    for axes in list(panels.flat)[len(parts) :]:
+        axes.set_axis_off()
     figure.supxlabel(f"weights of the terms; mean and 95 % interval over seeds; {BASELINE} has no terms", **SMALL)
     add_legend(figure, arms, LINES)
     return figure
@@ -122,7 +186,9 @@ def forgetting(runs: list[dict]) -> "Figure":
     points = {}
     for run in runs:
         family = next(name for name in reversed(FAMILIES) if run["arm"].startswith(name))
-        if (kl := value_of(run["scores"], "KL")) is not None:
-            points.setdefault(family, []).append((kl, run["scores"]["test"]))
-    title = "KL(pre-trained ‖ tuned) on its corpus without errors"
-    return frontier({name: np.array(pairs) for name, pairs in points.items()}, title, "exact match, percent", False)
+        points.setdefault(family, []).append((value_of(run["scores"], "KL"), run["scores"]["test"]))
+    title = (
+        f"KL(pre-trained ‖ tuned) on its corpus without errors, nats a token (pre-trained: {runs[0]['pretraining']})"
+    )
+    score = "exact match, percent (higher is better)"
+    return frontier({name: np.array(pairs) for name, pairs in points.items()}, title, score, False)

@@ -7,6 +7,7 @@ from minibalora.sweep.intervals import mean_interval
 
 BASELINE = "pissa"
 RARE = "recall of the rare classes"
+CELL = ("task", "pretraining", "finetuning", "factor")
 TITLES = {  # score -> what it says; the first of a task is its main score
     "bert": {
         "test": "accuracy on reviews like the training data",
@@ -31,27 +32,25 @@ def write_tables(out: Path, runs: list[dict]) -> str:
 
     runs: as `results.read_runs` returns them; may be incomplete.
     """
-    parts, counts = [], [0, 0]
+    parts, excluded = [], {}
     for task, titles in TITLES.items():
         of_task = [run for run in runs if run["task"] == task]
         for finetuning in dict.fromkeys(run["finetuning"] for run in of_task):
-            published = [run for run in of_task if run["finetuning"] == finetuning and run["factor"] == 1]
+            here = [run for run in of_task if run["finetuning"] == finetuning]
+            published = [run for run in here if run["factor"] == 1]
             for score, title in titles.items():
-                if score == RARE and finetuning != "imbalanced":
-                    continue
-                heading = f"{task}, fine-tuned on {finetuning} data: {title}"
-                parts.append(f"### {heading}\n\n{table(published, 'pretraining', score, counts)}")
-            others = [run for run in of_task if run["finetuning"] == finetuning]
-            if len({run["factor"] for run in others}) > 1:
-                main = RARE if finetuning == "imbalanced" else next(iter(titles))
-                for pretraining in dict.fromkeys(run["pretraining"] for run in others):
-                    part = with_weights([run for run in others if run["pretraining"] == pretraining])
-                    heading = f"{task}, {pretraining}, fine-tuned on {finetuning} data, weights times: {titles[main]}"
-                    parts.append(f"### {heading}\n\n{table(part, 'factor', main, [0, 0])}")
-    excluding, intervals = counts
+                is_measured = any(value_of(run["scores"], score) is not None for run in published)
+                if is_measured and (score != RARE or finetuning == "imbalanced"):
+                    heading = f"{task}, fine-tuned on {finetuning} data: {title}"
+                    parts.append(f"### {heading}\n\n{table(published, 'pretraining', score, excluded)}")
+            main = main_score(finetuning)
+            for pretraining, part in with_weights(here).items():
+                heading = f"{task}, {pretraining}, fine-tuned on {finetuning} data, weights times: {titles[main]}"
+                parts.append(f"### {heading}\n\n{table(part, 'factor', main, excluded)}")
     parts.append(
-        f"`*`: the 95 % interval of the difference to {BASELINE} does not contain 0. This is so for {excluding} "
-        f"of {intervals} differences; by chance alone, it would be so for about {0.05 * intervals:.0f}."
+        f"`*`: the 95 % interval of the difference to {BASELINE} does not contain 0. This is so for "
+        f"{sum(excluded.values())} of {len(excluded)} differences; by chance alone, it would be so for about "
+        f"{0.05 * len(excluded):.0f}. They are not independent: scores share runs, and arms share those of {BASELINE}."
     )
     text = "\n\n".join(parts) + "\n"
     with replacing(out / "tables.md") as temporary:
@@ -59,34 +58,47 @@ def write_tables(out: Path, runs: list[dict]) -> str:
     return text
 
 
-def table(runs: list[dict], column: str, score: str, counts: list[int]) -> str:
+def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]) -> str:
     """Return a Markdown table with a row for each arm and a column for each value of `column`.
 
-    counts: how many intervals of differences do not contain 0, and how many there are; this table's are added.
+    excluded: whether the interval of each difference excludes 0; this table's are added. A difference in two tables has
+    one entry.
     """
     columns = list(dict.fromkeys(run[column] for run in runs))
     lines = ["| | " + " | ".join(f"{value}: mean | minus {BASELINE} | runs" for value in columns) + " |"]
     lines.append("|---" * (1 + 3 * len(columns)) + "|")
+    digits = 1 if "percent" in TITLES[runs[0]["task"]][score] else 3
     for arm in dict.fromkeys(run["arm"] for run in runs):
         cells = []
         for value in columns:
             here = [run for run in runs if run[column] == value]
-            own, base = (scores_of(here, name, score) for name in (arm, BASELINE))
-            pairs = [own[seed] - base[seed] for seed in own if seed in base] if arm != BASELINE else []
-            counts[0] += excludes_zero(pairs)
-            counts[1] += len(pairs) > 1
+            own, pairs = scores_of(here, arm, score), differences_of(here, arm, score)
+            if len(pairs) > 1:
+                cell = next(run for run in here if run["arm"] == arm)
+                excluded[(*(cell[name] for name in CELL), arm, score)] = excludes_zero(pairs)
             mark = "*" if excludes_zero(pairs) else ""
-            cells += [in_words(list(own.values())), in_words(pairs, "+") + mark, str(len(own))]
+            cells += [in_words(list(own.values()), digits), in_words(pairs, digits, "+") + mark, str(len(own))]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def with_weights(runs: list[dict]) -> list[dict]:
-    """Return the runs of arms with several factors, and the baseline's at each factor, which does not change it."""
-    factors = sorted({run["factor"] for run in runs})
-    several = {run["arm"] for run in runs if run["factor"] != 1}
-    repeated = [run | {"factor": factor} for run in runs if run["arm"] == BASELINE for factor in factors]
-    return repeated + [run for run in runs if run["arm"] in several]
+def main_score(finetuning: str) -> str:
+    return RARE if finetuning == "imbalanced" else "test"
+
+
+def with_weights(runs: list[dict]) -> dict[str, list[dict]]:
+    """Return, for each pre-training on which several factors were tried, the runs of arms with several factors, and the
+    baseline's at each factor, which does not change it. The runs have the same task and fine-tuning data."""
+    parts = {}
+    for pretraining in dict.fromkeys(run["pretraining"] for run in runs if run["factor"] != 1):
+        here = [run for run in runs if run["pretraining"] == pretraining]
+        factors = sorted({run["factor"] for run in here})
+        several = {run["arm"] for run in here if run["factor"] != 1}
+        repeated = [run | {"factor": factor} for factor in factors for run in here if run["arm"] == BASELINE]
+        parts[pretraining] = repeated + sorted(
+            (run for run in here if run["arm"] in several), key=lambda run: run["factor"]
+        )
+    return parts
 
 
 def scores_of(runs: list[dict], arm: str, score: str) -> dict[int, float]:
@@ -95,10 +107,17 @@ def scores_of(runs: list[dict], arm: str, score: str) -> dict[int, float]:
     return {seed: value for seed, value in values.items() if value is not None}
 
 
+def differences_of(runs: list[dict], arm: str, score: str) -> list[float]:
+    """Return the differences of an arm to the baseline, paired by seed; [] for the baseline itself."""
+    own, base = scores_of(runs, arm, score), scores_of(runs, BASELINE, score)
+    return [own[seed] - base[seed] for seed in own if seed in base] if arm != BASELINE else []
+
+
 def value_of(scores: dict[str, float | None], score: str) -> float | None:
-    if score == RARE:
-        return (scores["recall of neutral"] + scores["recall of positive"]) / 2
-    return scores.get(score)
+    if score != RARE:
+        return scores.get(score)
+    recalls = [scores.get(f"recall of {label}") for label in ("neutral", "positive")]
+    return None if None in recalls else sum(recalls) / 2
 
 
 def excludes_zero(values: list[float]) -> bool:
@@ -108,11 +127,10 @@ def excludes_zero(values: list[float]) -> bool:
     return abs(mean) > half
 
 
-def in_words(values: list[float], sign: str = "") -> str:
+def in_words(values: list[float], digits: int, sign: str = "") -> str:
     """Return the mean and its 95 % interval, such as 0.912 (0.880 to 0.944)."""
     if not values:
         return "-"
     mean, half = mean_interval(values)
-    digits = 1 if max(map(abs, values)) >= 10 else 3
     bounds = "" if len(values) == 1 else f" ({mean - half:{sign}.{digits}f} to {mean + half:{sign}.{digits}f})"
     return f"{mean:{sign}.{digits}f}{bounds}"

@@ -4,8 +4,9 @@ import random
 
 import pytest
 
+from minibalora.evaluation.plot_style import COLOURS
 from minibalora.lab.grid import ARMS, FULL, sweeps_of
-from minibalora.lab.pictures import save_pictures
+from minibalora.lab.pictures import save_pictures, with_palette
 from minibalora.lab.report import in_words, table, write_tables
 
 
@@ -30,22 +31,27 @@ def made_up_runs() -> list[dict]:
     return runs
 
 
+CELL = {"task": "bert", "pretraining": "clean", "finetuning": "clean", "factor": 1}
+
+
 def test_the_table_has_means_paired_differences_and_counts():
     def run(arm: str, seed: int, test: float) -> dict:
-        return {"arm": arm, "seed": seed, "pretraining": "clean", "scores": {"test": test}}
+        return CELL | {"arm": arm, "seed": seed, "scores": {"test": test}}
 
     runs = [run("pissa", 1, 0.5), run("pissa", 2, 0.7), run("lora", 1, 0.6), run("lora", 2, 0.8), run("lora", 3, 0.0)]
-    counts = [0, 0]
-    lines = table(runs, "pretraining", "test", counts).splitlines()
+    excluded = {}
+    lines = table(runs, "pretraining", "test", excluded).splitlines()
     assert lines[0] == "| | clean: mean | minus pissa | runs |" and lines[1] == "|---|---|---|---|"
     # t of 1 degree of freedom is 12.7, so the interval is 0.6 ± 12.7 · 0.1; the differences are 0.1 and 0.1
     assert lines[2] == "| pissa | 0.600 (-0.671 to 1.871) | - | 2 |"
     assert lines[3].startswith("| lora | 0.467 (") and lines[3].endswith(" | +0.100 (+0.100 to +0.100)* | 3 |")
-    assert counts == [1, 1]
+    table(runs, "factor", "test", excluded)  # the same difference in another table counts once
+    assert list(excluded.values()) == [True]
 
 
-def test_numbers_from_10_on_have_one_digit():
-    assert in_words([50.0, 50.0]) == "50.0 (50.0 to 50.0)" and in_words([]) == "-" and in_words([0.25], "+") == "+0.250"
+def test_intervals_with_one_or_no_run():
+    assert in_words([50.0, 50.0], 1) == "50.0 (50.0 to 50.0)"
+    assert in_words([], 1) == "-" and in_words([0.25], 3, "+") == "+0.250"
 
 
 def test_tables_tell_the_arm_that_differs_from_chance(tmp_path):
@@ -56,7 +62,14 @@ def test_tables_tell_the_arm_that_differs_from_chance(tmp_path):
     (section,) = (part for part in text.split("### ") if part.startswith("bert, fine-tuned on imbalanced data: recall"))
     (dora,) = (line for line in section.splitlines() if line.startswith("| dora"))
     assert "+0.100 (+0.100 to +0.100)* | 8 |" in dora
-    assert "by chance alone" in text
+    # Every star is counted: those of larger weights too, those of the published weights once although they stand twice.
+    starred = sum(line.count("*") for section in text.split("### ")[1:] for line in section.splitlines()
+                  if line.startswith("|") and " weights times" not in section.splitlines()[0])  # fmt: skip
+    larger = sum("*" in cell for section in text.split("### ")[1:] if " weights times" in section.splitlines()[0]
+                 for line in section.splitlines() if line.startswith("|") for cell in line.split("|")[5:])  # fmt: skip
+    # bert: two scores in six cells, three in the seventh; llama: eight scores in six cells, but full has no KL
+    intervals = 10 * (3 + 12) + 2 * 3 * (8 * 10 - 1) + 7 * 2 * (4 + 3)
+    assert f"{starred + larger} of {intervals} differences" in text
 
 
 def test_tables_of_a_part_of_the_runs(tmp_path):
@@ -73,11 +86,35 @@ def test_pictures_are_small_and_follow_from_what_is_there(tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     frontiers = {f"llama-{pretraining}-frontier.png" for pretraining in ("clean", "noisy", "imbalanced")}
     others = {"bert-differences.png", "llama-differences.png", "rare-recall.png", "over-weights.png"}
-    assert names == frontiers | others and len(said) == 7
-    assert sum((tmp_path / name).stat().st_size for name in others) < 300_000
+    assert names == frontiers | others | {"llama-over-weights.png"} and len(said) == len(names)
+    assert sum((tmp_path / name).stat().st_size for name in others) < 110_000
     few = [run for run in runs if run["task"] == "bert" and run["factor"] == 1 and run["finetuning"] != "imbalanced"]
     (tmp_path / "few").mkdir()
-    assert save_pictures(tmp_path / "few", few[:1]) == [f"saved to {tmp_path / 'few' / 'bert-differences.png'}"]
+    assert save_pictures(tmp_path / "few", few[:1]) == []  # a single run of full: nothing to compare with
+    pair = [run for run in few if run["arm"] in ("pissa", "lora")]
+    assert save_pictures(tmp_path / "few", pair) == [f"saved to {tmp_path / 'few' / 'bert-differences.png'}"]
+
+
+def test_runs_that_lack_scores_are_left_out(tmp_path):
+    pytest.importorskip("matplotlib")
+    runs = [run for run in made_up_runs() if run["task"] == "bert" and run["finetuning"] == "imbalanced"]
+    lacking = [run | {"scores": {"test": 0.5}} if run["arm"] == "lora" else run for run in runs]
+    rare = next(part for part in write_tables(tmp_path, lacking).split("### ") if "data: recall" in part)
+    assert "| lora | - | - | 0 |" in rare
+    assert f"saved to {tmp_path / 'rare-recall.png'}" in save_pictures(tmp_path, lacking)
+
+
+def test_small_pictures_keep_the_colours_of_the_arms_apart(tmp_path):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("matplotlib")
+    picture = image.new("RGB", (900, 100), "white")
+    for place, colour in enumerate(COLOURS):
+        picture.putpixel((place, 0), tuple(bytes.fromhex(colour[1:])))
+    picture.save(tmp_path / "a.png")
+    with_palette(tmp_path / "a.png")
+    with image.open(tmp_path / "a.png") as small:
+        row = [small.convert("RGB").getpixel((place, 0)) for place in range(len(COLOURS))]
+    assert small.mode == "P" and [f"#{bytes(colour).hex().upper()}" for colour in row] == list(COLOURS)
 
 
 def test_every_arm_of_the_issue_is_there():
