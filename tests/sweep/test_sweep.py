@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -269,7 +270,8 @@ def test_a_stopped_sweep_continues_and_a_failed_run_is_reported(tmp_path, in_com
     words += ["--method", "lora", "--batch-size", "8", "--device", "cpu"]
     command = [sys.executable, "-m", "minibalora", "sweep", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    sweep = subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a suite in the background ignores it
+    sweep = subprocess.Popen(command, cwd=ROOT, start_new_session=True, preexec_fn=heed, **pipes)
     good, bad = tmp_path / "method=lora,lr=0.001", tmp_path / "method=lora,lr=1e+30"
     while not (good / "log.jsonl").exists() or not (good / "log.jsonl").read_text():
         assert sweep.poll() is None, sweep.stderr.read()
