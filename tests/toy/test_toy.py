@@ -239,11 +239,11 @@ def test_a_stopped_pretraining_is_continued_by_the_same_command(program, tmp_pat
 
     whole, calls, loss_of = run("whole"), [], program.pretraining_loss
 
-    def stopping(*args):
+    def stopping(*args, **flags):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return loss_of(*args)
+        return loss_of(*args, **flags)
 
     monkeypatch.setattr(program, "pretraining_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
