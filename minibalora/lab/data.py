@@ -9,7 +9,7 @@ from minibalora.lab.grid import TASKS
 from minibalora.toy import problems, reviews
 
 ROWS, DEV, TEST = 1600, 300, 400
-PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 960, 100, 80, 24, 100
+PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 320, 40, 40, 12, 40
 OTHERS = {"other sentences": False, "larger numbers": True}  # kinds of test problems, also these in other sentences
 # Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
 TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5

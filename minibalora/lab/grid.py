@@ -23,6 +23,7 @@ class Task:
     pretraining: tuple[str, ...]  # flags of the program
     corpora: dict[str, tuple[float, float]]  # pre-training -> share of the most frequent kind, share of wrong answers
     recipes: dict[str, Objective]
+    rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
     seconds: float  # of a run on one core
 
 
@@ -32,7 +33,6 @@ class Arm:
 
     name: str
     method: str
-    rates: tuple[float, ...]
     recipe: str | None = None
     weights: tuple[str, ...] = WEIGHTS  # of the recipe; the others are 0
     non_target_kl: float = 0.0
@@ -69,31 +69,43 @@ class Sweep:
         return out / "runs" / self.task.name / f"{self.pretraining}, {self.finetuning}" / arm
 
     @property
+    def rates(self) -> tuple[float, ...]:
+        return self.task.rates[self.arm.method]
+
+    @property
     def runs(self) -> int:
-        return len(self.arm.rates) * len(TUNE_SEEDS) + len(self.seeds)
+        return len(self.rates) * len(TUNE_SEEDS) + len(self.seeds)
 
 
 THIRD = 1 / 3
+
+
+def rates_of(full: tuple[float, ...], lora: tuple[float, ...], pissa: tuple[float, ...]) -> dict[str, tuple]:
+    """Return the rates of the methods by their start: PiSSA's factors are large, so its rates are lower than LoRA's."""
+    return {"full": full, "lora": lora, "dora": lora, "pissa": pissa, "ba-lora": pissa}
+
+
 TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
-                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES, 6),
+                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES,
+                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
-                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES, 20),
+                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
+                  rates_of((3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (5e-4, 1.5e-3, 5e-3)), 15),
 }  # fmt: skip
-LOW, HIGH = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3, 4e-3)  # PiSSA's factors are large, so its rates are lower
 ARMS = (
-    Arm("full", "full", (2.5e-4, 5e-4, 1e-3)),
-    Arm("lora", "lora", HIGH),
-    Arm("pissa", "pissa", LOW),
-    Arm("dora", "dora", HIGH),
-    Arm("ba-lora 2024", "ba-lora", LOW, "2024"),
-    Arm("ba-lora iclr2026", "ba-lora", LOW, "iclr2026"),
-    Arm("pissa + consistency", "ba-lora", LOW, "iclr2026", ("lambda1",)),
-    Arm("pissa + diversity", "ba-lora", LOW, "iclr2026", ("lambda2",)),
-    Arm("pissa + spectral", "ba-lora", LOW, "iclr2026", ("lambda3",)),
-    Arm("lora + iclr2026", "lora", HIGH, "iclr2026"),
-    Arm("lora + non-target KL", "lora", HIGH, non_target_kl=NON_TARGET_KL),
+    Arm("full", "full"),
+    Arm("lora", "lora"),
+    Arm("pissa", "pissa"),
+    Arm("dora", "dora"),
+    Arm("ba-lora 2024", "ba-lora", "2024"),
+    Arm("ba-lora iclr2026", "ba-lora", "iclr2026"),
+    Arm("pissa + consistency", "ba-lora", "iclr2026", ("lambda1",)),
+    Arm("pissa + diversity", "ba-lora", "iclr2026", ("lambda2",)),
+    Arm("pissa + spectral", "ba-lora", "iclr2026", ("lambda3",)),
+    Arm("lora + iclr2026", "lora", "iclr2026"),
+    Arm("lora + non-target KL", "lora", non_target_kl=NON_TARGET_KL),
 )
 TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
 PRETRAININGS, DATA = ("clean", "noisy", "imbalanced"), ("clean", "wrong")
@@ -138,7 +150,7 @@ def words_of(sweep: Sweep, out: Path) -> list[str]:
     """Return the words after `python -m minibalora` of a sweep."""
     arm, data = sweep.arm, out / "data" / sweep.task.name
     words = ["sweep", sweep.task.script, "--out", sweep.folder(out), "--tune-seeds", *TUNE_SEEDS]
-    words += ["--model", model_of(sweep.task, sweep.pretraining, out), "--method", arm.method, "--lr", *arm.rates]
+    words += ["--model", model_of(sweep.task, sweep.pretraining, out), "--method", arm.method, "--lr", *sweep.rates]
     words += ["--seed", *sweep.seeds, *weights_of(sweep), "--batch-size", 16, "--micro-batch-size", 16]
     if sweep.task.name == "bert":
         words += ["--data", data / ("imbalanced.jsonl" if sweep.finetuning == "imbalanced" else "train.jsonl")]

@@ -42,6 +42,7 @@ def main(script: str) -> None:
 def preload(script: str) -> None:
     try:
         runpy.run_path(script, run_name="preload")  # only its imports
+        import torch._dynamo  # noqa: F401  # the count of a run's memory needs it; it takes as long as torch itself
     except Exception:
         pass  # the run will meet the same error and report it
 

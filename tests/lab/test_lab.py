@@ -36,7 +36,7 @@ def test_every_sweep_is_accepted_by_its_script_and_has_a_folder_of_its_own(folde
             place = training.index("--tune")
             del training[place : place + 2]
         runs = plan_runs(script, training, sweep.folder(folder), list(grid.TUNE_SEEDS))
-        assert len(runs) == len(sweep.arm.rates) * (len(grid.TUNE_SEEDS) + len(sweep.seeds))
+        assert len(runs) == len(sweep.rates) * (len(grid.TUNE_SEEDS) + len(sweep.seeds))
         assert {run.settings["method"] for run in runs} == {sweep.arm.method}
 
 
@@ -98,7 +98,9 @@ def test_the_typical_error_is_the_sum_of_all_numbers(tmp_path):
 def test_the_command_tunes_runs_and_reports_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(data, "ROWS", 64)
     monkeypatch.setattr(data, "TEST", 60)
-    monkeypatch.setattr(grid, "ARMS", [replace(arm, rates=arm.rates[:2]) for arm in ARMS])
+    bert = grid.TASKS["bert"]
+    two_rates = {method: rates[:2] for method, rates in bert.rates.items()}
+    monkeypatch.setitem(grid.TASKS, "bert", replace(bert, rates=two_rates))
     monkeypatch.setattr(command, "QUICK", replace(QUICK, arms=("lora", "pissa"), seeds=(1, 2)))
     words = ["lab", "--quick", "--task", "bert", "--out", str(tmp_path / "lab"), "--jobs", "2"]
     monkeypatch.setattr(sys, "argv", words)
