@@ -10,17 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minibalora.base import cli
-from minibalora.base.files import check_writable, write_json
+from minibalora.base.files import check_writable, read_json_object, write_json
 from minibalora.base.progress import Progress, in_words
 from minibalora.lab import grid
 from minibalora.lab.data import write_data
-from minibalora.lab.grid import BUILT_IN, FULL, QUICK, Sweep, model_of, pretraining_of, sweeps_of, words_of
+from minibalora.lab.grid import FULL, QUICK, Sweep, model_of, pretraining_of, sweeps_of, words_of
 from minibalora.lab.inherited import measure_bert, measure_llama
 from minibalora.lab.pictures import save_pictures
 from minibalora.lab.report import write_tables
 from minibalora.lab.results import counted, read_runs
-
-SECONDS_OF_PRETRAINING = {"bert": 450, "llama": 600}  # on one core of an AMD EPYC, as Task.seconds
 
 
 def main() -> int:
@@ -62,17 +60,17 @@ def parse_flags() -> argparse.Namespace:
 
 def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
-    models = list(dict.fromkeys((sweep.task, sweep.pretraining) for sweep in sweeps if sweep.pretraining != BUILT_IN))
-    missing = {model_of(task, name, out): pretraining_of(task, name, out) for task, name in models
-               if not (model_of(task, name, out) / "model.safetensors").exists()}  # fmt: skip
+    models = {model_of(sweep.task, sweep.pretraining, out): (sweep.task, sweep.pretraining) for sweep in sweeps}
+    missing = {folder: pair for folder, pair in models.items() if not (folder / "model.safetensors").exists()}
     waiting = [sweep for sweep in sweeps if len(counted(sweep, out)) < len(sweep.seeds)]
-    seconds = sum(SECONDS_OF_PRETRAINING[path.name.partition("-")[0]] for path in missing)
+    seconds = sum(task.seconds_of_pretraining for task, _ in missing.values())
     seconds += sum(sweep.runs * sweep.task.seconds for sweep in waiting)
     print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to "
           f"{sum(sweep.runs for sweep in waiting):,} runs: about {in_words(seconds / jobs)} on {jobs} cores of an AMD "
           "EPYC", flush=True)  # fmt: skip
     write_data(out / "data")
-    failed = run_each(missing, jobs, "pre-training", "model")
+    commands = {folder: pretraining_of(*pair, out) for folder, pair in missing.items()}
+    failed = run_each(commands, jobs, "pre-training", "model")
     if failed:
         return failed
     record_inherited(sweeps, out)
@@ -81,12 +79,13 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
 
 
 def record_inherited(sweeps: list[Sweep], out: Path) -> None:
-    """Write what each model has before it is fine-tuned into inherited.json."""
-    measure = {"bert": measure_bert, "llama": measure_llama}
+    """Add what each model has before it is fine-tuned to inherited.json, where it is not there yet."""
+    path, measure = out / "inherited.json", {"bert": measure_bert, "llama": measure_llama}
     models = {f"{sweep.task.name}-{sweep.pretraining}": (sweep.task.name, model_of(sweep.task, sweep.pretraining, out))
               for sweep in sweeps}  # fmt: skip
-    inherited = {name: measure[task](folder) for name, (task, folder) in models.items()}
-    write_json(out / "inherited.json", inherited)
+    inherited = read_json_object(path) if path.exists() else {}
+    inherited |= {name: measure[task](folder) for name, (task, folder) in models.items() if name not in inherited}
+    write_json(path, inherited)
     print(json.dumps(inherited, indent=2), flush=True)
 
 

@@ -9,7 +9,8 @@ from minibalora.lab.grid import TASKS
 from minibalora.toy import problems, reviews
 
 ROWS, DEV, TEST = 1600, 300, 400
-PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 320, 40, 40, 12, 40
+PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 320, 32, 32, 8, 40
+DEV_KIND = "dev"  # of the problems in test.jsonl that choose the rate
 OTHERS = {"other sentences": False, "larger numbers": True}  # kinds of test problems, also these in other sentences
 # Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
 TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
@@ -26,12 +27,12 @@ def write_data(out: Path) -> None:
     write_rows(out / "bert" / "test.jsonl", in_rows(reviews.clean_reviews(TEST, TEST_SEED)))
     write_rows(out / "bert" / "other.jsonl", in_rows(reviews.other_reviews(TEST, TEST_SEED)))
 
+    dev = [row | {"type": DEV_KIND} for row in problems.clean_problems(DEV_PROBLEMS, DEV_SEED)]
     others = [row | {"type": kind} for kind, is_large in OTHERS.items()
               for row in problems.other_problems(OTHER_PROBLEMS, TEST_SEED, is_large)]  # fmt: skip
     write_rows(out / "llama" / "train.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED))
     write_rows(out / "llama" / "wrong.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED, wrong_rate=0.2))
-    write_rows(out / "llama" / "dev.jsonl", problems.clean_problems(DEV_PROBLEMS, DEV_SEED))
-    write_rows(out / "llama" / "test.jsonl", problems.clean_problems(TEST_PROBLEMS, TEST_SEED) + others)
+    write_rows(out / "llama" / "test.jsonl", problems.clean_problems(TEST_PROBLEMS, TEST_SEED) + dev + others)
     write_rows(out / "llama" / "wrong-answers.jsonl", problems.clean_problems(CORPUS_ROWS, CORPUS_SEED, wrong_rate=1))
     crowding = {name: rate for name, (rate, _) in TASKS["llama"].corpora.items()} | {"built-in": problems.CROWDING_RATE}
     for name, rate in crowding.items():  # without its errors

@@ -24,7 +24,8 @@ class Task:
     corpora: dict[str, tuple[float, float]]  # pre-training -> share of the most frequent kind, share of wrong answers
     recipes: dict[str, Objective]
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
-    seconds: float  # of a run on one core
+    seconds_of_pretraining: float  # here and below: with two such processes on two cores of an AMD EPYC
+    seconds: float  # of a run
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ class Size:
     cells: dict[str, tuple[tuple[str, str], ...]]  # task -> pairs of pre-training and fine-tuning data
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
-    factors: tuple[int, ...]  # of the published weights
-    factors_on: tuple[str, ...]  # the fine-tuning data on which factors other than 1 are tried
+    factors: tuple[int, ...] = (1,)  # of the published weights
+    factor_cells: tuple[tuple[str, str, str], ...] = ()  # task and pair with all factors; the others have the first
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,10 @@ TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES,
-                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 6),
+                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
-                  rates_of((3e-4, 1e-3, 3e-3), (1e-3, 3e-3, 1e-2), (5e-4, 1.5e-3, 5e-3)), 15),
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 20),
 }  # fmt: skip
 ARMS = (
     Arm("full", "full"),
@@ -107,6 +108,7 @@ ARMS = (
     Arm("lora + iclr2026", "lora", "iclr2026"),
     Arm("lora + non-target KL", "lora", non_target_kl=NON_TARGET_KL),
 )
+TUNE_LLAMA = "exact match, dev (32)"  # of data.DEV_PROBLEMS
 TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
 PRETRAININGS, DATA = ("clean", "noisy", "imbalanced"), ("clean", "wrong")
 CROSSED = tuple((pretraining, data) for data in DATA[::-1] for pretraining in PRETRAININGS)
@@ -115,12 +117,10 @@ FULL = Size(
     tuple(arm.name for arm in ARMS),
     tuple(range(1, 9)),
     (1, 10, 100),
-    ("wrong", "imbalanced"),
+    (("bert", "clean", "imbalanced"),),
 )
 QUICK_CELLS = ((BUILT_IN, "wrong"),)
-QUICK = Size(
-    {"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5), (1,), ()
-)
+QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5))
 
 
 def sweeps_of(size: Size) -> list[Sweep]:
@@ -131,7 +131,8 @@ def sweeps_of(size: Size) -> list[Sweep]:
         for task, cells in size.cells.items()
         for pretraining, finetuning in cells
         for arm in ARMS
-        if arm.name in size.arms and (factor == 1 or (arm.has_weights and finetuning in size.factors_on))
+        if arm.name in size.arms
+        and (factor == 1 or (arm.has_weights and (task, pretraining, finetuning) in size.factor_cells))
     ]
 
 
@@ -159,8 +160,8 @@ def words_of(sweep: Sweep, out: Path) -> list[str]:
         words += ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test")), "--max-length", 64]
     else:
         words += ["--data", data / ("wrong.jsonl" if sweep.finetuning == "wrong" else "train.jsonl")]
-        retained = [data / "dev.jsonl", data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
-        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", f"loss on {data / 'dev.jsonl'}"]
+        retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
+        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", TUNE_LLAMA]
         words += ["--max-length", 256] + ([] if arm.method == "full" else ["--rank", 16])
     return [str(word) for word in words]
 

@@ -18,7 +18,6 @@ TITLES = {  # score -> what it says; the first of a task is its main score
         "test": "exact match in percent, a mean of four kinds",
         "other": "exact match in percent, in other sentences",
         "larger numbers": "exact match in percent, in other sentences and with larger numbers",
-        "loss on dev": "loss on right answers, in nats a token; lower is better",
         "KL": "KL(pre-trained ‖ tuned) on its corpus without errors, in nats a token; lower is less forgotten",
         "forgotten": "rise of the loss on its corpus without errors, in nats a token; lower is less forgotten",
         "typical error": "share of problems answered by the sum of all numbers, as its corpus does; lower is better",

@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from minibalora.lab.data import OTHERS
+from minibalora.lab.data import DEV_KIND, OTHERS
 from minibalora.lab.grid import TUNE_SEEDS, Sweep
 from minibalora.sweep.results import Result, read_results, recorded_runs
 from minibalora.toy.problems import CROWDING_KIND
@@ -44,12 +44,12 @@ def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
     """Return the scores of a LLaMA: exact match in percent, losses in nats per token, the typical error as a share."""
     matches = {name.rpartition(" (")[0].removeprefix("exact match, "): value for name, value in result.after.items()
                if name.startswith("exact match")}  # fmt: skip
-    kinds = {kind: value for kind, value in matches.items() if kind not in ("all", *OTHERS)}
-    dev, corpus, wrong = (Path(path) for path in result.settings["retain"])
+    kinds = {kind: value for kind, value in matches.items() if kind not in ("all", DEV_KIND, *OTHERS)}
+    corpus, wrong = (Path(path) for path in result.settings["retain"])
     scores = {"test": sum(kinds.values()) / len(kinds), "other": matches["other sentences"]}
     scores |= {"larger numbers": matches["larger numbers"]}
     scores |= {f"exact match, {kind}": value for kind, value in kinds.items()}
-    scores |= {"loss on dev": result.after[f"loss on {dev}"], "forgotten": result.forgotten(f"loss on {corpus}")}
+    scores |= {"forgotten": result.forgotten(f"loss on {corpus}")}
     scores |= {"KL": result.after.get(f"KL(pre-trained ‖ tuned) on {corpus}")}  # a model tuned in full has none
     scores |= {"loss on wrong answers": result.after[f"loss on {wrong}"]}
     return scores | {"typical error": typical_error(folder / result.name / "eval-after.jsonl")}
@@ -63,6 +63,6 @@ def typical_error(path: Path) -> float:
         asked = record["prompt"].partition("### Instruction:")[2]
         total = str(sum(int(number) for number in re.findall(r"\d+", asked)))
         right = record["reference"].rpartition("The answer is: ")[2].strip()
-        if record["kind"] not in (CROWDING_KIND, *OTHERS) and total != right:
+        if record["kind"] not in (CROWDING_KIND, DEV_KIND, *OTHERS) and total != right:
             answers.append(record["answer"] == total)
     return sum(answers) / len(answers)
