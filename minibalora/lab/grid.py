@@ -93,7 +93,7 @@ TASKS = {
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
-                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 20),
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22),
 }  # fmt: skip
 ARMS = (
     Arm("full", "full"),
@@ -110,10 +110,11 @@ ARMS = (
 )
 TUNE_LLAMA = "exact match, dev (32)"  # of data.DEV_PROBLEMS
 TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
-PRETRAININGS, DATA = ("clean", "noisy", "imbalanced"), ("clean", "wrong")
-CROSSED = tuple((pretraining, data) for data in DATA[::-1] for pretraining in PRETRAININGS)
+ON_WRONG, ON_CLEAN = (
+    tuple((pretraining, data) for pretraining in ("clean", "noisy", "imbalanced")) for data in ("wrong", "clean")
+)
 FULL = Size(
-    {"bert": (("clean", "imbalanced"), *CROSSED), "llama": CROSSED},
+    {"bert": (("clean", "imbalanced"), *ON_WRONG, *ON_CLEAN), "llama": (("noisy", "clean"), *ON_WRONG)},
     tuple(arm.name for arm in ARMS),
     tuple(range(1, 9)),
     (1, 10, 100),

@@ -46,8 +46,7 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
         if rare := [run for run in published if run["finetuning"] == "imbalanced"]:
             pictures["rare-recall"] = lambda runs=rare: dots(runs, RARE)
         if any(run["factor"] != 1 for run in part):
-            name = "over-weights" if task == "bert" else f"{task}-over-weights"
-            pictures[name] = lambda runs=part: over_weights(runs)
+            pictures[f"{task}-over-weights"] = lambda runs=part: over_weights(runs)
         for pretraining in dict.fromkeys(run["pretraining"] for run in published):
             own = [run for run in published if run["pretraining"] == pretraining
                    and value_of(run["scores"], "KL") is not None]  # fmt: skip
