@@ -93,7 +93,7 @@ TASKS = {
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
-                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22),
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 12),
 }  # fmt: skip
 ARMS = (
     Arm("full", "full"),
@@ -114,11 +114,11 @@ ON_WRONG, ON_CLEAN = (
     tuple((pretraining, data) for pretraining in ("clean", "noisy", "imbalanced")) for data in ("wrong", "clean")
 )
 FULL = Size(
-    {"bert": (("clean", "imbalanced"), *ON_WRONG, *ON_CLEAN), "llama": (("noisy", "clean"), *ON_WRONG)},
+    {"bert": (("clean", "imbalanced"), *ON_WRONG, *ON_CLEAN), "llama": (*ON_WRONG, *ON_CLEAN)},
     tuple(arm.name for arm in ARMS),
     tuple(range(1, 9)),
     (1, 10, 100),
-    (("bert", "clean", "imbalanced"),),
+    (("bert", "clean", "imbalanced"), ("llama", "noisy", "wrong")),
 )
 QUICK_CELLS = ((BUILT_IN, "wrong"),)
 QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5))
