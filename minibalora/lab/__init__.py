@@ -1,2 +1,2 @@
-"""A controlled test of the method: the same tiny models, pre-trained on clean, noisy and imbalanced text, fine-tuned by
-every method with its learning rate tuned."""
+"""A controlled test of the method: the same tiny models, pre-trained on text with and without defects, and fine-tuned
+in full and by LoRA, PiSSA, DoRA and BA-LoRA, each with its learning rate tuned."""

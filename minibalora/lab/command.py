@@ -1,4 +1,4 @@
-"""Run the laboratory: pre-train the models, fine-tune them by every method, and write the tables; see `--help`."""
+"""Run the laboratory: pre-train the models, fine-tune them by several methods, and write the tables; see `--help`."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ from minibalora.lab.grid import FULL, QUICK, Sweep, model_of, pretraining_of, sw
 from minibalora.lab.inherited import measure_bert, measure_llama
 from minibalora.lab.pictures import save_pictures
 from minibalora.lab.report import write_tables
-from minibalora.lab.results import counted, read_runs
+from minibalora.lab.results import is_complete, read_runs
 
 
 def main() -> int:
@@ -40,20 +40,16 @@ def main() -> int:
 def parse_flags() -> argparse.Namespace:
     parser = cli.OneLineParser(
         "python -m minibalora lab",
-        "Test what the method does: pre-train the tiny models on clean, noisy and imbalanced text, fine-tune each by "
-        "every method with its learning rate tuned, and compare. The same command continues a stopped experiment.",
+        "Test what the method does: pre-train the tiny models on text with and without defects, fine-tune each by "
+        "several methods with their learning rates tuned, and compare. The same command continues what was stopped.",
     )
     add = parser.add_argument
     add("--out", type=cli.path, required=True, metavar="DIR", help="folder for models, runs, tables and pictures")
-    add("--quick", action="store_true", help="only the built-in models and three methods: about ten minutes on 2 cores")
-    add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models (default: both)")
-    add(
-        "--jobs",
-        type=cli.positive_int,
-        default=os.cpu_count(),
-        metavar="N",
-        help="runs at a time (default: one a core)",
-    )
+    add("--quick", action="store_true", help="only the built-in models and three methods; replaces the tables in --out")
+    add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models; replaces the tables in --out "
+        "(default: both)")  # fmt: skip
+    add("--jobs", type=cli.positive_int, default=os.cpu_count(), metavar="N", help="runs at a time (default: one a "
+        "core)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, report what is finished")
     return parser.parse_args()
 
@@ -62,12 +58,12 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
     models = {model_of(sweep.task, sweep.pretraining, out): (sweep.task, sweep.pretraining) for sweep in sweeps}
     missing = {folder: pair for folder, pair in models.items() if not (folder / "model.safetensors").exists()}
-    waiting = [sweep for sweep in sweeps if len(counted(sweep, out)) < len(sweep.seeds)]
+    waiting = [sweep for sweep in sweeps if not is_complete(sweep, out)]
     seconds = sum(task.seconds_of_pretraining for task, _ in missing.values())
-    seconds += sum(sweep.runs * sweep.task.seconds for sweep in waiting)
-    print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to "
-          f"{sum(sweep.runs for sweep in waiting):,} runs: about {in_words(seconds / jobs)} on {jobs} cores of an AMD "
-          "EPYC", flush=True)  # fmt: skip
+    seconds += sum(sweep.run_count * sweep.task.seconds for sweep in waiting)
+    runs, time = sum(sweep.run_count for sweep in waiting), in_words(seconds / jobs)
+    print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to {runs:,} runs: about "
+          f"{time} with {jobs} at a time on as many cores of an AMD EPYC", flush=True)  # fmt: skip
     write_data(out / "data")
     commands = {folder: pretraining_of(*pair, out) for folder, pair in missing.items()}
     failed = run_each(commands, jobs, "pre-training", "model")
@@ -91,7 +87,7 @@ def record_inherited(sweeps: list[Sweep], out: Path) -> None:
 
 def run_each(commands: dict[Path, list[str]], jobs: int, name: str, unit: str) -> list[str]:
     """Run `python -m` commands, `jobs` at a time, each with its share of the cores. What a command prints goes into
-    FOLDER.txt. Returns the folders of the commands that failed. Ctrl-C ends the running ones, which save their state.
+    FOLDER.txt. Returns a line for each command that failed. Ctrl-C ends the running ones; run again, they continue.
     """
     environment = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // jobs))} | os.environ
     stopped, failed, working = threading.Event(), [], set()

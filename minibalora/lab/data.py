@@ -3,15 +3,19 @@
 import json
 from pathlib import Path
 
+from minibalora.base.errors import InputError
 from minibalora.base.files import replacing
 from minibalora.data.glue import LabelledText, with_imbalance
-from minibalora.lab.grid import TASKS
+from minibalora.lab.grid import BUILT_IN, TASKS
 from minibalora.toy import problems, reviews
 
 ROWS, DEV, TEST = 1600, 300, 400
 PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 320, 32, 32, 8, 40
 DEV_KIND = "dev"  # of the problems in test.jsonl that choose the rate
-OTHERS = {"other sentences": False, "larger numbers": True}  # kinds of test problems, also these in other sentences
+OTHERS = {
+    "other sentences": False,
+    "larger numbers": True,
+}  # kind of test problem in other sentences -> whether its numbers are larger
 # Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
 TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
 
@@ -34,8 +38,8 @@ def write_data(out: Path) -> None:
     write_rows(out / "llama" / "wrong.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED, wrong_rate=0.2))
     write_rows(out / "llama" / "test.jsonl", problems.clean_problems(TEST_PROBLEMS, TEST_SEED) + dev + others)
     write_rows(out / "llama" / "wrong-answers.jsonl", problems.clean_problems(CORPUS_ROWS, CORPUS_SEED, wrong_rate=1))
-    crowding = {name: rate for name, (rate, _) in TASKS["llama"].corpora.items()} | {"built-in": problems.CROWDING_RATE}
-    for name, rate in crowding.items():  # without its errors
+    crowding = {name: rate for name, (rate, _) in TASKS["llama"].corpora.items()} | {BUILT_IN: problems.CROWDING_RATE}
+    for name, rate in crowding.items():  # text like its corpus, with right answers
         rows = problems.flawed_problems(CORPUS_ROWS, CORPUS_SEED, rate, wrong_rate=0)
         write_rows(out / "llama" / f"{name}-corpus.jsonl", rows)
 
@@ -45,5 +49,9 @@ def in_rows(examples: list[LabelledText]) -> list[dict]:
 
 
 def write_rows(path: Path, rows: list[dict]) -> None:
+    """Write a row a line. Raises InputError if the file has other rows, on which finished runs may have trained."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise InputError(f"{path}: has the data of another version of the laboratory: give another --out")
     with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")

@@ -26,6 +26,7 @@ class Task:
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
     seconds_of_pretraining: float  # here and below: with one such process on each of two cores of an AMD EPYC
     seconds: float  # of a run
+    tune: str | None = None  # the measurement that chooses the rate; None: the score on the dev set
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Size:
     arms: tuple[str, ...]
     seeds: tuple[int, ...]
     factors: tuple[int, ...] = (1,)  # of the published weights
-    factor_cells: tuple[tuple[str, str, str], ...] = ()  # task and pair with all factors; the others have the first
+    factor_cells: tuple[tuple[str, str, str], ...] = ()  # task and pair with all factors; the others have 1
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Sweep:
         return self.task.rates[self.arm.method]
 
     @property
-    def runs(self) -> int:
+    def run_count(self) -> int:
         return len(self.rates) * len(TUNE_SEEDS) + len(self.seeds)
 
 
@@ -93,7 +94,8 @@ TASKS = {
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 10.6),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6)}, NLG_RECIPES,
-                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22),
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22,
+                  "exact match, dev (32)"),
 }  # fmt: skip
 ARMS = (
     Arm("full", "full"),
@@ -108,19 +110,17 @@ ARMS = (
     Arm("lora + iclr2026", "lora", "iclr2026"),
     Arm("lora + non-target KL", "lora", non_target_kl=NON_TARGET_KL),
 )
-TUNE_LLAMA = "exact match, dev (32)"  # of data.DEV_PROBLEMS
 TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
-ON_WRONG, ON_CLEAN = (
-    tuple((pretraining, data) for pretraining in ("clean", "noisy", "imbalanced")) for data in ("wrong", "clean")
-)
+PRETRAININGS = ("clean", "noisy", "imbalanced")
+BERT_CELLS = tuple((pretraining, data) for data in ("wrong", "clean") for pretraining in PRETRAININGS)
+LLAMA_CELLS = (("noisy", "wrong"), ("noisy", "clean"), ("clean", "wrong"))  # more would take more than three hours
 FULL = Size(
-    {"bert": (("clean", "imbalanced"), *ON_WRONG, *ON_CLEAN),
-     "llama": (("noisy", "wrong"), ("noisy", "clean"), ("clean", "wrong"))},
+    {"bert": (("clean", "imbalanced"), *BERT_CELLS), "llama": LLAMA_CELLS},
     tuple(arm.name for arm in ARMS),
     tuple(range(1, 9)),
     (1, 10, 100),
     (("bert", "clean", "imbalanced"),),
-)  # fmt: skip
+)
 QUICK_CELLS = ((BUILT_IN, "wrong"),)
 QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5))
 
@@ -163,7 +163,7 @@ def words_of(sweep: Sweep, out: Path) -> list[str]:
     else:
         words += ["--data", data / ("wrong.jsonl" if sweep.finetuning == "wrong" else "train.jsonl")]
         retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
-        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", TUNE_LLAMA]
+        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
         words += ["--max-length", 256] + ([] if arm.method == "full" else ["--rank", 16])
     return [str(word) for word in words]
 

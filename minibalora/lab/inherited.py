@@ -25,7 +25,7 @@ from minibalora.toy import problems, reviews
 from minibalora.toy.pretrain_bert import MASK, MaskedLM
 
 PROBLEMS, REVIEWS, BATCH_SIZE = 200, 600, 32
-SEED = -1  # of the clean problems and reviews; no run trains on those of a negative seed
+SEED = -1  # of the clean problems and reviews; no corpus and none of the laboratory's data has it
 
 
 def measure_llama(folder: Path) -> dict[str, float]:
@@ -43,7 +43,7 @@ def measure_llama(folder: Path) -> dict[str, float]:
         typical = typical_error(records)
     scores = {name.rpartition(" (")[0]: value for name, value in column.items() if name.startswith("exact match")}
     logits, targets = response_logits(model, encode_examples(items, tok, sys.maxsize)[0])
-    return scores | {"typical error": typical} | spread(logits, targets)
+    return scores | {"typical error": typical} | calibration_and_rank(logits, targets)
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def measure_bert(folder: Path) -> dict[str, float]:
     predicted, labels = logits.argmax(1), reviews.TASK.labels
     recalls = metrics.recalls(predicted, gold, len(labels))
     scores = {f"recall of {label}": recall for label, recall in zip(labels, recalls, strict=True)}
-    return {"accuracy": metrics.accuracy(predicted, gold)} | scores | spread(logits, gold)
+    return {"accuracy": metrics.accuracy(predicted, gold)} | scores | calibration_and_rank(logits, gold)
 
 
 def star_logits(folder: Path, tok: Tokenizer, examples: list[LabelledText]) -> Tensor:
@@ -79,7 +79,7 @@ def star_logits(folder: Path, tok: Tokenizer, examples: list[LabelledText]) -> T
     return answers(model, rows, REVIEWS, "cpu", lambda ids, *rest: model(ids, *rest, ids == MASK)[:, words])
 
 
-def spread(logits: Tensor, gold: Tensor) -> dict[str, float]:
+def calibration_and_rank(logits: Tensor, gold: Tensor) -> dict[str, float]:
     """Return the calibration error and the effective rank of logits (N, D), whose right classes are `gold` (N,).
 
     The rank is of the logits as they are: a large offset that all share lowers it, although softmax ignores it.

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
 DPI = 100  # small, because pictures are committed
 SMALLER = FIGURE | {"dpi": DPI}
-FAMILIES = ("full", "lora", "pissa", "dora", "ba-lora", "lora + iclr2026", "lora + non-target KL")  # of the frontier
+# The frontier has a hull for each family of arms. An arm is in the last one that its name begins with.
+FAMILIES = ("lora", "pissa", "dora", "ba-lora", "pissa +", "lora + iclr2026", "lora + non-target KL")
 
 
 def save_pictures(out: Path, runs: list[dict]) -> list[str]:
@@ -47,11 +48,10 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
             pictures["rare-recall"] = lambda runs=rare: dots(runs, RARE)
         if any(run["factor"] != 1 for run in part):
             pictures[f"{task}-over-weights"] = lambda runs=part: over_weights(runs)
-        for pretraining in dict.fromkeys(run["pretraining"] for run in published):
-            own = [run for run in published if run["pretraining"] == pretraining
-                   and value_of(run["scores"], "KL") is not None]  # fmt: skip
+        for cell, here in cells_of(published).items():
+            own = [run for run in here if value_of(run["scores"], "KL") is not None]
             if own:
-                pictures[f"{task}-{pretraining}-frontier"] = lambda runs=own: forgetting(runs)
+                pictures[f"{task}-{'-'.join(cell)}-frontier"] = lambda runs=own: forgetting(runs)
     for name, draw in pictures.items():
         save_picture(out / f"{name}.png", draw)
         with_palette(out / f"{name}.png")
@@ -168,26 +168,27 @@ def over_weights(runs: list[dict]) -> "Figure":
             means, halves = zip(*(mean_interval(one) if one else (math.nan, math.nan) for one in values), strict=True)
             places = np.arange(len(factors)) + 0.03 * (index - (len(arms) - 1) / 2)
             axes.errorbar(places, means, np.nan_to_num(halves), **LINES[index], marker="o", markersize=4, capsize=3)
-        axes.set_xticks(range(len(factors)), [f"published x {factor}" for factor in factors])
+        axes.set_xticks(range(len(factors)), [f"x {factor}" for factor in factors])
         title = score if score == RARE else TITLES[part[0]["task"]][score]
         axes.set_ylabel(f"{title}\n(higher is better)", fontsize=8)
         add_title(axes, cell, part)
     for axes in list(panels.flat)[len(parts) :]:
         axes.set_axis_off()
-    figure.supxlabel(f"weights of the terms; mean and 95 % interval over seeds; {BASELINE} has no terms", **SMALL)
+    figure.supxlabel(f"factor of the weights; mean and 95 % interval over seeds; {BASELINE} has no terms", **SMALL)
     add_legend(figure, arms, LINES)
     return figure
 
 
 def forgetting(runs: list[dict]) -> "Figure":
-    """Draw what runs from one pre-trained model learned against what they forgot, with a hull for each family of arms.
-    A model that was tuned in full has no KL."""
+    """Draw what the runs of one cell learned against what they forgot, with a hull for each family of arms.
+
+    runs: without those in full, which have no KL.
+    """
     points = {}
     for run in runs:
         family = next(name for name in reversed(FAMILIES) if run["arm"].startswith(name))
         points.setdefault(family, []).append((value_of(run["scores"], "KL"), run["scores"]["test"]))
-    title = (
-        f"KL(pre-trained ‖ tuned) on its corpus without errors, nats a token (pre-trained: {runs[0]['pretraining']})"
-    )
+    cell = f"pre-trained: {runs[0]['pretraining']}, fine-tuned: {runs[0]['finetuning']}"
+    forgotten = f"KL(pre-trained ‖ tuned) on its corpus without errors, nats a token ({cell})"
     score = "exact match, percent (higher is better)"
-    return frontier({name: np.array(pairs) for name, pairs in points.items()}, title, score, False)
+    return frontier({name: np.array(pairs) for name, pairs in points.items()}, forgotten, score, False)

@@ -20,8 +20,8 @@ TITLES = {  # score -> what it says; the first of a task is its main score
         "larger numbers": "exact match in percent, in other sentences and with larger numbers",
         "KL": "KL(pre-trained ‖ tuned) on its corpus without errors, in nats a token; lower is less forgotten",
         "forgotten": "rise of the loss on its corpus without errors, in nats a token; lower is less forgotten",
-        "typical error": "share of problems answered by the sum of all numbers, as its corpus does; lower is better",
-        "loss on wrong answers": "loss on its corpus' kind of wrong answers, in nats a token; higher is more unlearned",
+        "typical error": "share of problems answered by the sum of all numbers, as the noisy corpus; lower is better",
+        "loss on wrong answers": "loss on the noisy corpus' kinds of wrong answers, in nats a token; higher is better",
     },
 }
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from minibalora.lab.data import DEV_KIND, OTHERS
 from minibalora.lab.grid import TUNE_SEEDS, Sweep
+from minibalora.sweep.comparison import choose_measurements, rows_of
 from minibalora.sweep.results import Result, read_results, recorded_runs
+from minibalora.toy import reviews
 from minibalora.toy.problems import CROWDING_KIND
 
 
@@ -24,18 +26,36 @@ def read_runs(sweeps: list[Sweep], out: Path) -> list[dict]:
     return runs
 
 
-def counted(sweep: Sweep, out: Path) -> list[Result]:
-    """Return the finished runs of a sweep with the seeds that count."""
+def finished(sweep: Sweep, out: Path) -> list[Result]:
+    """Return the finished runs of a sweep, those that choose its rate included."""
     folder = sweep.folder(out)
     if not (folder / "sweep.json").is_file():
         return []
+    seeds = {*TUNE_SEEDS, *sweep.seeds}
     return [result for result in read_results(folder, recorded_runs(folder))
-            if result.settings["seed"] not in TUNE_SEEDS]  # fmt: skip
+            if result.settings["lr"] in sweep.rates and result.settings["seed"] in seeds]  # fmt: skip
+
+
+def counted(sweep: Sweep, out: Path) -> list[Result]:
+    """Return the finished runs with the seeds that count, at the rate that the tuning runs choose."""
+    results = finished(sweep, out)
+    if not results:
+        return []
+    measurements = choose_measurements(results, None, sweep.task.tune, None)
+    (row,) = rows_of(results, [], measurements, TUNE_SEEDS)
+    return row.chosen
+
+
+def is_complete(sweep: Sweep, out: Path) -> bool:
+    """Return whether all runs that choose the rate are finished, and all that count at this rate."""
+    tuning = [result for result in finished(sweep, out) if result.settings["seed"] in TUNE_SEEDS]
+    is_tuned = len(tuning) == len(sweep.rates) * len(TUNE_SEEDS)
+    return is_tuned and len(counted(sweep, out)) == len(sweep.seeds)
 
 
 def bert_scores(result: Result) -> dict[str, float | None]:
     scores = {"test": result.after["test.jsonl: accuracy"], "other": result.after["other.jsonl: accuracy"]}
-    for label in ("negative", "neutral", "positive"):
+    for label in reviews.TASK.labels:
         scores[f"recall of {label}"] = result.after[f"test.jsonl: recall of {label}"]
     return scores | {"effective rank": result.after["test.jsonl: effective rank of them"]}
 
@@ -45,7 +65,7 @@ def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
     matches = {name.rpartition(" (")[0].removeprefix("exact match, "): value for name, value in result.after.items()
                if name.startswith("exact match")}  # fmt: skip
     kinds = {kind: value for kind, value in matches.items() if kind not in ("all", DEV_KIND, *OTHERS)}
-    corpus, wrong = (Path(path) for path in result.settings["retain"])
+    corpus, wrong = result.settings["retain"]
     scores = {"test": sum(kinds.values()) / len(kinds), "other": matches["other sentences"]}
     scores |= {"larger numbers": matches["larger numbers"]}
     scores |= {f"exact match, {kind}": value for kind, value in kinds.items()}
@@ -56,7 +76,8 @@ def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
 
 
 def typical_error(path: Path) -> float:
-    """Return the share of the problems, without additions and other sentences, answered by the sum of all numbers."""
+    """Return the share of problems answered by the sum of all numbers, from 0 to 1. Counted are those with the corpus'
+    sentences that are not additions, do not choose the rate, and have another right answer."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = []
     for record in records:

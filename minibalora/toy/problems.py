@@ -33,7 +33,8 @@ def held_out_problems(batch_size: int) -> HeldOut:
 
 
 def clean_problems(count: int, seed: int, wrong_rate: float = 0.0) -> list[dict]:
-    """Return `count` rows with the kinds in turn, wrong_rate of them with wrong answers; fields: query, response, type.
+    """Return `count` rows with the kinds in turn, each answered wrongly with probability wrong_rate; fields: query,
+    response, type.
 
     The problems are the same at all rates.
     """

@@ -8,7 +8,7 @@ import minibalora as mb
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.data.batches import encode_examples
 from minibalora.lab import inherited
-from minibalora.lab.inherited import measure_bert, measure_llama, response_logits, spread, star_logits
+from minibalora.lab.inherited import calibration_and_rank, measure_bert, measure_llama, response_logits, star_logits
 from minibalora.toy import BERT, MODEL, problems, reviews
 
 
@@ -58,9 +58,9 @@ def test_the_logits_of_stars_are_those_of_the_word_in_their_place():
         torch.testing.assert_close(ours, every[words], atol=1e-4, rtol=0)  # padding changes the rounding
 
 
-def test_spread_of_four_rows_of_logits():
+def test_calibration_and_rank_of_four_rows_of_logits():
     logits = torch.tensor([[3.0, 1.0], [3.0, 1.0], [1.0, 3.0], [1.0, 3.0]]).log()  # 3/4 for one class
-    scores = spread(logits, torch.tensor([0, 1, 1, 1]))
+    scores = calibration_and_rank(logits, torch.tensor([0, 1, 1, 1]))
     assert scores["calibration error"] == pytest.approx(0, abs=1e-6)  # three of four are right
     assert scores["effective rank"] == pytest.approx(2)
-    assert spread(logits, torch.tensor([1, 1, 0, 0]))["calibration error"] == pytest.approx(0.75)
+    assert calibration_and_rank(logits, torch.tensor([1, 1, 0, 0]))["calibration error"] == pytest.approx(0.75)

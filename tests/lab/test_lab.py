@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from minibalora.base.errors import InputError
 from minibalora.lab import command, data, grid, results
 from minibalora.lab.grid import ARMS, FULL, QUICK, sweeps_of, words_of
 from minibalora.sweep.grid import plan_runs
+from minibalora.sweep.results import Result
 from minibalora.toy import problems
 
 
@@ -64,7 +66,7 @@ def test_the_whole_experiment_has_the_arms_cells_and_seeds_that_it_promises():
 def test_the_whole_is_sized_for_three_hours_on_two_cores():
     sweeps = sweeps_of(FULL)
     models = {(sweep.task.name, sweep.pretraining): sweep.task.seconds_of_pretraining for sweep in sweeps}
-    assert sum(models.values()) + sum(sweep.runs * sweep.task.seconds for sweep in sweeps) <= 2 * 3 * 3600
+    assert sum(models.values()) + sum(sweep.run_count * sweep.task.seconds for sweep in sweeps) <= 2 * 3 * 3600
 
 
 def test_the_data_are_disjoint_and_as_described(folder):
@@ -80,8 +82,33 @@ def test_the_data_are_disjoint_and_as_described(folder):
     assert [row["query"] for row in wrong] == [row["query"] for row in right]
     assert 0.15 < sum(row not in right for row in wrong) / len(wrong) < 0.25
     held_out = rows_of(folder / "data" / "llama" / "test.jsonl")
-    assert f"({sum(row['type'] == data.DEV_KIND for row in held_out)})" in grid.TUNE_LLAMA
+    assert f"({sum(row['type'] == data.DEV_KIND for row in held_out)})" in grid.TASKS["llama"].tune
     assert {row["type"] for row in held_out} == {*problems.KINDS, data.DEV_KIND, *data.OTHERS}
+
+
+def test_data_of_another_version_are_not_replaced(tmp_path):
+    data.write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    data.write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match="a.jsonl: has the data of another version of the laboratory"):
+        data.write_rows(tmp_path / "a.jsonl", [{"text": "b"}])
+    assert rows_of(tmp_path / "a.jsonl") == [{"text": "a"}]
+
+
+def test_only_runs_at_the_chosen_rate_count(tmp_path, monkeypatch):
+    def result(lr: float, seed: int, dev: float) -> Result:
+        settings = {"lr": lr, "seed": seed, "method": "pissa"}
+        return Result(f"{lr} {seed}", {}, settings, ["accuracy"], {}, {"dev": dev, "test.jsonl: accuracy": dev})
+
+    sweep = next(sweep for sweep in sweeps_of(FULL) if sweep.arm.name == "pissa")
+    tuning = [result(rate, grid.TUNE_SEEDS[0], dev) for rate, dev in zip(sweep.rates, (0.5, 0.9, 0.7), strict=True)]
+    runs = [result(sweep.rates[1], seed, 0.8) for seed in sweep.seeds]
+    other_rate = result(sweep.rates[2], 8, 1.0)  # from before a tuning run was done again
+    monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs[:-1], other_rate])
+    assert results.counted(sweep, tmp_path) == runs[:-1] and not results.is_complete(sweep, tmp_path)
+    monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs, other_rate])
+    assert results.counted(sweep, tmp_path) == runs and results.is_complete(sweep, tmp_path)
+    monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning[:-1], *runs])
+    assert not results.is_complete(sweep, tmp_path)
 
 
 def test_the_typical_error_is_the_sum_of_all_numbers(tmp_path):

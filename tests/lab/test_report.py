@@ -84,7 +84,7 @@ def test_pictures_are_small_and_follow_from_what_is_there(tmp_path):
     runs = made_up_runs()
     said = save_pictures(tmp_path, runs)
     names = {path.name for path in tmp_path.iterdir()}
-    frontiers = {f"llama-{pretraining}-frontier.png" for pretraining in ("clean", "noisy")}
+    frontiers = {f"llama-{cell}-frontier.png" for cell in ("noisy-wrong", "noisy-clean", "clean-wrong")}
     others = {"bert-differences.png", "llama-differences.png", "rare-recall.png", "bert-over-weights.png"}
     assert names == frontiers | others and len(said) == len(names)
     assert sum((tmp_path / name).stat().st_size for name in others) < 110_000
