@@ -14,7 +14,7 @@ from minibalora.base.files import check_writable, read_json_object, write_json
 from minibalora.base.progress import Progress, in_words
 from minibalora.lab import grid
 from minibalora.lab.data import write_data
-from minibalora.lab.grid import FULL, QUICK, Sweep, model_of, pretraining_of, sweeps_of, words_of
+from minibalora.lab.grid import FULL, QUICK, Sweep, Task, models_of, pretraining_of, sweeps_of, words_of
 from minibalora.lab.inherited import measure_bert, measure_llama
 from minibalora.lab.pictures import save_pictures
 from minibalora.lab.report import write_tables
@@ -56,7 +56,7 @@ def parse_flags() -> argparse.Namespace:
 
 def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
-    models = {model_of(sweep.task, sweep.pretraining, out): (sweep.task, sweep.pretraining) for sweep in sweeps}
+    models = models_of(sweeps, out)
     missing = {folder: pair for folder, pair in models.items() if not (folder / "model.safetensors").exists()}
     waiting = [sweep for sweep in sweeps if not is_complete(sweep, out)]
     seconds = sum(task.seconds_of_pretraining for task, _ in missing.values())
@@ -69,19 +69,19 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     failed = run_each(commands, jobs, "pre-training", "model")
     if failed:
         return failed
-    record_inherited(sweeps, out)
+    record_inherited(models, out / "inherited.json")
     commands = {sweep.folder(out): ["minibalora", *words_of(sweep, out)] for sweep in waiting}
     return run_each(commands, jobs, "sweeps", "sweep")
 
 
-def record_inherited(sweeps: list[Sweep], out: Path) -> None:
-    """Add what each model has before it is fine-tuned to inherited.json, where it is not there yet."""
-    path, measure = out / "inherited.json", {"bert": measure_bert, "llama": measure_llama}
-    models = {f"{sweep.task.name}-{sweep.pretraining}": (sweep.task.name, model_of(sweep.task, sweep.pretraining, out))
-              for sweep in sweeps}  # fmt: skip
+def record_inherited(models: dict[Path, tuple[Task, str]], path: Path) -> None:
+    """Add to a JSON file what each model can do before it is fine-tuned, where it is not there yet."""
+    measure = {"bert": measure_bert, "llama": measure_llama}
     inherited = read_json_object(path) if path.exists() else {}
-    inherited |= {name: measure[task](folder) for name, (task, folder) in models.items() if name not in inherited}
-    write_json(path, inherited)
+    for folder, (task, name) in models.items():
+        if f"{task.name}-{name}" not in inherited:
+            inherited[f"{task.name}-{name}"] = measure[task.name](folder)
+            write_json(path, inherited)
     print(json.dumps(inherited, indent=2), flush=True)
 
 

@@ -91,9 +91,9 @@ TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES,
-                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 10.6),
+                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 8),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
-                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6)}, NLG_RECIPES,
+                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
                   rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22,
                   "exact match, dev (32)"),
 }  # fmt: skip
@@ -113,13 +113,13 @@ ARMS = (
 TUNE_SEEDS = (101,)  # of the runs that choose a rate; they do not count
 PRETRAININGS = ("clean", "noisy", "imbalanced")
 BERT_CELLS = tuple((pretraining, data) for data in ("wrong", "clean") for pretraining in PRETRAININGS)
-LLAMA_CELLS = (("noisy", "wrong"), ("noisy", "clean"), ("clean", "wrong"))  # more would take more than three hours
+LLAMA_CELLS = (("noisy", "wrong"), ("noisy", "clean"))  # all would take more than three hours
 FULL = Size(
     {"bert": (("clean", "imbalanced"), *BERT_CELLS), "llama": LLAMA_CELLS},
     tuple(arm.name for arm in ARMS),
     tuple(range(1, 9)),
     (1, 10, 100),
-    (("bert", "clean", "imbalanced"),),
+    (("bert", "clean", "imbalanced"), ("llama", "noisy", "wrong")),
 )
 QUICK_CELLS = ((BUILT_IN, "wrong"),)
 QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5))
@@ -143,6 +143,14 @@ def pretraining_of(task: Task, name: str, out: Path) -> list[str]:
     crowding, wrong = task.corpora[name]
     rates = ["--crowding", repr(crowding), "--wrong", repr(wrong)]
     return [task.program, "--out", str(model_of(task, name, out)), *task.pretraining, *rates]
+
+
+def models_of(sweeps: list[Sweep], out: Path) -> dict[Path, tuple[Task, str]]:
+    """Return each model's folder, task and pre-training: all corpora of a task, which show what a defect is, or the
+    built-in model."""
+    pairs = [(sweep.task, name) for sweep in sweeps
+             for name in ((BUILT_IN,) if sweep.pretraining == BUILT_IN else sweep.task.corpora)]  # fmt: skip
+    return {model_of(task, name, out): (task, name) for task, name in pairs}
 
 
 def model_of(task: Task, pretraining: str, out: Path) -> Path:
