@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 DPI = 100  # small, because pictures are committed
 SMALLER = FIGURE | {"dpi": DPI}
-# The frontier has a hull for each family of arms. An arm is in the last one that its name begins with.
-FAMILIES = ("lora", "pissa", "dora", "ba-lora", "pissa +", "lora + iclr2026", "lora + non-target KL")
 
 
 def save_pictures(out: Path, runs: list[dict]) -> list[str]:
@@ -179,6 +177,13 @@ def over_weights(runs: list[dict]) -> "Figure":
     return figure
 
 
+def family_of(arm: str) -> str:
+    """Return the hull of the frontier that an arm is in."""
+    if arm.startswith("pissa +"):
+        return "pissa + one term"
+    return "ba-lora" if arm.startswith("ba-lora") else arm
+
+
 def forgetting(runs: list[dict]) -> "Figure":
     """Draw what the runs of one cell learned against what they forgot, with a hull for each family of arms.
 
@@ -186,8 +191,7 @@ def forgetting(runs: list[dict]) -> "Figure":
     """
     points = {}
     for run in runs:
-        family = next(name for name in reversed(FAMILIES) if run["arm"].startswith(name))
-        points.setdefault(family, []).append((value_of(run["scores"], "KL"), run["scores"]["test"]))
+        points.setdefault(family_of(run["arm"]), []).append((value_of(run["scores"], "KL"), run["scores"]["test"]))
     cell = f"pre-trained: {runs[0]['pretraining']}, fine-tuned: {runs[0]['finetuning']}"
     forgotten = f"KL(pre-trained ‖ tuned) on its corpus without errors, nats a token ({cell})"
     score = "exact match, percent (higher is better)"
