@@ -91,10 +91,10 @@ TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES,
-                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 8),
+                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 9.7),
     "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
                   {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
-                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 750, 22,
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 720, 20,
                   "exact match, dev (32)"),
 }  # fmt: skip
 ARMS = (
