@@ -100,6 +100,8 @@ def run_each(commands: dict[Path, list[str]], jobs: int, name: str, unit: str) -
             process = subprocess.Popen([sys.executable, "-m", *commands[folder]], stdout=file, stderr=file,
                                        stdin=subprocess.DEVNULL, env=environment, start_new_session=True)  # fmt: skip
             working.add(process)
+            if stopped.is_set():  # since the look above
+                process.terminate()
             if process.wait() != 0 and not stopped.is_set():
                 failed.append(f"{folder} (see {folder.name}.txt beside it)")
             working.remove(process)
