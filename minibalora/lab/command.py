@@ -65,7 +65,7 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to {runs:,} runs: about "
           f"{time} with {jobs} at a time on as many cores of an AMD EPYC", flush=True)  # fmt: skip
     write_data(out / "data")
-    commands = {folder: pretraining_of(*pair, out) for folder, pair in missing.items()}
+    commands = {folder: pretraining_of(*pair, folder) for folder, pair in missing.items()}
     failed = run_each(commands, jobs, "pre-training", "model")
     if failed:
         return failed
@@ -79,8 +79,9 @@ def record_inherited(models: dict[Path, tuple[Task, str]], path: Path) -> None:
     measure = {"bert": measure_bert, "llama": measure_llama}
     inherited = read_json_object(path) if path.exists() else {}
     for folder, (task, name) in models.items():
-        if f"{task.name}-{name}" not in inherited:
-            inherited[f"{task.name}-{name}"] = measure[task.name](folder)
+        key = f"{task.name}-{name}"
+        if key not in inherited:
+            inherited[key] = measure[task.name](folder)
             write_json(path, inherited)
     print(json.dumps(inherited, indent=2), flush=True)
 

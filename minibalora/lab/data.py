@@ -12,10 +12,8 @@ from minibalora.toy import problems, reviews
 ROWS, DEV, TEST = 1600, 300, 400
 PROBLEMS, DEV_PROBLEMS, TEST_PROBLEMS, OTHER_PROBLEMS, CORPUS_ROWS = 320, 32, 32, 8, 40
 DEV_KIND = "dev"  # of the problems in test.jsonl that choose the rate
-OTHERS = {
-    "other sentences": False,
-    "larger numbers": True,
-}  # kind of test problem in other sentences -> whether its numbers are larger
+# Kind of test problem in other sentences -> whether its numbers are larger.
+OTHERS = {"other sentences": False, "larger numbers": True}
 # Seeds of the draws. The pre-training corpora have seed 0, and runs without --data draw from seeds of at least 0, too.
 TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
 

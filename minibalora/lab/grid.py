@@ -79,14 +79,12 @@ class Sweep:
         return len(self.rates) * len(TUNE_SEEDS) + len(self.seeds)
 
 
-THIRD = 1 / 3
-
-
 def rates_of(full: tuple[float, ...], lora: tuple[float, ...], pissa: tuple[float, ...]) -> dict[str, tuple]:
     """Return the rates of the methods by their start: PiSSA's factors are large, so its rates are lower than LoRA's."""
     return {"full": full, "lora": lora, "dora": lora, "pissa": pissa, "ba-lora": pissa}
 
 
+THIRD = 1 / 3
 TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
                  ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
@@ -138,11 +136,11 @@ def sweeps_of(size: Size) -> list[Sweep]:
     ]
 
 
-def pretraining_of(task: Task, name: str, out: Path) -> list[str]:
-    """Return the words after `python -m` that pre-train a model."""
+def pretraining_of(task: Task, name: str, folder: Path) -> list[str]:
+    """Return the words after `python -m` that pre-train a model in `folder`."""
     crowding, wrong = task.corpora[name]
     rates = ["--crowding", repr(crowding), "--wrong", repr(wrong)]
-    return [task.program, "--out", str(model_of(task, name, out)), *task.pretraining, *rates]
+    return [task.program, "--out", str(folder), *task.pretraining, *rates]
 
 
 def models_of(sweeps: list[Sweep], out: Path) -> dict[Path, tuple[Task, str]]:

@@ -84,6 +84,24 @@ def cells_of(runs: list[dict]) -> dict[tuple[str, str], list[dict]]:
     return cells
 
 
+def panels_for(
+    count: int, columns: int, margin: float, height: float, is_shared: bool
+) -> tuple["Figure", list["Axes"]]:
+    """Return a figure and its panels, at most `columns` a row, the last row perhaps with empty places.
+
+    margin, height: of the figure's edges and of a row, in inches. is_shared: the panels have the same axes.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = Figure(figsize=(WIDTH, margin + rows * height), **SMALLER)
+    panels = list(figure.subplots(rows, columns, sharex=is_shared, sharey=is_shared, squeeze=False).flat)
+    for axes in panels[count:]:
+        axes.set_axis_off()
+    return figure, panels[:count]
+
+
 def add_title(axes: "Axes", cell: tuple[str, str], runs: list[dict]) -> None:
     """Say above a panel what was done, and how many seeds the arms have."""
     counts = [len({run["seed"] for run in runs if run["arm"] == arm}) for arm in {run["arm"] for run in runs}]
@@ -93,16 +111,12 @@ def add_title(axes: "Axes", cell: tuple[str, str], runs: list[dict]) -> None:
 
 def differences(runs: list[dict], title: str) -> "Figure":
     """Draw each arm's difference to PiSSA with its 95 % interval, a panel for each pre-training and fine-tuning."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     cells = cells_of(runs)
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in runs) if arm != BASELINE]
-    columns = min(4, len(cells))
-    rows = -(-len(cells) // columns)
-    figure = Figure(figsize=(WIDTH, 0.6 + rows * (0.9 + 0.19 * len(arms))), **SMALLER)
-    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    for axes, (cell, here) in zip(panels.flat, cells.items(), strict=False):
+    figure, panels = panels_for(len(cells), 4, 0.6, 0.9 + 0.19 * len(arms), is_shared=True)
+    for axes, (cell, here) in zip(panels, cells.items(), strict=True):
         for place, arm in enumerate(reversed(arms)):
             if pairs := differences_of(here, arm, "test"):
                 mean, half = mean_interval(pairs)
@@ -114,8 +128,6 @@ def differences(runs: list[dict], title: str) -> "Figure":
         axes.tick_params(labelbottom=True)  # also above an empty place
         axes.set_yticks(range(len(arms)), reversed(arms))
         add_title(axes, cell, here)
-    for axes in list(panels.flat)[len(cells) :]:
-        axes.set_axis_off()
     figure.supxlabel(f"difference to PiSSA in {title}\nmean and 95 % interval, paired by seed; right of the line: "
                      "better; blue or orange: the interval does not contain 0", **SMALL)  # fmt: skip
     return figure
@@ -123,12 +135,9 @@ def differences(runs: list[dict], title: str) -> "Figure":
 
 def dots(runs: list[dict], score: str) -> "Figure":
     """Draw the score of every run, a line for each arm, with the mean and its 95 % interval."""
-    from matplotlib.figure import Figure
-
     cells, arms = cells_of(runs), list(dict.fromkeys(run["arm"] for run in runs))
-    figure = Figure(figsize=(WIDTH, 1.1 + 0.26 * len(arms)), **SMALLER)
-    panels = figure.subplots(1, len(cells), sharex=True, sharey=True, squeeze=False)
-    for axes, (cell, here) in zip(panels.flat, cells.items(), strict=True):
+    figure, panels = panels_for(len(cells), len(cells), 1.1, 0.26 * len(arms), is_shared=True)
+    for axes, (cell, here) in zip(panels, cells.items(), strict=True):
         for place, arm in enumerate(reversed(arms)):
             if values := list(scores_of(here, arm, score).values()):
                 mean, half = mean_interval(values)
@@ -147,18 +156,13 @@ def over_weights(runs: list[dict]) -> "Figure":
 
     runs: of one task.
     """
-    from matplotlib.figure import Figure
-
     parts = {}
     for finetuning in dict.fromkeys(run["finetuning"] for run in runs):
         several = with_weights([run for run in runs if run["finetuning"] == finetuning])
         parts |= {(pretraining, finetuning): part for pretraining, part in several.items()}
     arms = list(dict.fromkeys(run["arm"] for part in parts.values() for run in part))
-    columns = min(2, len(parts))
-    rows = -(-len(parts) // columns)
-    figure = Figure(figsize=(WIDTH, 1.2 + 3 * rows), **SMALLER)
-    panels = figure.subplots(rows, columns, squeeze=False)
-    for axes, (cell, part) in zip(panels.flat, parts.items(), strict=False):
+    figure, panels = panels_for(len(parts), 2, 1.2, 3, is_shared=False)
+    for axes, (cell, part) in zip(panels, parts.items(), strict=True):
         factors, score = sorted({run["factor"] for run in part}), main_score(cell[1])
         for index, arm in enumerate(arms):
             values = [list(scores_of([run for run in part if run["factor"] == factor], arm, score).values())
@@ -170,8 +174,6 @@ def over_weights(runs: list[dict]) -> "Figure":
         title = score if score == RARE else TITLES[part[0]["task"]][score]
         axes.set_ylabel(f"{title}\n(higher is better)", fontsize=8)
         add_title(axes, cell, part)
-    for axes in list(panels.flat)[len(parts) :]:
-        axes.set_axis_off()
     figure.supxlabel(f"factor of the weights; mean and 95 % interval over seeds; {BASELINE} has no terms", **SMALL)
     add_legend(figure, arms, LINES)
     return figure

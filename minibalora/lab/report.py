@@ -72,10 +72,11 @@ def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]
         for value in columns:
             here = [run for run in runs if run[column] == value]
             own, pairs = scores_of(here, arm, score), differences_of(here, arm, score)
+            is_excluded = excludes_zero(pairs)
             if len(pairs) > 1:
                 cell = next(run for run in here if run["arm"] == arm)
-                excluded[(*(cell[name] for name in CELL), arm, score)] = excludes_zero(pairs)
-            mark = "*" if excludes_zero(pairs) else ""
+                excluded[(*(cell[name] for name in CELL), arm, score)] = is_excluded
+            mark = "*" if is_excluded else ""
             cells += [in_words(list(own.values()), digits), in_words(pairs, digits, "+") + mark, str(len(own))]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from minibalora.lab.data import DEV_KIND, OTHERS
 from minibalora.lab.grid import TUNE_SEEDS, Sweep
-from minibalora.sweep.comparison import choose_measurements, rows_of
+from minibalora.sweep.comparison import Row, choose_measurements, rows_of
 from minibalora.sweep.results import Result, read_results, recorded_runs
 from minibalora.toy import reviews
 from minibalora.toy.problems import CROWDING_KIND
@@ -36,21 +36,28 @@ def finished(sweep: Sweep, out: Path) -> list[Result]:
             if result.settings["lr"] in sweep.rates and result.settings["seed"] in seeds]  # fmt: skip
 
 
-def counted(sweep: Sweep, out: Path) -> list[Result]:
-    """Return the finished runs with the seeds that count, at the rate that the tuning runs choose."""
+def row_of(sweep: Sweep, out: Path) -> Row | None:
+    """Return the finished runs of a sweep and the rate that its tuning runs choose; None if no run is finished."""
     results = finished(sweep, out)
     if not results:
-        return []
-    measurements = choose_measurements(results, None, sweep.task.tune, None)
-    (row,) = rows_of(results, [], measurements, TUNE_SEEDS)
-    return row.chosen
+        return None
+    (row,) = rows_of(results, [], choose_measurements(results, None, sweep.task.tune, None), TUNE_SEEDS)
+    return row
+
+
+def counted(sweep: Sweep, out: Path) -> list[Result]:
+    """Return the finished runs with the seeds that count, at the rate that the tuning runs choose."""
+    row = row_of(sweep, out)
+    return [] if row is None else row.chosen
 
 
 def is_complete(sweep: Sweep, out: Path) -> bool:
     """Return whether all runs that choose the rate are finished, and all that count at this rate."""
-    tuning = [result for result in finished(sweep, out) if result.settings["seed"] in TUNE_SEEDS]
-    is_tuned = len(tuning) == len(sweep.rates) * len(TUNE_SEEDS)
-    return is_tuned and len(counted(sweep, out)) == len(sweep.seeds)
+    row = row_of(sweep, out)
+    if row is None or not row.has_tune_seeds:
+        return False
+    tuning = sum(len(results) for results in row.tuning.values())
+    return tuning == len(sweep.rates) * len(TUNE_SEEDS) and len(row.chosen) == len(sweep.seeds)
 
 
 def bert_scores(result: Result) -> dict[str, float | None]:
