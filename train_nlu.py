@@ -112,14 +112,12 @@ def main() -> int:
     if source.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.in_words()}" for eval_set in eval_sets]
-    if new := base.checkpoint.new_modules:
-        lines.append(f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}")
-    elif order != sorted(order):
-        lines.append("the checkpoint's head, with its classes in the task's order by id2label")
+    lines += sets.head_in_words(base.checkpoint, order, seed)
     if teacher is not None:
         lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
     terms, at_once = [nlu_formula(objective, classes)], min(optimisation.micro_batch_size, len(rows))
-    terms += nlu_warnings(objective, classes, at_once, has_random_teacher=teacher is None and bool(new))
+    has_random_teacher = teacher is None and len(base.checkpoint.new_modules) > 0
+    terms += nlu_warnings(objective, classes, at_once, has_random_teacher)
     print_plan(settings, base, terms, lines, steps, memory)
 
     # Before the first step, the student is the pre-trained model, whatever the init.

@@ -80,15 +80,16 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
         stored[embedding] = stored[copies[0]]
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
-    model.own_head = [part for part in parts if part == names.head or part in new_modules]
     check_tensors(folder, model, stored, new_modules)
+    untrained_modules = [part for part in parts if part == names.pooler and _is_untrained(part, stored)]
+    model.own_head = [part for part in parts if part in (names.head, *new_modules, *untrained_modules)]
     for name in copies:
         _check_copy(stored[embedding], stored[name], name, "download the weights again")
     if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
         _check_copy(stored[embedding], stored["lm_head.weight"], "lm_head.weight", "set tie_word_embeddings to false")
 
     stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
-    model.checkpoint = Checkpoint(folder, family, stored, new_modules)
+    model.checkpoint = Checkpoint(folder, family, stored, new_modules, untrained_modules)
     for name, tensor in stored.items():
         empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta")
         set_parameter(model, name, nn.Parameter(empty))
@@ -144,6 +145,7 @@ class Checkpoint:
     family: Family
     stored: dict[str, StoredTensor] = field(default_factory=dict)  # by the names of the model's parameters
     new_modules: list[str] = field(default_factory=list)  # parts of the classifier that the files lack
+    untrained_modules: list[str] = field(default_factory=list)  # and parts that they have as they were drawn
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
@@ -241,6 +243,15 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
         tensor = stored[min(unexpected)]
         raise InputError(f"{tensor.file}: holds {_some(unexpected)}, which a model of this config.json does not have: "
                          "config and weights are of different models")  # fmt: skip
+
+
+def _is_untrained(pooler: str, stored: dict[str, StoredTensor]) -> bool:
+    """Return whether a stored pooler has only zeros as biases, with which it is drawn, and which training changes.
+
+    So it is in all-MiniLM-L6-v2, which does not use its pooler. Frozen, it hands almost nothing to a new classifier.
+    """
+    bias = stored.get(f"{pooler}.dense.bias")
+    return bias is not None and not _as_stored(bias).any()
 
 
 def is_stored_transposed(model: nn.Module, name: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
 from minibalora.checkpoints.tokenizer import Tokenizer
+from minibalora.checkpoints.weights import Checkpoint
 from minibalora.data import glue
 from minibalora.data.glue import TASKS, LabelledText, Task
 from minibalora.data.labelled import ClassRow, encode
@@ -90,6 +91,16 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     if sorted(named) != order or set(named.values()) != set(order):
         return None
     return sorted(named, key=named.get)
+
+
+def head_in_words(checkpoint: Checkpoint, order: list[int] | None, seed: int) -> list[str]:
+    """Say what of a classifier's head is new or was never trained, or that its classes were rearranged."""
+    lines = [f"{module} in the checkpoint was never trained, its biases are 0: trained with the classifier"
+             for module in checkpoint.untrained_modules]  # fmt: skip
+    if new := checkpoint.new_modules:
+        return [f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}", *lines]
+    is_rearranged = order != sorted(order)
+    return lines + ["the checkpoint's head, with its classes in the task's order by id2label"] * is_rearranged
 
 
 def _is_name(name: object) -> bool:

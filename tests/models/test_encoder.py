@@ -212,6 +212,23 @@ def test_adapt_trains_the_head_and_trains_a_pooler_only_if_it_is_new(name, expec
     assert are_of_head(trained(base), base) and are_of_head(trained(fine_tuned), fine_tuned)
 
 
+@pytest.mark.parametrize(("name", "pooler"), [("bert", "bert.pooler"), ("deberta", "pooler")])
+def test_a_stored_pooler_that_was_never_trained_is_trained_with_the_classifier(name, pooler, tmp_path):
+    folder = headless(name, tmp_path)
+    body = load_file(folder / "model.safetensors")
+    stored = {key: value for key, value in load_file(GOLDEN / name / "model.safetensors").items() if "pooler." in key}
+    for bias, untrained in ((0.0, [pooler]), (0.5, [])):
+        changed = {key: bias * torch.ones_like(value) if "bias" in key else value for key, value in stored.items()}
+        save_file(body | changed, folder / "model.safetensors")
+        model = mb.load_model(folder, "classifier", 2)
+        assert model.checkpoint.untrained_modules == untrained and model.checkpoint.new_modules == ["classifier"]
+        assert model.own_head == [*untrained, "classifier"]
+        weight = model.get_submodule(pooler)["dense"].weight
+        assert torch.equal(weight, changed[f"{pooler}.dense.weight"].float())
+        mb.adapt(model, rank=2)
+        assert model.get_submodule(pooler)["dense"].weight.requires_grad == (bias == 0)
+
+
 @pytest.mark.parametrize("init", ["pissa", "lora"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_the_teacher_is_the_pretrained_model_with_the_initial_head(name, init):
