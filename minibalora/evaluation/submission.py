@@ -1,5 +1,6 @@
 """Write the files for GLUE's server (gluebenchmark.com): index and prediction of every row of a test file."""
 
+import glob
 from pathlib import Path
 
 from torch import Tensor
@@ -62,7 +63,8 @@ def files_to_submit(data: Path, task: Task) -> list[tuple[Path, str]]:
     names = SUBMISSIONS[task.name]
     if data.is_dir():
         folder = task_folder(data, task)
-        shards_of = {stem: folder / f"{stem}-*.parquet" for stem in names if any(folder.glob(f"{stem}-*.parquet"))}
+        escaped = Path(glob.escape(str(folder)))
+        shards_of = {stem: escaped / f"{stem}-*.parquet" for stem in names if any(folder.glob(f"{stem}-*.parquet"))}
         files = [(shards_of.get(stem, folder / f"{stem}.tsv"), stem) for stem in names]
         return [(path, names[stem]) for path, stem in files if stem != "diagnostic" or path.exists()]
     stem = next((stem for stem in names if data.name.startswith(stem)), None) if len(names) > 1 else "test"

@@ -13,7 +13,10 @@ from helpers import stretch
 import minibalora as mb
 from minibalora.base.files import write_json
 from minibalora.checkpoints import BUILT_IN
+from minibalora.data.files import shards
+from minibalora.data.glue import TASKS
 from minibalora.evaluation import predictions
+from minibalora.evaluation.submission import files_to_submit
 from minibalora.toy.reviews import TASK, clean_reviews
 
 BERT = BUILT_IN / "bert"
@@ -217,6 +220,15 @@ def test_a_published_heads_order_of_classes_is_obeyed(run, adapters, tmp_path):
     assert run(*flags, "--glue-submission", tmp_path)[0] == 0
     best = [("contradiction", "neutral", "entailment")[label] for label in expected(folder, PAIRS, 3).argmax(1)]
     assert [line.split("\t")[1] for line in (tmp_path / "MNLI-m.tsv").read_text().splitlines()[1:]] == best
+
+
+def test_shards_are_found_in_a_folder_with_brackets(tmp_path):
+    folder = tmp_path / "rte[1]"
+    folder.mkdir()
+    shard = folder / "test-00000-of-00001.parquet"
+    shard.touch()
+    ((pattern, name),) = files_to_submit(folder, TASKS["rte"])
+    assert name == "RTE" and shards(pattern) == [shard]
 
 
 SUBMIT = ("--adapter", "mine", "--glue-submission", "out")
