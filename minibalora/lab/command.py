@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from minibalora.base import cli
+from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, read_json_object, write_json
 from minibalora.base.progress import Progress, in_words
-from minibalora.lab import grid
+from minibalora.lab import grid, minilm
 from minibalora.lab.data import write_data
 from minibalora.lab.grid import FULL, QUICK, Sweep, Task, models_of, pretraining_of, sweeps_of, words_of
 from minibalora.lab.inherited import measure_bert, measure_llama
@@ -23,11 +24,19 @@ from minibalora.lab.results import is_complete, read_runs
 
 def main() -> int:
     args = parse_flags()
-    out, sweeps, failed = args.out, sweeps_of(QUICK if args.quick else FULL), []
-    if args.task:
-        sweeps = [sweep for sweep in sweeps if sweep.task.name in args.task]
+    out, failed = args.out, []
+    if args.minilm and (args.quick or args.task):
+        raise InputError("--minilm is an experiment of its own: leave out --quick and --task")
+    sweeps = minilm.sweeps_with(args.minilm[0]) if args.minilm else sweeps_of(QUICK if args.quick else FULL)
+    sweeps = [sweep for sweep in sweeps if not args.task or sweep.task.name in args.task]
+    if args.report and not (out / "runs").is_dir():
+        raise InputError(f"--out {out}: holds no runs: run the same command without --report")
     if not args.report:
         check_writable(out / "runs", "--out")
+        if args.minilm:
+            minilm.write_data(args.minilm[1], out / "data")
+        else:
+            write_data(out / "data")
         failed = experiment(sweeps, out, args.jobs)
     runs = read_runs(sweeps, out)
     write_json(out / "results.json", runs)
@@ -48,6 +57,8 @@ def parse_flags() -> argparse.Namespace:
     add("--quick", action="store_true", help="only the built-in models and three methods; replaces the tables in --out")
     add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models; replaces the tables in --out "
         "(default: both)")  # fmt: skip
+    add("--minilm", nargs=2, type=cli.path, metavar=("MODEL", "STSB"), help="instead of the tiny models: "
+        "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's STS-B, in the folder STSB")  # fmt: skip
     add("--jobs", type=cli.positive_int, default=os.cpu_count(), metavar="N", help="runs at a time (default: one a "
         "core)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, report what is finished")
@@ -57,14 +68,14 @@ def parse_flags() -> argparse.Namespace:
 def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
     models = models_of(sweeps, out)
-    missing = {folder: pair for folder, pair in models.items() if not (folder / "model.safetensors").exists()}
+    missing = {folder: (task, name) for folder, (task, name) in models.items()
+               if name in task.corpora and not (folder / "model.safetensors").exists()}  # fmt: skip
     waiting = [sweep for sweep in sweeps if not is_complete(sweep, out)]
     seconds = sum(task.seconds_of_pretraining for task, _ in missing.values())
     seconds += sum(sweep.run_count * sweep.task.seconds for sweep in waiting)
     runs, time = sum(sweep.run_count for sweep in waiting), in_words(seconds / jobs)
     print(f"{len(missing)} models to pre-train, {len(waiting)} of {len(sweeps)} sweeps with up to {runs:,} runs: about "
           f"{time} with {jobs} at a time on as many cores of an AMD EPYC", flush=True)  # fmt: skip
-    write_data(out / "data")
     commands = {folder: pretraining_of(*pair, folder) for folder, pair in missing.items()}
     failed = run_each(commands, jobs, "pre-training", "model")
     if failed:
@@ -80,7 +91,7 @@ def record_inherited(models: dict[Path, tuple[Task, str]], path: Path) -> None:
     inherited = read_json_object(path) if path.exists() else {}
     for folder, (task, name) in models.items():
         key = f"{task.name}-{name}"
-        if key not in inherited:
+        if key not in inherited and task.name in measure:
             inherited[key] = measure[task.name](folder)
             write_json(path, inherited)
     print(json.dumps(inherited, indent=2), flush=True)

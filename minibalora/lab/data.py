@@ -6,7 +6,7 @@ from pathlib import Path
 from minibalora.base.errors import InputError
 from minibalora.base.files import replacing
 from minibalora.data.glue import LabelledText, with_imbalance
-from minibalora.lab.grid import BUILT_IN, TASKS
+from minibalora.lab.grid import BUILT_IN, LLAMA_CELLS, TASKS
 from minibalora.toy import problems, reviews
 
 ROWS, DEV, TEST = 1600, 300, 400
@@ -36,7 +36,8 @@ def write_data(out: Path) -> None:
     write_rows(out / "llama" / "wrong.jsonl", problems.clean_problems(PROBLEMS, TRAIN_SEED, wrong_rate=0.2))
     write_rows(out / "llama" / "test.jsonl", problems.clean_problems(TEST_PROBLEMS, TEST_SEED) + dev + others)
     write_rows(out / "llama" / "wrong-answers.jsonl", problems.clean_problems(CORPUS_ROWS, CORPUS_SEED, wrong_rate=1))
-    crowding = {name: rate for name, (rate, _) in TASKS["llama"].corpora.items()} | {BUILT_IN: problems.CROWDING_RATE}
+    corpora = TASKS["llama"].corpora
+    crowding = {name: corpora[name][0] for name, _ in LLAMA_CELLS} | {BUILT_IN: problems.CROWDING_RATE}
     for name, rate in crowding.items():  # text like its corpus, with right answers
         rows = problems.flawed_problems(CORPUS_ROWS, CORPUS_SEED, rate, wrong_rate=0)
         write_rows(out / "llama" / f"{name}-corpus.jsonl", rows)

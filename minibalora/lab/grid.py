@@ -1,6 +1,6 @@
 """The laboratory's experiment: its models, fine-tuning data, methods and seeds, as commands for `sweep`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
@@ -14,19 +14,21 @@ BUILT_IN = "built-in"  # its corpora have the defects that the toy models' READM
 
 @dataclass(frozen=True)
 class Task:
-    """A tiny model and what it learns."""
+    """A model and what it learns."""
 
     name: str
     script: Path
-    program: str  # the module that pre-trains the model
-    built_in: Path
-    pretraining: tuple[str, ...]  # flags of the program
-    corpora: dict[str, tuple[float, float]]  # pre-training -> share of the most frequent kind, share of wrong answers
+    words: tuple[str, ...]  # for it
+    model: Path  # a finished one: the built-in tiny model, or MiniLM
     recipes: dict[str, Objective]
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
-    seconds_of_pretraining: float  # here and below: with one such process on each of two cores of an AMD EPYC
-    seconds: float  # of a run
+    seconds: float  # of a run; here and below with one such process on each of two cores of an AMD EPYC
     tune: str | None = None  # the measurement that chooses the rate; None: the score on the dev set
+    program: str | None = None  # the module that pre-trains a tiny model
+    pretraining: tuple[str, ...] = ()  # its flags
+    # pre-training -> share of the most frequent kind, share of wrong answers
+    corpora: dict[str, tuple[float, float]] = field(default_factory=dict)
+    seconds_of_pretraining: float = 0
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,20 @@ def rates_of(full: tuple[float, ...], lora: tuple[float, ...], pissa: tuple[floa
 
 
 THIRD = 1 / 3
+CLASSIFY = ("--epochs", "1", "--max-length", "64", "--task")
 TASKS = {
-    "bert": Task("bert", ROOT / "train_nlu.py", "minibalora.toy.pretrain_bert", BERT,
-                 ("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
-                 {"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)}, NLU_RECIPES,
-                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 450, 9.7),
-    "llama": Task("llama", ROOT / "train_nlg.py", "minibalora.toy.pretrain", MODEL, ("--steps", "600"),
-                  {"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)}, NLG_RECIPES,
-                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 720, 20,
-                  "exact match, dev (32)"),
+    "bert": Task("bert", ROOT / "train_nlu.py",
+                 (*CLASSIFY, "custom", "--text-field", "text", "--label-field", "label"), BERT, NLU_RECIPES,
+                 rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 9.7,
+                 program="minibalora.toy.pretrain_bert",
+                 pretraining=("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
+                 corpora={"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)},
+                 seconds_of_pretraining=450),
+    "llama": Task("llama", ROOT / "train_nlg.py", ("--max-length", "256"), MODEL, NLG_RECIPES,
+                  rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 20,
+                  tune="exact match, dev (32)", program="minibalora.toy.pretrain", pretraining=("--steps", "600"),
+                  corpora={"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)},
+                  seconds_of_pretraining=720),
 }  # fmt: skip
 ARMS = (
     Arm("full", "full"),
@@ -123,10 +130,10 @@ QUICK_CELLS = ((BUILT_IN, "wrong"),)
 QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4, 5))
 
 
-def sweeps_of(size: Size) -> list[Sweep]:
-    """Return the sweeps, the published weights first, so that a stopped experiment has the main tables."""
+def sweeps_of(size: Size, tasks: dict[str, Task] = TASKS) -> list[Sweep]:
+    """Return the sweeps of a size, the published weights first, so that a stopped experiment has the main tables."""
     return [
-        Sweep(TASKS[task], pretraining, finetuning, arm, factor, size.seeds)
+        Sweep(tasks[task], pretraining, finetuning, arm, factor, size.seeds)
         for factor in size.factors
         for task, cells in size.cells.items()
         for pretraining, finetuning in cells
@@ -145,44 +152,53 @@ def pretraining_of(task: Task, name: str, folder: Path) -> list[str]:
 
 def models_of(sweeps: list[Sweep], out: Path) -> dict[Path, tuple[Task, str]]:
     """Return each model's folder, task and pre-training: all corpora of a task, which show what a defect is, or the
-    built-in model."""
-    pairs = [(sweep.task, name) for sweep in sweeps
-             for name in ((BUILT_IN,) if sweep.pretraining == BUILT_IN else sweep.task.corpora)]  # fmt: skip
-    return {model_of(task, name, out): (task, name) for task, name in pairs}
+    finished model."""
+    models = {}
+    for sweep in sweeps:
+        task, name = sweep.task, sweep.pretraining
+        names = task.corpora if name in task.corpora else (name,)
+        models |= {model_of(task, name, out): (task, name) for name in names}
+    return models
 
 
 def model_of(task: Task, pretraining: str, out: Path) -> Path:
-    return task.built_in if pretraining == BUILT_IN else out / "models" / f"{task.name}-{pretraining}"
+    return out / "models" / f"{task.name}-{pretraining}" if pretraining in task.corpora else task.model
 
 
 def words_of(sweep: Sweep, out: Path) -> list[str]:
     """Return the words after `python -m minibalora` of a sweep."""
-    arm, data = sweep.arm, out / "data" / sweep.task.name
+    arm = sweep.arm
     words = ["sweep", sweep.task.script, "--out", sweep.folder(out), "--tune-seeds", *TUNE_SEEDS]
     words += ["--model", model_of(sweep.task, sweep.pretraining, out), "--method", arm.method, "--lr", *sweep.rates]
     words += ["--seed", *sweep.seeds, *weights_of(sweep), "--batch-size", 16, "--micro-batch-size", 16]
-    if sweep.task.name == "bert":
-        words += ["--data", data / ("imbalanced.jsonl" if sweep.finetuning == "imbalanced" else "train.jsonl")]
-        words += ["--label-noise", 0.2 if sweep.finetuning == "wrong" else 0]
-        words += ["--task", "custom", "--text-field", "text", "--label-field", "label", "--epochs", 1]
-        words += ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test")), "--max-length", 64]
-    else:
-        words += ["--data", data / ("wrong.jsonl" if sweep.finetuning == "wrong" else "train.jsonl")]
-        retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
-        words += ["--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
-        words += ["--max-length", 256] + ([] if arm.method == "full" else ["--rank", 16])
+    words += [*sweep.task.words, *data_words(sweep, out / "data" / sweep.task.name)]
+    if sweep.task.name == "llama" and arm.method != "full":
+        words += ["--rank", 16]
     return [str(word) for word in words]
 
 
+def data_words(sweep: Sweep, data: Path) -> list[object]:
+    """Return the flags of the files in `data` to learn from, and to measure on."""
+    training = data / ("train.jsonl" if sweep.finetuning == "clean" else f"{sweep.finetuning}.jsonl")
+    if sweep.task.name == "llama":
+        retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
+        return ["--data", training, "--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
+    words = ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test"))]
+    if sweep.task.name == "bert" and sweep.finetuning == "wrong":
+        return ["--data", data / "train.jsonl", "--label-noise", 0.2, *words]
+    return ["--data", training, *words]
+
+
 def weights_of(sweep: Sweep) -> list[object]:
-    """Return the flags of the terms: a recipe with its weights times the factor, or the non-target KL."""
+    """Return the flags of the terms: a recipe, and its weights where they differ from it, or the non-target KL."""
     arm, words = sweep.arm, []
     if arm.recipe is not None:
         published = sweep.task.recipes[arm.recipe]
         words = ["--recipe", arm.recipe]
         for name in WEIGHTS:
-            weight = getattr(published, name) * sweep.factor if name in arm.weights else 0
-            words += [f"--{name}", f"{weight:g}"]
+            weight = getattr(published, name)
+            chosen = weight * sweep.factor if name in arm.weights else 0
+            words += [f"--{name}", f"{chosen:g}"] if chosen != weight else []
     if arm.non_target_kl:
         words += ["--non-target-kl", f"{arm.non_target_kl * sweep.factor:g}"]
     if sweep.task.name == "bert" and arm.weights == ("lambda3",):

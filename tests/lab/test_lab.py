@@ -28,7 +28,7 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def test_every_sweep_is_accepted_by_its_script_and_has_a_folder_of_its_own(folder, monkeypatch):
-    monkeypatch.setattr(grid, "model_of", lambda task, pretraining, out: task.built_in)
+    monkeypatch.setattr(grid, "model_of", lambda task, pretraining, out: task.model)
     sweeps = sweeps_of(FULL) + sweeps_of(QUICK)
     assert len({sweep.folder(folder) for sweep in sweeps}) == len(sweeps)
     for sweep in (replace(sweep, seeds=sweep.seeds[:1]) for sweep in sweeps):  # all seeds take half a minute more
@@ -47,6 +47,7 @@ def test_the_factor_multiplies_the_published_weights_and_an_arm_keeps_only_its_o
     assert sweeps["bert", "pissa", 1] == sweeps["llama", "full", 1] == []
     words = ["--recipe", "iclr2026", "--lambda1", "1.5", "--lambda2", "0.3", "--lambda3", "0.3"]
     assert sweeps["bert", "ba-lora iclr2026", 10] == words
+    assert sweeps["bert", "ba-lora iclr2026", 1] == ["--recipe", "iclr2026"]
     words = ["--recipe", "iclr2026", "--lambda1", "0", "--lambda2", "0.5", "--lambda3", "0"]
     assert sweeps["llama", "pissa + diversity", 100] == words
     assert sweeps["llama", "lora + non-target KL", 1] == ["--non-target-kl", "0.1"]

@@ -1,0 +1,94 @@
+"""Tests of the laboratory's experiment with MiniLM."""
+
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from minibalora.lab import command, grid, minilm
+from minibalora.lab.grid import words_of
+from minibalora.sweep.grid import plan_runs
+from minibalora.toy import BERT
+
+HEADER = "index genre filename year old_index source1 source2 sentence1 sentence2 score".split()
+
+
+@pytest.fixture(scope="module")
+def stsb(tmp_path_factory) -> Path:
+    """A folder as GLUE's STS-B: 700 captions, 9 pairs from forums and 60 from the news in each file."""
+    folder, rng = tmp_path_factory.mktemp("glue") / "STS-B", random.Random(0)
+    folder.mkdir()
+    for part in ("train", "dev"):
+        genres = 700 * ["main-captions"] + 9 * ["main-forums"] + 60 * ["main-news"]
+        rows = [
+            [str(i), genre, "-", "-", "-", "-", "-", f'{part} {genre} {i} "', "b", f"{rng.randint(0, 50) / 10}"]
+            for i, genre in enumerate(genres)
+        ]
+        (folder / f"{part}.tsv").write_text("".join("\t".join(row) + "\n" for row in [HEADER, *rows]))
+    return folder
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_sets_are_disjoint_and_a_fifth_of_the_wrong_ones_has_another_pairs_score(stsb, tmp_path):
+    minilm.write_data(stsb, tmp_path)
+    counts = {"train": 400, "wrong": 400, "dev": 300, "test": 400, "other": 60}
+    scores = {name: rows_of(tmp_path / "scores" / f"{name}.jsonl") for name in counts}
+    assert {name: len(rows) for name, rows in scores.items()} == counts
+    texts = {name: {row["sentence1"] for row in rows} for name, rows in scores.items()}
+    assert texts["train"] == texts["wrong"] and not texts["train"] & texts["dev"]
+    assert all("dev main-captions" in text for text in texts["test"]) and all("news" in text for text in texts["other"])
+    changed = [new != old for new, old in zip(scores["wrong"], scores["train"], strict=True)]
+    assert 70 <= sum(changed[:80]) and not any(changed[80:])  # a few scores equal those of the pair before
+    assert sorted(row["label"] for row in scores["wrong"]) == sorted(row["label"] for row in scores["train"])
+    for name, rows in scores.items():
+        classes = rows_of(tmp_path / "classes" / f"{name}.jsonl")
+        assert [row["label"] for row in classes] == [round(row["label"]) for row in rows]
+
+
+def test_every_sweep_is_accepted_by_its_script(stsb, tmp_path):
+    minilm.write_data(stsb, tmp_path / "data")
+    sweeps = [replace(sweep, seeds=sweep.seeds[:1]) for sweep in minilm.sweeps_with(BERT)]
+    assert len({sweep.folder(tmp_path) for sweep in sweeps}) == len(sweeps) == 2 * 4 + 2 * 3
+    for sweep in sweeps:
+        words = words_of(sweep, tmp_path)
+        training = words[words.index("--model") :]
+        runs = plan_runs(Path(words[1]), training, sweep.folder(tmp_path), list(grid.TUNE_SEEDS))
+        assert len(runs) == len(sweep.rates) * (len(grid.TUNE_SEEDS) + 1)
+        assert {Path(run.settings["data"]).stem for run in runs} <= {"train", "wrong"}
+
+
+def test_the_command_reports_both_tasks(stsb, tmp_path, monkeypatch, capsys):
+    one = {"lora": (1e-3,), "pissa": (5e-4,)}
+    sweeps = [
+        replace(sweep, seeds=(1, 2), task=replace(sweep.task, rates=one))
+        for sweep in minilm.sweeps_with(BERT)
+        if sweep.arm.name in one and sweep.finetuning == "wrong"
+    ]
+    monkeypatch.setattr(minilm, "sweeps_with", lambda model: sweeps)
+    words = ["lab", "--minilm", str(BERT), str(stsb), "--out", str(tmp_path / "lab"), "--jobs", "2"]
+    monkeypatch.setattr(sys, "argv", words)
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert "0 models to pre-train, 4 of 4 sweeps with up to 12 runs: about" in said
+    assert "8 runs count; failed: none" in said
+    assert "scores, fine-tuned on wrong data: correlation with the scores of captions (Pearson)" in said
+    runs = json.loads((tmp_path / "lab" / "results.json").read_text())
+    assert {(run["task"], run["arm"]) for run in runs} == {(task, arm) for task in minilm.WORDS for arm in one}
+    assert all(run["scores"].keys() == {"test", "other"} for run in runs)
+
+
+@pytest.mark.parametrize(("flags", "part"), [
+    (["--quick"], "leave out --quick and --task"),
+    (["--task", "bert"], "leave out --quick and --task"),
+    (["--report"], "holds no runs"),
+])  # fmt: skip
+def test_what_would_have_no_effect_is_refused(flags, part, tmp_path, monkeypatch, refuses):
+    monkeypatch.setattr(sys, "argv", ["lab", "--minilm", str(BERT), "stsb", "--out", str(tmp_path / "lab"), *flags])
+    refuses(command.main, part)
+    assert not (tmp_path / "lab").exists()
