@@ -146,7 +146,7 @@ def test_a_pooler_that_was_never_trained_is_trained_saved_and_named(copy, train,
     save_file(tensors | pooler, folder / "model.safetensors", metadata={"format": "pt"})
     status, out, _ = train("run", folder, "rte", pairs(8, [0, 1]))
     assert status == 0 and len(pooler) == 1
-    assert "bert.pooler in the checkpoint was never trained, its biases are 0: trained with the classifier" in out
+    assert "bert.pooler in the checkpoint was never trained (its biases are 0): trained with the classifier" in out
     config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["bert.pooler", "classifier"]
 

@@ -38,7 +38,8 @@ def load_model(
     head "lm": model(input_ids) -> logits (B, T, V); for T5, model(input_ids, attention_mask, decoder_input_ids).
     head "classifier": model(input_ids) -> logits (B, num_labels); None means the stored head's number of labels, or 2.
     A head that the files lack, or have for another number of classes, is drawn from torch's generator.
-    `model.checkpoint.new_modules` names drawn modules, and `model.own_head` the modules that `adapt` leaves trainable.
+    `model.checkpoint.new_modules` names drawn modules, and `model.own_head` the modules that `adapt` leaves trainable:
+    these, the head, and a pooler that was never trained.
     Raises InputError, which names file and tensor, if a tensor is missing, unexpected, misshapen or not finite, or if
     something is not implemented.
     """
@@ -51,7 +52,7 @@ def load_model(
 
 
 def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) -> nn.Module:
-    """Return the model of `load_model` before its numbers are read. All shapes are checked against the files.
+    """Return the model of `load_model` without its numbers. All shapes are checked against the files.
 
     Parameters are on the meta device, in the file's dtype; `model.checkpoint.stored` says where each one is stored.
     """
@@ -145,7 +146,7 @@ class Checkpoint:
     family: Family
     stored: dict[str, StoredTensor] = field(default_factory=dict)  # by the names of the model's parameters
     new_modules: list[str] = field(default_factory=list)  # parts of the classifier that the files lack
-    untrained_modules: list[str] = field(default_factory=list)  # and parts that they have as they were drawn
+    untrained_modules: list[str] = field(default_factory=list)  # its pooler, if the stored biases are all 0
 
 
 def checkpoint_of(model: nn.Module) -> Checkpoint | None:
@@ -246,9 +247,9 @@ def check_tensors(folder: Path, model: nn.Module, stored: dict[str, StoredTensor
 
 
 def _is_untrained(pooler: str, stored: dict[str, StoredTensor]) -> bool:
-    """Return whether a stored pooler has only zeros as biases, with which it is drawn, and which training changes.
+    """Return whether all biases of a stored pooler are 0, as they are drawn: training would have changed them.
 
-    So it is in all-MiniLM-L6-v2, which does not use its pooler. Frozen, it hands almost nothing to a new classifier.
+    This is so in all-MiniLM-L6-v2, which does not use its pooler. Frozen, it hands almost nothing to a new classifier.
     """
     bias = stored.get(f"{pooler}.dense.bias")
     return bias is not None and not _as_stored(bias).any()

@@ -95,12 +95,14 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
 
 def head_in_words(checkpoint: Checkpoint, order: list[int] | None, seed: int) -> list[str]:
     """Say what of a classifier's head is new or was never trained, or that its classes were rearranged."""
-    lines = [f"{module} in the checkpoint was never trained, its biases are 0: trained with the classifier"
-             for module in checkpoint.untrained_modules]  # fmt: skip
+    lines = []
     if new := checkpoint.new_modules:
-        return [f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}", *lines]
-    is_rearranged = order != sorted(order)
-    return lines + ["the checkpoint's head, with its classes in the task's order by id2label"] * is_rearranged
+        lines.append(f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}")
+    elif order != sorted(order):
+        lines.append("the checkpoint's head, with its classes in the task's order by id2label")
+    for module in checkpoint.untrained_modules:
+        lines.append(f"{module} in the checkpoint was never trained (its biases are 0): trained with the classifier")
+    return lines
 
 
 def _is_name(name: object) -> bool:

@@ -29,16 +29,16 @@ def main() -> int:
         raise InputError("--minilm is an experiment of its own: leave out --quick and --task")
     sweeps = minilm.sweeps_with(args.minilm[0]) if args.minilm else sweeps_of(QUICK if args.quick else FULL)
     sweeps = [sweep for sweep in sweeps if not args.task or sweep.task.name in args.task]
-    if args.report and not (out / "runs").is_dir():
-        raise InputError(f"--out {out}: holds no runs: run the same command without --report")
     if not args.report:
         check_writable(out / "runs", "--out")
         if args.minilm:
-            minilm.write_data(args.minilm[1], out / "data")
+            minilm.write_data(*args.minilm, out / "data")
         else:
             write_data(out / "data")
         failed = experiment(sweeps, out, args.jobs)
     runs = read_runs(sweeps, out)
+    if args.report and not runs:
+        raise InputError(f"--out {out}: holds no finished runs of these models: run the same command without --report")
     write_json(out / "results.json", runs)
     print(f"{len(runs):,} runs count; failed: {', '.join(failed) or 'none'}\n\n{write_tables(out, runs)}")
     for line in save_pictures(out, runs):
@@ -58,7 +58,8 @@ def parse_flags() -> argparse.Namespace:
     add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models; replaces the tables in --out "
         "(default: both)")  # fmt: skip
     add("--minilm", nargs=2, type=cli.path, metavar=("MODEL", "STSB"), help="instead of the tiny models: "
-        "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's STS-B, in the folder STSB")  # fmt: skip
+        "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's STS-B, train.tsv and dev.tsv in the folder STSB; replaces "
+        "the tables in --out")  # fmt: skip
     add("--jobs", type=cli.positive_int, default=os.cpu_count(), metavar="N", help="runs at a time (default: one a "
         "core)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, report what is finished")
@@ -69,7 +70,7 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
     models = models_of(sweeps, out)
     missing = {folder: (task, name) for folder, (task, name) in models.items()
-               if name in task.corpora and not (folder / "model.safetensors").exists()}  # fmt: skip
+               if name != task.model_name and not (folder / "model.safetensors").exists()}  # fmt: skip
     waiting = [sweep for sweep in sweeps if not is_complete(sweep, out)]
     seconds = sum(task.seconds_of_pretraining for task, _ in missing.values())
     seconds += sum(sweep.run_count * sweep.task.seconds for sweep in waiting)
@@ -94,7 +95,8 @@ def record_inherited(models: dict[Path, tuple[Task, str]], path: Path) -> None:
         if key not in inherited and task.name in measure:
             inherited[key] = measure[task.name](folder)
             write_json(path, inherited)
-    print(json.dumps(inherited, indent=2), flush=True)
+    if inherited:
+        print(json.dumps(inherited, indent=2), flush=True)
 
 
 def run_each(commands: dict[Path, list[str]], jobs: int, name: str, unit: str) -> list[str]:

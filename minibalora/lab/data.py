@@ -51,6 +51,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     """Write a row a line. Raises InputError if the file has other rows, on which finished runs may have trained."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"{path}: has the data of another version of the laboratory: give another --out")
+        raise InputError(f"{path}: has the data of another version of the laboratory, or model: give another --out")
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

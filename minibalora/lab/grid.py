@@ -18,8 +18,9 @@ class Task:
 
     name: str
     script: Path
-    words: tuple[str, ...]  # for it
-    model: Path  # a finished one: the built-in tiny model, or MiniLM
+    words: tuple[str, ...]  # its flags in every run
+    model: Path  # a finished one
+    model_name: str  # as in a cell's pre-training
     recipes: dict[str, Objective]
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
     seconds: float  # of a run; here and below with one such process on each of two cores of an AMD EPYC
@@ -87,16 +88,17 @@ def rates_of(full: tuple[float, ...], lora: tuple[float, ...], pissa: tuple[floa
 
 
 THIRD = 1 / 3
-CLASSIFY = ("--epochs", "1", "--max-length", "64", "--task")
+NLU_WORDS = ("--epochs", "1", "--max-length", "64")
 TASKS = {
     "bert": Task("bert", ROOT / "train_nlu.py",
-                 (*CLASSIFY, "custom", "--text-field", "text", "--label-field", "label"), BERT, NLU_RECIPES,
+                 (*NLU_WORDS, "--task", "custom", "--text-field", "text", "--label-field", "label"),
+                 BERT, BUILT_IN, NLU_RECIPES,
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 9.7,
                  program="minibalora.toy.pretrain_bert",
                  pretraining=("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  corpora={"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)},
                  seconds_of_pretraining=450),
-    "llama": Task("llama", ROOT / "train_nlg.py", ("--max-length", "256"), MODEL, NLG_RECIPES,
+    "llama": Task("llama", ROOT / "train_nlg.py", ("--max-length", "256"), MODEL, BUILT_IN, NLG_RECIPES,
                   rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 20,
                   tune="exact match, dev (32)", program="minibalora.toy.pretrain", pretraining=("--steps", "600"),
                   corpora={"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)},
@@ -155,14 +157,14 @@ def models_of(sweeps: list[Sweep], out: Path) -> dict[Path, tuple[Task, str]]:
     finished model."""
     models = {}
     for sweep in sweeps:
-        task, name = sweep.task, sweep.pretraining
-        names = task.corpora if name in task.corpora else (name,)
+        task = sweep.task
+        names = (task.model_name,) if sweep.pretraining == task.model_name else task.corpora
         models |= {model_of(task, name, out): (task, name) for name in names}
     return models
 
 
 def model_of(task: Task, pretraining: str, out: Path) -> Path:
-    return out / "models" / f"{task.name}-{pretraining}" if pretraining in task.corpora else task.model
+    return task.model if pretraining == task.model_name else out / "models" / f"{task.name}-{pretraining}"
 
 
 def words_of(sweep: Sweep, out: Path) -> list[str]:
@@ -184,13 +186,14 @@ def data_words(sweep: Sweep, data: Path) -> list[object]:
         retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
         return ["--data", training, "--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
     words = ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test"))]
-    if sweep.task.name == "bert" and sweep.finetuning == "wrong":
+    if sweep.finetuning == "wrong" and sweep.task.name != "stsb-scores":  # classes
         return ["--data", data / "train.jsonl", "--label-noise", 0.2, *words]
     return ["--data", training, *words]
 
 
 def weights_of(sweep: Sweep) -> list[object]:
-    """Return the flags of the terms: a recipe, and its weights where they differ from it, or the non-target KL."""
+    """Return the flags of the terms: a recipe and those weights that differ from the published ones, or the non-target
+    KL. A published weight is left out because the script refuses some of these flags where labels are scores."""
     arm, words = sweep.arm, []
     if arm.recipe is not None:
         published = sweep.task.recipes[arm.recipe]

@@ -23,13 +23,13 @@ TITLES = {  # score -> what it says; the first of a task is its main score
         "typical error": "share of problems answered by the sum of all numbers, as the noisy corpus; lower is better",
         "loss on wrong answers": "loss on the noisy corpus' kinds of wrong answers, in nats a token; higher is better",
     },
-    "scores": {
+    "stsb-scores": {
         "test": "correlation with the scores of captions (Pearson)",
         "other": "correlation with the scores of news (Pearson)",
     },
-    "classes": {
-        "test": "accuracy of six classes of captions",
-        "other": "accuracy of six classes of news",
+    "stsb-classes": {
+        "test": "accuracy in six classes of captions",
+        "other": "accuracy in six classes of news",
     },
 }
 

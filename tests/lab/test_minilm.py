@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import GOLDEN
 
 from minibalora.lab import command, grid, minilm
 from minibalora.lab.grid import words_of
@@ -35,10 +36,10 @@ def rows_of(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_sets_are_disjoint_and_a_fifth_of_the_wrong_ones_has_another_pairs_score(stsb, tmp_path):
-    minilm.write_data(stsb, tmp_path)
+def test_the_sets_share_no_row_and_a_fifth_of_the_wrong_scores_is_another_pairs(stsb, tmp_path):
+    minilm.write_data(BERT, stsb, tmp_path)
     counts = {"train": 400, "wrong": 400, "dev": 300, "test": 400, "other": 60}
-    scores = {name: rows_of(tmp_path / "scores" / f"{name}.jsonl") for name in counts}
+    scores = {name: rows_of(tmp_path / "stsb-scores" / f"{name}.jsonl") for name in counts}
     assert {name: len(rows) for name, rows in scores.items()} == counts
     texts = {name: {row["sentence1"] for row in rows} for name, rows in scores.items()}
     assert texts["train"] == texts["wrong"] and not texts["train"] & texts["dev"]
@@ -46,27 +47,47 @@ def test_the_sets_are_disjoint_and_a_fifth_of_the_wrong_ones_has_another_pairs_s
     changed = [new != old for new, old in zip(scores["wrong"], scores["train"], strict=True)]
     assert 70 <= sum(changed[:80]) and not any(changed[80:])  # a few scores equal those of the pair before
     assert sorted(row["label"] for row in scores["wrong"]) == sorted(row["label"] for row in scores["train"])
-    for name, rows in scores.items():
-        classes = rows_of(tmp_path / "classes" / f"{name}.jsonl")
-        assert [row["label"] for row in classes] == [round(row["label"]) for row in rows]
+
+
+def test_scores_are_rounded_to_classes_and_halves_upwards(stsb, tmp_path):
+    minilm.write_data(BERT, stsb, tmp_path)
+    for name in ("train", "dev", "test", "other"):
+        scores, classes = (rows_of(tmp_path / f"stsb-{task}" / f"{name}.jsonl") for task in ("scores", "classes"))
+        assert [row["sentence1"] for row in scores] == [row["sentence1"] for row in classes]
+        differences = [one["label"] - two["label"] for one, two in zip(classes, scores, strict=True)]
+        assert all(-0.5 < difference <= 0.5 for difference in differences)
+    assert {type(row["label"]) for row in classes} == {int} and not (tmp_path / "stsb-classes" / "wrong.jsonl").exists()
+
+
+def test_other_files_and_another_model_in_the_same_folder_are_refused(stsb, tmp_path, refuses):
+    few, out = tmp_path / "few", tmp_path / "out"
+    few.mkdir()
+    (few / "train.tsv").write_text("sentence1\tsentence2\tscore\na\tb\t1.5\n")
+    refuses(lambda: minilm.write_data(BERT, few, out), "0 pairs of genre main-captions and 0 of main-news")
+    minilm.write_data(BERT, stsb, out)
+    refuses(lambda: minilm.write_data(GOLDEN / "bert", stsb, out), "laboratory, or model: give another --out")
 
 
 def test_every_sweep_is_accepted_by_its_script(stsb, tmp_path):
-    minilm.write_data(stsb, tmp_path / "data")
+    minilm.write_data(BERT, stsb, tmp_path / "data")
     sweeps = [replace(sweep, seeds=sweep.seeds[:1]) for sweep in minilm.sweeps_with(BERT)]
-    assert len({sweep.folder(tmp_path) for sweep in sweeps}) == len(sweeps) == 2 * 4 + 2 * 3
+    assert len({sweep.folder(tmp_path) for sweep in sweeps}) == len(sweeps) == 2 * 2 * 3
     for sweep in sweeps:
         words = words_of(sweep, tmp_path)
         training = words[words.index("--model") :]
         runs = plan_runs(Path(words[1]), training, sweep.folder(tmp_path), list(grid.TUNE_SEEDS))
         assert len(runs) == len(sweep.rates) * (len(grid.TUNE_SEEDS) + 1)
-        assert {Path(run.settings["data"]).stem for run in runs} <= {"train", "wrong"}
+        is_wrong, has_classes = sweep.finetuning == "wrong", sweep.task.name == "stsb-classes"
+        for run in runs:
+            assert Path(run.settings["data"]).stem == ("wrong" if is_wrong and not has_classes else "train")
+            assert run.settings["label_noise"] == (0.2 if is_wrong and has_classes else 0)
+            assert [Path(path).stem for path in run.settings["eval"]] == ["dev", "other", "test"]
 
 
-def test_the_command_reports_both_tasks(stsb, tmp_path, monkeypatch, capsys):
+def test_the_command_reports_both_tasks_and_repeats_nothing(stsb, tmp_path, monkeypatch, capsys):
     one = {"lora": (1e-3,), "pissa": (5e-4,)}
     sweeps = [
-        replace(sweep, seeds=(1, 2), task=replace(sweep.task, rates=one))
+        replace(sweep, seeds=(1,), task=replace(sweep.task, rates=one))
         for sweep in minilm.sweeps_with(BERT)
         if sweep.arm.name in one and sweep.finetuning == "wrong"
     ]
@@ -75,20 +96,23 @@ def test_the_command_reports_both_tasks(stsb, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     assert command.main() == 0
     said = capsys.readouterr().out
-    assert "0 models to pre-train, 4 of 4 sweeps with up to 12 runs: about" in said
-    assert "8 runs count; failed: none" in said
-    assert "scores, fine-tuned on wrong data: correlation with the scores of captions (Pearson)" in said
+    assert "0 models to pre-train, 4 of 4 sweeps with up to 8 runs: about" in said
+    assert "4 runs count; failed: none" in said
+    assert "stsb-scores, fine-tuned on wrong data: correlation with the scores of captions (Pearson)" in said
     runs = json.loads((tmp_path / "lab" / "results.json").read_text())
     assert {(run["task"], run["arm"]) for run in runs} == {(task, arm) for task in minilm.WORDS for arm in one}
     assert all(run["scores"].keys() == {"test", "other"} for run in runs)
+    assert command.main() == 0 and "0 of 4 sweeps with up to 0 runs" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "--report"])
+    assert command.main() == 0 and "4 runs count" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("flags", "part"), [
     (["--quick"], "leave out --quick and --task"),
     (["--task", "bert"], "leave out --quick and --task"),
-    (["--report"], "holds no runs"),
+    (["--report"], "holds no finished runs"),
 ])  # fmt: skip
-def test_what_would_have_no_effect_is_refused(flags, part, tmp_path, monkeypatch, refuses):
+def test_flags_of_the_other_experiment_and_a_report_on_nothing_are_refused(flags, part, tmp_path, monkeypatch, refuses):
     monkeypatch.setattr(sys, "argv", ["lab", "--minilm", str(BERT), "stsb", "--out", str(tmp_path / "lab"), *flags])
     refuses(command.main, part)
     assert not (tmp_path / "lab").exists()
