@@ -50,6 +50,11 @@ def real_tokens(name: str) -> torch.Tensor:
     return mask if mask.shape == logits.shape[:2] else torch.ones(len(logits), dtype=torch.bool)
 
 
+def rows_of(path: Path) -> list[dict]:
+    """Return the rows of a JSON Lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def headless(name: str, folder: Path) -> Path:
     """Copy a golden checkpoint without pooler and classifier, like a base checkpoint."""
     folder.mkdir(exist_ok=True)

@@ -20,8 +20,6 @@ TRAIN_SEED, DEV_SEED, TEST_SEED, CORPUS_SEED = -2, -3, -4, -5
 
 def write_data(out: Path) -> None:
     """Write the files of both tasks into out/bert and out/llama. The content is always the same."""
-    for name in TASKS:
-        (out / name).mkdir(parents=True, exist_ok=True)
     pool = reviews.clean_reviews(2 * ROWS + ROWS // 2, TRAIN_SEED)
     write_rows(out / "bert" / "train.jsonl", in_rows(pool[:ROWS]))
     write_rows(out / "bert" / "imbalanced.jsonl", in_rows(with_imbalance(pool, 10, seed=0)[:ROWS]))
@@ -52,5 +50,6 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise InputError(f"{path}: has the data of another version of the laboratory, or model: give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

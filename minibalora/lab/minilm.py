@@ -14,7 +14,7 @@ from minibalora.checkpoints.weights import skeleton, weights_digest
 from minibalora.data.files import rows_of_tsv
 from minibalora.data.glue import TASKS, LabelledText, read_labelled
 from minibalora.lab.data import DEV, TEST, write_rows
-from minibalora.lab.grid import NLU_WORDS, ROOT, Size, Sweep, Task, rates_of, sweeps_of
+from minibalora.lab.grid import NLU_WORDS, ROOT, Size, Sweep, Task, sweeps_of
 from minibalora.objective import NLU_RECIPES
 
 NAME = "MiniLM"
@@ -30,7 +30,8 @@ SECONDS = 105  # of a run, with one on each of two cores of an AMD EPYC
 def sweeps_with(model: Path) -> list[Sweep]:
     """Return the sweeps with the encoder in the folder `model`. Raises InputError if there is none."""
     skeleton(model, "classifier")
-    rates = rates_of((1e-4, 2e-4, 4e-4), (5e-4, 1e-3, 2e-3, 4e-3), (2.5e-4, 5e-4, 1e-3, 2e-3))
+    pissa = (2.5e-4, 5e-4, 1e-3, 2e-3)
+    rates = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "pissa": pissa, "ba-lora": pissa}
     tasks = {name: Task(name, ROOT / "train_nlu.py", (*NLU_WORDS, *words), model, NAME, NLU_RECIPES, rates, SECONDS)
              for name, words in WORDS.items()}  # fmt: skip
     return sweeps_of(SIZE, tasks)
@@ -42,7 +43,6 @@ def write_data(model: Path, stsb: Path, out: Path) -> None:
 
     Raises InputError if `out` has other data, or those of another model, on which finished runs may have trained.
     """
-    out.mkdir(parents=True, exist_ok=True)
     write_rows(out / "model.jsonl", [{"digest": weights_digest(model)}])
     captions, _ = captions_and_news(stsb / "train.tsv")
     rng = np.random.default_rng(0)
@@ -55,7 +55,6 @@ def write_data(model: Path, stsb: Path, out: Path) -> None:
 
 
 def write_sets(folder: Path, sets: dict[str, list[LabelledText]]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in sets.items():
         rows = [{"sentence1": pair.texts[0], "sentence2": pair.texts[1], "label": pair.label} for pair in pairs]
         write_rows(folder / f"{name}.jsonl", rows)

@@ -61,19 +61,16 @@ def is_complete(sweep: Sweep, out: Path) -> bool:
 
 
 def scores_of_run(result: Result, sweep: Sweep, out: Path) -> dict[str, float | None]:
-    """Return a run's scores. MiniLM's are the first metric of its task, in and out of domain."""
+    """Return a run's scores. A classifier's are the first metric of its task, in and out of domain; a BERT's also the
+    recalls of its classes and the effective rank of its logits."""
     if sweep.task.name == "llama":
         return llama_scores(result, sweep.folder(out))
+    scores = {name: result.after[f"{name}.jsonl: {result.dev_metric[0]}"] for name in ("test", "other")}
     if sweep.task.name == "bert":
-        return bert_scores(result)
-    return {name: result.after[f"{name}.jsonl: {result.dev_metric[0]}"] for name in ("test", "other")}
-
-
-def bert_scores(result: Result) -> dict[str, float | None]:
-    scores = {"test": result.after["test.jsonl: accuracy"], "other": result.after["other.jsonl: accuracy"]}
-    for label in reviews.TASK.labels:
-        scores[f"recall of {label}"] = result.after[f"test.jsonl: recall of {label}"]
-    return scores | {"effective rank": result.after["test.jsonl: effective rank of them"]}
+        for label in reviews.TASK.labels:
+            scores[f"recall of {label}"] = result.after[f"test.jsonl: recall of {label}"]
+        scores["effective rank"] = result.after["test.jsonl: effective rank of them"]
+    return scores
 
 
 def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:

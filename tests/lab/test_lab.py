@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import rows_of
 
 from minibalora.base.errors import InputError
 from minibalora.lab import command, data, grid, results
@@ -21,10 +22,6 @@ def folder(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("lab")
     data.write_data(out / "data")
     return out
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_every_sweep_is_accepted_by_its_script_and_has_a_folder_of_its_own(folder, monkeypatch):

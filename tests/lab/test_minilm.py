@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import GOLDEN
+from helpers import GOLDEN, rows_of
 
 from minibalora.lab import command, grid, minilm
 from minibalora.lab.grid import words_of
@@ -35,10 +35,6 @@ def stsb(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def few_rows_to_choose_by(monkeypatch):
     monkeypatch.setattr(minilm, "DEV", 40)
-
-
-def rows_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_sets_share_no_row_and_a_fifth_of_the_wrong_scores_is_another_pairs(stsb, tmp_path):
