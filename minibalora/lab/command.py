@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, read_json_object, write_json
 from minibalora.base.progress import Progress, in_words
-from minibalora.lab import grid, minilm
+from minibalora.lab import glue_data, grid, minilm
 from minibalora.lab.data import write_data
 from minibalora.lab.grid import FULL, QUICK, Sweep, Task, models_of, pretraining_of, sweeps_of, words_of
 from minibalora.lab.inherited import measure_bert, measure_llama
@@ -25,14 +26,15 @@ from minibalora.lab.results import is_complete, read_runs
 def main() -> int:
     args = parse_flags()
     out, failed = args.out, []
-    if args.minilm and (args.quick or args.task):
-        raise InputError("--minilm is an experiment of its own: leave out --quick and --task")
+    if args.minilm and args.quick:
+        raise InputError("--minilm is an experiment of its own: leave out --quick")
+    tasks = check_tasks(args.task, minilm.WORDS if args.minilm else grid.TASKS)
     sweeps = minilm.sweeps_with(args.minilm[0]) if args.minilm else sweeps_of(QUICK if args.quick else FULL)
-    sweeps = [sweep for sweep in sweeps if not args.task or sweep.task.name in args.task]
+    sweeps = [sweep for sweep in sweeps if sweep.task.name in tasks]
     if not args.report:
         check_writable(out / "runs", "--out")
         if args.minilm:
-            minilm.write_data(*args.minilm, out / "data")
+            glue_data.write_data(*args.minilm, tasks, out / "data")
         else:
             write_data(out / "data")
         failed = experiment(sweeps, out, args.jobs)
@@ -55,15 +57,23 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=cli.path, required=True, metavar="DIR", help="folder for models, runs, tables and pictures")
     add("--quick", action="store_true", help="only the built-in models and three methods; replaces the tables in --out")
-    add("--task", nargs="+", choices=tuple(grid.TASKS), help="only these models; replaces the tables in --out "
-        "(default: both)")  # fmt: skip
-    add("--minilm", nargs=2, type=cli.path, metavar=("MODEL", "STSB"), help="instead of the tiny models: "
-        "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's STS-B, train.tsv and dev.tsv in the folder STSB; replaces "
-        "the tables in --out")  # fmt: skip
+    add("--task", nargs="+", choices=(*grid.TASKS, *minilm.WORDS), help="only these; bert and llama are the tiny "
+        "models, the others MiniLM's tasks; replaces the tables in --out (default: all)")  # fmt: skip
+    add("--minilm", nargs=2, type=cli.path, metavar=("MODEL", "GLUE"), help="instead of the tiny models: "
+        "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's CoLA, MRPC, RTE and STS-B, folders in GLUE; replaces the "
+        "tables in --out")  # fmt: skip
     add("--jobs", type=cli.positive_int, default=os.cpu_count(), metavar="N", help="runs at a time (default: one a "
         "core)")  # fmt: skip
     add("--report", action="store_true", help="train nothing, report what is finished")
     return parser.parse_args()
+
+
+def check_tasks(chosen: list[str] | None, known: Iterable[str]) -> list[str]:
+    """Return the chosen tasks, or all that are known if none is. Raises InputError for one of the other experiment."""
+    if unknown := [task for task in chosen or () if task not in known]:
+        raise InputError(f"--task {unknown[0]}: this experiment has {', '.join(known)}: give one of these, or change "
+                         "--minilm")  # fmt: skip
+    return list(chosen or known)
 
 
 def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:

@@ -25,6 +25,7 @@ class Task:
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
     seconds: float  # of a run; here and below with one such process on each of two cores of an AMD EPYC
     tune: str | None = None  # the measurement that chooses the rate; None: the score on the dev set
+    draws_wrong: bool = False  # a run draws which labels are wrong, by its seed; False: wrong.jsonl has them
     program: str | None = None  # the module that pre-trains a tiny model
     pretraining: tuple[str, ...] = ()  # its flags
     # pre-training -> share of the most frequent kind, share of wrong answers
@@ -94,7 +95,7 @@ TASKS = {
                  (*NLU_WORDS, "--task", "custom", "--text-field", "text", "--label-field", "label"),
                  BERT, BUILT_IN, NLU_RECIPES,
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 9.7,
-                 program="minibalora.toy.pretrain_bert",
+                 draws_wrong=True, program="minibalora.toy.pretrain_bert",
                  pretraining=("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  corpora={"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)},
                  seconds_of_pretraining=450),
@@ -181,14 +182,13 @@ def words_of(sweep: Sweep, out: Path) -> list[str]:
 
 def data_words(sweep: Sweep, data: Path) -> list[object]:
     """Return the flags of the files in `data` to learn from, and to measure on."""
-    training = data / ("train.jsonl" if sweep.finetuning == "clean" else f"{sweep.finetuning}.jsonl")
+    is_drawn = sweep.finetuning == "wrong" and sweep.task.draws_wrong
+    training = data / ("train.jsonl" if sweep.finetuning == "clean" or is_drawn else f"{sweep.finetuning}.jsonl")
     if sweep.task.name == "llama":
         retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
         return ["--data", training, "--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
-    words = ["--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test"))]
-    if sweep.finetuning == "wrong" and sweep.task.name != "stsb-scores":  # classes
-        return ["--data", data / "train.jsonl", "--label-noise", 0.2, *words]
-    return ["--data", training, *words]
+    noise = ["--label-noise", 0.2] if is_drawn else []
+    return ["--data", training, *noise, "--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test"))]
 
 
 def weights_of(sweep: Sweep) -> list[object]:

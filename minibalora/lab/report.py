@@ -31,6 +31,12 @@ TITLES = {  # score -> what it says; the first of a task is its main score
         "test": "accuracy in six classes of captions",
         "other": "accuracy in six classes of news",
     },
+    "mrpc": {"test": "accuracy on pairs of MRPC", "other": "accuracy on pairs of RTE"},
+    "cola": {
+        "test": "Matthews correlation on sentences from the books of the training data",
+        "other": "Matthews correlation on sentences from other books",
+    },
+    "rte": {"test": "accuracy on pairs of RTE", "other": "accuracy on pairs of MRPC"},
 }
 
 
