@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
 from minibalora.checkpoints import export
-from minibalora.data.glue import TASKS
-from minibalora.data.sets import class_order
+from minibalora.data.glue import TASKS, LabelledText
+from minibalora.data.sets import EvalSet, class_order
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_nlu  # noqa: E402
@@ -228,6 +228,12 @@ def test_hidden_labels_are_counted_in_training_and_evaluation_sets(copy, train):
     refused(
         train("test", copy("other", MNLI), "rte", pairs(3, [-1])), "test.jsonl", "no rows with a label", "3 without"
     )
+
+
+def test_texts_that_are_cut_are_counted_in_evaluation_sets(copy):
+    texts = [LabelledText((" ".join(["tea"] * words), "good"), 0, words) for words in (3, 12, 13, 14)]
+    eval_set = EvalSet("dev.tsv", texts, False).encoded(mb.load_tokenizer(copy("base", MNLI)), 16)
+    assert eval_set.in_words() == "dev.tsv, 4 rows, 2 of them cut"  # 3 special tokens and the second text have 4
 
 
 def test_glue_s_parquet_folder_is_trained_on_and_named(copy, tmp_path, in_command):

@@ -21,13 +21,16 @@ class EvalSet:
     is_folded: bool  # its labels distinguish only class 0 from all others
     skipped: int = 0  # rows without a label
     rows: list[ClassRow] = field(default_factory=list)  # the examples, tokenised
+    cut: int = 0  # rows with texts that were cut
 
     def in_words(self) -> str:
+        cut = f", {self.cut:,} of them cut" if self.cut else ""
         left_out = f", {self.skipped:,} without a label left out" if self.skipped else ""
-        return f"{self.name}, {len(self.rows):,} rows{left_out}"
+        return f"{self.name}, {len(self.rows):,} rows{cut}{left_out}"
 
     def encoded(self, tok: Tokenizer, max_length: int) -> "EvalSet":
-        return replace(self, rows=encode(self.examples, tok, max_length)[0])
+        rows, cut = encode(self.examples, tok, max_length)
+        return replace(self, rows=rows, cut=cut)
 
 
 def read_sets(

@@ -14,8 +14,9 @@ from minibalora.base import cli
 from minibalora.base.errors import InputError
 from minibalora.base.files import check_writable, read_json_object, write_json
 from minibalora.base.progress import Progress, in_words
-from minibalora.lab import glue_data, grid, minilm
-from minibalora.lab.data import write_data
+from minibalora.lab import grid, minilm
+from minibalora.lab.data import write_data, write_rows
+from minibalora.lab.glue_data import write_glue_data
 from minibalora.lab.grid import FULL, QUICK, Sweep, Task, models_of, pretraining_of, sweeps_of, words_of
 from minibalora.lab.inherited import measure_bert, measure_llama
 from minibalora.lab.pictures import save_pictures
@@ -28,13 +29,13 @@ def main() -> int:
     out, failed = args.out, []
     if args.minilm and args.quick:
         raise InputError("--minilm is an experiment of its own: leave out --quick")
-    tasks = check_tasks(args.task, minilm.WORDS if args.minilm else grid.TASKS)
+    tasks = check_tasks(args.task, minilm.CELLS if args.minilm else grid.TASKS, args.minilm is not None)
     sweeps = minilm.sweeps_with(args.minilm[0]) if args.minilm else sweeps_of(QUICK if args.quick else FULL)
     sweeps = [sweep for sweep in sweeps if sweep.task.name in tasks]
     if not args.report:
         check_writable(out / "runs", "--out")
         if args.minilm:
-            glue_data.write_data(*args.minilm, tasks, out / "data")
+            write_glue_data(*args.minilm, tasks, out / "data")
         else:
             write_data(out / "data")
         failed = experiment(sweeps, out, args.jobs)
@@ -57,28 +58,29 @@ def parse_flags() -> argparse.Namespace:
     add = parser.add_argument
     add("--out", type=cli.path, required=True, metavar="DIR", help="folder for models, runs, tables and pictures")
     add("--quick", action="store_true", help="only the built-in models and three methods; replaces the tables in --out")
-    add("--task", nargs="+", choices=(*grid.TASKS, *minilm.WORDS), help="only these; bert and llama are the tiny "
+    add("--task", nargs="+", choices=(*grid.TASKS, *minilm.CELLS), help="only these; bert and llama are the tiny "
         "models, the others MiniLM's tasks; replaces the tables in --out (default: all)")  # fmt: skip
     add("--minilm", nargs=2, type=cli.path, metavar=("MODEL", "GLUE"), help="instead of the tiny models: "
         "all-MiniLM-L6-v2, in the folder MODEL, on GLUE's CoLA, MRPC, RTE and STS-B, folders in GLUE; replaces the "
         "tables in --out")  # fmt: skip
     add("--jobs", type=cli.positive_int, default=os.cpu_count(), metavar="N", help="runs at a time (default: one a "
         "core)")  # fmt: skip
-    add("--report", action="store_true", help="train nothing, report what is finished")
+    add("--report", action="store_true", help="train nothing, report what is finished; reads no file of GLUE")
     return parser.parse_args()
 
 
-def check_tasks(chosen: list[str] | None, known: Iterable[str]) -> list[str]:
+def check_tasks(chosen: list[str] | None, known: Iterable[str], is_minilm: bool) -> list[str]:
     """Return the chosen tasks, or all that are known if none is. Raises InputError for one of the other experiment."""
     if unknown := [task for task in chosen or () if task not in known]:
-        raise InputError(f"--task {unknown[0]}: this experiment has {', '.join(known)}: give one of these, or change "
-                         "--minilm")  # fmt: skip
+        remedy = "leave out --minilm" if is_minilm else "add --minilm MODEL GLUE"
+        raise InputError(f"--task {unknown[0]}: this experiment has {', '.join(known)}: give one of these, or {remedy}")
     return list(chosen or known)
 
 
 def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     """Do what is not done yet: models, what they inherited, and sweeps. Returns the names of what has failed."""
     models = models_of(sweeps, out)
+    record_commands(sweeps, models, out)
     missing = {folder: (task, name) for folder, (task, name) in models.items()
                if name != task.model_name and not (folder / "model.safetensors").exists()}  # fmt: skip
     waiting = [sweep for sweep in sweeps if not is_complete(sweep, out)]
@@ -94,6 +96,19 @@ def experiment(sweeps: list[Sweep], out: Path, jobs: int) -> list[str]:
     record_inherited(models, out / "inherited.json")
     commands = {sweep.folder(out): ["minibalora", *words_of(sweep, out)] for sweep in waiting}
     return run_each(commands, jobs, "sweeps", "sweep")
+
+
+def record_commands(sweeps: list[Sweep], models: dict[Path, tuple[Task, str]], out: Path) -> None:
+    """Write the command of each sweep and pre-training into a file beside its folder. Raises InputError if another one
+    is there: what is finished would count although other flags made it."""
+    commands = {folder: pretraining_of(task, name, Path()) for folder, (task, name) in models.items()
+                if name != task.model_name}  # fmt: skip
+    for sweep in sweeps:
+        words = words_of(sweep, Path())
+        words[words.index("--model") + 1] = sweep.pretraining  # its folder may have moved
+        commands[sweep.folder(out)] = words
+    for folder, words in commands.items():
+        write_rows(folder.with_name(f"{folder.name}.jsonl"), [words])
 
 
 def record_inherited(models: dict[Path, tuple[Task, str]], path: Path) -> None:

@@ -45,11 +45,12 @@ def in_rows(examples: list[LabelledText]) -> list[dict]:
     return [{"text": example.texts[0], "label": reviews.TASK.labels[example.label]} for example in examples]
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
-    """Write a row a line. Raises InputError if the file has other rows, on which finished runs may have trained."""
+def write_rows(path: Path, rows: list) -> None:
+    """Write a row a line. Raises InputError if the file has other rows: finished runs may have trained on them."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise InputError(f"{path}: has the data of another version of the laboratory, or model: give another --out")
+        raise InputError(f"{path}: was written by another version of the laboratory, from other files or for another "
+                         "model: give another --out")  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from minibalora.objective import NLG_RECIPES, NLU_RECIPES, Objective
-from minibalora.toy import BERT, MODEL
+from minibalora.toy import BERT, MODEL, reviews
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS = ("lambda1", "lambda2", "lambda3")
@@ -24,8 +24,12 @@ class Task:
     recipes: dict[str, Objective]
     rates: dict[str, tuple[float, ...]]  # method -> learning rates to choose from
     seconds: float  # of a run; here and below with one such process on each of two cores of an AMD EPYC
+    # Score -> the measurements in report.json whose mean it is; {}: a LLaMA's, see `results`.
+    scores: dict[str, list[str]] = field(default_factory=dict)
     tune: str | None = None  # the measurement that chooses the rate; None: the score on the dev set
     draws_wrong: bool = False  # a run draws which labels are wrong, by its seed; False: wrong.jsonl has them
+    rank: int | None = None  # of the adapters; None: the script's default
+    svd_k: int | None = None  # of the spectral term alone, where the published one would be constant
     program: str | None = None  # the module that pre-trains a tiny model
     pretraining: tuple[str, ...] = ()  # its flags
     # pre-training -> share of the most frequent kind, share of wrong answers
@@ -89,19 +93,24 @@ def rates_of(full: tuple[float, ...], lora: tuple[float, ...], pissa: tuple[floa
 
 
 THIRD = 1 / 3
-NLU_WORDS = ("--epochs", "1", "--max-length", "64")
+BERT_WORDS = "--epochs 1 --max-length 64 --task custom --text-field text --label-field label"
+BERT_SCORES = {
+    "test": ["test.jsonl: accuracy"],
+    "other": ["other.jsonl: accuracy"],
+    **{f"recall of {label}": [f"test.jsonl: recall of {label}"] for label in reviews.TASK.labels},
+    "effective rank": ["test.jsonl: effective rank of them"],
+}
 TASKS = {
-    "bert": Task("bert", ROOT / "train_nlu.py",
-                 (*NLU_WORDS, "--task", "custom", "--text-field", "text", "--label-field", "label"),
-                 BERT, BUILT_IN, NLU_RECIPES,
+    "bert": Task("bert", ROOT / "train_nlu.py", tuple(BERT_WORDS.split()), BERT, BUILT_IN, NLU_RECIPES,
                  rates_of((2.5e-4, 5e-4, 1e-3), (1e-3, 2e-3, 4e-3), (5e-4, 1e-3, 2e-3)), 9.7,
-                 draws_wrong=True, program="minibalora.toy.pretrain_bert",
+                 scores=BERT_SCORES, draws_wrong=True, svd_k=1, program="minibalora.toy.pretrain_bert",
                  pretraining=("--steps", "2000", "--lr", "3e-3", "--mask-stars"),
                  corpora={"clean": (THIRD, 0.0), "noisy": (THIRD, 0.2), "imbalanced": (0.98, 0.0)},
                  seconds_of_pretraining=450),
     "llama": Task("llama", ROOT / "train_nlg.py", ("--max-length", "256"), MODEL, BUILT_IN, NLG_RECIPES,
                   rates_of((5e-5, 1.5e-4, 5e-4), (8e-4, 2e-3, 5e-3), (1e-4, 2.5e-4, 6e-4)), 20,
-                  tune="exact match, dev (32)", program="minibalora.toy.pretrain", pretraining=("--steps", "600"),
+                  tune="exact match, dev (32)", rank=16, program="minibalora.toy.pretrain",
+                  pretraining=("--steps", "600"),
                   corpora={"clean": (0.25, 0.0), "noisy": (0.25, 0.6), "imbalanced": (0.9, 0.0)},
                   seconds_of_pretraining=720),
 }  # fmt: skip
@@ -154,8 +163,8 @@ def pretraining_of(task: Task, name: str, folder: Path) -> list[str]:
 
 
 def models_of(sweeps: list[Sweep], out: Path) -> dict[Path, tuple[Task, str]]:
-    """Return each model's folder, task and pre-training: all corpora of a task, which show what a defect is, or the
-    finished model."""
+    """Return each model's folder, task and pre-training: the finished model, or one for each corpus of the task, even
+    if no sweep uses it, so that the defects can be compared."""
     models = {}
     for sweep in sweeps:
         task = sweep.task
@@ -175,18 +184,18 @@ def words_of(sweep: Sweep, out: Path) -> list[str]:
     words += ["--model", model_of(sweep.task, sweep.pretraining, out), "--method", arm.method, "--lr", *sweep.rates]
     words += ["--seed", *sweep.seeds, *weights_of(sweep), "--batch-size", 16, "--micro-batch-size", 16]
     words += [*sweep.task.words, *data_words(sweep, out / "data" / sweep.task.name)]
-    if sweep.task.name == "llama" and arm.method != "full":
-        words += ["--rank", 16]
+    words += ["--tune", sweep.task.tune] if sweep.task.tune else []
+    words += ["--rank", sweep.task.rank] if sweep.task.rank and arm.method != "full" else []
     return [str(word) for word in words]
 
 
 def data_words(sweep: Sweep, data: Path) -> list[object]:
-    """Return the flags of the files in `data` to learn from, and to measure on."""
+    """Return the flags of what to learn from and to measure on, files in `data`."""
     is_drawn = sweep.finetuning == "wrong" and sweep.task.draws_wrong
     training = data / ("train.jsonl" if sweep.finetuning == "clean" or is_drawn else f"{sweep.finetuning}.jsonl")
     if sweep.task.name == "llama":
         retained = [data / f"{sweep.pretraining}-corpus.jsonl", data / "wrong-answers.jsonl"]
-        return ["--data", training, "--eval", data / "test.jsonl", "--retain", *retained, "--tune", sweep.task.tune]
+        return ["--data", training, "--eval", data / "test.jsonl", "--retain", *retained]
     noise = ["--label-noise", 0.2] if is_drawn else []
     return ["--data", training, *noise, "--eval", *(data / f"{name}.jsonl" for name in ("dev", "other", "test"))]
 
@@ -204,6 +213,6 @@ def weights_of(sweep: Sweep) -> list[object]:
             words += [f"--{name}", f"{chosen:g}"] if chosen != weight else []
     if arm.non_target_kl:
         words += ["--non-target-kl", f"{arm.non_target_kl * sweep.factor:g}"]
-    if sweep.task.name == "bert" and arm.weights == ("lambda3",):
-        words += ["--svd-k", 1]  # with the published 5 of at most 3 singular values, the term is constant
+    if sweep.task.svd_k and arm.weights == ("lambda3",):
+        words += ["--svd-k", sweep.task.svd_k]
     return words

@@ -1,4 +1,4 @@
-"""Draw the laboratory's pictures: differences to PiSSA, the rare classes, the weights, the frontier."""
+"""Draw the laboratory's pictures: differences from PiSSA, the rare classes, the weights, the frontier."""
 
 import math
 from pathlib import Path
@@ -43,7 +43,7 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
         if any(differences_of(cell, run["arm"], "test") for cell in cells_of(published).values() for run in cell):
             pictures[f"{task}-differences"] = lambda runs=published, task=task: differences(runs, TITLES[task]["test"])
         if rare := [run for run in published if run["finetuning"] == "imbalanced"]:
-            pictures["rare-recall"] = lambda runs=rare: dots(runs, RARE)
+            pictures["rare-recall"] = lambda runs=rare: recalls(runs)
         if any(run["factor"] != 1 for run in part):
             pictures[f"{task}-over-weights"] = lambda runs=part: over_weights(runs)
         for cell, here in cells_of(published).items():
@@ -106,11 +106,11 @@ def add_title(axes: "Axes", cell: tuple[str, str], runs: list[dict]) -> None:
     """Say above a panel what was done, and how many seeds the arms have."""
     counts = [len({run["seed"] for run in runs if run["arm"] == arm}) for arm in {run["arm"] for run in runs}]
     seeds = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else counts[0]
-    axes.set_title(f"pre-trained: {cell[0]}\nfine-tuned: {cell[1]}\n{seeds} seeds", fontsize=8)
+    axes.set_title(f"pre-trained: {cell[0]}\nfine-tuned: {cell[1]}\nseeds: {seeds}", fontsize=8)
 
 
 def differences(runs: list[dict], title: str) -> "Figure":
-    """Draw each arm's difference to PiSSA with its 95 % interval, a panel for each pre-training and fine-tuning."""
+    """Draw each arm's difference from PiSSA with its 95 % interval, a panel for each pre-training and fine-tuning."""
     from matplotlib.ticker import MaxNLocator
 
     cells = cells_of(runs)
@@ -128,25 +128,25 @@ def differences(runs: list[dict], title: str) -> "Figure":
         axes.tick_params(labelbottom=True)  # also above an empty place
         axes.set_yticks(range(len(arms)), reversed(arms))
         add_title(axes, cell, here)
-    figure.supxlabel(f"difference to PiSSA in {title}\nmean and 95 % interval, paired by seed; right of the line: "
+    figure.supxlabel(f"difference from PiSSA in {title}\nmean and 95 % interval, paired by seed; right of the line: "
                      "better; blue or orange: the interval does not contain 0", **SMALL)  # fmt: skip
     return figure
 
 
-def dots(runs: list[dict], score: str) -> "Figure":
-    """Draw the score of every run, a line for each arm, with the mean and its 95 % interval."""
+def recalls(runs: list[dict]) -> "Figure":
+    """Draw the recall of the rare classes of every run, a line for each arm, with the mean and its 95 % interval."""
     cells, arms = cells_of(runs), list(dict.fromkeys(run["arm"] for run in runs))
     figure, panels = panels_for(len(cells), len(cells), 1.1, 0.26 * len(arms), is_shared=True)
     for axes, (cell, here) in zip(panels, cells.items(), strict=True):
         for place, arm in enumerate(reversed(arms)):
-            if values := list(scores_of(here, arm, score).values()):
+            if values := list(scores_of(here, arm, RARE).values()):
                 mean, half = mean_interval(values)
                 axes.plot(values, [place] * len(values), "o", color=COLOURS[5], markersize=4)
                 axes.errorbar(mean, place, xerr=0 if math.isnan(half) else half, fmt="D", color=COLOURS[0],
                               markersize=5, capsize=3)  # fmt: skip
         axes.set_yticks(range(len(arms)), reversed(arms))
         add_title(axes, cell, here)
-    figure.supxlabel(f"{score}, 0 to 1, higher is better\na dot: a run; diamond: their mean with its 95 % interval",
+    figure.supxlabel(f"{RARE}, 0 to 1, higher is better\na dot: a run; diamond: their mean with its 95 % interval",
                      **SMALL)  # fmt: skip
     return figure
 

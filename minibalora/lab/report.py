@@ -1,4 +1,4 @@
-"""Write the laboratory's tables: what each arm reached, and its difference to PiSSA, paired by seed."""
+"""Write the laboratory's tables: what each arm reached, and its difference from PiSSA, paired by seed."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from minibalora.sweep.intervals import mean_interval
 BASELINE = "pissa"
 RARE = "recall of the rare classes"
 CELL = ("task", "pretraining", "finetuning", "factor")
-TITLES = {  # score -> what it says; the first of a task is its main score
+TITLES = {  # task -> score -> what it says; scores without a title have no table
     "bert": {
         "test": "accuracy on reviews like the training data",
         RARE: "recall of the classes that are rare in the fine-tuning data, a mean of both",
@@ -18,25 +18,31 @@ TITLES = {  # score -> what it says; the first of a task is its main score
         "test": "exact match in percent, a mean of four kinds",
         "other": "exact match in percent, in other sentences",
         "larger numbers": "exact match in percent, in other sentences and with larger numbers",
-        "KL": "KL(pre-trained ‖ tuned) on its corpus without errors, in nats a token; lower is less forgotten",
-        "forgotten": "rise of the loss on its corpus without errors, in nats a token; lower is less forgotten",
+        "KL": "KL(pre-trained ‖ tuned) on its corpus without errors, in nats per token; lower is less forgotten",
+        "forgotten": "rise of the loss on its corpus without errors, in nats per token; lower is less forgotten",
         "typical error": "share of problems answered by the sum of all numbers, as the noisy corpus; lower is better",
-        "loss on wrong answers": "loss on the noisy corpus' kinds of wrong answers, in nats a token; higher is better",
+        "loss on wrong answers": "loss on the noisy corpus' kinds of wrong answers, nats per token; higher is better",
     },
     "stsb-scores": {
         "test": "correlation with the scores of captions (Pearson)",
         "other": "correlation with the scores of news (Pearson)",
     },
     "stsb-classes": {
-        "test": "accuracy in six classes of captions",
-        "other": "accuracy in six classes of news",
+        "test": "six-class accuracy on captions",
+        "other": "six-class accuracy on news",
     },
-    "mrpc": {"test": "accuracy on pairs of MRPC", "other": "accuracy on pairs of RTE"},
+    "mrpc": {
+        "test": "accuracy on pairs of MRPC",
+        "other": "mean recall of both classes on pairs of RTE; chance is 0.5",
+    },
     "cola": {
-        "test": "Matthews correlation on sentences from the books of the training data",
-        "other": "Matthews correlation on sentences from other books",
+        "test": "Matthews correlation on sentences from the training sentences' publications",
+        "other": "Matthews correlation on sentences from other publications",
     },
-    "rte": {"test": "accuracy on pairs of RTE", "other": "accuracy on pairs of MRPC"},
+    "rte": {
+        "test": "accuracy on pairs of RTE",
+        "other": "mean recall of both classes on pairs of MRPC; chance is 0.5",
+    },
 }
 
 
@@ -46,8 +52,8 @@ def write_tables(out: Path, runs: list[dict]) -> str:
     runs: as `results.read_runs` returns them; may be incomplete.
     """
     parts, excluded = [], {}
-    for task, titles in TITLES.items():
-        of_task = [run for run in runs if run["task"] == task]
+    for task in dict.fromkeys(run["task"] for run in runs):
+        titles, of_task = TITLES[task], [run for run in runs if run["task"] == task]
         for finetuning in dict.fromkeys(run["finetuning"] for run in of_task):
             here = [run for run in of_task if run["finetuning"] == finetuning]
             published = [run for run in here if run["factor"] == 1]
@@ -60,8 +66,9 @@ def write_tables(out: Path, runs: list[dict]) -> str:
             for pretraining, part in with_weights(here).items():
                 heading = f"{task}, {pretraining}, fine-tuned on {finetuning} data, weights times: {titles[main]}"
                 parts.append(f"### {heading}\n\n{table(part, 'factor', main, excluded)}")
+    parts += undefined_in_words(runs)
     parts.append(
-        f"`*`: the 95 % interval of the difference to {BASELINE} does not contain 0. This is so for "
+        f"`*`: the 95 % interval of the difference from {BASELINE} does not contain 0. This is so for "
         f"{sum(excluded.values())} of {len(excluded)} differences; by chance alone, it would be so for about "
         f"{0.05 * len(excluded):.0f}. They are not independent: scores share runs, and arms share those of {BASELINE}."
     )
@@ -69,6 +76,13 @@ def write_tables(out: Path, runs: list[dict]) -> str:
     with replacing(out / "tables.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def undefined_in_words(runs: list[dict]) -> list[str]:
+    """Name the runs that a mean lacks because their correlation is undefined: they gave all rows the same answer."""
+    names = [f"{run['task']}, {run['finetuning']}, {run['arm']}, seed {run['seed']}" for run in runs
+             if any(run["scores"].get(score, 0) is None for score in ("test", "other"))]  # fmt: skip
+    return [f"Left out, because a correlation of equal answers is undefined: {'; '.join(names)}."] if names else []
 
 
 def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]) -> str:

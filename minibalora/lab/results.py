@@ -8,7 +8,6 @@ from minibalora.lab.data import DEV_KIND, OTHERS
 from minibalora.lab.grid import TUNE_SEEDS, Sweep
 from minibalora.sweep.comparison import Row, choose_measurements, rows_of
 from minibalora.sweep.results import Result, read_results, recorded_runs
-from minibalora.toy import reviews
 from minibalora.toy.problems import CROWDING_KIND
 
 
@@ -61,16 +60,12 @@ def is_complete(sweep: Sweep, out: Path) -> bool:
 
 
 def scores_of_run(result: Result, sweep: Sweep, out: Path) -> dict[str, float | None]:
-    """Return a run's scores. A classifier's are the first metric of its task, in and out of domain; a BERT's also the
-    recalls of its classes and the effective rank of its logits."""
-    if sweep.task.name == "llama":
+    """Return a run's scores. One is None if it is undefined, such as the correlation of answers that are all equal."""
+    if not sweep.task.scores:
         return llama_scores(result, sweep.folder(out))
-    scores = {name: result.after[f"{name}.jsonl: {result.dev_metric[0]}"] for name in ("test", "other")}
-    if sweep.task.name == "bert":
-        for label in reviews.TASK.labels:
-            scores[f"recall of {label}"] = result.after[f"test.jsonl: recall of {label}"]
-        scores["effective rank"] = result.after["test.jsonl: effective rank of them"]
-    return scores
+    values = {name: [result.after[measurement] for measurement in measurements]
+              for name, measurements in sweep.task.scores.items()}  # fmt: skip
+    return {name: None if None in parts else sum(parts) / len(parts) for name, parts in values.items()}
 
 
 def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
@@ -90,7 +85,7 @@ def llama_scores(result: Result, folder: Path) -> dict[str, float | None]:
 
 def typical_error(path: Path) -> float:
     """Return the share of problems answered by the sum of all numbers, from 0 to 1. Counted are those with the corpus'
-    sentences that are not additions, do not choose the rate, and have another right answer."""
+    sentences that are not additions, do not choose the rate, and whose right answer is a different number."""
     records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     answers = []
     for record in records:

@@ -88,7 +88,7 @@ def test_the_data_are_disjoint_and_as_described(folder):
 def test_data_of_another_version_are_not_replaced(tmp_path):
     data.write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
     data.write_rows(tmp_path / "a.jsonl", [{"text": "a"}])
-    with pytest.raises(InputError, match="a.jsonl: has the data of another version of the laboratory"):
+    with pytest.raises(InputError, match="a.jsonl: was written by another version of the laboratory"):
         data.write_rows(tmp_path / "a.jsonl", [{"text": "b"}])
     assert rows_of(tmp_path / "a.jsonl") == [{"text": "a"}]
 
@@ -127,7 +127,7 @@ def test_the_typical_error_is_the_sum_of_all_numbers(tmp_path):
     assert results.typical_error(tmp_path / "eval-after.jsonl") == 0.5  # additions, equal sums and others do not count
 
 
-def test_the_command_tunes_runs_and_reports_and_repeats_nothing(tmp_path, monkeypatch, capsys):
+def test_the_command_repeats_nothing_and_refuses_runs_of_another_command(tmp_path, monkeypatch, capsys, refuses):
     monkeypatch.setattr(data, "ROWS", 64)
     monkeypatch.setattr(data, "TEST", 60)
     bert = grid.TASKS["bert"]
@@ -147,3 +147,6 @@ def test_the_command_tunes_runs_and_reports_and_repeats_nothing(tmp_path, monkey
     assert command.main() == 0 and "0 of 2 sweeps with up to 0 runs" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     assert command.main() == 0 and "4 runs count" in capsys.readouterr().out
+    monkeypatch.setitem(grid.TASKS, "bert", replace(grid.TASKS["bert"], words=(*bert.words, "--batch-size", "8")))
+    monkeypatch.setattr(sys, "argv", words)
+    refuses(command.main, "lora.jsonl: was written by another version", "give another --out")

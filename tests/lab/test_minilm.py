@@ -69,7 +69,7 @@ def test_scores_are_rounded_to_classes_and_halves_upwards(glue):
 
 
 def test_out_of_domain_are_sentences_of_other_books_and_pairs_of_another_task(glue, tmp_path):
-    glue_data.write_data(BERT, glue, ["cola", "mrpc", "rte"], tmp_path)
+    glue_data.write_glue_data(BERT, glue, ["cola", "mrpc", "rte"], tmp_path)
     rows = {(task, name): rows_of(tmp_path / task / f"{name}.jsonl")
             for task in ("cola", "mrpc", "rte") for name in ("train", "dev", "test", "other")}  # fmt: skip
     assert {name: len(rows["cola", name]) for name in ("train", "dev", "test", "other")} == {
@@ -91,13 +91,22 @@ def test_other_files_and_another_model_in_the_same_folder_are_refused(glue, tmp_
     for name in ("train.tsv", "dev.tsv"):
         rows = [["index", "genre", "sentence1", "sentence2", "score"], [0, "main-news", "a", "b", 1.5]]
         write_tsv(few / "STS-B" / name, rows)
-    refuses(lambda: glue_data.write_data(BERT, few, ["stsb-scores"], out), "has 0 rows to learn from, 0 to measure on")
-    glue_data.write_data(BERT, glue, ["mrpc"], out)
-    refuses(lambda: glue_data.write_data(GOLDEN / "bert", glue, ["mrpc"], out), "or model: give another --out")
+    refuses(
+        lambda: glue_data.write_glue_data(BERT, few, ["stsb-scores"], out),
+        "STS-B: has 0 rows to learn from, but more than 40",
+    )
+    write_tsv(few / "CoLA" / "train.tsv", [["sentence", "label"], ["a tea", 1]])
+    refuses(lambda: glue_data.cola(few), "CoLA/train.tsv: has no column 'source': give GLUE's own file")
+    write_tsv(few / "MRPC" / "train.tsv", [["sentence1", "sentence2", "label"], ["a", "b", 1], ["a", "b", -1]])
+    refuses(lambda: glue_data.mrpc(few), "MRPC/train.tsv: 1 rows have no label")
+    glue_data.write_glue_data(BERT, glue, ["mrpc"], out)
+    refuses(
+        lambda: glue_data.write_glue_data(GOLDEN / "bert", glue, ["mrpc"], out), "for another model: give another --out"
+    )
 
 
 def test_every_sweep_is_accepted_by_its_script(glue, tmp_path):
-    glue_data.write_data(BERT, glue, list(minilm.WORDS), tmp_path / "data")
+    glue_data.write_glue_data(BERT, glue, list(minilm.CELLS), tmp_path / "data")
     sweeps = [replace(sweep, seeds=sweep.seeds[:1]) for sweep in minilm.sweeps_with(BERT)]
     assert len({sweep.folder(tmp_path) for sweep in sweeps}) == len(sweeps) == 9 * 3  # cells, arms
     for sweep in sweeps:
@@ -128,7 +137,7 @@ def test_the_command_reports_the_chosen_tasks_and_repeats_nothing(glue, tmp_path
     assert "0 models to pre-train, 4 of 4 sweeps with up to 8 runs: about" in said
     assert "4 runs count; failed: none" in said
     assert "stsb-scores, fine-tuned on wrong data: correlation with the scores of captions (Pearson)" in said
-    assert "cola, fine-tuned on wrong data: Matthews correlation on sentences from other books" in said
+    assert "cola, fine-tuned on wrong data: Matthews correlation on sentences from other publications" in said
     runs = json.loads((tmp_path / "lab" / "results.json").read_text())
     assert {(run["task"], run["arm"]) for run in runs} == {
         (task, arm) for task in ("stsb-scores", "cola") for arm in one
@@ -141,7 +150,7 @@ def test_the_command_reports_the_chosen_tasks_and_repeats_nothing(glue, tmp_path
 
 @pytest.mark.parametrize(("flags", "part"), [
     (["--quick"], "leave out --quick"),
-    (["--task", "bert"], "--task bert: this experiment has stsb-scores, stsb-classes, mrpc, cola, rte: give one of"),
+    (["--task", "bert"], "--task bert: rte: give one of these, or leave out --minilm"),
     (["--report"], "holds no finished runs"),
 ])  # fmt: skip
 def test_flags_of_the_other_experiment_and_a_report_on_nothing_are_refused(flags, part, tmp_path, monkeypatch, refuses):

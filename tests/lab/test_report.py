@@ -5,9 +5,10 @@ import random
 import pytest
 
 from minibalora.evaluation.plot_style import COLOURS
-from minibalora.lab.grid import ARMS, FULL, sweeps_of
+from minibalora.lab import minilm
+from minibalora.lab.grid import FULL, TASKS, sweeps_of
 from minibalora.lab.pictures import save_pictures, with_palette
-from minibalora.lab.report import in_words, table, write_tables
+from minibalora.lab.report import TITLES, in_words, table, write_tables
 
 
 def made_up_runs() -> list[dict]:
@@ -117,5 +118,12 @@ def test_small_pictures_keep_the_colours_of_the_arms_apart(tmp_path):
     assert small.mode == "P" and [f"#{bytes(colour).hex().upper()}" for colour in row] == list(COLOURS)
 
 
-def test_every_arm_of_the_issue_is_there():
-    assert len(ARMS) == 11 and len({arm.name for arm in ARMS}) == 11
+def test_every_task_has_titles_and_a_run_without_a_score_is_named(tmp_path):
+    assert TITLES.keys() == {*TASKS, *minilm.CELLS}
+    runs = [
+        CELL | {"task": "cola", "arm": "pissa", "seed": seed, "scores": {"test": test, "other": 0.1}}
+        for seed, test in ((1, 0.2), (2, None), (3, 0.4))
+    ]
+    text = write_tables(tmp_path, runs)
+    assert "cola, clean, pissa, seed 2." in text and "0.300 (" in text and "| 2 |" in text
+    assert "undefined" not in write_tables(tmp_path, runs[:1])
