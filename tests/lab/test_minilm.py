@@ -150,7 +150,7 @@ def test_the_command_reports_the_chosen_tasks_and_repeats_nothing(glue, tmp_path
 
 @pytest.mark.parametrize(("flags", "part"), [
     (["--quick"], "leave out --quick"),
-    (["--task", "bert"], "--task bert: rte: give one of these, or leave out --minilm"),
+    (["--task", "bert"], "mrpc, cola, rte: give one of these, or leave out --minilm"),
     (["--report"], "holds no finished runs"),
 ])  # fmt: skip
 def test_flags_of_the_other_experiment_and_a_report_on_nothing_are_refused(flags, part, tmp_path, monkeypatch, refuses):
