@@ -83,7 +83,7 @@ def main() -> int:
         place = "cpu" if adaptation.quantize else hardware.device  # unquantised, it may not fit on the GPU
         model = mb.load_model(source.model, dtype=torch.float32 if is_full else hardware.dtype, device=place)
 
-    # Adapt: W becomes W_res + s A B, and only A and B are trained.
+    # Adapt: W becomes W_res + s A B, and only the adapters are trained.
     if not is_full:
         adapt_model(model, adaptation, hardware, optimisation.seed, out if resumed is not None else None)
     longest = batches.pack(batches.longest(rows, rows_at_once), "cpu")

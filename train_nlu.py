@@ -93,7 +93,7 @@ def main() -> int:
     if is_head_stored:
         arrange_head(base, order)
 
-    # Adapt: W becomes W_res + s A B, and only A, B and the classifier's head are trained.
+    # Adapt: W becomes W_res + s A B, and only the adapters and the head are trained.
     if not is_full:
         adapt_model(base, adaptation, hardware, seed, out if resumed is not None else None)
     longest = labelled.padded(batches.longest(rows, optimisation.micro_batch_size), model, "cpu")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT; from minibalora, see LICENSE there
-"""The low-rank layer of LoRA and PiSSA, and four functions that use it: adapt, pretrained, merge, evaluating.
+"""The low-rank layer of LoRA and PiSSA, and four functions around it: adapt, pretrained, merge, evaluating.
 
 This file needs only torch. It adapts any model made of `nn.Linear`; it knows nothing about losses, tokens or files.
 LoRA: Hu et al., arXiv 2106.09685. PiSSA: Meng et al., arXiv 2404.02948. BA-LoRA starts from PiSSA: arXiv 2408.04556.

@@ -11,10 +11,10 @@ For generation, the 2024 papers and the authors' first code differ. Rows are pre
 | entropy | of the rows | masked with labels that are not shifted: one position too late | as the papers |
 | σ | of the rows, over Σ σ | if V > 4096, by randomised SVD (k + 5 columns, 2 iterations); over ‖Z‖_F | as the papers |
 
-So in that code λ1 = 1e-4 weighs as much as 1e-4 · T here, if rows have T positions each and all have a like KL. The
-flags that come nearest to it, for T = 512: `--recipe 2024 --lambda1 0.05`. The norm ‖Z‖_F has no flag of its own: it
-is a part of iclr2026, as are the KL's temperature, K = 20 logits in the entropy, and the moving weights. The papers:
-`--recipe 2024` and `--recipe iclr2026`.
+So in that code λ1 = 1e-4 weighs as much as 1e-4 · T here, if rows have T positions each, of similar KL. The
+flags that come nearest to it, for T = 512: `--recipe 2024 --lambda1 0.05`. The norm ‖Z‖_F and the moving weights
+have no flags: they are parts of iclr2026, as are the KL's T = 2 (`--temperature`) and the entropy's K = 20 (`--top-k`).
+`--recipe 2024` and `--recipe iclr2026` follow the papers.
 """
 
 import math
@@ -65,8 +65,8 @@ NLU_RECIPES = {
 def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | None = None) -> dict[str, float]:
     """Return the weight of each regularizer at `step` (from 0) of `steps`, by the name of its term.
 
-    iclr2026: λ1 falls along a cosine from 1 to 0.1 of its value; λ2 and λ3 are 0 for the first 20 % of the steps and
-    rise linearly over the next 5 %. 2024: all are constant. Adaptive λ1 replaces the cosine by
+    iclr2026 for generation: λ1 falls along a cosine from 1 to 0.1 of its value; λ2 and λ3 are 0 for the first 20 % of
+    the steps and rise linearly over the next 5 %. Otherwise all are constant. Adaptive λ1 replaces the cosine by
     λ1_min + (λ1_max − λ1_min)·(1 − H̄/ln V), λ1_max = λ1, λ1_min = 0.1·λ1; teacher_share is H̄/ln V of this step.
     """
     falling = rising = 1.0

@@ -6,7 +6,7 @@ and a column for each class or vocabulary entry (D or V columns), computes in fl
 returns the scalar that is *minimised*, sign included. The teacher is the pre-trained model; it gets no gradient.
 
 A logit of −∞ is a masked entry: KL and entropy leave it out (0 log 0 = 0). The functions raise ValueError for logits
-that are not two-dimensional, have no row, or differ in shape from the teacher's, and for −∞ in the other terms.
+that are not two-dimensional, have no row, or differ in shape from the teacher's, and, on a CPU, for −∞ in other terms.
 
 BA-LoRA: arXiv 2408.04556; "2024" means versions 1 to 5, "iclr2026" the ICLR 2026 version.
 Non-target KL: arXiv 2605.29498.

@@ -63,7 +63,6 @@ def save_model(
     config = read_json_object(source / "config.json") | {"dtype": dtype, "torch_dtype": dtype}  # transformers 5's, 4's
     family = model.checkpoint.family  # old files do not name it
     config["model_type"] = config.get("model_type") or next(name for name in FAMILIES if FAMILIES[name] is family)
-    config["model_type"] = next(name for name, family in FAMILIES.items() if family is model.checkpoint.family)
     write_json(folder / "config.json", config | _classifier_config(model, config, label_names))
     for name in (*TOKENIZER_FILES, *_code_files(config)):
         if (source / name).exists():

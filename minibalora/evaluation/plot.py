@@ -1,6 +1,6 @@
 """Draw the terms of runs over their steps, or t-SNE of features before and after training; see `--help`.
 
-Needs matplotlib and, for t-SNE, scikit-learn: pip install 'minibalora[plots]'. Both are imported only where they are
+Needs matplotlib and, for t-SNE, scikit-learn: pip install '.[plots]'. Both are imported only where they are
 used. Figures are made without pyplot, so no window, backend or global setting is involved.
 """
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
             import sklearn  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise InputError(f"can't draw ({error}): pip install 'minibalora[plots]'") from None
+        raise InputError(f"can't draw ({error}): pip install '.[plots]'") from None
     if args.features:
         save_picture(args.out, lambda: tsne(read_features(args.features, args.max_rows)))
     else:

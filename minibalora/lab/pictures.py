@@ -35,7 +35,7 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        return [f"no pictures ({error}): pip install 'minibalora[plots]'"]
+        return [f"no pictures ({error}): pip install '.[plots]'"]
     pictures = {}
     for task in TITLES:
         part = [run for run in runs if run["task"] == task]

@@ -40,7 +40,7 @@ def add_method_flags(add: Callable, recipes: dict[str, Objective]) -> None:
         "before; 0.1). lora+: ratio (of B's learning rate to A's; 16)")  # fmt: skip
     add("--recipe", choices=("none", *sorted(recipes)), help="terms to add to the loss, with any adapter: none, or "
         "those of a version of the paper, which the flags below change; the plan of a run "
-        "warns of a term that can't show anything (default: iclr2026 with ba-lora, otherwise none)")  # fmt: skip
+        "warns of a term that can't help (default: iclr2026 with ba-lora, otherwise none)")  # fmt: skip
 
 
 def settle_recipe(flags: dict) -> None:

@@ -70,7 +70,7 @@ def nlg_formula(objective: Objective, is_whole: bool = False) -> str:
 
 
 def nlu_formula(objective: Objective, classes: int) -> str:
-    """Return the same for a classifier. One class is a regression, without terms of classes (`objective.nlu_terms`)."""
+    """Return the same for a classifier. One class is a regression, without terms of classes (`objective.nlu_loss`)."""
     if classes == 1:
         regression = replace(objective, lambda2=0.0, lambda3=0.0, non_target_kl=0.0)
         return _formula(regression, "squared error", "squared error to the teacher", "")

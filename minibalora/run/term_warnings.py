@@ -1,4 +1,4 @@
-"""Warnings of a plan: the terms of L that can't show anything at the sizes of a run, each with what to do about it."""
+"""Warnings of a plan: the terms of L that can't help at the sizes of a run, each with what to do about it."""
 
 import math
 from dataclasses import replace

@@ -16,7 +16,7 @@ def save_pictures(out: Path, rows: list[Row], varied: list[str], measurements: M
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        return [f"no pictures ({error}): pip install 'minibalora[plots]'"]
+        return [f"no pictures ({error}): pip install '.[plots]'"]
     pictures = {f"score-over-{name}": (score_over, lines_over(name, rows), name) for name in varied}
     pictures["frontier"] = (frontier, frontier_points(rows, measurements), f"rise of the {measurements.forgotten}")
     said = []

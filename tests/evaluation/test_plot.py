@@ -546,7 +546,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(missing, m
     for module in ("matplotlib", "sklearn"):  # whatever is installed
         monkeypatch.setitem(sys.modules, module, None if module == missing else sys)
     flags = ["--features", str(tmp_path / "f")] if missing == "sklearn" else [str(tmp_path)]
-    refuses(lambda: main([*flags, "-o", str(tmp_path / "a.png")]), missing, "pip install 'minibalora[plots]'")
+    refuses(lambda: main([*flags, "-o", str(tmp_path / "a.png")]), missing, "pip install '.[plots]'")
     assert not os.listdir(tmp_path)
 
 
@@ -557,4 +557,4 @@ def test_help_and_errors_in_a_python_that_has_neither_library(in_command, tmp_pa
     assert status == 0 and "--features" in printed and error == ""
     status, printed, error = in_command(main, tmp_path, "-o", tmp_path / "a.png")
     assert status == 2 and printed == "" and len(error.splitlines()) == 1
-    assert "pip install 'minibalora[plots]'" in error
+    assert "pip install '.[plots]'" in error

@@ -535,7 +535,7 @@ def test_pictures_are_left_out_with_a_line_where_matplotlib_is_missing(compared,
     compared(["--method lora --rank 4 8"], exact_match)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert main(["--out", str(tmp_path), "--report"]) == 0
-    assert "pip install 'minibalora[plots]'" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
+    assert "pip install '.[plots]'" in capsys.readouterr().out and not list(tmp_path.glob("*.png"))
 
 
 def test_pictures_are_saved(compared, tmp_path, capsys):
