@@ -94,11 +94,15 @@ class FrozenHead:
     """The head z = W h, without bias or soft-cap. W (V, d) is frozen, and must not change after the first call."""
 
     def __init__(self, weight: Tensor):
-        if weight.requires_grad:
-            raise ValueError("the head is trained, so it needs a gradient: use the plain formulas")
         self.weight = weight
+        self.check()
         self.block = BLOCK.get(weight.device.type, 512)  # rows
         self.buffers = []
+
+    def check(self) -> None:
+        """Raise ValueError if the head is trained."""
+        if self.weight.requires_grad:
+            raise ValueError("the head is trained, so it needs a gradient: use the plain formulas")
 
     @cached_property
     def gram(self) -> Tensor:
@@ -154,6 +158,7 @@ def fused_objective(
 
 
 def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms) -> None:
+    head.check()
     M, width = (*student.shape, 0)[:2]
     if student.ndim != 2 or M == 0 or width != head.weight.shape[1]:
         expected = f"(M, {head.weight.shape[1]}), M at least 1, as the head is {list(head.weight.shape)}"
@@ -178,7 +183,7 @@ class WithGradient(torch.autograd.Function):
     def forward(ctx, student: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
         ctx.dtype = student.dtype
-        return value
+        return value.clone()  # the input itself could not be changed in place, as in loss /= steps
 
     @staticmethod
     def backward(ctx, upstream: Tensor):

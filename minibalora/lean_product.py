@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from minibalora.lowrank import LowRankLinear, adapted_layers
+from .lowrank import LowRankLinear, adapted_layers
 
 __all__ = ["LeanLowRankLinear", "factors_kept", "use_lean_product"]
 

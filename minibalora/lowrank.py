@@ -63,8 +63,14 @@ class LowRankLinear(nn.Module):
         return y + s * ((x @ dA) @ B.to(x.dtype) + (x @ A0.to(x.dtype)) @ dB)
 
     def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return W (n, m) in `dtype`. `nf4.quantize` replaces W by a module that holds W_res in four bits."""
-        if isinstance(self.W, Tensor):
+        """Return W (n, m) in `dtype`. `nf4.quantize` replaces W by a module that holds W_res in four bits.
+
+        Raises ValueError for integers, in which W would be rounded to zeros.
+        """
+        is_known = isinstance(dtype, torch.dtype)  # torch.fx gives a proxy
+        if is_known and not (dtype.is_floating_point or dtype.is_complex):
+            raise ValueError(f"X is {dtype}: give floating-point numbers")
+        if not isinstance(self.W, nn.Module):
             return self.W.to(dtype)
         residual = self.W.dequantize(dtype)
         if self.A0 is None:
@@ -77,13 +83,17 @@ class LowRankLinear(nn.Module):
             return self.A, self.B
         return torch.cat([self.A - self.A0, self.A0], dim=1), torch.cat([self.B, self.B - self.B0], dim=0)
 
+    def trained_update(self) -> tuple[Tensor, Tensor]:
+        """Return the factors of ΔW in a form through which A and B get the gradients of `forward`."""
+        return self.update()
+
     @property
     def weight(self) -> Tensor:
         """The dense (n, m) matrix that the layer applies now, as teacher or student, in the dtype of W."""
         W = self.pretrained_weight(self.W.dtype if isinstance(self.W, Tensor) else self.A.dtype)
         if self.is_teacher:
             return W
-        left, right = (factor.to(W.dtype) for factor in self.update())
+        left, right = (factor.to(W.dtype) for factor in self.trained_update())
         with torch.autocast(W.device.type, enabled=False):
             return torch.addmm(W, right.T, left.T, alpha=self.scaling)
 
@@ -91,13 +101,26 @@ class LowRankLinear(nn.Module):
     def delta(self) -> Tensor:
         """ΔW = s (A B − A₀ B₀)ᵀ, the learned change, as a dense (n, m) matrix in the dtype of A."""
         left, right = self.update()
-        return self.scaling * (left @ right).T
+        with torch.autocast(left.device.type, enabled=False):
+            return self.scaling * (left @ right).T
 
     @property
     def residual(self) -> Tensor:
         """W_res = W − s A₀ B₀, (m, n) in the dtype of A: the frozen part of Y = X W_res + s (X A) B."""
         W = self.pretrained_weight(self.A.dtype).T
-        return W if self.A0 is None else W - self.scaling * self.A0 @ self.B0
+        with torch.autocast(W.device.type, enabled=False):
+            return W if self.A0 is None else W - self.scaling * self.A0 @ self.B0
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Apply fn, such as .half()'s, but leave A, B, A₀ and B₀ in float32: rounded, A − A₀ would be wrong."""
+        own = [parameter for name, parameter in self._parameters.items() if name not in ("W", "bias")]
+        kept = {id(tensor) for parameter in own if parameter is not None for tensor in (parameter, parameter.grad)}
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if id(tensor) in kept and new.dtype.itemsize < 4 else new
+
+        return super()._apply(moved, recurse)
 
     def get_extra_state(self) -> Tensor:  # puts s into the state_dict: A and B mean nothing without it
         return torch.tensor(self.scaling, dtype=torch.float64, device="cpu")
@@ -140,7 +163,10 @@ def factors_of(init: str) -> Callable[[Tensor, int, float], tuple[Tensor, Tensor
     if init in (exact := {"lora": lora, "pissa": pissa, "olora": olora}):
         return exact[init]
     try:
-        from minibalora.krylov import svd_named
+        if __package__:
+            from .krylov import svd_named
+        else:
+            from krylov import svd_named
     except ImportError:  # this file was copied alone
         raise ValueError(f"unknown init {init!r}: give lora, olora or pissa") from None
     return partial(pissa, svd=svd_named(init))
@@ -223,17 +249,15 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
     """Make `model` the pre-trained model inside: the teacher of the consistency terms, on the student's own weights.
 
     A trained head takes its initial values. There is no gradient and no dropout. The student comes back afterwards,
-    also after an exception. Raises ValueError if no layer is adapted, or if a trained parameter has no initial value.
+    also after an exception. Raises ValueError if no layer is adapted, or if training changes something else: a
+    parameter without an initial value, or the running means of a batch norm.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
         raise ValueError("the model has no adapted layer, so there is no record of the pre-trained one: adapt first")
     head = [(tensor, tensor.data, initial) for _, _, tensor, initial in _head_with_initial(model)]
-    known = {id(p) for layer in layers for name, p in layer.named_parameters() if name not in ("W", "bias")}
-    known |= {id(tensor) for tensor, _, _ in head}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in known:
-            raise ValueError(f"{name} is trained, but its initial value is not kept: name its module in own_head")
+    known = {id(tensor) for tensor, _, _ in head}
+    _check_rest_is_frozen(model, known | {id(p) for layer in layers for p in _trained(layer)})
     roles = [layer.is_teacher for layer in layers]
     try:
         for layer in layers:
@@ -255,7 +279,8 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
 def merge(model: nn.Module) -> nn.Module:
     """Replace every LowRankLinear in place by a plain nn.Linear that computes the same, and return the model.
 
-    W + ΔW is summed in float32 and rounded once, to the dtype of W (float32 if W is quantised). A trained head stays.
+    W + ΔW is summed in float32, or float64 if W is, and rounded once, to the dtype of W (float32 if W is quantised). A
+    trained head stays.
     Raises ValueError if nothing is adapted.
     """
     linears = {layer: nn.Linear(1, 1, device="meta") for _, layer in adapted_layers(model)}
@@ -263,13 +288,32 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("nothing to merge: the model has no adapted layer")
     for layer, linear in linears.items():
         _take_over(linear, layer)
-        weight = layer.pretrained_weight(layer.A.dtype) + layer.delta
-        linear.weight = _frozen(weight.to(layer.W.dtype) if isinstance(layer.W, Tensor) else weight)
+        dtype = layer.W.dtype if isinstance(layer.W, Tensor) else layer.A.dtype
+        wide = max(dtype, layer.A.dtype, key=lambda one: one.itemsize)
+        linear.weight = _frozen((layer.pretrained_weight(wide) + layer.delta).to(dtype))
         linear.bias = layer.bias
     _replace(model, linears)
     for module, leaf, _, _ in _head_with_initial(model):
         delattr(module, f"{leaf}0")
     return model
+
+
+def _trained(layer: LowRankLinear) -> list[Tensor]:
+    """Return the parameters of the layer that may be trained: all but W, the bias and initial values."""
+    return [p for name, p in layer.named_parameters() if name not in ("W", "bias") and not name.endswith("0")]
+
+
+def _check_rest_is_frozen(model: nn.Module, known: set[int]) -> None:
+    """Raise ValueError if training changes a tensor whose id is not in `known`."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and id(parameter) not in known:
+            raise ValueError(f"{name} is trained, but its initial value is not kept: name its module in own_head")
+    for name, module in model.named_modules():
+        mean = getattr(module, "running_mean", None)
+        if module.training and mean is not None and id(mean) not in known:
+            raise ValueError(
+                f"{name} has running means, which training changes: call its eval(), or name it in own_head"
+            )
 
 
 # Which linears are adapted, and which are refused.
@@ -312,6 +356,7 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
     """Refuse a layer that LowRankLinear cannot replace. is_known: A and B exist, so W may be on the meta device."""
     kind, own = type(linear).__name__, linear._parameters
     is_plain = getattr(type(linear), "forward", None) is nn.Linear.forward and {"weight", "bias"} <= own.keys()
+    is_plain = is_plain and type(linear).__call__ is nn.Module.__call__
     is_replaced = {"forward", "_compiled_call_impl"} & vars(linear).keys()
     if not is_plain or is_replaced or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
         why = "it has a forward of its own, or was pruned, parametrised, offloaded, compiled or sharded"
@@ -336,11 +381,11 @@ def _own_head(model: nn.Module) -> list[nn.Module]:
 
 
 def _head_with_initial(model: nn.Module) -> list[tuple[nn.Module, str, Tensor, Tensor]]:
-    """Return (module, name, tensor, initial value) for each tensor of `own_head`; ValueError if one is sharded."""
+    """Return (module, name, tensor, initial value) for each tensor of `own_head`; ValueError if FSDP shards one."""
     stores = [(module, module._parameters | module._buffers) for module in _own_head(model)]
     pairs = [(m, name, own[name], own[f"{name}0"]) for m, own in stores for name in own if f"{name}0" in own]
-    if any(hasattr(tensor, "placements") for _, _, tensor, _ in pairs):
-        raise ValueError("the head in own_head is sharded (a DTensor): keep it whole, with ignored_params")
+    if any(hasattr(tensor, mark) for _, _, tensor, _ in pairs for mark in ("placements", "_fsdp_flattened")):
+        raise ValueError("the head in own_head is sharded: keep it whole, with ignored_params (FSDP1: ignored_states)")
     return pairs
 
 

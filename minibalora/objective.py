@@ -47,6 +47,13 @@ class Objective:
     moving_lambdas: bool = False  # whether λ1, λ2 and λ3 follow the schedule in `lambdas`
     adaptive_lambda1: bool = False
 
+    def __post_init__(self):
+        if self.consistency not in ("kl", "mse") or self.svd_norm not in ("nuclear", "frobenius", None):
+            raise ValueError(f"consistency {self.consistency!r} is kl or mse, svd_norm {self.svd_norm!r} is nuclear, "
+                             "frobenius or None: give one of these")  # fmt: skip
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: give a positive number")
+
     @property
     def needs_teacher(self) -> bool:
         return self.lambda1 > 0 or self.non_target_kl > 0
@@ -75,6 +82,8 @@ def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | 
         falling = 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
         rising = min(max((progress - 0.2) / 0.05, 0.0), 1.0)
     if objective.adaptive_lambda1:
+        if teacher_share is None:
+            raise ValueError("adaptive_lambda1 needs teacher_share, the mean of entropy_share: give it")
         falling = 0.1 + 0.9 * (1 - teacher_share)
     return {
         "consistency": objective.lambda1 * falling,
@@ -93,8 +102,11 @@ def nlg_loss(
     student, teacher: (M, V) logits of predicted response tokens; targets: (M,) these tokens. teacher may be None if
     `objective.needs_teacher` is false. The spectral term is not additive over rows: as in the paper's code, it is
     computed for each micro-batch and averaged over the step, weighted by rows. Cutting a step into other micro-batches
-    changes no other term.
+    changes no other term. Raises ValueError for a row without a target, or for a consistency of unit rows.
     """
+    if objective.consistency != "kl":
+        raise ValueError(f"consistency {objective.consistency!r} is for classes: give kl")
+    R.check_targets(student, targets)
     λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
     task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), targets)
     consistency = R.consistency_kl(student, teacher, objective.temperature) if λ1 else 0.0
@@ -122,8 +134,9 @@ def nlu_loss(
     """
     if student.shape[1] == 1:
         return _regression_loss(student, teacher, labels, weights["consistency"])
+    R.check_targets(student, labels)
     λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
-    task = F.cross_entropy(student.float(), labels)
+    task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), labels)
     consistency = svd = 0.0
     if λ1:
         is_kl = objective.consistency == "kl"
@@ -144,10 +157,15 @@ def _regression_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return L for D = 1 (STS-B): mean squared error to the scores (N,), and to the teacher's scores as consistency.
 
-    One column has no covariance, and its spectral share is always 1: these terms are left out.
+    One column has no covariance, and its spectral share is always 1: these terms are left out. Raises ValueError if
+    scores or teacher have another shape.
     """
+    if scores.shape != student.shape[:1] or (λ1 and (teacher is None or teacher.shape != student.shape)):
+        shape = None if teacher is None else list(teacher.shape)
+        raise ValueError(f"student of shape {list(student.shape)}, teacher of shape {shape}, scores of shape "
+                         f"{list(scores.shape)}: give the same rows")  # fmt: skip
     task = F.mse_loss(student[:, 0].float(), scores.float())
-    consistency = F.mse_loss(student.float(), teacher.float()) if λ1 else 0.0
+    consistency = F.mse_loss(student.float(), teacher.detach().float()) if λ1 else 0.0
     return task + λ1 * consistency, _present(task, consistency)
 
 
@@ -228,4 +246,4 @@ def head_of(model: nn.Module, is_plain: bool = False) -> WholeLogits | LogitsInB
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:
     """Return H(softmax(z/T)) / ln V of each row, in [0, 1]: how uncertain the teacher is. (M, V) -> (M,)."""
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
-    return -(log_p.exp() * log_p).sum(-1) / math.log(logits.shape[-1])
+    return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) / math.log(logits.shape[-1])

@@ -89,16 +89,24 @@ def non_target_kl(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:
 
     student, teacher: (M, V), V ≥ 2; targets: (M,) integers in [0, V). The gradient with respect to a row's
     ground-truth logit is exactly 0, so the term never opposes the cross-entropy ("Mask the Target", arXiv 2605.29498).
+    A row where both mask all other entries adds 0.
     """
     student, teacher = _pair(student, teacher)
-    if targets.shape != student.shape[:1] or targets.is_floating_point():
-        raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}: give a class for each row")
-    if not targets.is_cuda and not ((targets >= 0) & (targets < student.shape[1])).all():  # a GPU's scatter checks it
-        raise ValueError(f"a target lies outside 0 to {student.shape[1] - 1}: leave out rows without a target")
+    check_targets(student, targets)
     is_target = torch.zeros_like(student, dtype=torch.bool).scatter_(1, targets[:, None].long(), True)
-    log_p = F.log_softmax(teacher.masked_fill(is_target, -torch.inf), dim=-1)
-    log_f = F.log_softmax(student.masked_fill(is_target, -torch.inf), dim=-1)
+    student, teacher = (Z.masked_fill(is_target, -torch.inf) for Z in (student, teacher))
+    is_empty = torch.maximum(student, teacher).isneginf().all(-1, keepdim=True)
+    log_p, log_f = (F.log_softmax(Z.masked_fill(is_empty, 0.0), dim=-1) for Z in (teacher, student))
     return _kl(log_p, log_f).mean()
+
+
+def check_targets(logits: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless targets (M,) has a column of the logits (M, V) for each row."""
+    if targets.shape != logits.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets are {targets.dtype} of shape {list(targets.shape)}: give a class for each row")
+    is_checked = targets.device.type in ("cpu", "mps")  # a GPU's scatter checks it, without making the host wait
+    if is_checked and not ((targets >= 0) & (targets < logits.shape[-1])).all():
+        raise ValueError(f"a target lies outside 0 to {logits.shape[-1] - 1}: leave out rows without a target")
 
 
 def _kl(log_p: Tensor, log_f: Tensor) -> Tensor:
@@ -115,9 +123,10 @@ def _rows(logits: Tensor) -> Tensor:
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return `_rows` of both, the teacher without gradient. Raises ValueError if their shapes differ."""
-    if student.shape != teacher.shape:
-        raise ValueError(f"student of shape {list(student.shape)}, teacher {list(teacher.shape)}: give the same rows")
+    """Return `_rows` of both, the teacher without gradient. Raises ValueError if it is missing or has another shape."""
+    if teacher is None or student.shape != teacher.shape:
+        shape = None if teacher is None else list(teacher.shape)
+        raise ValueError(f"student of shape {list(student.shape)}, teacher of shape {shape}: give the same rows")
     return _rows(student), _rows(teacher.detach())
 
 

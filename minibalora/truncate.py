@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from minibalora.lowrank import adapted_layers
+from .lowrank import adapted_layers
 
 __all__ = ["best_factors", "truncate"]
 

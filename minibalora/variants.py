@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if __package__ == "minibalora":
-    from minibalora.lowrank import LowRankLinear, adapted_layers
+if __package__:
+    from .lowrank import LowRankLinear, adapted_layers
 else:  # copied beside lowrank.py
     from lowrank import LowRankLinear, adapted_layers
 
@@ -102,7 +102,10 @@ class AdaLoRALinear(LowRankLinear):
             setattr(self, name, _frozen(torch.zeros_like(getattr(self, name[2:]))))
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) if self.is_teacher else _added(self, x, self.A * self.Lambda, self.B)
+        return super().forward(x) if self.is_teacher else _added(self, x)
+
+    def trained_update(self) -> tuple[Tensor, Tensor]:
+        return self.A * self.Lambda, self.B  # a value of 0 has a gradient, too
 
     def update(self) -> tuple[Tensor, Tensor]:
         kept = self.Lambda.detach() != 0
@@ -114,8 +117,9 @@ class AdaLoRALinear(LowRankLinear):
         for name in ("A", "B", "Lambda"):
             w, I, U = (getattr(self, prefix + name) for prefix in ("", "I_", "U_"))  # noqa: E741
             sensitivity = torch.zeros_like(w) if w.grad is None else (w * w.grad).abs()  # an expert without tokens
-            I.lerp_(sensitivity, 1 - self.beta)
-            U.lerp_((sensitivity - I).abs(), 1 - self.beta)
+            is_finite = sensitivity.isfinite()  # not in a step that a GradScaler skips
+            I.lerp_(torch.where(is_finite, sensitivity, I), 1 - self.beta)
+            U.lerp_(torch.where(is_finite, (sensitivity - I).abs(), U), 1 - self.beta)
 
     def importance(self) -> Tensor:
         """Return the importance (r,) of each value."""
@@ -191,15 +195,16 @@ class DyLoRALinear(LowRankLinear):
         self.b = self.A.shape[1]
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.is_teacher:
-            return super().forward(x)
+        return super().forward(x) if self.is_teacher else _added(self, x)
+
+    def trained_update(self) -> tuple[Tensor, Tensor]:
         r = self.A.shape[1]
         b = self.b if self.training else r
         A, B = self.A[:, :b], self.B[:b]
         if self.frozen:
             A = torch.cat([A[:, :-1].detach(), A[:, -1:]], dim=1)
             B = torch.cat([B[:-1].detach(), B[-1:]], dim=0)
-        return _added(self, x, A * (r / b), B)  # s r / b = alpha / b
+        return A * (r / b), B  # s r / b = alpha / b
 
 
 class DeltaLoRALinear(LowRankLinear):
@@ -226,9 +231,19 @@ class DeltaLoRALinear(LowRankLinear):
         written = (x @ dA) @ self.B.detach().to(x.dtype) + (x @ self.A_K.to(x.dtype)) @ dB
         return y + self.ratio * self.scaling * written
 
+    def trained_update(self) -> tuple[Tensor, Tensor]:
+        left = torch.cat([self.A, self.A.detach(), self.A_K], dim=1)
+        return left, torch.cat([self.B, self.ratio * self.B.detach(), -self.ratio * self.B_K], dim=0)
+
     def update(self) -> tuple[Tensor, Tensor]:
         left = torch.cat([self.A, self.A_K], dim=1)
         return left, torch.cat([(1 + self.ratio) * self.B, -self.ratio * self.B_K], dim=0)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor([self.scaling, self.ratio], dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.scaling, self.ratio = state.tolist()
 
 
 VARIANTS = {  # name -> class of the layer, and its settings with their defaults
@@ -277,11 +292,14 @@ def before_step(model: nn.Module, step: int, seed: int) -> None:
 
 def add_penalty(model: nn.Module) -> Tensor | None:
     """Add the gradient of AdaLoRA's penalty, weight · mean of ‖PᵀP − I‖ and ‖QQᵀ − I‖ over all layers, to that of the
-    loss (eq. 4; Frobenius norms, not squared, as in PEFT). Returns the penalty, or None if no layer has it."""
+    loss (eq. 4; Frobenius norms, not squared, as in PEFT). Returns the penalty, or None if no layer has it.
+
+    With a GradScaler, call it after scaler.unscale_(optimizer): its gradient is not scaled."""
     layers = _layers(model, AdaLoRALinear)
     if not layers or layers[0].orthogonality == 0:
         return None
-    grams = [gram for layer in layers for gram in (layer.A.T @ layer.A, layer.B @ layer.B.T)]
+    with torch.autocast(layers[0].A.device.type, enabled=False):
+        grams = [gram for layer in layers for gram in (layer.A.T @ layer.A, layer.B @ layer.B.T)]
     norms = [torch.linalg.matrix_norm(gram - torch.eye(len(gram)).to(gram)) for gram in grams]
     penalty = layers[0].orthogonality * torch.stack(norms).mean()
     penalty.backward()
@@ -354,8 +372,9 @@ def lora_plus(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
     return [{"params": slow, "lr": lr, "ratio": 1.0}, {"params": fast, "lr": lr * ratio, "ratio": ratio}]
 
 
-def _added(layer: LowRankLinear, x: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return X W + s (X left) right + bias."""
+def _added(layer: LowRankLinear, x: Tensor) -> Tensor:
+    """Return X W + s (X L) R + bias with L and R of `trained_update`."""
+    left, right = layer.trained_update()
     y = F.linear(x, layer.pretrained_weight(x.dtype), layer.bias)
     return y + layer.scaling * (x @ left.to(x.dtype)) @ right.to(x.dtype)
 

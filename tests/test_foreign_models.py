@@ -392,3 +392,46 @@ def test_it_exports_with_a_dynamic_batch(strict):
     program = torch.export.export(model, (torch.randn(3, 8),), dynamic_shapes=shapes, strict=strict)
     x = torch.randn(300, 8)
     assert distance(program.module()(x), model(x)) < 1e-6
+
+
+def test_running_means_that_training_changes_end_the_teacher_unless_they_are_kept():
+    def make(own_head: tuple[str, ...]) -> nn.Module:
+        model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        model.own_head = own_head
+        return adapt(model, 2)
+
+    x = torch.randn(16, 8)
+    for own_head in ((), ("1",)):
+        model = make(own_head)
+        before = model.eval()(x)
+        model.train()(3 * x + 1)
+        if own_head:
+            with pretrained(model):
+                assert torch.equal(model(x), before)
+        else:
+            with pytest.raises(ValueError, match="^1 has running means"), pretrained(model):
+                pass
+
+
+def test_a_head_that_fsdp1_flattened_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    model.own_head = "1"
+    adapt(model, 2)
+    model[1].weight._fsdp_flattened = True  # FSDP1's own mark, which gives the parameter other data in each pass
+    with pytest.raises(ValueError, match="the head in own_head is sharded"), pretrained(model):
+        pass
+
+
+def test_a_linear_with_a_call_of_its_own_is_refused():
+    class Doubled(nn.Linear):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    with pytest.raises(ValueError, match="Doubled is not a plain nn.Linear"):
+        adapt(nn.Sequential(Doubled(8, 8)), 2)
+
+
+def test_a_symbolic_trace_computes_the_same():
+    model, x = adapt(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), 2), torch.randn(3, 8)
+    model[0].B.data += 0.1
+    assert torch.equal(torch.fx.symbolic_trace(model)(x), model(x))

@@ -462,3 +462,15 @@ def test_a_loss_scale_prevents_underflow_of_float16_gradients():
     (fused_objective(h_fused, None, y, FrozenHead(W))[0] * 65536).backward()
     (torch.nn.functional.cross_entropy((h_plain @ W.T).float(), y) * 65536).backward()
     assert distance(h_fused.grad, h_plain.grad) < 5e-4  # one rounding of float16 is 2^-11
+
+
+def test_the_loss_may_be_divided_in_place_and_a_head_that_is_trained_later_is_refused():
+    student, teacher, targets, W = states_and_head(6, 4, 20)
+    head = LogitsInBlocks(W)
+    loss, _ = head.loss(student, teacher, targets, Objective(), WEIGHTS)
+    whole = torch.autograd.grad(loss, student, retain_graph=True)[0]
+    loss /= 4
+    assert torch.allclose(torch.autograd.grad(loss, student)[0], whole / 4)
+    W.requires_grad_()
+    with pytest.raises(ValueError, match="the head is trained"):
+        head.loss(student, teacher, targets, Objective(), WEIGHTS)

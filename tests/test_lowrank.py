@@ -286,3 +286,37 @@ def test_inputs_may_have_any_number_of_dimensions(init, shape):
     assert y.shape == (*shape[:-1], 5) and torch.allclose(y, x @ layer.weight.T + layer.bias, atol=1e-5)
     y.sum().backward()
     assert torch.allclose(x.grad, layer.weight.sum(0).expand(shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+@pytest.mark.parametrize("init", ["lora", "pissa"])
+def test_casting_an_adapted_model_leaves_its_factors_in_float32_at_least(init, cast):
+    model = adapt(net(), 4, init=init)
+    train_a_little(model, torch.randn(5, 12))  # also leaves gradients
+    before = {name: layer.delta for name, layer in adapted_layers(model)}
+    getattr(model, cast)()
+    for name, layer in adapted_layers(model):
+        assert layer.A.dtype == layer.A.grad.dtype == (torch.float64 if cast == "double" else torch.float32)
+        assert layer.W.dtype == model.lm_head.weight.dtype != torch.float32
+        assert torch.allclose(layer.delta.float(), before[name], rtol=0, atol=0 if cast != "double" else 1e-6)
+
+
+def test_integers_are_refused_instead_of_rounding_the_weight_to_zeros():
+    model = adapt(net(), 4)
+    with pytest.raises(ValueError, match="X is torch.int64: give floating-point numbers"):
+        model(torch.ones(2, 12, dtype=torch.long))
+
+
+def test_merging_keeps_float64_and_ignores_autocast():
+    model = adapt(net().double(), 4)
+    before = [parameter.clone() for _, layer in adapted_layers(model) for parameter in (layer.W,)]
+    assert all(torch.equal(a, b.weight) for a, b in zip(before, [merge(model).up_proj, model.down_proj], strict=True))
+    model, x = adapt(net(), 4), torch.randn(5, 12)
+    train_a_little(model, x)
+    y, layer = model(x), model.up_proj
+    outside = layer.delta, layer.residual
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = layer.delta, layer.residual
+        merge(model)
+    assert all(torch.equal(a, b) for a, b in zip(outside, inside, strict=True))
+    assert torch.allclose(model(x), y, atol=1e-5)

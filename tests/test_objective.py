@@ -176,3 +176,44 @@ def test_capped_logits_take_the_lean_spectral_term_unless_plain(recipe, monkeypa
         assert len(calls) == is_plain
     assert results[0][:2] == pytest.approx(results[1][:2], rel=1e-12)
     assert torch.allclose(results[0][2], results[1][2], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"consistency": "KL"}, "consistency 'KL' is kl or mse"),
+    ({"svd_norm": "fro"}, "svd_norm 'fro' is nuclear"),
+    ({"temperature": 0.0}, "temperature is 0.0"),
+])  # fmt: skip
+def test_settings_that_do_not_exist_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Objective(**wrong)
+
+
+def test_rows_without_a_target_and_a_consistency_of_classes_are_refused():
+    logits, objective = torch.randn(3, 5), NLG_RECIPES["2024"]
+    weights = lambdas(objective, 0, 1)
+    for loss in (nlg_loss, nlu_loss):
+        with pytest.raises(ValueError, match="a target lies outside 0 to 4"):
+            loss(logits, logits, torch.tensor([1, -100, 2]), objective, weights)
+    with pytest.raises(ValueError, match="consistency 'mse' is for classes"):
+        nlg_loss(logits, logits, torch.tensor([1, 0, 2]), NLU_RECIPES["2024"], weights)
+    with pytest.raises(ValueError, match="adaptive_lambda1 needs teacher_share"):
+        lambdas(Objective(adaptive_lambda1=True), 0, 1)
+
+
+def test_regression_refuses_other_shapes_and_gives_the_teacher_no_gradient():
+    student, teacher = torch.randn(4, 1), torch.randn(4, 1, requires_grad=True)
+    weights = lambdas(NLU_RECIPES["2024"], 0, 1)
+    for wrong in (
+        (student, teacher, torch.randn(4, 1)),
+        (student, teacher[:1], torch.randn(4)),
+        (student, None, torch.randn(4)),
+    ):
+        with pytest.raises(ValueError, match="give the same rows"):
+            nlu_loss(*wrong, NLU_RECIPES["2024"], weights)
+    loss, _ = nlu_loss(student.requires_grad_(), teacher, torch.randn(4), NLU_RECIPES["2024"], weights)
+    loss.backward()
+    assert teacher.grad is None
+
+
+def test_the_entropy_share_leaves_masked_entries_out():
+    assert entropy_share(torch.tensor([[1.0, 1.0, -torch.inf, -torch.inf]]), 1.0).item() == pytest.approx(0.5)

@@ -269,3 +269,20 @@ def test_nan_in_the_teacher_gives_nan(name):
     student, teacher = torch.randn(4, 20), torch.randn(4, 20)
     teacher[1, 7] = torch.nan
     assert TERMS[name](student, teacher).isnan() and TERMS[name](teacher, teacher).isnan()
+
+
+def test_a_row_with_its_target_alone_adds_nothing_to_the_non_target_kl():
+    student = torch.full((2, 5), -torch.inf)
+    student[:, 1] = torch.tensor([1.0, 2.0])
+    student[1] = torch.arange(5.0)
+    student.requires_grad_()
+    value = R.non_target_kl(student, student.detach() + torch.arange(5), torch.tensor([1, 1]))
+    alone = R.non_target_kl(student[1:], student[1:].detach() + torch.arange(5), torch.tensor([1]))
+    assert torch.allclose(value, alone / 2)
+    value.backward()
+    assert student.grad.isfinite().all() and not student.grad[0].any()
+
+
+def test_a_missing_teacher_is_refused():
+    with pytest.raises(ValueError, match="teacher of shape None"):
+        R.consistency_kl(torch.zeros(2, 3), None)

@@ -570,3 +570,37 @@ def test_dora_needs_the_weights_as_they_are_used():
         use(layers, "dora")
     with pytest.raises(ValueError, match="full rank"):
         fold(varied("dora"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_weight_has_the_gradients_of_the_forward_pass(variant):
+    # nn.TransformerEncoderLayer reads the weight of its out_proj.
+    model = varied(variant) if variant == "adalora" else changed(varied(variant))  # AdaLoRA's values of 0 count, too
+    layer, x = model.up_proj, torch.randn(5, 12)
+    layer.train()
+    before_step(model, 0, seed=3)
+    upstream = torch.randn(5, 20)
+    gradients = [
+        torch.autograd.grad((y * upstream).sum(), [p for p in layer.parameters() if p.requires_grad], allow_unused=True)
+        for y in (layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    ]
+    for a, b in zip(*gradients, strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_a_step_that_a_grad_scaler_skips_leaves_adaloras_importance_alone():
+    model = changed(varied("adalora"))
+    train(model, 0, 1)
+    layer = model.up_proj
+    before = [getattr(layer, name).clone() for name in layer.state]
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf) if parameter.requires_grad else None
+    layer.note_importance()
+    assert all(torch.equal(getattr(layer, name), old) for name, old in zip(layer.state, before, strict=True))
+
+
+def test_deltaloras_ratio_is_in_the_state_dict():
+    model, other = changed(varied("deltalora", ratio=2.0)), varied("deltalora", ratio=0.5)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(5, 12)
+    assert torch.equal(other(x), model(x))

@@ -1,7 +1,7 @@
 """Read DeBERTa's spm.model, a SentencePiece unigram model, as a `tokenizers.Tokenizer`.
 
-microsoft/deberta-v3-base has spm.model but no tokenizer.json. With this file the official tokenizer works as downloaded:
-there is no need to convert it with transformers or to install sentencepiece.
+microsoft/deberta-v3-base has spm.model but no tokenizer.json. With this file the official tokenizer works as
+downloaded: there is no need to convert it with transformers or to install sentencepiece.
 
 The steps are those of DebertaV2Converter in transformers. For ordinary text they give SentencePiece's own ids, which
 the models were trained with. (DebertaV2Tokenizer in transformers 5 leaves the character map out.)

@@ -95,6 +95,9 @@ class Decoder(nn.Module):
         attention_mask (B, T): 1 = real token. The mask is only checked and may be left out: in a causal model, real
         tokens never see padding on their right. Raises ValueError if a row has padding on the left.
         """
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            shapes = f"{list(attention_mask.shape)}, input_ids is {list(input_ids.shape)}"
+            raise ValueError(f"attention_mask is {shapes}: give both the same shape")
         check_right_padding(attention_mask)
         windows, length = self.config.windows, input_ids.shape[1]
         _check_positions(length, self.config)
@@ -153,7 +156,7 @@ class Decoder(nn.Module):
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the state (B, d) of each row's last real token, the only token that has seen the whole row."""
-        lengths = None if attention_mask is None else attention_mask.sum(1)
+        lengths = None if attention_mask is None else attention_mask.long().sum(1)
         return last_states(self.hidden(input_ids, attention_mask), lengths)
 
 

@@ -16,7 +16,6 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from .decoder import Attend, Decoder, pick
 
@@ -65,25 +64,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.offset = eps, offset
         self.weight = nn.Parameter(torch.ones(size))
-        self._frozen_gain = None, None, None  # see `gain`
 
     def forward(self, x: Tensor) -> Tensor:
         if self.offset == 0 and self.weight.dtype == x.dtype:  # torch computes in float32, on a GPU in one kernel
             return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
-        return F.rms_norm(x.float(), x.shape[-1:], self.gain(), self.eps).to(x.dtype)
-
-    def gain(self) -> Tensor:
-        """Return offset + w in float32. It is kept while w is frozen and unchanged: in decoding on a GPU, every kernel
-        counts, however small."""
-        w = self.weight
-        if w.requires_grad or w.is_inference() or torch.compiler.is_compiling():
-            return self.offset + w.float()
-        key = w.untyped_storage()._cdata, w.storage_offset(), w._version, w.dtype
-        if self._frozen_gain[0] != key:
-            with torch.inference_mode(False), torch.no_grad():  # training cannot use an inference tensor
-                # The alias keeps the memory, and with it the key, from being used for another w.
-                self._frozen_gain = key, w.detach(), self.offset + w.float()
-        return self._frozen_gain[2]
+        return F.rms_norm(x.float(), x.shape[-1:], self.offset + self.weight.float(), self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -150,8 +135,9 @@ class SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy: Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("swiglu can't be differentiated twice: write F.silu(gate) * up")
         gate, up = ctx.saved_tensors
         d_up = F.silu(gate).mul_(dy)
         d_gate = torch.ops.aten.silu_backward(dy * up, gate)

@@ -167,17 +167,18 @@ def test_swiglu_has_the_value_and_gradient_of_its_formula(dtype):
         assert torch.allclose(a, b, rtol=1e-5)
 
 
-@pytest.mark.parametrize("change", ["load_state_dict", "in place", "assigned", "dtype", "trained", "inference"])
+@pytest.mark.parametrize("change", ["load_state_dict", "in place", "data", "assigned", "dtype", "trained", "inference"])
 def test_a_norm_with_an_offset_notices_every_change_of_its_weight(change):
     norm, x = RMSNorm(8, 1e-6, offset=1.0).requires_grad_(False), torch.randn(3, 8)
     weight = torch.linspace(-1, 1, 8)
     with torch.inference_mode(change == "inference"):
         norm(x)
-    assert norm.gain() is norm.gain()  # kept
     if change == "load_state_dict":
         norm.load_state_dict({"weight": weight})
     elif change == "in place":
         norm.weight.copy_(weight)
+    elif change == "data":
+        norm.weight.data.copy_(weight)
     elif change == "assigned":
         norm.weight.data = weight
     elif change == "inference":
@@ -192,3 +193,9 @@ def test_a_norm_with_an_offset_notices_every_change_of_its_weight(change):
     if change in ("trained", "inference"):
         y.sum().backward()
         assert (norm.weight if change == "trained" else x).grad.abs().sum() > 0
+
+
+def test_a_second_derivative_of_swiglu_is_refused():
+    gate = torch.randn(3, 4, requires_grad=True)
+    with pytest.raises(RuntimeError, match="can't be differentiated twice"):
+        torch.autograd.grad(swiglu(gate, gate).sum(), gate, create_graph=True)
