@@ -56,11 +56,10 @@ def stsb_classes(glue: Path) -> Sets:
 def cola(glue: Path) -> Sets:
     """Return CoLA's sentences; "other" has those of dev.tsv from sources that train.tsv lacks."""
     learned, measured = (by_column(glue, "cola", name, "source") for name in ("train.tsv", "dev.tsv"))
+    every = [sentence for sentences in learned.values() for sentence in sentences]
     known = [sentence for source in measured if source in learned for sentence in measured[source]]
     unknown = [sentence for source in measured if source not in learned for sentence in measured[source]]
-    return split(
-        glue / FOLDERS["cola"], [sentence for source in learned.values() for sentence in source], known, unknown
-    )
+    return split(glue / FOLDERS["cola"], every, known, unknown)
 
 
 def mrpc(glue: Path) -> Sets:
