@@ -42,6 +42,7 @@ def main() -> int:
     source, objective, adaptation = settings.source, settings.objective, settings.adaptation
     optimisation, hardware, output = settings.optimisation, settings.hardware, settings.output
     out, rows_at_once, is_full = output.folder, optimisation.micro_batch_size, adaptation.method == "full"
+    run_folder.check_apart(out, source.model, source.data)
     distributed.on_main(run_folder.check_out, out, output.resume)
     if adaptation.init_cache is not None:
         check_writable(adaptation.init_cache, "--init-cache")

@@ -41,6 +41,7 @@ def main() -> int:
     source, objective, adaptation = settings.source, settings.objective, settings.adaptation
     optimisation, hardware, output = settings.optimisation, settings.hardware, settings.output
     out, seed, device, is_full = output.folder, optimisation.seed, hardware.device, adaptation.method == "full"
+    run_folder.check_apart(out, source.model, source.data)
     run_folder.check_out(out, output.resume)
     run_folder.check_features(output.features, out, output.resume)
     if adaptation.init_cache is not None:

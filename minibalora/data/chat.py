@@ -30,6 +30,7 @@ LOST = "replies that the template leaves out, not learned"
 PROMPTED = "conversations whose prompt ends with text that no reply begins with, for instance <think>"
 SPECIAL = {"tool_calls", "tool_call_id", "name", "reasoning_content"}  # keys of turns that are not joined to others
 TOOLS = "lists of tools that the template leaves out"
+SETTINGS = "settings for the template, not used (chat_template_kwargs)"
 JOINED = "conversations with neighbouring turns joined, the system's with the user's, as the template requires"
 
 
@@ -94,7 +95,8 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     if not learned:
         return None
     end = learned[-1] + 1
-    notes = [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
+    notes = [SETTINGS] if row.get("chat_template_kwargs") else []
+    notes += [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
     return Conversation(messages[:end], learned, tools_of(row, where), tuple(notes))
 
 
@@ -113,6 +115,7 @@ def with_ending(conversation: Conversation, ending: str) -> Conversation:
 def _message(turn: dict, place: str) -> dict:
     """Return a turn with its role and text under the usual names. Other keys, such as tool calls, stay."""
     turn = {key: value for key, value in turn.items() if value is not None}
+    refuse_media(turn, place)
     names = turn.pop("role", None), turn.pop("from", None)
     name = next((name for name in names if name is not None), None)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
@@ -141,7 +144,7 @@ def _text(content: object, place: str) -> str:
         if isinstance(part, dict):
             if part.get("type", "text") != "text":
                 raise InputError(f"{place} has a part of the type {part['type']!r}, not text: remove the row")
-            part = part.get("text")
+            part = part.get("text", part)
         texts.append(text_of(part, "the content of a turn", place))
     return "".join(texts)
 

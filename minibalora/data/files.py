@@ -26,9 +26,12 @@ SHARD = r"\d+(-of-\d+)?(-[0-9a-f]{16})?(?=\.)"  # the part of a file name that n
 BOM = b"\xef\xbb\xbf"
 # First bytes of formats that are not read here, and the cure.
 FOREIGN = {
-    b"PK\x03\x04": "a ZIP archive: unpack it",
+    b"PK\x03\x04": "a ZIP archive: unpack it (if it is an Excel file: save it as TSV)",
     b"\x28\xb5\x2f\xfd": "compressed with zstd: unpack it",
+    b"BZh": "compressed with bzip2: unpack it",
+    b"\xfd7zX": "compressed with xz: unpack it",
     b"\xff\xff\xff\xff": "an Arrow file: write it again with to_parquet or to_json",
+    b"ARRO": "an Arrow file: write it again with to_parquet or to_json",
 }
 
 
@@ -64,6 +67,7 @@ def shards(source: str | Path) -> list[Path]:
     paths = [Path(path) for path in sorted(glob.glob(str(source))) if os.path.isfile(path)]
     if not paths:
         raise InputError(f"{source}: no file matches this pattern: give a data file, a pattern or a folder")
+    _numbers(paths, source)  # a pattern may choose some shards, but of one set
     return paths
 
 
@@ -80,7 +84,26 @@ def _shards_of_folder(folder: Path) -> list[Path]:
     if len(chosen) != 1:
         choices = ", ".join(list(sets)[:6]) + (" ..." if len(sets) > 6 else "")
         raise InputError(f"{folder}: a folder with {len(sets)} sets of files ({choices}): give one, as '{folder}/NAME'")
+    check_complete(sets[chosen[0]], folder)
     return sets[chosen[0]]
+
+
+def check_complete(paths: list[Path], source: str | Path) -> None:
+    """Raise InputError if shards are missing: names such as train-00001-of-00003 say how many there are."""
+    numbers, total = _numbers(paths, source)
+    first = 1 if total in numbers else 0
+    if missing := sorted(set(range(first, first + total)) - numbers):
+        raise InputError(f"{source}: has shards of {total}, but not number {missing[0]}: download it, or give a "
+                         "pattern of the files to read")  # fmt: skip
+
+
+def _numbers(paths: list[Path], source: str | Path) -> tuple[set[int], int]:
+    """Return the numbers in the names of shards, and how many shards there are in all; 0 if the names do not say so."""
+    found = [match.groups() for path in paths if (match := re.search(r"(\d+)-of-(\d+)", path.name))]
+    totals = sorted({int(total) for _, total in found})
+    if len(totals) > 1:
+        raise InputError(f"{source}: has shards of {totals[0]} and of {totals[1]}, two versions of the data: give one")
+    return {int(number) for number, _ in found}, (totals or [0])[0]
 
 
 def named(source: str | Path) -> str:
@@ -132,7 +155,7 @@ def rows_of_file(path: Path) -> Iterator[Row]:
             yield from _parquet_rows(file, path)
         elif start.startswith(b"["):
             for number, value in enumerate(_parse(file.read(), path, 1), start=1):
-                yield number, f"{path}, line {number}", value
+                yield number, f"{path}, item {number}", value
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -158,18 +181,21 @@ def line_of(raw: bytes, where: str) -> str:
 
 def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet, types
     except ImportError:
         raise InputError(
             f"{path}: a Parquet file, which needs pyarrow: pip install '.[parquet]', or convert it to JSON Lines"
         ) from None
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        content = parquet.ParquetFile(file)
+        # No text is a time, and Python has no value for some of Arrow's.
+        columns = [field.name for field in content.schema_arrow if not types.is_temporal(field.type)]
+        for batch in content.iter_batches(batch_size=1024, columns=columns):
             for value in batch.to_pylist():
                 number += 1
                 yield number, f"{path}, row {number}", {name: _without_nulls(cell) for name, cell in value.items()}
-    except (OSError, ValueError, NotImplementedError) as error:  # pyarrow's errors are their subclasses
+    except (OSError, ValueError, OverflowError, NotImplementedError) as error:  # pyarrow's errors are their subclasses
         reason = str(error).partition("\n")[0][:200]
         raise InputError(
             f"{path}: a Parquet file that is damaged after row {number} ({reason}): download it again"

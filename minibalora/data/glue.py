@@ -17,7 +17,7 @@ import numpy as np
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import entered
-from minibalora.data.files import counted_on, has_objects, rows_of_file, rows_of_tsv, shards, text_of
+from minibalora.data.files import check_complete, counted_on, has_objects, rows_of_file, rows_of_tsv, shards, text_of
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,10 @@ def _object_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list]]:
         if not isinstance(row, dict):
             raise InputError(f"{where}: a JSON {type(row).__name__}, not an object with texts and a label")
         columns = _fitting(task, [name for name, value in row.items() if value is not None])
-        yield line, where, [row[name] for name in columns or _columns(task, row, where)]
+        values = [row[name] for name in columns or _columns(task, row, where)]
+        if task.folded and "heuristic" in row and values[-1] == 1:  # HANS: 1 is not MNLI's class 1
+            values[-1] = task.folded[0]
+        yield line, where, values
 
 
 def _tsv_rows(path: Path, task: Task) -> Iterator[tuple[int, str, list[str] | None]]:
@@ -226,7 +229,7 @@ def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
     if others:
         cure = f"they are those of {' or '.join(other.name for other in others if len(other.columns[0]) == most)}"
     elif any(set(columns[:-1]) <= set(present) for columns in task.columns):
-        cure = "a test file has no labels, give a training or dev file"
+        cure = "name the labels' column as there, or, if this is a test file, give a training or dev file"
     else:
         cure = "rename them; in TSV, tabs stand between columns"
     listed = ", ".join(map(short, present)) or "none"
@@ -274,6 +277,8 @@ def glue_files(folder: str | Path, task: Task) -> tuple[Path, list[Path]]:
     names = ["train.tsv", *task.dev]
     if not (folder / names[0]).exists() and any(folder.glob("train-*.parquet")):
         names = [name.replace("dev", "validation").replace(".tsv", "-*.parquet") for name in names]
+        for name in names:
+            check_complete(sorted(folder.glob(name)), folder / name)
         folder = Path(glob.escape(str(folder)))
     for name in names:
         if not glob.glob(str(folder / name)) and not (folder / name).is_file():

@@ -28,9 +28,11 @@ SYSTEMS = ("system_prompt", "system")  # OpenOrca's, put before the prompt
 
 
 def pair_fields(row: dict) -> tuple[str, str] | None:
-    """Return the first pair of FIELDS that the row has; a null response is the last resort. None: no pair."""
+    """Return the first pair of FIELDS that the row has, best one without a blank text; a null response is the last
+    resort. None: no pair. Concatenated sets have blank texts, too, wherever a row lacks a column."""
     pairs = [pair for pair in FIELDS if row.get(pair[0]) is not None and pair[1] in row]
-    return max(pairs, key=lambda pair: row[pair[1]] is not None, default=None)
+    has_texts = {pair: all(str(row[name] or "").strip() for name in pair) for pair in pairs}
+    return max(pairs, key=lambda pair: (has_texts[pair], row[pair[1]] is not None), default=None)
 
 
 def read_pair(
@@ -68,12 +70,18 @@ def read_pair(
     )
     question = "\n\n".join([*filter(str.strip, system), field_text(row, fields[0], where)])
     text = "\n".join(filter(str.strip, inputs))
-    for name in CHOICES if prompt_field is None else ():
-        if not all(choice in f"{question}\n{text}" for choice in _choices(row.get(name))):
-            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
-                             "prompt, and name its field with --prompt-field")  # fmt: skip
+    if prompt_field is None:
+        refuse_missing_choices(row, f"{question}\n{text}", where)
     response = "" if row.get(fields[1], "") is None else field_text(row, fields[1], where)  # null: an empty cell
     return question, text, response
+
+
+def refuse_missing_choices(row: dict, prompt: str, where: str) -> None:
+    """Raise InputError if the prompt lacks the answers to choose from."""
+    for name in CHOICES:
+        if not all(choice in prompt for choice in _choices(row.get(name))):
+            raise InputError(f"{where}: the prompt lacks the answers to choose from in {name!r}: write them into the "
+                             "prompt, and name its field with --prompt-field")  # fmt: skip
 
 
 def _choices(value: object) -> list[str]:

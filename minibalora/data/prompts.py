@@ -23,7 +23,7 @@ from minibalora.data.chat import (
     with_ending,
 )
 from minibalora.data.files import read_rows
-from minibalora.data.pairs import pair_fields, read_pair
+from minibalora.data.pairs import pair_fields, read_pair, refuse_missing_choices
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -140,6 +140,7 @@ def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
         conversation = read_conversation(row, where, asks=True)
         return ask(template, conversation.messages, where, conversation.tools)
     question, context, _ = read_pair(row, where, field, field)
+    refuse_missing_choices(row, f"{question}\n{context}", where)
     if template.chat is not None:
         question = [{"role": "user", "content": _with_context(question, context)}]
         return ask(template, question, where, tools_of(row, where))

@@ -35,6 +35,14 @@ MAY_CHANGE_ON_RESUME = set(
 )
 
 
+def check_apart(out: Path, model: str | Path, data: str | None) -> None:
+    """Raise InputError if `out` is also the folder of the model or of the data: our files would change what other tools
+    load there, or count as data."""
+    for flag, path in (("--model", model), ("--data", data)):
+        if path is not None and os.path.realpath(path) == os.path.realpath(out):
+            raise InputError(f"--out {out}: is also the folder in {flag}: give another --out")
+
+
 def check_out(out: Path, resume: bool) -> None:
     """Raise InputError if `out` can't hold this run: not writable, used by another run, or nothing to resume."""
     used = [name for name in RUN_FILES if os.path.lexists(out / name)]

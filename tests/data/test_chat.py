@@ -163,7 +163,8 @@ def test_the_parts_of_a_content_are_joined(read):
         ({"role": "wizard", "content": "x"}, ["'wizard'", "assistant"]),
         ({"content": "x"}, ["None"]),
         ({"role": 5, "content": "x"}, ["5"]),
-        ({"role": "user", "content": {"a": 1}}, ["NoneType"]),
+        ({"role": "user", "content": {"a": 1}}, ["the content of a turn is dict"]),
+        ({"role": "user", "content": "<image>", "images": ["a.png"]}, ["has 'images'", "only texts"]),
         ({"role": "user", "content": True}, ["bool"]),
         ({"role": "tool", "content": [None]}, ["NoneType"]),
         ({"role": "user", "content": None}, ["NoneType"]),
@@ -502,3 +503,8 @@ def test_the_template_is_saved_beside_the_adapter(chat_of, tmp_path, refuses):
     assert trained_template(tmp_path / "alpaca", None) == "raw"
     (tmp_path / "minibalora.json").write_text('{"template": "x"}')
     refuses(lambda: trained_template(tmp_path, None), tmp_path, "'x'", "--template")
+
+
+def test_settings_for_the_template_are_counted_as_not_used(read):
+    row = {"messages": chat("q", "a"), "chat_template_kwargs": {"enable_thinking": True}}
+    assert read(row).notes == (chat_module.SETTINGS,)

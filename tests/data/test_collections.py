@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, read_examples
+from minibalora.checkpoints.template import ALPACA
+from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, prompt_from, read_examples
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 import train_nlg  # noqa: E402
@@ -180,3 +181,18 @@ def test_the_plan_names_the_files_and_counts_what_is_left_out(tmp_path, tiny, in
 def test_a_file_of_empty_responses_only_is_refused(tmp_path, refuses):
     (tmp_path / "data.jsonl").write_text('{"query": "q", "response": ""}\n')
     refuses(lambda: read_examples(tmp_path / "data.jsonl"), "data.jsonl", "no rows with a response")
+
+
+@pytest.mark.parametrize("filler", ["", " "])
+def test_blank_columns_of_a_concatenated_set_are_absent(filler):
+    names = ("query", "response", "instruction", "input", "output", "question", "answer")
+    for own in ({"question": "q?", "answer": "a"}, {"instruction": "q?", "output": "a"}):
+        row = dict.fromkeys(names, filler) | own
+        example = example_from(row, 1, "row")
+        assert "q?" in example.prompt and example.response == "a"
+
+
+def test_a_prompt_without_the_answers_to_choose_from_is_refused(refuses):
+    row = {"question": "Which?", "choices": ["x1", "y1"]}
+    refuses(lambda: prompt_from(row, "row", "question", ALPACA), "row: the prompt lacks the answers to choose from")
+    assert "x1" in prompt_from(row | {"question": "Which, x1 or y1?"}, "row", "question", ALPACA)

@@ -238,3 +238,34 @@ def test_a_git_lfs_pointer_is_recognised_in_any_file(tmp_path, refuses, name):
         "spm.model": lambda: read_sentencepiece(tmp_path / name, {}),
     }.get(name, lambda: mb.load_model(tmp_path, head="classifier"))
     refuses(read, tmp_path / name, "a git-lfs pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize(("names", "message"), [
+    (["train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl"], "has shards of 3, but not number 1: download it"),
+    (["train-00000-of-00001.jsonl", "train-00001-of-00002.jsonl"], "has shards of 1 and of 2, two versions"),
+    (["train-00001-of-00002.jsonl", "train-00002-of-00002.jsonl"], None),  # counted from 1
+])  # fmt: skip
+def test_missing_shards_and_those_of_two_versions_are_refused(names, message, tmp_path, refuses):
+    for name in names:
+        (tmp_path / name).write_text(json_lines(ROWS[0]))
+    if message is None:
+        assert [path.name for path in shards(tmp_path)] == names
+    else:
+        refuses(lambda: shards(tmp_path), tmp_path, message)
+
+
+def test_a_pattern_chooses_some_shards_of_one_version(tmp_path, refuses):
+    for name in ("train-00000-of-00003.jsonl", "train-00002-of-00003.jsonl", "train-00000-of-00001.jsonl"):
+        (tmp_path / name).write_text(json_lines(ROWS[0]))
+    assert len(shards(tmp_path / "train-*-of-00003.jsonl")) == 2
+    refuses(lambda: shards(tmp_path / "train-*.jsonl"), "has shards of 1 and of 3")
+
+
+def test_times_in_parquet_are_left_out(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    times = pyarrow.array([10**17, 1], pyarrow.timestamp("ms")), pyarrow.array([1, 2], pyarrow.time64("ns"))
+    table = pyarrow.table({"query": ["q0", "q1"], "response": ["r0", "r1"], "day": times[0], "hour": times[1]})
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    assert [row for _, _, row in read_rows(tmp_path / "rows.parquet")] == ROWS[:2]

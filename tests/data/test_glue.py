@@ -520,3 +520,9 @@ def test_an_imbalance_that_leaves_a_class_empty_is_refused(refuses):
     refuses(lambda: with_imbalance(labelled(0, 0, 0, 1), 7, 0), "imbalance of 7", "3 rows", "at most 3")
     assert len(with_imbalance(labelled(0, 0, 0, 1), 3, 0)) == 4
     assert len(with_imbalance(labelled(0, 0), 50, 0)) == 2
+
+
+def test_hans_has_integers_of_its_own(write):
+    rows = [{"premise": "A.", "hypothesis": "B.", "label": label, "heuristic": "lexical"} for label in (0, 1)]
+    examples, _, is_folded = read_labelled(write("".join(json.dumps(row) + "\n" for row in rows)), TASKS["mnli"])
+    assert [example.label for example in examples] == [0, 1] and is_folded

@@ -10,7 +10,7 @@ from torch import nn
 import minibalora as mb
 from minibalora.run import checkpoint
 from minibalora.run.checkpoint import keep_best, resumed_step, save_checkpoint, trained_parameters
-from minibalora.run.run_folder import check_features, check_out
+from minibalora.run.run_folder import check_apart, check_features, check_out
 
 
 @pytest.fixture
@@ -66,3 +66,10 @@ def test_the_name_of_features_in_a_new_folder_is_checked(tmp_path, refuses):
     refuses(
         lambda: check_features(tmp_path / "out" / ("x" * 253), tmp_path / "out", resume=False), "File name too long"
     )
+
+
+def test_a_run_in_the_folder_of_its_model_or_data_is_refused(tmp_path, refuses):
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    check_apart(tmp_path / "out", tmp_path / "model", None)
+    refuses(lambda: check_apart(tmp_path / "link", tmp_path / "model", None), "is also the folder in --model")
+    refuses(lambda: check_apart(tmp_path / "data", tmp_path / "model", str(tmp_path / "data")), "folder in --data")
