@@ -13,6 +13,7 @@ __all__ = ["final_answer", "normalize", "number", "same_answer", "same_number"]
 
 MARKER, HASHES, BOXES = "The answer is:", "####", (r"\boxed", r"\fbox")  # MetaMathQA, GSM8K, MATH
 FRAME = " \t\r\n*`"  # removed around an answer; includes Markdown's marks
+FENCES = re.compile(r"(?:(?:[ \t\r>*`$]|\\[\[\]]|(?<=```)[a-z]+)*\n)+")  # lines in front that hold only delimiters
 LONGEST, BRACKETS = 500, 60  # characters and opening brackets; a longer answer is compared as it stands
 
 CHARACTERS = str.maketrans(
@@ -33,7 +34,7 @@ REWRITES = [
     (r"\\\\(?:\[[0-9.]+[a-z]{2}\])?", r"\\cr ", "rows of a matrix, before other patterns see the two backslashes"),
     (r"\\(?:left|right)(?![A-Za-z])\.?|\\[Bb]igg?[lr]?(?![A-Za-z])|\\displaystyle", "", "size only"),
     (r"\\[cdt]frac(?![A-Za-z])", r"\\frac", "size only"),
-    (r"(?<=[0-9])(?:\{,\}(?:\\!)?|,\\!|\\!,|\\,)(?=[0-9]{3}(?![0-9]))", "", "thousands, also inside brackets"),
+    (r"(?<=[0-9])(?:\{,\}(?:\\!)?|,\\! *|\\!,|\\,)(?=[0-9]{3}(?![0-9]))", "", "thousands, also inside brackets"),
     (r"\\[ ,;:!]|~|\\q?quad(?![A-Za-z])|\s+", " ", "spaces"),
     (rf"\\\$ *({N})", r"\1 dollars ", "currency is a unit; only with a backslash: a bare $ begins mathematics"),
     (r"\\?\$|\\[()\[\]]", "", "delimiters of mathematics"),
@@ -89,8 +90,9 @@ CALCULATION = re.compile(r"[+*^<>\\]|(?<![A-Za-z])-|-(?![A-Za-z])|/ *[A-Za-z](?!
 def final_answer(text: str) -> str | None:
     r"""Return the text after the last "The answer is:", or else after "####" or in \boxed{}, whichever comes last.
 
-    The answer ends with its line, or with a matrix that begins there. A box is replaced by its content, and a full stop
-    and dollar signs are removed. Returns None if there is no marker or the box does not end, "" if nothing follows.
+    Lines before it that hold only delimiters are skipped. The answer ends with its line, or with a matrix that begins
+    there. A box is replaced by its content, and a full stop and dollar signs are removed. Returns None if there is no
+    marker or the box does not end, "" if nothing follows.
     """
     _, marker, tail = text.rpartition(MARKER)
     if not marker:
@@ -99,6 +101,8 @@ def final_answer(text: str) -> str | None:
             return None
         tail = text[start:].removeprefix(HASHES)
     tail = tail.strip()
+    if fences := FENCES.match(tail):
+        tail = tail[fences.end() :]
     line = _first_line(tail)
     start = max(map(line.rfind, BOXES))
     if start >= 0:

@@ -50,7 +50,7 @@ Judge = Callable[[Item, str, Limits | None], tuple[str | None, str, str]]
 @dataclass(frozen=True)
 class Benchmark:
     name: str
-    item: Callable[[object, int, str, Template], Item | None]  # (row, line, where, template); None: left out
+    item: Callable[[object, int, str, Template], Item]  # (row, line, where, template)
     judge: Judge
     max_new_tokens: int
     stop: tuple[str, ...]
@@ -68,7 +68,6 @@ def read_items(
     """
     rows = islice(read_rows(path), limit)
     items = [benchmark.item(row, line, where, template) for line, where, row in rows]
-    items = [item for item in items if item is not None]
     if not items:
         raise InputError(f"{path}: has no problems: give the file of --task {benchmark.name}")
     seen = set()
@@ -84,18 +83,18 @@ def as_items(examples: list[Example]) -> list[Item]:
     return [Item(str(e.line), e.line, e.prompt, e.response, e.kind, e.rendered, e.learned) for e in examples]
 
 
-def _math_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item | None:
+def _math_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item:
     example = example_from(row, line, where, template=replace(template, ending=ending))
     if example is None:
-        return None
+        raise InputError(f"{where}: a conversation without a reply, so without a solution: remove the row")
     if final_answer(example.response) is None:
         raise InputError(f"{where}: its solution has no final answer: give the file of this --task")
     return as_items([example])[0]
 
 
-def _gsm8k_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item | None:
+def _gsm8k_item(row: object, line: int, where: str, template: Template, ending: str = THINK) -> Item:
     item = _math_item(row, line, where, template, ending)
-    if item is not None and number(answer := final_answer(item.response)) is None:
+    if number(answer := final_answer(item.response)) is None:
         raise InputError(f"{where}: its answer {answer!r} is not a number: correct it, or give --task math")
     return item
 
@@ -111,7 +110,8 @@ def _human_eval_item(row: object, line: int, where: str, template: Template) -> 
 
 def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
     """Read any published form: mbpp.jsonl; the sanitized one, with `prompt` and imports; MBPP+, with more tests."""
-    text, code = _texts(row, ("text" if isinstance(row, dict) and "text" in row else "prompt", "code"), where)
+    has_text = isinstance(row, dict) and row.get("text") is not None
+    text, code = _texts(row, ("text" if has_text else "prompt", "code"), where)
     tests, imports = (_list_of_texts(row, name, where) for name in ("test_list", "test_imports"))
     if not tests:
         raise InputError(f"{where}: has no test_list: give the file of --task mbpp")
@@ -122,7 +122,8 @@ def _mbpp_item(row: object, line: int, where: str, template: Template) -> Item:
     before = "".join(f"{text}\n" for text in imports)
     after = f"\n{row.get('test_setup_code') or ''}\n{listed}\n{more_tests}\n"
     called = tuple(sorted(name for name in defined_names(code) if re.search(rf"\b{name}\b", listed)))
-    return Item(str(row.get("task_id", line)), line, asked, code, before=before, after=after, defines=called)
+    name = str(line if row.get("task_id") is None else row["task_id"])
+    return Item(name, line, asked, code, before=before, after=after, defines=called)
 
 
 def _texts(row: object, names: tuple[str, ...], where: str) -> list[str]:

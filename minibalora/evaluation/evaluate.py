@@ -32,6 +32,7 @@ from minibalora.run.run_folder import check_out, check_settings, plain_settings,
 # flags change no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
 MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is stored with its prompt and its judge's digest
+NUMBERS = ("idx", "index", "id", "doc_id")  # fields of completions that often number the problems
 QUESTIONS = ("question", "prompt", "query", "problem", "instruction")  # fields of completions that tell their problem
 
 
@@ -83,7 +84,8 @@ def measure_benchmark(
     if args.gold:
         complete = records.by_list([item.response for item in items])
     elif args.completions is not None:
-        texts = read_completions(args.completions, args.data, items, args.samples)
+        limit = "" if args.max_rows is None else f" (up to --max-rows {args.max_rows})"
+        texts = read_completions(args.completions, f"{args.data}{limit}", items, args.samples)
         ended = [as_generated(text, benchmark) for text in texts]
         cut = sum(len(end) < len(text) for end, text in zip(ended, texts, strict=True))
         print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
@@ -169,7 +171,7 @@ def parse_flags() -> argparse.Namespace:
         "exact compares numbers exactly, rounded as BA-LoRA's published scripts do (default: steps-exact)")  # fmt: skip
     add("--gold", action="store_true", help="judge the file's own solutions, without a model: all should be right")
     add("--completions", metavar="FILE", type=cli.path, help="judge the completions in this JSON Lines file, without "
-        "a model; rows have completion and, unless they are in the data's order, task_id")  # fmt: skip
+        "a model; rows have completion and, unless they are one per problem and in order, task_id")  # fmt: skip
     add_template_flags(parser.add_argument_group("template"), f"{DEFAULT}; raw: humaneval's and mbpp's as published")
     add_decoding_flags(parser)
     add = parser.add_argument_group("samples and programs").add_argument
@@ -232,20 +234,28 @@ def refuse_contradictions(task: str, flags: set[str]) -> None:
         raise InputError(f"{cli.flag(name)} has no meaning with {where}: leave it out")
 
 
-def read_completions(path: Path, data: Path, items: list[Item], samples: int) -> list[str]:
+def read_completions(path: Path, data: str, items: list[Item], samples: int) -> list[str]:
     """Return the completions in the order that `records.by_list` expects: sample 0 of all items, then sample 1.
 
-    A row belongs to the item that its `item` or `task_id` names or, without these, to the next item of `data`.
+    A row belongs to the item that its `item` or `task_id` names or, without these, to the next of the items, which
+    `data` names in errors. Raises InputError where this order is in doubt.
     """
-    completions = {item.name: [] for item in items}
+    completions, offsets = {item.name: [] for item in items}, {}
     for index, (_, where, row) in enumerate(read_rows(path)):
         if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
             raise InputError(f"{where}: has no text in the field completion: correct the row")
         item = items[index % len(items)]
-        name = str(row.get("item", row.get("task_id", item.name)))
+        given = next((row[field] for field in ("item", "task_id") if row.get(field) is not None), None)
+        name = item.name if given is None else str(given)
         asked = [row[field].strip() for field in QUESTIONS if isinstance(row.get(field), str)]
         if name == item.name and any(_asks_another(text, item, items) for text in asked):
             raise InputError(f"{where}: asks another question than problem {name}: name its own problem in item")
+        if given is None and not any(_tells(text, item, items) for text in asked):
+            if samples > 1:  # the rows may be in order of problems or of samples
+                raise InputError(f"{where}: names no problem, which --samples {samples} needs: name it in item")
+            if index >= len(items):
+                raise InputError(f"{where}: is one row more than {data} has problems: remove the row")
+            _check_order(row, index, offsets, where)
         if name not in completions:
             raise InputError(f"{where}: is for problem {name}, which {data} does not have: remove the row")
         completions[name].append(row["completion"])
@@ -259,6 +269,20 @@ def read_completions(path: Path, data: Path, items: list[Item], samples: int) ->
 def _asks_another(text: str, item: Item, items: list[Item]) -> bool:
     """Return whether a text is in the prompt of another problem than `item`, but not in its own."""
     return text not in item.prompt and any(text in other.prompt for other in items)
+
+
+def _tells(text: str, item: Item, items: list[Item]) -> bool:
+    """Return whether a text is in the prompt of `item`, but not in every prompt, as a fixed instruction is."""
+    return text in item.prompt and (len(items) == 1 or any(text not in other.prompt for other in items))
+
+
+def _check_order(row: dict, index: int, offsets: dict[str, int], where: str) -> None:
+    """Check that the fields NUMBERS count up with the rows, from 0 or 1. offsets: the first number of each field."""
+    for field in NUMBERS:
+        if row.get(field) is not None:
+            offset = next((start for start in (0, 1) if str(row[field]) == str(index + start)), None)
+            if offset is None or offsets.setdefault(field, offset) != offset:
+                raise InputError(f"{where}: {field} is {row[field]!r:.40}, out of order: name the problem in item")
 
 
 def file_digest(*paths: Path) -> str:

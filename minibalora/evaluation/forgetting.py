@@ -13,7 +13,7 @@ from minibalora.checkpoints.template import Template
 from minibalora.checkpoints.tokenizer import Tokenizer
 from minibalora.data.batches import Row, check_fits, encode_examples, micro_batches, pack
 from minibalora.data.files import has_objects, shards
-from minibalora.data.prompts import read_examples
+from minibalora.data.prompts import counts_in_words, read_examples
 from minibalora.evaluation.perplexity import text_windows
 from minibalora.lowrank import adapted_layers, evaluating, pretrained
 from minibalora.models import LanguageModel
@@ -23,7 +23,7 @@ from minibalora.regularizers import consistency_kl
 def read_retained(
     paths: list[str], fields: tuple[str | None, ...], template: Template, tok: Tokenizer, config: object, length: int
 ) -> dict[str, list[Row]]:
-    """Return the rows of each file of --retain. fields: see `read_examples`.
+    """Return the rows of each file of --retain, and print how many are left out. fields: see `read_examples`.
 
     A file that begins as JSON or Parquet has prompts and responses, of which the responses are predicted. Any other
     file is plain text: its rows are windows of `length` tokens, of which all but the first are predicted.
@@ -31,7 +31,10 @@ def read_retained(
     retained = {}
     for path in paths:
         if has_objects(shards(path)[0]):
-            rows, _, _ = encode_examples(read_examples(path, *fields, template=template)[0], tok, sys.maxsize)
+            examples, left_out = read_examples(path, *fields, template=template)
+            if any(left_out.values()):
+                print(f"retain {path}: left out {counts_in_words(left_out)}")
+            rows, _, _ = encode_examples(examples, tok, sys.maxsize)
             check_fits(rows, path, config, length)
         elif tok.is_encoder_decoder:
             raise InputError(f"--retain {path}: plain text, which a T5 does not predict: give prompts and responses")

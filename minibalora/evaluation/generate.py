@@ -26,6 +26,7 @@ from minibalora.lowrank import merge
 from minibalora.models import LanguageModel
 
 DEFAULT = "the one that the adapter was trained with, else chat if the model has a chat template, else alpaca"
+JSON = re.compile(rb'[{[]\s*[{"]')  # how an object, or a list of objects or texts, begins
 PROMPT_FIELDS = tuple(dict.fromkeys(prompt for prompt, _ in FIELDS))
 
 
@@ -126,9 +127,9 @@ def load(
 def read_prompts(texts: list[str] | None, file: Path | None, template: Template) -> list[tuple[str, object, str]]:
     """Return `prompt_of` each prompt in `texts`, or else in the file, or else on standard input.
 
-
     A file has a prompt per line; blank lines are skipped. A line that begins with `{"` is a JSON object, whose prompt
-    may have newlines. Rows of a Parquet file are read like such objects. Raises InputError if there is no prompt.
+    may have newlines, and so is a file of one object. Rows of a Parquet file are read like such objects. Raises
+    InputError if there is no prompt.
     """
     if texts is not None:
         return [prompt_of({"prompt": text}, "--prompt", template) for text in texts]
@@ -144,11 +145,11 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
     if content.startswith(b"PAR1") and not is_stdin:
         return [prompt_of(row, where, template) for _, where, row in read_rows(file)]
     prompts = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, line in enumerate(lines_of(content.removeprefix(b"\xef\xbb\xbf")), start=1):
         where = f"{source}, line {number}"
         try:
             text = line.decode().rstrip("\r")
-            row = json.loads(text) if re.match(r'[{[]\s*[{"]', text) else {"prompt": text}
+            row = json.loads(text) if JSON.match(line) else {"prompt": text}
         except UnicodeDecodeError:
             raise InputError(f"{where}: not valid UTF-8: convert the file to UTF-8") from None
         except (ValueError, RecursionError) as error:
@@ -160,6 +161,17 @@ def read_prompts(texts: list[str] | None, file: Path | None, template: Template)
     if not prompts:
         raise InputError(f"{source}: has no prompts: give one per line")
     return prompts
+
+
+def lines_of(content: bytes) -> list[bytes]:
+    """Return the lines of a file of prompts; JSON that is written over all its lines counts as one."""
+    try:
+        if JSON.match(content):
+            json.loads(content)
+            return [content]
+    except (ValueError, RecursionError):  # an object per line, or plain text
+        pass
+    return content.split(b"\n")
 
 
 def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, str]:

@@ -82,13 +82,23 @@ def read_questions(path: Path, limit: int | None = None) -> list[Question]:
             raise InputError(f"{where}: has no question_id, category and turns: give FastChat's question.jsonl")
         if row["question_id"] in questions:
             raise InputError(f"{where}: the question_id {row['question_id']} is there twice: remove one of them")
-        reference = tuple(map(str, row.get("reference") or ()))
+        reference = _references_of(row, where)
         questions[row["question_id"]] = Question(row["question_id"], row["category"], tuple(turns), reference, where)
         if number == limit:
             break
     if not questions:
         raise InputError(f"{path}: has no questions: give FastChat's question.jsonl")
     return list(questions.values())
+
+
+def _references_of(row: dict, where: str) -> tuple[str, ...]:
+    """Return the short answers of a question. A single string is one answer."""
+    references = row.get("reference")
+    if references is None or isinstance(references, str):
+        references = [references] if references else []
+    if not isinstance(references, list) or not all(isinstance(text, str) for text in references):
+        raise InputError(f"{where}: its reference is not a list of texts: give a text for each turn")
+    return tuple(references)
 
 
 def answer_questions(

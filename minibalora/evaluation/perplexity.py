@@ -52,7 +52,7 @@ def text_windows(
         raise InputError(f"--max-length {length}: the model has {longest} positions: give 2 to {longest}")
     try:
         with opened(path) as file:
-            ids = tok.encode_responses([TextIOWrapper(file, "utf-8").read()])[0]
+            ids = tok.encode_responses([TextIOWrapper(file, "utf-8-sig").read()])[0]
     except UnicodeDecodeError:
         raise InputError(f"{path}: not valid UTF-8: convert the file to UTF-8") from None
     bos = [] if tok.bos_id is None else [tok.bos_id]

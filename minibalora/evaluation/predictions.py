@@ -144,6 +144,8 @@ def load_classifier(
         model = load_model(folder, dtype=dtype, device=device)
     else:
         head = None if adapter is None else adapter.whole.get(read_family(folder)[0].names.classes)
+        if head is None:
+            refuse_multi_label(folder)
         count = None if head is None else len(head)
         model = load_model(folder, "classifier", count, dtype, device)
         new = [name for name in model.checkpoint.new_modules if head is None]
@@ -158,6 +160,13 @@ def load_classifier(
     folders = [folder] if adapter is None else [adapter.file.parent, folder]
     labels = None if model.num_labels == 1 else labels_of(model.num_labels, names, folders)
     return Classifier(model, tok, labels, task, is_asked)
+
+
+def refuse_multi_label(folder: Path) -> None:
+    """Raise InputError for a model that gives a text several labels: softmax would force it to one."""
+    if read_json_object(folder / "config.json").get("problem_type") == "multi_label_classification":
+        fault = "problem_type is multi_label_classification, several labels per text"
+        raise InputError(f"{folder / 'config.json'}: {fault}: give a model with one label per text")
 
 
 def labels_of(count: int, names: list[str], folders: list[Path]) -> list[str]:

@@ -48,6 +48,15 @@ def test_same_answer_does_not_depend_on_the_order(pair):
         ("The answer is: 5\nand more.\nThe end", "5"),
         ("The answer is:\n5\n", "5"),
         ("The answer is:7", "7"),
+        ("The answer is:\n\\[\n\\boxed{18}\n\\]", "18"),
+        ("The answer is: $$\n18\n$$", "18"),
+        ("The answer is:\n```latex\n\nx+1\n```", "x+1"),
+        ("**The answer is:**\n18", "18"),
+        (
+            "The answer is:\n\\[\n\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}\n\\]",
+            "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}",
+        ),
+        ("The answer is:\n\\[\n\\]", ""),
         ("The answer is: **42**.", "42"),
         (r"The answer is: \(x+1\).", "x+1"),
         (r"The answer is: \[x+1\]", "x+1"),
@@ -85,6 +94,12 @@ def test_same_answer_does_not_depend_on_the_order(pair):
 )
 def test_final_answer_follows_the_last_marker(text, answer):
     assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("reference", ["11111111100", "11,111,111,100", r"11,\!111,\!111,\!100"])
+def test_thousands_of_math_may_have_a_space_after_the_comma(reference):
+    assert same_answer(r"11,\! 111,\! 111,\! 100", reference)
+    assert not same_answer(r"11,\! 111,\! 111,\! 10", "1111111110")
 
 
 @pytest.mark.parametrize(

@@ -261,6 +261,17 @@ def test_damaged_rows_of_mbpp_are_refused_by_their_line(items, refuses, change):
     refuses(lambda: items("mbpp", [MBPP[0], MBPP[1] | change]), "line 2")
 
 
+def test_a_null_counts_as_absent_in_mbpp(items):
+    (item,) = items("mbpp", [MBPP[1] | {"text": None, "task_id": None}])
+    assert item.name == "1" and MBPP[1]["prompt"] in item.prompt
+
+
+@pytest.mark.parametrize("task", ["gsm8k", "math"])
+def test_a_conversation_without_a_reply_is_refused_by_its_line(items, refuses, task):
+    unanswered = {"messages": [{"role": "user", "content": "q"}]}
+    refuses(lambda: items(task, [*ROWS[task], unanswered]), "line 3", "without a reply")
+
+
 def test_an_answer_without_a_number_is_refused(items, refuses):
     refuses(lambda: items("gsm8k", [GSM8K[0], {"question": "q", "answer": "#### many"}]), "line 2", "'many'")
     refuses(lambda: items("math", [{"problem": "q", "solution": "2"}]), "line 1", "no final answer")

@@ -196,6 +196,56 @@ def test_completions_of_other_questions_are_not_judged_by_their_place(run, probl
     assert status == 2 and "completions.jsonl, line 1: asks another question than problem 1" in error
 
 
+def completions(*changes: dict) -> list[str]:
+    """Return a right completion of each problem in order, with the changes to the rows, as lines."""
+    rows = [{"completion": row["response"]} for row in PROBLEMS]
+    return [json.dumps(row | change) + "\n" for row, change in zip(rows, changes, strict=True)]
+
+
+@pytest.mark.parametrize("field", ["idx", "index", "id", "doc_id"])
+@pytest.mark.parametrize("start", [0, 1, "0"])
+def test_rows_that_number_their_problems_are_taken_in_order_only(run, problems, tmp_path, field, start):
+    path, form = tmp_path / "completions.jsonl", type(start)
+    lines = completions(*({field: form(number)} for number in range(int(start), int(start) + 12)))
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path)
+    path.write_text("".join(lines))
+    status, out, error = run(*flags, "--out", tmp_path / "right")
+    assert status == 0 and "12 right" in out, error
+    for order in (lines[::-1], [*lines[:3], *lines[4:], lines[-1]]):  # the second: a row is missing, one is there twice
+        path.write_text("".join(order))
+        status, _, error = run(*flags, "--out", tmp_path / "wrong")
+        assert status == 2 and "out of order: name the problem in item" in error and len(error.splitlines()) == 1
+
+
+def test_samples_need_the_problems_names(run, problems, tmp_path):
+    path = tmp_path / "completions.jsonl"
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path, "--samples", 2)
+    path.write_text("".join(completions(*[{}] * 12) * 2))
+    status, _, error = run(*flags, "--out", tmp_path / "wrong")
+    assert status == 2 and "line 1: names no problem, which --samples 2 needs: name it in item" in error
+    path.write_text("".join(completions(*({"question": row["query"]} for row in PROBLEMS)) * 2))
+    status, out, error = run(*flags, "--out", tmp_path / "right")
+    assert status == 0 and "24 right" in out, error
+
+
+def test_a_null_is_no_name(run, problems, tmp_path):
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(completions(*[{"task_id": None, "item": None, "idx": None}] * 12)))
+    status, out, error = run("--task", "gsm8k", "--data", problems, "--completions", path, "--out", tmp_path / "out")
+    assert status == 0 and "12 right" in out, error
+
+
+@pytest.mark.parametrize("fields, words", [
+    (["item"], "is for problem 2, which"), ([], "is one row more than"),
+])  # fmt: skip
+def test_completions_beyond_max_rows_are_refused_by_this_flag(run, problems, tmp_path, fields, words):
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(completions(*({field: number for field in fields} for number in range(1, 13)))))
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path, "--max-rows", 1)
+    status, _, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 2 and f"line 2: {words} {problems} (up to --max-rows 1)" in error
+
+
 @pytest.fixture
 def mt_bench_files(tmp_path):
     """(questions, judge prompts) in FastChat's formats."""

@@ -52,6 +52,19 @@ def test_means_are_those_of_the_predicted_tokens(tuned, files):
     assert column[f"loss on {files[1]}"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 
+def test_rows_that_are_left_out_are_counted(tuned, tmp_path, capsys):
+    rows = [
+        {"query": "a", "response": "5"},
+        {"query": "b", "response": ""},
+        {"conversations": [{"from": "human", "value": "c"}]},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_retained([str(path)], (), ALPACA, *tuned[1:], 50)[str(path)]) == 1
+    printed = capsys.readouterr().out
+    assert printed == f"retain {path}: left out 1 conversations without a reply, 1 empty responses\n"
+
+
 def test_a_model_without_an_adapter_has_no_kl_and_an_untrained_one_has_kl_0(tuned, files):
     _, tok, config = tuned
     retained = read_retained(files[:1], (), ALPACA, tok, config, 50)

@@ -486,6 +486,11 @@ def test_a_file_is_answered_in_its_order(toy, command, tmp_path, source):
     assert [answer["completion"] for answer in answers] == generate(*toy, prompts, Decoding(8))
 
 
+def test_an_object_may_have_several_lines_if_it_is_the_whole_file(command):
+    status, out, _ = command("--max-new-tokens", "2", stdin=b'\xef\xbb\xbf{\r\n  "prompt": "a"\r\n}\r\n')
+    assert status == 0 and [json.loads(line)["prompt"] for line in out.splitlines()] == ["a"]
+
+
 def test_flags_reach_the_decoding(toy, command):
     flags = ["--temperature", "1.5", "--top-p", "0.9", "--seed", "7", "--stop", "\n", "4", "--max-new-tokens", "30"]
     expected = generate(*toy, [PROMPT.format(instruction=ASK)], Decoding(30, 1.5, 0.9, ("\n", "4"), 7))
@@ -528,6 +533,7 @@ def test_an_adapter_answers(toy, command, tmp_path):
             for value in ("-1", "nan", "inf")
         ],
         (["--file", "-"], b'[{"prompt": "a"}]', ["standard input, line 1", "JSON list"]),
+        (["--file", "-"], b'[\n  {\n    "prompt": "a"\n  }\n]\n', ["standard input, line 1", "JSON list"]),
         (["--prompt", "a", "--stop", ""], None, ["--stop", "empty"]),
         (["--prompt", "a", "--max-new-tokens", "0"], None, ["--max-new-tokens"]),
         (["--prompt", "a", "--batch-size", "0"], None, ["--batch-size"]),

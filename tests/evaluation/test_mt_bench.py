@@ -177,6 +177,15 @@ def test_the_judge_is_asked_in_fastchats_prompts(questions, prompts_file):
     assert matches[3].user_prompt.startswith("7|9|### User:\nWhat is 3 + 4?")
 
 
+def test_a_reference_may_be_one_string_but_no_number(tmp_path, refuses):
+    for value, expected in [("42", ("42",)), (["7", "9"], ("7", "9")), (None, ())]:
+        (question,) = mt_bench.read_questions(lines(tmp_path / "q.jsonl", [QUESTIONS[1] | {"reference": value}]))
+        assert question.reference == expected
+    for value in (42, 0, [7], {"a": "b"}):
+        path = lines(tmp_path / "q.jsonl", [QUESTIONS[1] | {"reference": value}])
+        refuses(lambda path=path: mt_bench.read_questions(path), "q.jsonl, line 1", "not a list of texts")
+
+
 def test_a_reference_file_comes_before_the_question_files(questions, prompts_file, tmp_path):
     row = {"question_id": 111, "choices": [{"index": 0, "turns": ["It is seven.", "It is nine."]}]}
     references = mt_bench.read_references(lines(tmp_path / "gpt-4.jsonl", [row]))

@@ -50,6 +50,15 @@ def test_windows_cover_the_text_once_and_begin_with_bos(toy, tmp_path):
     assert len(text_windows(tmp_path / "text.txt", tok, config, 100, limit=3)) == 3
 
 
+def test_a_byte_order_mark_is_no_text(toy, tmp_path):
+    model, tok = toy
+    windows = []
+    for name, mark in [("plain.txt", b""), ("marked.txt", b"\xef\xbb\xbf")]:
+        (tmp_path / name).write_bytes(mark + TEXT.encode())
+        windows.append(text_windows(tmp_path / name, tok, model.config, 100))
+    assert windows[0] == windows[1]
+
+
 def test_predictions_equal_plain_sums_for_the_base_and_the_tuned_model(toy):
     _, tok = toy
     base, model = mb.load_model(MODEL), mb.adapt(mb.load_model(MODEL), rank=4)

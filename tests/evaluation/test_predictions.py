@@ -147,6 +147,15 @@ def test_labels_come_from_the_run_or_from_a_config(run, adapters, tmp_path):
     assert [share for _, share in whole] == pytest.approx([share for _, share in adapted], abs=1e-5)
 
 
+def test_a_model_with_several_labels_per_text_is_refused(run, adapters, tmp_path):
+    mb.save_model(mb.load_adapter(mb.load_model(BERT, "classifier", 3), adapters(3)), tmp_path, TASK.labels)
+    config = json.loads((tmp_path / "config.json").read_text())
+    write_json(tmp_path / "config.json", config | {"problem_type": "multi_label_classification"})
+    status, out, error = run("--model", tmp_path, stdin="fair food")
+    assert (status, out) == (2, "") and "config.json: problem_type is multi_label_classification" in error
+    assert run("--model", tmp_path, "--adapter", adapters(3, labels=["a", "b", "c"]), stdin="x")[0] == 0  # its own head
+
+
 # GLUE's server.
 
 TEST_FILES = {
