@@ -18,6 +18,7 @@ from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
 
 FILE, MORE = "chat_template.jinja", "additional_chat_templates"
+FILE_NAME = re.compile(r"(?!\.)[\w.-]{1,50}")  # a template's name becomes a file's name when a model is saved
 SECONDS = 5  # limit for one rendering
 # Noncharacters, which no text contains: they mark what a `generation` tag encloses, and stand for a reply.
 OPEN, CLOSE, REPLY = "\ufdd0", "\ufdd1", "\ufdd2"
@@ -118,6 +119,10 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
                 )
     if not texts:
         return None
+    for name in texts:
+        if not isinstance(name, str) or not FILE_NAME.fullmatch(name):
+            expected = "1 to 50 letters, digits, '_', '-' and '.', without '.' in front"
+            raise InputError(f"{source}: a chat template is named {name!r}: rename it to {expected}")
     if "default" not in texts:
         raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: rename one to default")
     tokenizer = model / "tokenizer.json"

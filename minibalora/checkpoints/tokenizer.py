@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from tokenizers import AddedToken, processors
 from tokenizers import Tokenizer as Backend
-from tokenizers import processors
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, refuse_pointer
@@ -123,7 +123,9 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
     settings = (read_json_object(settings_file) if settings_file.exists() else {}) | special_tokens(folder)
     config = read_json_object(config_file) if config_file.exists() else {}
     if file.exists():
-        backend = _with_bos(_read_tokenizer_json(file), settings)
+        backend = _read_tokenizer_json(file)
+        _add_tokens(backend, settings, folder)
+        backend = _with_bos(backend, settings)
     elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # DeBERTa-v3's model_type is v2, too
         backend = read_sentencepiece(spm_file, settings)
     else:
@@ -163,6 +165,35 @@ def _ids(source: dict, name: str, file: Path) -> list[int]:
 def _content(settings: dict, name: str) -> object:
     token = settings.get(name)
     return token.get("content") if isinstance(token, dict) else token
+
+
+def _add_tokens(backend: Backend, settings: dict, folder: Path) -> None:
+    """Add the tokens that other files name and tokenizer.json lacks: it would cut them into pieces.
+
+    Raises InputError if the files give such a token no id, or another one than it would get.
+    """
+    file = folder / "added_tokens.json"
+    old = read_json_object(file) if file.exists() else {}
+    lists = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    try:
+        extra = [token for tokens in lists for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
+        extra = [AddedToken(token["content"] if isinstance(token, dict) else token).content for token in extra]
+        specials = {*extra, *special_tokens(folder).values()}
+        by_id = {index: {"content": text, "special": text in specials} for text, index in old.items()}
+        by_id = {
+            int(index): AddedToken(**token) for index, token in settings.get("added_tokens_decoder", by_id).items()
+        }
+    except (AttributeError, KeyError, TypeError, ValueError):
+        files = "tokenizer_config.json and added_tokens.json"
+        raise InputError(f"{folder}: the added tokens in {files} can't be read: download both again") from None
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    missing = {by_id[index].content: index for index in sorted(by_id) if by_id[index].content not in known}
+    backend.add_tokens([by_id[index] for index in missing.values()])
+    for text, index in (dict.fromkeys(extra) | missing).items():
+        if (actual := backend.token_to_id(text)) is None or index not in (None, actual):
+            place = "without an id" if index is None else f"with id {index}"
+            reason = f"lacks {text!r}, which another file names {place}: add it to added_tokens with its id"
+            raise InputError(f"{folder / 'tokenizer.json'}: {reason}")
 
 
 def _with_bos(backend: Backend, settings: dict) -> Backend:

@@ -68,6 +68,7 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
                          "give head='classifier', or use train_nlu.py")  # fmt: skip
     stored = stored_tensors(folder)
     _check_amount(folder, config, len(stored))
+    _refuse_wrapper(folder, stored)
     if head == "classifier" and num_labels is None:
         shape = stored[names.classes].shape if names.classes in stored else ()
         num_labels = shape[0] if shape else 2
@@ -77,8 +78,9 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
     if head == "classifier" and is_other_head:
         stored = {name: tensor for name, tensor in stored.items() if not name.startswith(f"{names.head}.")}
     embedding, copies = embedding_name(model), [name for name in stored if re.fullmatch(names.copies, name)]
-    if copies and embedding not in stored:  # some programs store only one of several copies
-        stored[embedding] = stored[copies[0]]
+    is_tied = getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in stored
+    if (copies or is_tied) and embedding not in stored:  # some programs store only one of several copies
+        stored[embedding] = stored[copies[0] if copies else "lm_head.weight"]
     parts = [] if head == "lm" else [part for part in (names.pooler, names.head) if part is not None]
     new_modules = [part for part in parts if not any(name.startswith(f"{part}.") for name in stored)]
     check_tensors(folder, model, stored, new_modules)
@@ -86,7 +88,7 @@ def skeleton(path: str | Path, head: str = "lm", num_labels: int | None = None) 
     model.own_head = [part for part in parts if part in (names.head, *new_modules, *untrained_modules)]
     for name in copies:
         _check_copy(stored[embedding], stored[name], name, "download the weights again")
-    if head == "lm" and config.tie_word_embeddings and "lm_head.weight" in stored:
+    if head == "lm" and is_tied:
         _check_copy(stored[embedding], stored["lm_head.weight"], "lm_head.weight", "set tie_word_embeddings to false")
 
     stored = {name: stored[name] for name, _ in model.named_parameters() if name in stored}
@@ -103,6 +105,14 @@ def _check_amount(folder: Path, config: object, tensors: int) -> None:
     if max(layers, experts) > tensors:
         parts = f"{layers} hidden layers" + (f" and {experts} experts in all" if experts else "")
         raise InputError(f"{folder}: config.json has {parts}, but the weights are {tensors} tensors: download both")
+
+
+def _refuse_wrapper(folder: Path, stored: dict[str, "StoredTensor"]) -> None:
+    """Raise InputError if the weights were saved from inside a wrapper, which puts its name before all others."""
+    for prefix, wrapper in (("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")):
+        if stored and all(name.startswith(prefix) for name in stored):
+            raise InputError(f"{folder}: all names of weights begin with {prefix}: save the model without the wrapper "
+                             f"of {wrapper}")  # fmt: skip
 
 
 def layers_and_experts(config: object) -> tuple[int, int]:

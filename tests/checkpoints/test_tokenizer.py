@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 import minibalora as mb
 from minibalora.checkpoints import tokenizer as text
+from minibalora.checkpoints.template import choose_template, save_template
 from minibalora.toy import MODEL
 
 WORDS = {"<unk>": 0, "<s>": 1, "</s>": 2, "<pad>": 3, "one": 4, "two": 5, "three": 6}
@@ -238,3 +239,73 @@ def test_a_bos_that_the_tokenizer_denies_is_not_used(make, tmp_path):
     (tmp_path / "config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}')
     tok = make({"bos_token": None})
     assert tok.bos_id is None and tok.eos_id == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["../../escaped", "a/b/c", "/etc/x", "", ".", ".hidden", "a b", "a\0", "x" * 300, 5, None]
+)
+def test_a_chat_template_s_name_that_is_no_file_name_is_refused(tmp_path, refuses, name):
+    """When a model is saved, the name becomes a file's."""
+    templates = [{"name": "default", "template": "x"}, {"name": name, "template": "y"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    refuses(lambda: choose_template(None, tmp_path), tmp_path / "tokenizer_config.json", repr(name), "rename")
+
+
+def test_a_chat_template_may_have_any_plain_name(tmp_path):
+    names = ["default", "tool_use", "v1.2-rag", "größe"]
+    templates = [{"name": name, "template": "x"} for name in names]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
+    (tmp_path / "saved").mkdir()
+    save_template(choose_template(None, tmp_path), tmp_path / "saved")
+    assert choose_template(None, tmp_path / "saved").chat.texts.keys() == set(names)
+
+
+CHAT, CALL = ({"content": name, "special": True, "normalized": False} for name in ("<|im_end|>", "<call>"))
+
+
+@pytest.mark.parametrize(
+    "settings, old",
+    [
+        ({"added_tokens_decoder": {"8": CALL, "7": CHAT}}, {}),
+        ({"added_tokens_decoder": {"8": CALL, "7": CHAT}, "additional_special_tokens": ["<call>", "<|im_end|>"]}, {}),
+        (
+            {"additional_special_tokens": ["<call>"], "extra_special_tokens": {"end": CHAT}},
+            {"<call>": 8, "<|im_end|>": 7},
+        ),
+    ],
+)
+def test_added_tokens_of_other_files_are_not_cut(make, tmp_path, settings, old):
+    (tmp_path / "added_tokens.json").write_text(json.dumps(old))
+    tok = make(NAMES | settings)
+    assert tok.encode("one<|im_end|>two <call>") == [4, 7, 5, 8]
+    assert tok.decode([4, 7, 5, 8]) == "one two"
+
+
+@pytest.mark.parametrize(
+    "settings, token",
+    [
+        ({"added_tokens_decoder": {"9": CHAT}}, "<|im_end|>"),
+        ({"added_tokens_decoder": {"4": CHAT}}, "<|im_end|>"),
+        ({"added_tokens_decoder": {"7": CHAT, "9": CALL}}, "<call>"),
+        ({"additional_special_tokens": ["<|im_end|>"]}, "<|im_end|>"),
+        ({"extra_special_tokens": {"end_token": "<|im_end|>"}}, "<|im_end|>"),
+    ],
+)
+def test_an_added_token_without_its_place_in_tokenizer_json_is_refused(make, tmp_path, refuses, settings, token):
+    refuses(lambda: make(settings), tmp_path / "tokenizer.json", repr(token), "added_tokens")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"7": "x"}},
+        {"added_tokens_decoder": {"x": CHAT}},
+        {"added_tokens_decoder": {"7": {"content": 5}}},
+        {"added_tokens_decoder": [CHAT]},
+        {"additional_special_tokens": 5},
+        {"additional_special_tokens": [5]},
+        {"extra_special_tokens": [{}]},
+    ],
+)
+def test_added_tokens_of_another_form_are_refused(make, tmp_path, refuses, settings):
+    refuses(lambda: make(settings), tmp_path, "added tokens", "tokenizer_config.json")

@@ -89,6 +89,41 @@ def test_old_and_new_spellings_of_rope_settings_are_equivalent(copy, spelling):
 
 
 @pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"original_max_position_embeddings": 32}, 32),
+        ({"original_max_position_embeddings": 32, "rope_scaling": {"rope_type": "llama3"} | ROPE}, 32),
+        ({"max_position_embeddings": 64}, 64),
+    ],
+)
+def test_llama3_s_original_context_may_stand_at_the_top_level(copy, changes, expected):
+    """As in transformers 5.24's AutoConfig. Without one, it is max_position_embeddings."""
+    folder = copy("llama3")
+    scaling = {key: value for key, value in ROPE.items() if key != "original_max_position_embeddings"}
+    edit_json(folder / "config.json", **{"rope_scaling": {"rope_type": "llama3"} | scaling} | changes)
+    assert read_config(folder).rope_scaling == ROPE | {"original_max_position_embeddings": expected}
+
+
+@pytest.mark.parametrize("theta, expected", [(ABSENT, 1e4), (5e5, 5e5)])
+def test_rope_parameters_do_not_count_beside_rope_scaling(copy, refuses, theta, expected):
+    """As in transformers 5.24."""
+    path = copy("llama2") / "config.json"
+    parameters = {"rope_type": "default", "rope_theta": 1e6}
+    edit_json(path, rope_theta=theta, rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters=parameters)
+    assert read_config(path.parent).rope_scaling == {"factor": 4.0} and read_config(path.parent).rope_theta == expected
+    edit_json(path, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 1]})
+    refuses(lambda: read_config(path.parent), path, "mrope")
+
+
+def test_the_windows_of_ministral_follow_its_layer_types(copy):
+    path = copy("mistral_window") / "config.json"
+    edit_json(path, sliding_window=3, layer_types=["sliding_attention", "full_attention"])
+    assert read_config(path.parent).windows == (3, None)
+    edit_json(path, layer_types=None)
+    assert read_config(path.parent).windows == (3, 3)
+
+
+@pytest.mark.parametrize(
     "spelling, theta",
     [
         ({}, 1e4),
@@ -130,6 +165,18 @@ def test_a_tied_checkpoint_may_repeat_its_embedding_as_head(copy, dtype):
     edit_tensors(folder, {"lm_head.weight": read(folder / "model.safetensors")[EMBEDDING].clone()})
     model = mb.load_model(folder, dtype=dtype)
     assert "lm_head.weight" not in dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(("name", "embedding"), [("gemma", EMBEDDING), ("gpt2", "transformer.wte.weight")])
+@torch.no_grad()
+def test_a_tied_checkpoint_may_have_its_head_only(copy, name, embedding):
+    """safetensors' save_model keeps the first of two names in the order of the alphabet."""
+    folder = copy(name)
+    edit_tensors(folder, {embedding: ABSENT, "lm_head.weight": read(folder / "model.safetensors")[embedding]})
+    ids = torch.tensor([[5, 9, 2]])
+    assert torch.equal(mb.load_model(folder)(ids), mb.load_model(GOLDEN / name)(ids))
+    stored = mb.load_model(folder, head="classifier").get_parameter(embedding)
+    assert torch.equal(stored, mb.load_model(GOLDEN / name).get_parameter(embedding))
 
 
 @pytest.mark.parametrize("head", [torch.zeros(61, 24), torch.zeros(60, 24), torch.full((61, 24), float("nan"))])
@@ -268,6 +315,16 @@ def test_a_superfluous_tensor_is_refused_by_name(copy, refuses, name):
     refuses(lambda: mb.load_model(folder), folder / "model.safetensors", name)
 
 
+@pytest.mark.parametrize(
+    "prefix, wrapper", [("_orig_mod.", "torch.compile"), ("module.", "DistributedData"), ("_orig_mod.module.", "_orig")]
+)
+def test_weights_saved_inside_a_wrapper_are_refused(copy, refuses, prefix, wrapper):
+    folder = copy("llama2")
+    tensors = {f"{prefix}{name}": tensor for name, tensor in read(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors")
+    refuses(lambda: mb.load_model(folder), folder, f"begin with {prefix.partition('.')[0]}", wrapper)
+
+
 def test_an_untied_model_needs_its_head(copy, refuses):
     folder = copy("llama2")
     edit_tensors(folder, {"lm_head.weight": ABSENT})
@@ -311,6 +368,12 @@ def test_an_invalid_size_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent), path, key, "integer from 1 to")
+
+
+def test_a_context_of_null_is_refused(copy, refuses):
+    path = copy("llama3") / "config.json"
+    edit_json(path, max_position_embeddings=None)
+    refuses(lambda: mb.load_model(path.parent), path, "max_position_embeddings")
 
 
 @pytest.mark.parametrize("value", ["1e-5", True, 0, -1e-5, float("nan"), float("inf"), [1], {}, 10**400])

@@ -16,7 +16,10 @@ def read_llama(fields: Fields) -> LlamaConfig:
 
 
 def read_mistral(fields: Fields) -> LlamaConfig:
-    return LlamaConfig(**llama_settings(fields) | {"windows": same_windows(fields)})
+    """Read the config of Mistral, or of Ministral, which calls itself Mistral and has layer_types."""
+    kinds = fields.raw.get("layer_types")
+    windows = same_windows(fields) if kinds is None else windows_of_kinds(fields, layer_kinds(fields, kinds))
+    return LlamaConfig(**llama_settings(fields) | {"windows": windows})
 
 
 def same_windows(fields: Fields) -> tuple[int | None, ...]:
@@ -114,13 +117,19 @@ def llama_settings(fields: Fields) -> dict:
 
 
 def _rope_settings(fields: Fields) -> dict:
-    """Return all settings of RoPE, from the top level and rope_scaling or from rope_parameters (transformers 5)."""
+    """Return all settings of RoPE, from the top level and rope_scaling or from rope_parameters (transformers 5).
+
+    As in transformers 5, rope_parameters do not count beside rope_scaling, and the original context may stand at the
+    top level, which wins.
+    """
     raw = fields.raw
-    settings = {"rope_theta": raw.get("rope_theta", 10000.0)}  # LLaMA 2's config.json leaves the theta out
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key, {}), dict):
             raise InputError(f"{fields.path}: {key} is {raw[key]!r}: it must be an object or null")
-        settings |= raw.get(key, {})
+    scaling, original = raw.get("rope_scaling") or raw.get("rope_parameters", {}), "original_max_position_embeddings"
+    theta = raw.get("rope_theta", 10000.0)  # LLaMA 2's config.json leaves it out
+    settings = {"rope_theta": theta, original: raw.get("max_position_embeddings")} | scaling
+    settings[original] = raw.get(original, settings[original])
     settings["rope_type"] = settings.get("rope_type") or settings.get("type") or "default"
     settings.setdefault("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0))
     return settings
