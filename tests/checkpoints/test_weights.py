@@ -113,6 +113,8 @@ def test_rope_parameters_do_not_count_beside_rope_scaling(copy, refuses, theta, 
     assert read_config(path.parent).rope_scaling == {"factor": 4.0} and read_config(path.parent).rope_theta == expected
     edit_json(path, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 1]})
     refuses(lambda: read_config(path.parent), path, "mrope")
+    edit_json(path, rope_scaling=None, rope_parameters={"full_attention": {"rope_theta": 1e4}})
+    refuses(lambda: read_config(path.parent), path, "rope_parameters has settings of its own for full_attention")
 
 
 def test_the_windows_of_ministral_follow_its_layer_types(copy):

@@ -126,6 +126,8 @@ def _rope_settings(fields: Fields) -> dict:
     for key in ("rope_scaling", "rope_parameters"):
         if not isinstance(raw.get(key, {}), dict):
             raise InputError(f"{fields.path}: {key} is {raw[key]!r}: it must be an object or null")
+        if nested := [name for name, value in raw.get(key, {}).items() if isinstance(value, dict)]:
+            raise InputError(f"{fields.path}: {key} has settings of its own for {nested[0]}, which are not implemented")
     scaling, original = raw.get("rope_scaling") or raw.get("rope_parameters", {}), "original_max_position_embeddings"
     theta = raw.get("rope_theta", 10000.0)  # LLaMA 2's config.json leaves it out
     settings = {"rope_theta": theta, original: raw.get("max_position_embeddings")} | scaling
