@@ -32,6 +32,7 @@ def tasks_of(model: Path) -> list[Task]:
     """Return the tasks, each measured in and out of domain by GLUE's first metric.
 
     Pairs of MRPC and RTE out of domain have other shares of the classes, so there it is the mean of the two recalls.
+    The seconds of mrpc and STS-B are measured, those of cola follow from a few runs, and those of rte are a guess.
     """
     task = partial(Task, script=ROOT / "train_nlu.py", model=model, model_name=NAME, recipes=NLU_RECIPES)
     classes = partial(task, draws_wrong=True)
