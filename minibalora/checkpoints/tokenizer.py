@@ -120,11 +120,12 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
     )
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
-    settings = (read_json_object(settings_file) if settings_file.exists() else {}) | special_tokens(folder)
+    special = special_tokens(folder)
+    settings = (read_json_object(settings_file) if settings_file.exists() else {}) | special
     config = read_json_object(config_file) if config_file.exists() else {}
     if file.exists():
         backend = _read_tokenizer_json(file)
-        _add_tokens(backend, settings, folder)
+        _add_tokens(backend, settings, set(special.values()), folder)
         backend = _with_bos(backend, settings)
     elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # DeBERTa-v3's model_type is v2, too
         backend = read_sentencepiece(spm_file, settings)
@@ -167,7 +168,7 @@ def _content(settings: dict, name: str) -> object:
     return token.get("content") if isinstance(token, dict) else token
 
 
-def _add_tokens(backend: Backend, settings: dict, folder: Path) -> None:
+def _add_tokens(backend: Backend, settings: dict, special: set[str], folder: Path) -> None:
     """Add the tokens that other files name and tokenizer.json lacks: it would cut them into pieces.
 
     Raises InputError if the files give such a token no id, or another one than it would get.
@@ -178,8 +179,8 @@ def _add_tokens(backend: Backend, settings: dict, folder: Path) -> None:
     try:
         extra = [token for tokens in lists for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
         extra = [AddedToken(token["content"] if isinstance(token, dict) else token).content for token in extra]
-        specials = {*extra, *special_tokens(folder).values()}
-        by_id = {index: {"content": text, "special": text in specials} for text, index in old.items()}
+        special = special.union(extra)
+        by_id = {index: {"content": text, "special": text in special} for text, index in old.items()}
         by_id = {
             int(index): AddedToken(**token) for index, token in settings.get("added_tokens_decoder", by_id).items()
         }
