@@ -13,6 +13,11 @@ if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
+# A processor with AMX asks oneDNN to pack bfloat16 for attention, and ATen's plain kernels then stop with "pack_vnni2 is
+# only supported when avx512 is supported": whoever asks for plain kernels gets a oneDNN without AMX, too.
+if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
+
 
 @pytest.fixture(scope="session")
 def refuses():
