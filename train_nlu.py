@@ -76,7 +76,8 @@ def main() -> int:
     recorded = settings.recorded | {
         "labels": list(task.labels or []),
         "teacher_digest": classify.teacher_digest(source.teacher),
-        "data_digest": prompts.examples_digest(examples + dev.examples),
+        "data_digest": prompts.examples_digest(examples),
+        "eval_digest": prompts.examples_digest(dev.examples),  # they choose the best epoch
         "model_digest": weights_digest(source.model),
     }
     steps = steps_of_run(optimisation, len(rows))

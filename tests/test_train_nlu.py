@@ -768,6 +768,13 @@ def test_resuming_with_other_settings_is_refused_and_changes_nothing(changes, wh
     assert contents(out) == before
 
 
+def test_resuming_with_another_dev_set_is_refused_by_its_name(whole_runs, bert, data, tmp_path, train):
+    out, other = shutil.copytree(whole_runs["ba-lora"], tmp_path / "out"), shutil.copytree(data, tmp_path / "data")
+    write_sst2(other / "dev.tsv", [("the bed", 0), ("the meal", 1)])
+    flags = flags_of(bert, other, out, "--epochs", "3", "--save-every", "5", "--resume")
+    refused(train(flags), "--eval differs", "eval_digest")
+
+
 @pytest.mark.parametrize("damage", [b"{", b""], ids=["text", "empty"])
 def test_a_damaged_file_of_the_best_epoch_is_refused_on_resume(damage, whole_runs, bert, data, tmp_path, train):
     out = shutil.copytree(whole_runs["ba-lora"], tmp_path / "out")
