@@ -54,6 +54,8 @@ def _reason(error: Exception, smaller: str) -> str | None:
     if is_failed_write(error):
         failure = "the disk is full" if "No space left" in str(error) else "writing failed"
         return f"{failure} ({error}): make room, lift the limit or use another disk"
+    if isinstance(error, PermissionError):  # in the middle of a run: what a run needs is checked before
+        return f"no permission ({error}): change the mode or the owner"
     if isinstance(error, RuntimeError) and distributed.is_lost_rank(error):
         return "another process of this run has ended: see its message"
     return None

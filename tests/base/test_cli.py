@@ -41,6 +41,12 @@ def test_a_failed_write_ends_with_status_1_and_a_line_that_says_why(number, is_r
     assert line.startswith("error: the disk is full" if number == errno.ENOSPC else "error: writing failed")
 
 
+def test_a_lost_permission_ends_with_status_1_and_a_line_that_names_the_file(end_of):
+    status, line = end_of(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "out/log.jsonl"))
+    assert status == 1 and len(line.splitlines()) == 1
+    assert "no permission" in line and "out/log.jsonl" in line and line.endswith(f"; {TO_RESUME}\n")
+
+
 @pytest.mark.parametrize(
     "error",
     [
