@@ -54,7 +54,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         A, B, A0, B0, s = self.A, self.B, self.A0, self.B0, self.scaling
-        y = F.linear(x, self.pretrained_weight(x.dtype), self.bias)  # X W
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        y = F.linear(x, self.pretrained_weight(x.dtype), bias)  # X W
         if self.is_teacher:
             return y
         if A0 is None:
@@ -188,8 +189,9 @@ def adapt(
     targets: last parts of names ("q_proj") or dotted suffixes ("mlp.up_proj"); None means every linear but the heads.
     progress wraps the list of names, for instance `tqdm`, because the SVDs of a large model take minutes.
     factors(name, weight (n, m)) returns A (m, r) and B (r, n) of that layer; None means those of `init`.
-    Raises ValueError, with the model unchanged, if the model is adapted already, if a target matches no linear, or if
-    `LowRankLinear.from_linear` refuses a layer.
+    Queries, keys and values of nn.MultiheadAttention are no linears of their own, so they stay as they are.
+    Raises ValueError, with the model unchanged, if the model is adapted already, if a target matches no linear, if two
+    linears share a weight, if factors have other shapes, or if `LowRankLinear.from_linear` refuses a layer.
     """
     chosen, make = _chosen(model, targets), factors_of(init)
     for name, linear in chosen.items():
@@ -198,6 +200,9 @@ def adapt(
     for name in progress(list(chosen)):
         weight = chosen[name].weight
         A, B = make(weight, rank, scaling) if factors is None else factors(name, weight)
+        n, m = weight.shape
+        if (A.shape, B.shape) != ((m, rank), (rank, n)):
+            raise ValueError(f"{name}: A is {tuple(A.shape)} and B {tuple(B.shape)}: give {(m, rank)} and {(rank, n)}")
         layers[name] = LowRankLinear(chosen[name], A, B, scaling, keep_initial=init != "lora")
     for module in _own_head(model):
         module._apply(lambda t: t.to(torch.promote_types(t.dtype, torch.float32)) if t.is_floating_point() else t)
@@ -277,15 +282,18 @@ def pretrained(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def merge(model: nn.Module) -> nn.Module:
-    """Replace every LowRankLinear in place by a plain nn.Linear that computes the same, and return the model.
+    """Replace every LowRankLinear in place by a plain nn.Linear that computes the same, and return the model. If the
+    model is itself a LowRankLinear, return the nn.Linear.
 
     W + ΔW is summed in float32, or float64 if W is, and rounded once, to the dtype of W (float32 if W is quantised). A
     trained head stays.
-    Raises ValueError if nothing is adapted.
+    Raises ValueError if nothing is adapted, or if FSDP2 shards a layer.
     """
     linears = {layer: nn.Linear(1, 1, device="meta") for _, layer in adapted_layers(model)}
     if not linears:
         raise ValueError("nothing to merge: the model has no adapted layer")
+    if any(hasattr(parameter, "placements") for layer in linears for parameter in layer.parameters()):
+        raise ValueError("the adapted layers are sharded: load their whole state_dict into an unsharded model first")
     for layer, linear in linears.items():
         _take_over(linear, layer)
         dtype = layer.W.dtype if isinstance(layer.W, Tensor) else layer.A.dtype
@@ -295,7 +303,7 @@ def merge(model: nn.Module) -> nn.Module:
     _replace(model, linears)
     for module, leaf, _, _ in _head_with_initial(model):
         delattr(module, f"{leaf}0")
-    return model
+    return linears.get(model, model)
 
 
 def _trained(layer: LowRankLinear) -> list[Tensor]:
@@ -332,7 +340,12 @@ def _chosen(model: nn.Module, targets: str | Iterable[str] | None) -> dict[str, 
         missing = f"is called {' or '.join(unknown)}" if unknown else "is to be adapted"
         raise ValueError(f"no linear layer {missing}: there are {there}, and heads, which are never adapted")
     names = set(linears) if targets is None else set().union(*fitting.values())
-    return {name: linear for name, linear in linears.items() if name in names}
+    chosen = {name: linear for name, linear in linears.items() if name in names}
+    owners: dict[int, str] = {}
+    for name, linear in chosen.items():
+        if (other := owners.setdefault(id(linear.weight), name)) != name:
+            raise ValueError(f"{other} and {name} share a weight, which would become two: leave one out of targets")
+    return chosen
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
@@ -361,8 +374,12 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
     if not is_plain or is_replaced or nn.parameter.is_lazy(linear.weight) or hasattr(linear.weight, "placements"):
         why = "it has a forward of its own, or was pruned, parametrised, offloaded, compiled or sharded"
         raise ValueError(f"{name}this {kind} is not a plain nn.Linear ({why}): undo that, or leave it out of targets")
+    if linear.weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(f"{name}the weight of this {kind} is {linear.weight.dtype}: convert it to a wider float first")
     if linear.weight.is_meta and not is_known:
         raise ValueError(f"{name}the weight of this {kind} is on the meta device: load it first")
+    if not linear.weight.is_meta and not linear.weight.isfinite().all():
+        raise ValueError(f"{name}the weight of this {kind} has numbers that are not finite: load another checkpoint")
     m, n = linear.in_features, linear.out_features
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"{name}rank {rank} does not fit a {m} x {n} layer: give 1 to {min(m, n)}")

@@ -6,7 +6,7 @@ This file needs only torch.
 NF4: QLoRA, Dettmers et al., arXiv 2305.14314, section 3.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf, prod
 
@@ -97,6 +97,15 @@ class NF4(nn.Module):
         """Return the scale of each block, (blocks,) in float32."""
         steps = self.scale_steps.float().repeat_interleave(SCALE_BLOCK)[: len(self.scale_codes)]
         return self.scale_least.float() + steps * self.scale_codes
+
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """Apply fn, such as .half()'s, but leave the scales in float32: rounded, they would scale all their blocks."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            new = fn(tensor)
+            return tensor.to(new.device) if new.is_floating_point() and new.dtype.itemsize < 4 else new
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         return " x ".join(map(str, self.shape))

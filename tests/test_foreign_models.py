@@ -182,6 +182,15 @@ def test_sharding_in_bfloat16_leaves_student_and_teacher_equal_at_step_0(one_pro
         assert torch.equal(model(x), student)
 
 
+def test_merging_sharded_layers_is_refused(one_process):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(adapt(nn.Sequential(nn.Linear(8, 8)), 2), mesh=init_device_mesh("cpu", (1,)))
+    with pytest.raises(ValueError, match="sharded: load their whole state_dict"):
+        merge(model)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_train_on_sharded_weights_with_whole_factors(variant, one_process):
     """As run/sharded.py shards: only W. DoRA reads the norms of W before that."""

@@ -217,6 +217,15 @@ def test_merge_keeps_the_output(init, dtype):
         merge(model)
 
 
+def test_merging_a_layer_alone_returns_the_plain_linear():
+    layer = LowRankLinear.from_linear(nn.Linear(6, 4), 2)
+    layer.B.data += 1
+    x = torch.randn(3, 6)
+    expected = layer(x)
+    merged = merge(layer)
+    assert type(merged) is nn.Linear and torch.allclose(merged(x), expected, atol=1e-5)
+
+
 def test_merging_at_step_0_restores_the_weights_to_the_last_bit():
     model = net().bfloat16()
     weights = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -266,6 +275,39 @@ def test_a_refused_setting_does_not_change_the_model(wrong, message):
     assert not adapted_layers(model) and all(parameter.requires_grad for parameter in model.parameters())
 
 
+def test_two_linears_that_share_a_weight_are_refused_because_they_would_get_two():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    with pytest.raises(ValueError, match="0 and 2 share a weight"):
+        adapt(model, rank=2)
+    assert [name for name, _ in adapted_layers(adapt(model, rank=2, targets=["1", "2"]))] == ["1", "2"]
+
+
+@pytest.mark.parametrize("init", INITS)
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused_with_its_name(init, wrong):
+    model = net()
+    model.down_proj.weight.data[3, 4] = wrong
+    with pytest.raises(ValueError, match="down_proj: .* not finite"):
+        adapt(model, rank=2, init=init)
+    assert not adapted_layers(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.complex64])
+def test_a_weight_of_a_dtype_that_is_not_for_training_is_refused(dtype):
+    linear = nn.Linear(6, 6)
+    linear.weight = nn.Parameter(linear.weight.detach().to(dtype), requires_grad=False)
+    with pytest.raises(ValueError, match=f"is {dtype}: convert it"):
+        LowRankLinear.from_linear(linear, 2)
+
+
+def test_factors_of_other_shapes_are_refused_with_the_shapes():
+    model = net()
+    with pytest.raises(ValueError, match=re.escape("up_proj: A is (12, 3) and B (3, 20): give (12, 2) and (2, 20)")):
+        adapt(model, rank=2, factors=lambda _, weight: lora(weight, 3, 1.0))
+    assert not adapted_layers(model)
+
+
 def test_pretrained_refuses_a_model_that_is_not_adapted():
     with pytest.raises(ValueError, match="adapt first"), pretrained(net()):
         pass
@@ -299,6 +341,16 @@ def test_casting_an_adapted_model_leaves_its_factors_in_float32_at_least(init, c
         assert layer.A.dtype == layer.A.grad.dtype == (torch.float64 if cast == "double" else torch.float32)
         assert layer.W.dtype == model.lm_head.weight.dtype != torch.float32
         assert torch.allclose(layer.delta.float(), before[name], rtol=0, atol=0 if cast != "double" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_teacher_and_student_compute_in_the_dtype_of_their_input_with_and_without_a_bias(dtype):
+    for bias in (True, False):
+        layer = LowRankLinear.from_linear(nn.Linear(6, 4, bias=bias), 2)
+        x = torch.randn(3, 6, dtype=dtype)
+        with pretrained(layer):
+            teacher = layer(x)
+        assert layer(x).dtype == teacher.dtype == dtype and torch.equal(layer(x), teacher)
 
 
 def test_integers_are_refused_instead_of_rounding_the_weight_to_zeros():

@@ -116,6 +116,13 @@ def test_dequantising_to_a_dtype_only_rounds_the_result(dtype):
     assert torch.equal(packed.dequantize(dtype), packed.dequantize().to(dtype))
 
 
+@pytest.mark.parametrize("cast", ["half", "bfloat16"])
+def test_casting_a_model_leaves_the_scales_in_float32(cast):
+    packed = NF4.quantize(2e-4 * normal(33, 70))
+    before = packed.dequantize()
+    assert torch.equal(getattr(packed, cast)().dequantize(), before)
+
+
 @pytest.mark.parametrize("blocks_at_a_time", [1, 3])
 def test_the_chunk_size_does_not_change_results(blocks_at_a_time, monkeypatch):
     weight = normal(37, 41)

@@ -43,7 +43,7 @@ def adapt_model(
     except InputError:
         raise
     except ValueError as error:
-        raise InputError(f"--rank or --targets: {error}") from None
+        raise InputError(f"--model, --rank or --targets: {error}") from None
     if comes_later and resumed is not None:
         take_initial_values(model, resumed)
     elif comes_later:

@@ -206,7 +206,7 @@ def adapted(family: Family, config: object, dtype: torch.dtype, adaptation: Adap
               factors=lambda _, weight: empty_factors(weight, rank, "meta"))  # fmt: skip
         use_lean_product(model)
     except ValueError as error:
-        raise InputError(f"--rank or --targets: {error}") from None
+        raise InputError(f"--model, --rank or --targets: {error}") from None
     return model
 
 
