@@ -73,8 +73,10 @@ def main() -> int:
     for name, measured in [(source.data, rows), *((eval_set.name, eval_set.rows) for eval_set in eval_sets)]:
         batches.check_fits(measured, name, config, source.max_length, source.model)
     dev = eval_sets[0]
+    order = [] if source.as_text else sets.class_order(source.model, task)
+    stored = sets.stored_order(order, classes)
     recorded = settings.recorded | {
-        "labels": list(task.labels or []),
+        "labels": [task.labels[index] for index in stored] if task.labels else [],  # in the order of the saved head
         "teacher_digest": classify.teacher_digest(source.teacher),
         "data_digest": prompts.examples_digest(examples),
         "eval_digest": prompts.examples_digest(dev.examples),  # they choose the best epoch
@@ -90,9 +92,7 @@ def main() -> int:
     kind = ("lm", None) if source.as_text else ("classifier", classes)
     base = mb.load_model(source.model, *kind, torch.float32 if is_full else hardware.dtype, device)
     model = AsText(base, words) if source.as_text else base  # `base` is trained and saved
-    is_head_stored = base.own_head and base.own_head[-1] not in base.checkpoint.new_modules
-    order = sets.class_order(source.model, task) if is_head_stored else []
-    if is_head_stored:
+    if base.own_head and base.own_head[-1] not in base.checkpoint.new_modules:
         arrange_head(base, order)
 
     # Adapt: W becomes W_res + s A B, and only the adapters and the head are trained.
@@ -114,7 +114,7 @@ def main() -> int:
     if source.as_text:
         lines.append(f"asked as '{shorten(examples[0].texts[0], 80)}', answered {' or '.join(as_text.words_of(task))}")
     lines += [f"measured on {eval_set.in_words()}" for eval_set in eval_sets]
-    lines += sets.head_in_words(base.checkpoint, order, seed)
+    lines += sets.head_in_words(base.checkpoint, order, task, seed)
     if teacher is not None:
         lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
     terms, at_once = [nlu_formula(objective, classes)], min(optimisation.micro_batch_size, len(rows))
@@ -167,8 +167,10 @@ def main() -> int:
     else:
         truncate_adapter(base, output.adapter_rank)
     after = judge(eval_sets)
+    if order:
+        arrange_head(base, stored)  # other tools take the names of the classes from the base's config.json
     if is_full:
-        mb.save_model(base, out / "model", task.labels)
+        mb.save_model(base, out / "model", recorded["labels"])
     else:
         mb.save_adapter(base, out)
     classify.write_report(out, task, best_step, before, after)

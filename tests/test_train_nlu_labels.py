@@ -14,8 +14,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 import minibalora as mb
 from minibalora.checkpoints import export
+from minibalora.data import labelled
 from minibalora.data.glue import TASKS, LabelledText
 from minibalora.data.sets import EvalSet, class_order
+from minibalora.evaluation import classify, predictions
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_nlu  # noqa: E402
@@ -73,7 +75,8 @@ def train(tmp_path, in_command):
         renamed = {"sentence1": "premise", "sentence2": "hypothesis"} if task == "mnli" else {}
         rows = [{renamed.get(key, key): value for key, value in row.items()} for row in rows]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        common = "--max-length 16 --batch-size 4 --max-steps 2 --rank 2 --init pissa --device cpu".split()
+        common = "--max-length 16 --batch-size 4 --max-steps 2 --device cpu".split()
+        common += [] if "full" in flags else ["--rank", "2", "--init", "pissa"]
         source = ("--model", model, "--task", task, "--data", data, "--eval", data, "--out", tmp_path / name)
         return in_command(train_nlu.main, *source, *common, *flags)
 
@@ -111,7 +114,7 @@ def test_a_head_with_another_number_of_classes_is_replaced_and_named(
 
 
 def test_a_head_in_another_order_is_permuted_by_its_names(copy, train, tmp_path):
-    """The run equals the run from a checkpoint in the task's order."""
+    """The run equals the run from a checkpoint in the task's order. The head is saved in the base's order."""
     rows = pairs(8, [0, 1, 2])
     for name, names, order in (
         ("ours", MNLI, (0, 1, 2)),
@@ -122,7 +125,43 @@ def test_a_head_in_another_order_is_permuted_by_its_names(copy, train, tmp_path)
         assert status == 0, error
         assert ("in the task's order by id2label" in out) == (name == "theirs") and "no classifier" not in out
     ours, theirs, silent = (load_file(tmp_path / f"run_{name}" / ADAPTER) for name in ("ours", "theirs", "silent"))
-    assert all(torch.equal(ours[key], theirs[key]) and torch.equal(ours[key], silent[key]) for key in ours)
+    heads = {key for key in ours if "classifier" in key}
+    assert len(heads) == 2 and all(torch.equal(ours[key], silent[key]) for key in ours)
+    assert all(torch.equal(ours[key][[2, 0, 1]] if key in heads else ours[key], theirs[key]) for key in ours)
+
+
+@pytest.mark.parametrize("form", ["adapter", "without run.json", "smaller adapter", "merged", "full"])
+def test_all_that_is_saved_of_a_head_in_another_order_names_the_same_class(form, copy, train, tmp_path, in_command):
+    """Other tools take the names from the base's config.json."""
+    base = copy("base", ["CONTRADICTION", "NEUTRAL", "ENTAILMENT"], (2, 1, 0))
+    run, out = tmp_path / "run", tmp_path / "out"
+    flags = ["--method", "full"] if form == "full" else []
+    status, _, error = train("run", base, "mnli", pairs(8, [0, 1, 2]), "--lr", "1e-9", *flags)
+    assert status == 0, error
+    text = pairs(1, [0])[0]
+    row = {"premise": text["sentence1"], "hypothesis": text["sentence2"]}
+    (tmp_path / "new.jsonl").write_text(json.dumps(row) + "\n")
+    export_flags = ["--model", base, "--adapter", run, "--out", out]
+    if form == "without run.json":
+        (run / "run.json").unlink()
+    elif form == "smaller adapter":
+        assert in_command(export.main, *export_flags, "--adapter-rank", "1")[0] == 0
+    elif form == "merged":
+        assert in_command(export.main, *export_flags)[0] == 0
+    source = {
+        "merged": ["--model", out],
+        "full": ["--model", run / "model"],
+        "smaller adapter": ["--model", base, "--adapter", out],
+    }.get(form, ["--model", base, "--adapter", run])
+    flags = ["--data", tmp_path / "new.jsonl", "--text-field", "premise", "hypothesis", "--max-length", "16"]
+    status, printed, error = in_command(predictions.main, *source, *flags)
+    assert status == 0, error
+    found = json.loads(printed)
+    tok = mb.load_tokenizer(base)
+    rows, _ = labelled.encode([LabelledText((row["premise"], row["hypothesis"]), 0, 1)], tok, 16)
+    logits = classify.answers(mb.load_model(base, "classifier"), rows, 1, "cpu")[0]
+    assert found["label"].lower() == ["contradiction", "neutral", "entailment"][int(logits.argmax())]
+    assert sorted(found["probabilities"].values()) == pytest.approx(logits.softmax(0).sort().values.tolist(), abs=1e-3)
 
 
 def test_label2id_alone_names_the_classes_too(copy):
@@ -132,6 +171,14 @@ def test_label2id_alone_names_the_classes_too(copy):
     config["label2id"] = {"contradiction": 0, "entailment": 1, "neutral": 2}
     (folder / "config.json").write_text(json.dumps(config))
     assert class_order(folder, TASKS["mnli"]) == [1, 2, 0]
+
+
+def test_labels_that_are_numbers_are_the_rows_of_the_checkpoints_head(copy, train):
+    base = copy("base", ["World", "Sports", "Business"])
+    flags = ["--text-field", "sentence1", "sentence2", "--label-field", "label"]
+    status, out, error = train("run", base, "custom", pairs(9, [0, 1, 2]), *flags, "--teacher", base)
+    assert status == 0, error
+    assert "the checkpoint's head, where 0 is World, 1 is Sports, 2 is Business" in out and "new, from seed" not in out
 
 
 def test_a_head_for_other_classes_is_replaced_and_named(copy, train):

@@ -5,6 +5,7 @@ largest shard that it writes, 5 GB.
 """
 
 import argparse
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,8 @@ def main() -> int:
             rank = f"rank {args.adapter_rank}"
             print(f"adapter of at most {rank}: relative error {lost:.2e} of the change in the weights")
             save_adapter(model, folder)
+            if (args.adapter / "run.json").exists():
+                shutil.copyfile(args.adapter / "run.json", folder / "run.json")  # the names of the classes, and more
         else:
             bar = partial(progress.over, name="merge", unit="shard")
             save_model(model, folder, recorded_settings(args.adapter).get("labels"), bar)

@@ -84,7 +84,8 @@ def _classifier_config(model: nn.Module, source: dict, label_names: Sequence[str
     count = getattr(model, "num_labels", None)
     if count is None:
         return {}
-    stored = source["id2label"] if len(source.get("id2label") or {}) == count else {}
+    stored = source.get("id2label")
+    stored = stored if isinstance(stored, dict) and len(stored) == count else {}
     names = label_names or [stored.get(str(index), f"LABEL_{index}") for index in range(count)]
     return {
         "architectures": [f"{model.checkpoint.family.transformers}ForSequenceClassification"],

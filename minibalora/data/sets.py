@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,15 +81,12 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     """Return, for each class of the task, its row in a checkpoint's head according to `id2label`.
 
     Published heads for MNLI differ in their order. Names such as LABEL_0 carry no meaning: the task's order is assumed.
-    Returns None if the names belong to other classes.
+    Labels that are the numbers of rows need no names. Returns None if the names belong to other classes.
     """
-    config = read_json_object(Path(folder) / "config.json")
-    id2label = config.get("id2label")
-    if id2label is None and isinstance(config.get("label2id"), dict):
-        id2label = {str(row): name for name, row in config["label2id"].items()}
-    rows = id2label if isinstance(id2label, dict) else {}
-    named = {int(row): task.class_named(name) for row, name in rows.items() if row.isdigit() and _is_name(name)}
     order = list(range(1 if task.labels is None else len(task.labels)))
+    if _are_rows(task.labels):
+        return order
+    named = {row: task.class_named(name) for row, name in _names_of_rows(Path(folder)).items()}
     if task.labels is None or all(row == index for row, index in named.items()):
         return order
     if sorted(named) != order or set(named.values()) != set(order):
@@ -96,16 +94,39 @@ def class_order(folder: str | Path, task: Task) -> list[int] | None:
     return sorted(named, key=named.get)
 
 
-def head_in_words(checkpoint: Checkpoint, order: list[int] | None, seed: int) -> list[str]:
-    """Say what of a classifier's head is new or was never trained, or that its classes were rearranged."""
+def stored_order(order: list[int] | None, classes: int) -> list[int]:
+    """Return the inverse of `class_order`: for each row of the checkpoint's head, its class in the task. Without an
+    order, a new head has the task's."""
+    return [order.index(row) for row in range(classes)] if order else list(range(classes))
+
+
+def head_in_words(checkpoint: Checkpoint, order: list[int] | None, task: Task, seed: int) -> list[str]:
+    """Say what of a classifier's head is new or was never trained, that its classes were rearranged, or their names if
+    the labels are numbers."""
     lines = []
     if new := checkpoint.new_modules:
         lines.append(f"no {' and no '.join(new)} in the checkpoint for these classes: new, from seed {seed}")
     elif order != sorted(order):
         lines.append("the checkpoint's head, with its classes in the task's order by id2label")
+    elif order and _are_rows(task.labels) and (names := _names_of_rows(checkpoint.folder)):
+        lines.append(f"the checkpoint's head, where {', '.join(f'{row} is {name}' for row, name in names.items())}")
     for module in checkpoint.untrained_modules:
         lines.append(f"{module} in the checkpoint was never trained (its biases are 0): trained with the classifier")
     return lines
+
+
+def _are_rows(labels: Sequence[str] | None) -> bool:
+    return labels is not None and list(labels) == [str(row) for row in range(len(labels))]
+
+
+def _names_of_rows(folder: Path) -> dict[int, str | int]:
+    """Return the names of the rows of a checkpoint's head, as its config.json has them."""
+    config = read_json_object(folder / "config.json")
+    id2label = config.get("id2label")
+    if id2label is None and isinstance(config.get("label2id"), dict):
+        id2label = {str(row): name for name, row in config["label2id"].items()}
+    rows = id2label if isinstance(id2label, dict) else {}
+    return {int(row): name for row, name in rows.items() if row.isdigit() and _is_name(name)}
 
 
 def _is_name(name: object) -> bool:
