@@ -161,5 +161,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     cli.run_script(
-        main, "lower --micro-batch-size or add --grad-checkpoint", "give the same command with --resume to continue"
+        main,
+        smaller="lower --micro-batch-size or add --grad-checkpoint",
+        resuming="give the same command to continue, with --resume if --out exists",
     )

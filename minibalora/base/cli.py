@@ -28,6 +28,7 @@ def run_script(
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     then = f"; {resuming}" if resuming else ""
+    _mend_streams()
     try:
         with interrupts.raising():
             sys.exit(main())
@@ -43,6 +44,16 @@ def run_script(
         if reason is None:
             raise
         _exit_with_line(1, f"{reason}{then}")
+
+
+def _mend_streams() -> None:
+    """Write \\u2016 and the like where the terminal has no such letter, and nothing where a stream is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):  # a notebook's has not
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _reason(error: Exception, smaller: str) -> str | None:

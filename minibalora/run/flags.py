@@ -235,7 +235,8 @@ def _add_optimisation_flags(
         "--grad-clip", type=positive_rate, metavar="NORM", default=1.0, help="largest norm of the gradient (default: 1)"
     )
     add("--epochs", type=positive_int, metavar="N", help=f"passes over the data ({epochs})")
-    add("--max-steps", type=positive_int, metavar="N", help="end after N steps, schedules included (default: --epochs)")
+    add("--max-steps", type=positive_int, metavar="N", help="end after N steps, schedules included, if --epochs has "
+        "more (default: all of them)")  # fmt: skip
     add("--batch-size", type=positive_int, metavar="N", help=f"rows per step ({batch_size})")
     add("--micro-batch-size", type=positive_int, metavar="N", help="rows per forward pass; fewer need less memory "
         f"({micro_batch_size})")  # fmt: skip

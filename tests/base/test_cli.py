@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from safetensors import SafetensorError
 
 from minibalora.base import cli
 
-TO_RESUME = "give the same command with --resume to continue"
+TO_RESUME = "give the same command to continue, with --resume if --out exists"
 OUT_OF_MEMORY = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 "
     "bytes. Error code 12 (Cannot allocate memory)"
@@ -39,6 +41,16 @@ def test_a_failed_write_ends_with_status_1_and_a_line_that_says_why(number, is_r
     status, line = end_of(error)
     assert status == 1 and len(line.splitlines()) == 1 and reason in line and line.endswith(f"; {TO_RESUME}\n")
     assert line.startswith("error: the disk is full" if number == errno.ENOSPC else "error: writing failed")
+
+
+@pytest.mark.parametrize("streams", ["PYTHONIOENCODING=latin-1", "2>&-", ">&-"])
+def test_a_stream_that_is_closed_or_lacks_a_letter_stops_no_command(streams):
+    code = "import sys; from minibalora.base import cli; cli.run_script(lambda: sys.stderr.isatty() or print('‖') or 0)"
+    command = f'{sys.executable} -c "{code}"'
+    command = f"{streams} {command}" if "=" in streams else f"{command} {streams}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert done.stdout.strip() == ("" if streams == ">&-" else "\\u2016" if "=" in streams else "‖")
 
 
 def test_a_lost_permission_ends_with_status_1_and_a_line_that_names_the_file(end_of):
