@@ -93,12 +93,10 @@ class Decoder(nn.Module):
         """Return the states (B, T, d) between the final norm and the head.
 
         attention_mask (B, T): 1 = real token. The mask is only checked and may be left out: in a causal model, real
-        tokens never see padding on their right. Raises ValueError if a row has padding on the left.
+        tokens never see padding on their right. Raises ValueError for a mask that `check_mask` refuses, and if learned
+        positions or the cache have no room for T tokens.
         """
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            shapes = f"{list(attention_mask.shape)}, input_ids is {list(input_ids.shape)}"
-            raise ValueError(f"attention_mask is {shapes}: give both the same shape")
-        check_right_padding(attention_mask)
+        check_mask(attention_mask, input_ids)
         windows, length = self.config.windows, input_ids.shape[1]
         _check_positions(length, self.config)
         positions = torch.arange(length, device=input_ids.device)[None] if cache is None else cache.take(length)
@@ -145,13 +143,17 @@ class Decoder(nn.Module):
         """Compute the prompts (B, T), which are padded on the right.
 
         Returns a cache with room for `room` more tokens in each row, and the states (B, d) that predict the first one.
+        Raises ValueError if lengths and input_ids do not fit together.
         """
-        weight = self.embedding.weight
+        input_ids, weight = cut_padding(input_ids, lengths), self.embedding.weight
         cache = KVCache(self.config, lengths, max(lengths) + room, weight.dtype, weight.device)
         return cache, last_states(self.hidden(input_ids, cache=cache), torch.tensor(lengths))
 
     def decode(self, tokens: Tensor, cache: "KVCache") -> Tensor:
-        """Compute one more token (B,) of each row. Returns the states (B, d) that predict the next one."""
+        """Compute one more token (B,) of each row. Returns the states (B, d) that predict the next one.
+
+        Raises ValueError if the cache is full.
+        """
         return self.hidden(tokens[:, None], cache=cache)[:, 0]
 
     def features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -173,7 +175,7 @@ def attention(
     if q.shape[2] == 1:
         # Treat the queries that share a key as positions, so that no key is copied. Time of a layer on one core for 8
         # rows, 32 heads, 8 kv_heads, 600 tokens: 6 ms; with repeated keys 112 ms; with SDPA's enable_gqa 10 ms.
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[3])
+        grouped = q.squeeze(2).unflatten(1, (k.shape[1], -1))  # (B, kv_heads, group, head_dim)
         return F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, dropout_p=dropout).reshape(q.shape)
     if q.shape[1] != k.shape[1]:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
@@ -182,8 +184,8 @@ def attention(
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, cap: float) -> Tensor:
     """Compute `attention` with capped scores (Gemma 2, arXiv 2408.00118, section 2), which SDPA does not support."""
-    B, heads, T, head_dim = q.shape
-    grouped = q.reshape(B, k.shape[1], -1, T, head_dim)  # queries that share a key are in one group
+    T, head_dim = q.shape[2:]
+    grouped = q.unflatten(1, (k.shape[1], -1))  # queries that share a key are in one group
     scores = capped((grouped @ k[:, :, None].mT).float() * head_dim**-0.5, cap)  # (B, kv_heads, group, T, S)
     if mask is None:
         positions = torch.arange(k.shape[2], device=q.device)[None]
@@ -299,13 +301,44 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     return tensor.to(device)
 
 
-def check_right_padding(attention_mask: Tensor | None) -> None:
-    """Raise ValueError if a row of the mask (B, T), 1 = real token, has padding before a token. None: no padding.
+def check_mask(attention_mask: Tensor | None, input_ids: Tensor) -> None:
+    """Raise ValueError unless the mask is of the shape (B, T) of input_ids, and each row has ones, then zeros.
 
-    The host waits for a mask on a GPU, but not for a mask on the CPU, which all models here accept beside ids on a GPU.
+    1 = real token, 0 = padding, in any dtype; None: no padding. The host waits for a mask on a GPU, but not for a mask
+    on the CPU, which all models here accept beside ids on a GPU. While torch compiles or exports, and for tensors
+    without values (meta, fake), only the shape is checked.
     """
-    if attention_mask is not None and (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
+    if attention_mask is None:
+        return
+    if attention_mask.shape != input_ids.shape:
+        shapes = f"{list(attention_mask.shape)}, input_ids is {list(input_ids.shape)}"
+        raise ValueError(f"attention_mask is {shapes}: give both the same shape")
+    is_fake = attention_mask.is_meta or type(attention_mask) is not Tensor  # the class of fake tensors is private
+    if is_fake or torch.compiler.is_compiling():
+        return
+    if not ((attention_mask == 0) | (attention_mask == 1)).all():
+        raise ValueError("attention_mask has other values than 1 (real token) and 0 (padding): it must not be additive")
+    if (attention_mask[:, 1:] > attention_mask[:, :-1]).any():
         raise ValueError("attention_mask has a 0 before a 1: the model takes right padding only")
+    if not attention_mask[:, :1].all():  # an additive mask without padding is all zeros
+        raise ValueError("attention_mask has a row without a 1, which means a real token")
+
+
+def check_setting(name: str, value: object, *allowed: object) -> None:
+    """Raise ValueError unless a setting has an allowed value."""
+    if value not in allowed:
+        raise ValueError(f"{name} {value!r} is not implemented: there are {', '.join(map(repr, allowed))}")
+
+
+def cut_padding(input_ids: Tensor, lengths: list[int]) -> Tensor:
+    """Return input_ids (B, T) without the columns that have only padding; lengths: the number of tokens of each row.
+
+    Raises ValueError unless there are B lengths, all from 1 to T.
+    """
+    rows, width = input_ids.shape
+    if len(lengths) != rows or not 0 < min(lengths) <= max(lengths) <= width:
+        raise ValueError(f"lengths are {lengths}, input_ids is {[rows, width]}: give a length from 1 to T for each row")
+    return input_ids[:, : max(lengths)]
 
 
 def _check_positions(length: int, config: DecoderConfig) -> None:
@@ -334,7 +367,7 @@ class KVCache:
 
     The right-padded prompts fill the first slots; each further token of all rows fills one more slot. A short prompt
     therefore has padding between itself and its continuation. Positions do not count this padding, and no query sees
-    it, so each row sees what it would see alone.
+    it, so each row sees what it would see alone. Prompts and continuations may come in several parts.
     """
 
     def __init__(
@@ -351,29 +384,37 @@ class KVCache:
         shape = (config.num_hidden_layers, len(lengths), config.num_key_value_heads, capacity, config.head_dim)
         self.keys = torch.empty(shape, dtype=dtype, device=device)
         self.values = torch.empty_like(self.keys)
-        width, limit, slots = max(lengths), config.max_position_embeddings, torch.arange(capacity)
-        row_lengths = torch.tensor(lengths)[:, None]
+        width, slots, row_lengths = max(lengths), torch.arange(capacity), torch.tensor(lengths)[:, None]
         positions = torch.where(slots < width, slots, slots - (width - row_lengths))
-        # Clamp: a row that has reached the last position has ended, but its batch may go on.
-        positions = positions.clamp(max=limit - 1).masked_fill((row_lengths <= slots) & (slots < width), limit)
-        self.positions = to_device(positions, device)  # (B, capacity); padding is at `limit`, after every query
+        positions = positions.masked_fill((row_lengths <= slots) & (slots < width), capacity)
+        self.positions = to_device(positions, device)  # (B, capacity); padding is at `capacity`, after every query
+        self.last_position = config.max_position_embeddings - 1 if config.has_learned_positions else capacity
 
     def take(self, count: int) -> Tensor:
-        """Reserve `count` more slots: the prompts' in the first call, then one at a time. Returns their positions."""
-        self.filled += count
-        if self.filled == count:
+        """Reserve `count` more slots. Returns their positions (1 or B, count). Raises ValueError if there are fewer."""
+        first, self.filled = self.filled, add_filled(self.filled, count, self.positions.shape[1])
+        if first == 0:
             return torch.arange(count, device=self.positions.device)[None]
-        return self.positions[:, self.filled - count : self.filled]
+        # Clamp: a row that has reached the last learned position has ended, but its batch may go on.
+        return self.positions[:, first : self.filled].clamp(max=self.last_position)
 
     def mask_for(self, positions: Tensor, window: int | None) -> Tensor | None:
-        """Return the mask of the filled slots that the rows' last tokens, at these positions (B, 1), see."""
-        if not self.is_padded and (window is None or self.filled <= window):
+        """Return the mask of the filled slots that the rows' last tokens, at these positions (B, T), see."""
+        sees_all = not self.is_padded and (window is None or self.filled <= window)
+        if sees_all and positions.shape[1] == 1:
             return None
         return visible(positions, self.positions[:, : self.filled], window)
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, kv_heads, T, head_dim) into the last T reserved slots. Returns views of all filled ones."""
         return put(self.keys[layer], k, self.filled), put(self.values[layer], v, self.filled)
+
+
+def add_filled(filled: int, count: int, capacity: int) -> int:
+    """Return filled + count, the number of filled slots of a cache. Raises ValueError if that exceeds its capacity."""
+    if filled + count > capacity:
+        raise ValueError(f"the cache has room for {capacity} tokens, not for {filled + count}: make it larger")
+    return filled + count
 
 
 def put(slots: Tensor, new: Tensor, filled: int) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import check_right_padding, to_device
+from .decoder import check_mask, check_setting, to_device
 
 __all__ = "Bert EncoderClassifier EncoderConfig RobertaHead key_mask split_heads".split()
 
@@ -44,6 +44,10 @@ class EncoderConfig:
     position_buckets: int = 0  # distances fall into 2 · position_buckets buckets; far distances share a bucket
     max_relative_positions: int = 0  # the distance at which the last bucket begins
     pooler_dropout: float = 0.0
+
+    def __post_init__(self):
+        check_setting("activation", self.activation, "gelu", "gelu_tanh", "relu")
+        check_setting("pooler", self.pooler, "tanh", "gelu", None)
 
 
 class Residual(nn.Module):
@@ -78,13 +82,13 @@ def activate(x: Tensor, name: str) -> Tensor:
     return F.relu(x) if name == "relu" else F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-def key_mask(attention_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return the mask (B, 1, 1, T) on `device`, True = visible, that lets every token see every real token.
+def key_mask(attention_mask: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """Return the mask (B, 1, 1, T), True = visible, that lets every token see every real token; on input_ids' device.
 
-    attention_mask (B, T): 1 = real token; best on the CPU. Raises ValueError if a row has padding on the left.
+    attention_mask (B, T): 1 = real token; best on the CPU. Raises ValueError for a mask that `check_mask` refuses.
     """
-    check_right_padding(attention_mask)
-    return None if attention_mask is None else to_device(attention_mask, device)[:, None, None, :].bool()
+    check_mask(attention_mask, input_ids)
+    return None if attention_mask is None else to_device(attention_mask, input_ids.device)[:, None, None, :].bool()
 
 
 # BERT and RoBERTa
@@ -147,7 +151,7 @@ class Bert(nn.Module):
         return self.encoder["layer"]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
-        mask = key_mask(attention_mask, input_ids.device)
+        mask = key_mask(attention_mask, input_ids)
         x = self.embeddings(input_ids, token_types)
         for layer in self.blocks:
             x = layer(x, mask)
@@ -250,7 +254,7 @@ class Deberta(nn.Module):
         return self.encoder.layer
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None, token_types: Tensor | None) -> Tensor:
-        return self.encoder(self.embeddings(input_ids), key_mask(attention_mask, input_ids.device))
+        return self.encoder(self.embeddings(input_ids), key_mask(attention_mask, input_ids))
 
 
 # Classifiers

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import Attend, Decoder, pick
+from .decoder import Attend, Decoder, check_setting, pick
 
 __all__ = "MLP Attention Backbone Block LlamaConfig RMSNorm llama swiglu".split()
 
@@ -55,6 +55,10 @@ class LlamaConfig:
     attention_dropout: float = 0.0  # Granite Code: in training only
 
     has_learned_positions = False
+
+    def __post_init__(self):
+        check_setting("activation", self.activation, "silu", "gelu_tanh")
+        check_setting("rope_type", rope_type(self.rope_scaling), "default", "linear", "llama3")
 
 
 class RMSNorm(nn.Module):
@@ -205,19 +209,26 @@ class Backbone(nn.Module):
         return self.norm(self.layers[-1](x, rotary, attend, wanted))
 
 
+def rope_type(scaling: dict | None) -> str:
+    """Return the rope_type of config.json's rope_scaling. Without it and its old name `type`, the numbers say which."""
+    scaling = scaling or {"rope_type": "default"}
+    implied = "llama3" if "low_freq_factor" in scaling else "linear"
+    return scaling.get("rope_type") or scaling.get("type") or implied
+
+
 def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
     """Return θ_i = theta^(−2i/head_dim), (head_dim/2,) float32 (RoFormer, arXiv 2104.09864), scaled.
 
-    rope_type "linear" divides positions, and so frequencies, by `factor` (arXiv 2306.15595).
+    rope_type "default" scales nothing; "linear" divides positions, and so frequencies, by `factor` (arXiv 2306.15595).
     LLaMA 3.1 (rope_type "llama3") divides a frequency by `factor` if its wavelength is longer than
     original_context/low_freq_factor, keeps it if the wavelength is shorter than original_context/high_freq_factor, and
     interpolates between the two.
     """
     exponent = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
-    frequency = 1.0 / config.rope_theta**exponent
-    if config.rope_scaling is None:
+    frequency, kind = 1.0 / config.rope_theta**exponent, rope_type(config.rope_scaling)
+    if kind == "default":
         return frequency
-    if "low_freq_factor" not in config.rope_scaling:  # "linear"
+    if kind == "linear":
         return frequency / config.rope_scaling["factor"]
     low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
     turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)

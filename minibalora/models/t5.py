@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .decoder import last_states, put, to_device
+from .decoder import add_filled, cut_padding, last_states, put, to_device
 from .encoder import RobertaHead, key_mask, split_heads
 from .llama import RMSNorm
 
@@ -208,9 +208,9 @@ class Backbone(nn.Module):
         """Return the decoder's states (B, T', d) at decoder_input_ids (B, T'), with input_ids (B, T) for the encoder.
 
         attention_mask (B, T): 1 = real token in input_ids. Padding on the right of decoder_input_ids needs no mask, as
-        no token sees later tokens. Raises ValueError if a row of input_ids has padding on the left.
+        no token sees later tokens. Raises ValueError for a mask that `check_mask` refuses.
         """
-        visible = key_mask(attention_mask, input_ids.device)
+        visible = key_mask(attention_mask, input_ids)
         memory = self.encode(input_ids, visible)
         attend = with_mask(self.decoder.bias(decoder_input_ids.shape[1]))
         return self.decoder(self.shared(decoder_input_ids), attend, memory, with_mask(visible))
@@ -271,9 +271,9 @@ class T5(Backbone):
         common, *rows = input_ids.split([shared, *lengths])
         prompts, answers = [], []
         for row, count in zip(rows, wanted, strict=True):
-            prompt, answer = row.split([len(row) - count + 1, count - 1])
+            prompt, answer = row.tensor_split([len(row) - max(count - 1, 0)])
             prompts.append(torch.cat([common, prompt]))
-            answers.append(F.pad(answer, (1, 0), value=self.config.decoder_start_token_id))
+            answers.append(F.pad(answer, (1, 0), value=self.config.decoder_start_token_id)[:count])  # none if count = 0
         prompt_lengths = [len(prompt) for prompt in prompts]
         attend = row_by_row(prompt_lengths, prompt_lengths, self.encoder.bias(max(prompt_lengths)))
         memory = self.encoder(self.shared(torch.cat(prompts))[None], attend)
@@ -285,7 +285,9 @@ class T5(Backbone):
         """Compute the prompts (B, T), which are padded on the right.
 
         Returns a cache with room for `room` tokens of each answer, and the states (B, d) that predict the first one.
+        Raises ValueError if lengths and input_ids do not fit together.
         """
+        input_ids = cut_padding(input_ids, lengths)
         visible = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         visible = to_device(visible[:, None, None], input_ids.device)
         cache = Cache(self.config, visible, room, self.shared.weight.dtype)
@@ -296,8 +298,9 @@ class T5(Backbone):
         """Compute one more token (B,) of each row. Returns the states (B, d) that predict the next one.
 
         memory: the encoder's states, in the first step only; later steps read their keys and values from the cache.
+        Raises ValueError if the cache is full.
         """
-        cache.filled += 1
+        cache.filled = add_filled(cache.filled, 1, cache.keys.shape[3])
         bias = self.decoder.bias(cache.filled, first=cache.filled - 1)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
@@ -397,7 +400,7 @@ class T5Classifier(nn.Module):
         """
         shifted = F.pad(input_ids[:, :-1], (1, 0), value=self.config.decoder_start_token_id)
         states = self.transformer.states(input_ids, attention_mask, shifted)
-        return last_states(states, None if attention_mask is None else attention_mask.sum(1))
+        return last_states(states, None if attention_mask is None else attention_mask.long().sum(1))
 
     def head(self, features: Tensor) -> Tensor:
         return self.classification_head(features)

@@ -1,6 +1,7 @@
 """Tests of the decoders against transformers' values in tests/golden/, and of cache, masks, packing and gradients."""
 
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 import minibalora as mb
 from minibalora.models import decoder
 from minibalora.models.decoder import KVCache, attention, visible
-from minibalora.models.llama import RMSNorm, swiglu
+from minibalora.models.llama import RMSNorm, rotary_frequencies, swiglu
 
 
 def golden(name: str):
@@ -70,6 +71,88 @@ def test_states_with_a_cache_equal_states_without(name):
     for row, length in enumerate(lengths):
         text = torch.cat([ids[row, :length], answers[row]])
         assert torch.allclose(steps[row], model.hidden(text[None])[0, length:], atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [6, 2]])
+@pytest.mark.parametrize("name", ["llama3", "mistral_window", "qwen2_window", "gpt2", "mixtral", "gemma2"])
+@torch.no_grad()
+def test_states_of_several_tokens_with_a_cache_equal_states_without(name, lengths):
+    """The second part of the text ends after the prompts. The cache is larger than GPT-2's table of positions."""
+    model, width = mb.load_model(GOLDEN / name), max(lengths)
+    ids = torch.randint(model.config.vocab_size, (2, width + 8))
+    cache = KVCache(model.config, lengths, 30, torch.float32, torch.device("cpu"))
+    states = torch.cat([model.hidden(part, cache=cache) for part in ids.split([2, 5, 1, width], dim=1)], dim=1)
+    for row, length in enumerate(lengths):
+        real = [*range(length), *range(width, width + 8)]
+        assert torch.allclose(states[row, real], model.hidden(ids[row : row + 1, real])[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama2", "mistral_window"])
+@torch.no_grad()
+def test_rotary_positions_continue_beyond_the_context(name):
+    model = mb.load_model(GOLDEN / name)
+    model.config = replace(model.config, max_position_embeddings=5)
+    ids = torch.randint(model.config.vocab_size, (2, 14))
+    cache, first = model.prefill(ids[:, :4], [4, 4], room=10)
+    states = torch.stack([first, *(model.decode(tokens, cache) for tokens in ids.T[4:])], dim=1)
+    assert torch.allclose(states, model.hidden(ids)[:, 3:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama2", "t5"])
+@torch.no_grad()
+def test_prefill_does_not_attend_to_columns_of_padding(name):
+    model, ids = mb.load_model(GOLDEN / name), torch.randint(61, (2, 9))
+    caches, firsts = zip(*(model.prefill(ids[:, :width], [5, 3], room=3) for width in (5, 9)), strict=True)
+    assert torch.equal(*firsts) and torch.equal(*(model.decode(ids[:, 0], cache) for cache in caches))
+
+
+@pytest.mark.parametrize("lengths", [[], [3], [3, 3, 3], [3, 10], [0, 3]])
+@pytest.mark.parametrize("name", ["llama2", "t5"])
+def test_prefill_refuses_lengths_that_do_not_fit(name, lengths):
+    with pytest.raises(ValueError, match="give a length from 1 to T for each row"):
+        mb.load_model(GOLDEN / name).prefill(torch.zeros(2, 9, dtype=torch.long), lengths, room=1)
+
+
+@pytest.mark.parametrize("name", ["llama2", "gpt2", "gemma2", "t5"])
+@torch.no_grad()
+def test_a_full_cache_is_refused(name):
+    """T5's room includes the start token, which the prefill reads."""
+    model = mb.load_model(GOLDEN / name)
+    cache, _ = model.prefill(torch.tensor([[5, 6, 7]]), [3], room=2)
+    for _ in range(1 if name == "t5" else 2):
+        model.decode(torch.tensor([8]), cache)
+    with pytest.raises(ValueError, match=f"the cache has room for {2 if name == 't5' else 5} tokens"):
+        model.decode(torch.tensor([8]), cache)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+@pytest.mark.parametrize("shape", [(0, 5), (0, 1)])
+def test_no_rows_give_no_logits(name, shape):
+    model = mb.load_model(GOLDEN / name)
+    assert model(torch.zeros(shape, dtype=torch.long)).shape == (*shape, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "gpt2", "t5"])
+@torch.no_grad()
+def test_a_packed_row_may_have_no_wanted_tokens(name):
+    model, ids = mb.load_model(GOLDEN / name), torch.randint(61, (9,))
+    assert torch.allclose(model.packed(ids, [5, 4], [2, 0]), model.packed(ids[:5], [5], [2]), atol=1e-6)
+    assert model.packed(ids, [5, 4], [0, 0]).shape == (0, model.config.hidden_size)
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("activation", "gelu"), ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+    ("rope_scaling", {"type": "dynamic", "factor": 4.0}),
+])  # fmt: skip
+def test_unknown_settings_are_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"{setting.replace('scaling', 'type')} .* is not implemented"):
+        replace(mb.load_model(GOLDEN / "llama2").config, **{setting: value})
+
+
+def test_the_default_rope_type_scales_nothing():
+    config = mb.load_model(GOLDEN / "llama2").config
+    named = replace(config, rope_scaling={"rope_type": "default"})
+    assert torch.equal(*(rotary_frequencies(each, torch.device("cpu")) for each in (config, named)))
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (4, 1)])

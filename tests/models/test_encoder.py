@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import CLASSIFIERS, GOLDEN, golden_example, headless
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch._subclasses import FakeTensorMode
 
 import minibalora as mb
 from minibalora.lowrank import initial_values
@@ -79,6 +81,50 @@ def test_left_padding_is_refused(name):
     ids, mask, *_ = golden_example(name)
     with pytest.raises(ValueError, match="right padding only"):
         classifier(name)(ids, mask.flip(1))
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda mask: (1 - mask) * -torch.inf, "additive"),
+    (lambda mask: (1.0 - mask) * torch.finfo(torch.float32).min, "additive"),
+    (lambda mask: 0 * mask, "a row without a 1"),  # additive, without padding
+    (lambda mask: 2 * mask, "other values than 1"),
+    (lambda mask: mask[:1], "same shape"),
+    (lambda mask: mask[:, None, None], "same shape"),
+])  # fmt: skip
+@pytest.mark.parametrize("name", ["bert", "deberta", "llama_classifier", "t5_classifier"])
+def test_other_masks_than_ones_then_zeros_are_refused(name, change, words):
+    ids, mask, *_ = golden_example(name)
+    with pytest.raises(ValueError, match=words):
+        classifier(name)(ids, change(mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("name", ["bert", "deberta", "llama_classifier", "t5_classifier"])
+@torch.no_grad()
+def test_a_mask_may_have_any_dtype(name, dtype):
+    ids, mask, *_ = golden_example(name)
+    model = classifier(name)
+    assert torch.equal(model(ids, mask.to(dtype)), model(ids, mask))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2_classifier", "llama_classifier", "t5_classifier"])
+@torch.no_grad()
+def test_a_model_with_a_mask_can_be_compiled_exported_and_traced_without_values(name):
+    ids, mask, *_ = golden_example(name)
+    model = classifier(name)
+    expected = model(ids, mask)
+    exported = torch.export.export(model, (ids, mask)).module()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert all(torch.allclose(made(ids, mask), expected, atol=1e-5) for made in (exported, compiled))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert model(mode.from_tensor(ids), mode.from_tensor(mask)).shape == expected.shape
+    assert model.to("meta")(ids.to("meta"), mask.to("meta")).shape == expected.shape
+
+
+@pytest.mark.parametrize(("setting", "value"), [("activation", "silu"), ("activation", "swish"), ("pooler", "relu")])
+def test_unknown_settings_are_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"{setting} '{value}' is not implemented"):
+        replace(classifier("bert").config, **{setting: value})
 
 
 @pytest.mark.parametrize(("name", "limit"), [("bert", 20), ("roberta", 20), ("gpt2_classifier", 20)])
