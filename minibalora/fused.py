@@ -68,7 +68,10 @@ LEFT_OUT = -1e30  # a logit whose probability is exactly 0; unlike with −∞, 
 
 @dataclass(frozen=True)
 class Terms:
-    """The weights of the terms beside the cross-entropy (0: none), and their settings as in `regularizers.py`."""
+    """The weights of the terms beside the cross-entropy (0: none), and their settings as in `regularizers.py`.
+
+    Raises ValueError for a setting that `regularizers.py` refuses.
+    """
 
     lambda1: float = 0.0
     temperature: float = 1.0
@@ -80,8 +83,8 @@ class Terms:
     non_target_kl: float = 0.0
 
     def __post_init__(self):
-        if self.svd_norm not in ("nuclear", "frobenius"):
-            raise ValueError(f"unknown norm {self.svd_norm!r}: give nuclear or frobenius")
+        _check_settings(self.svd_k, self.svd_norm, self.temperature)
+        _check_settings(1 if self.top_k is None else self.top_k)
 
     @property
     def of_tokens(self) -> dict[str, float]:
@@ -91,7 +94,10 @@ class Terms:
 
 
 class FrozenHead:
-    """The head z = W h, without bias or soft-cap. W (V, d) is frozen, and must not change after the first call."""
+    """The head z = W h, without bias or soft-cap. W (V, d) is frozen, and must not change after the first call.
+
+    All calls write to one workspace, so threads must not share a head: give each its own, of the same W.
+    """
 
     def __init__(self, weight: Tensor):
         self.weight = weight
@@ -155,6 +161,14 @@ def fused_objective(
     weights = terms.of_tokens | {"svd": terms.lambda3}
     total = sum(weights[name] * value for name, value in values.items())
     return WithGradient.apply(student, total, gradient), values
+
+
+def _check_settings(k: int = 1, norm: str = "nuclear", temperature: float = 1.0) -> None:
+    """Raise ValueError in the words of `regularizers.py`, which this file does without."""
+    if not (hasattr(k, "__index__") and k >= 1 and 0 < temperature < math.inf):
+        raise ValueError(f"k is {k}, temperature is {temperature}: give an integer from 1 up, a finite positive number")
+    if norm not in ("nuclear", "frobenius"):
+        raise ValueError(f"unknown norm {norm!r}: give nuclear or frobenius")
 
 
 def _check_rows(student: Tensor, teacher: Tensor | None, targets: Tensor, head: FrozenHead, terms: Terms) -> None:
@@ -303,8 +317,10 @@ def spectral_place(device: torch.device) -> tuple[torch.device, torch.dtype]:
 def spectral_share(S: Tensor, Y: Tensor, k: int, norm: str, by_eigh: bool) -> tuple[Tensor, Tensor]:
     """Return φ and its gradient (M, n) from S = Z Zᵀ (M, M) and Y (M, n): H G for the gradient in H, Z for that in Z.
 
-    by_eigh: use `eigh`, which makes the host of a GPU wait; otherwise only products and QR.
+    by_eigh: use `eigh`, which makes the host of a GPU wait; otherwise only products and QR. Raises ValueError for a k
+    below 1 and an unknown norm.
     """
+    _check_settings(k, norm)
     is_finite, scale = S.isfinite().all(), torch.where(S.trace() > 0, S.trace(), 1.0)
     S = torch.where(is_finite, S / scale, 0.0)  # the same φ; eigh would raise for NaN
     X = None if by_eigh and (norm == "nuclear" or len(S) <= WHOLE) else _krylov_basis(S, k, by_eigh)
@@ -369,6 +385,7 @@ def _by_products(S: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @torch.no_grad()
 def mean_entropy(states: Tensor, head: FrozenHead, temperature: float) -> Tensor:
     """Return the mean of H(softmax(z/T)) over the rows of `states` (M, d), in nats: how uncertain the teacher is."""
+    _check_settings(temperature=temperature)
     entropies = []
     for h in states.split(head.block):
         z, f = head.workspace(2, len(h))

@@ -30,14 +30,17 @@ def svd_named(init: str) -> SVD:
 
 
 def subspace_svd(W: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U (m, r), S (r,) and Vᵀ (r, n) of W (m, n) after `niter` subspace iterations."""
+    """Return U (m, r), S (r,) and Vᵀ (r, n) of W (m, n) after `niter` subspace iterations. Raises ValueError for NaN
+    or ±∞ in W."""
+    _check_finite(W)
     U, S, V = torch.svd_lowrank(W, q=rank, niter=niter)
     return U, S, V.T
 
 
 def krylov_svd(W: Tensor, rank: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (m, r), S (r,) and Vᵀ (r, n): the leading Ritz vectors and values of W (m, n) in its Krylov basis
-    (Rayleigh-Ritz). They are exact where the basis would span the whole space."""
+    (Rayleigh-Ritz). They are exact where the basis would span the whole space. Raises ValueError for NaN or ±∞ in W."""
+    _check_finite(W)
     m, n = W.shape
     if m > n:
         U, S, Vh = krylov_svd(W.T, rank, depth)
@@ -48,6 +51,11 @@ def krylov_svd(W: Tensor, rank: int, depth: int) -> tuple[Tensor, Tensor, Tensor
     Q = krylov_basis(W, width, depth)
     U, S, Vh = wide_svd(Q.T @ W, rank)
     return Q @ U, S, Vh
+
+
+def _check_finite(W: Tensor) -> None:
+    if not W.isfinite().all():  # QR would spread it over all factors without a word
+        raise ValueError(f"the weight {list(W.shape)} has numbers that are not finite: load another checkpoint")
 
 
 def wide_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

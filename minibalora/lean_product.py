@@ -65,11 +65,13 @@ def factors_kept(model: nn.Module) -> Iterator[None]:
 
 
 class LeanLowRankLinear(LowRankLinear):
-    """A LowRankLinear with the lean product. It uses the plain form if W or the bias is trained. Raises RuntimeError
-    for a second derivative."""
+    """A LowRankLinear with the lean product. It uses the plain form if W, the bias, A₀ or B₀ is trained. Raises
+    RuntimeError for a second derivative, or if `scaling` changes before the backward pass. torch.jit.trace and
+    torch.func can't see through the lean product: for these, leave the layers plain."""
 
     def forward(self, x: Tensor) -> Tensor:
-        is_trained = any(isinstance(p, Tensor) and p.requires_grad for p in (self.W, self.bias))
+        frozen = self.W, self.bias, self.A0, self.B0
+        is_trained = any(isinstance(p, Tensor) and p.requires_grad for p in frozen)
         if self.is_teacher or is_trained:
             return super().forward(x)
         if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
@@ -84,7 +86,7 @@ class _Product(torch.autograd.Function):
         """x (T, m) -> (T, n)."""
         left, right, A = _factors(layer, x.dtype)
         ctx.save_for_backward(x, left, right, A)
-        ctx.layer = layer
+        ctx.layer, ctx.scaling = layer, layer.scaling
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         y = F.linear(x, _weight(x, layer, left, right), bias)
         return y if _is_folded(x, layer) else y.addmm_(x @ left, right, alpha=layer.scaling)
@@ -95,6 +97,8 @@ class _Product(torch.autograd.Function):
             raise RuntimeError("the lean product can't be differentiated twice: use the plain LowRankLinear")
         x, left, right, A = ctx.saved_tensors
         layer, rank = ctx.layer, A.shape[1]
+        if layer.scaling != ctx.scaling:
+            raise RuntimeError(f"scaling changed from {ctx.scaling} to {layer.scaling} in a step: set it before")
         is_folded = _is_folded(x, layer)
         inner = dy @ (right[:rank] if is_folded else right).T  # right begins with B
         dA = _scaled(x.T @ inner[:, :rank], layer)

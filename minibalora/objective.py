@@ -41,7 +41,7 @@ class Objective:
     router_aux: float = 0.0  # load balance of a mixture of experts, see `mixture.load_balance`; needs no logits
     consistency: str = "kl"  # or "mse" between L2-normalised rows
     temperature: float = 1.0  # of the KL
-    top_k: int | None = None  # logits in the entropy (generation only); None = the whole vocabulary
+    top_k: int | None = None  # logits in the entropy (generation only); None, or 0 as in --top-k: the whole vocabulary
     svd_k: int = 10  # leading singular values in the spectral term
     svd_norm: str | None = "nuclear"  # or "frobenius": the norm that divides their sum; None: divide by N instead
     moving_lambdas: bool = False  # whether λ1, λ2 and λ3 follow the schedule in `lambdas`
@@ -51,8 +51,11 @@ class Objective:
         if self.consistency not in ("kl", "mse") or self.svd_norm not in ("nuclear", "frobenius", None):
             raise ValueError(f"consistency {self.consistency!r} is kl or mse, svd_norm {self.svd_norm!r} is nuclear, "
                              "frobenius or None: give one of these")  # fmt: skip
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}: give a positive number")
+        for name in ("lambda1", "lambda2", "lambda3", "non_target_kl", "router_aux"):
+            if not (isinstance(λ := getattr(self, name), (int, float)) and 0 <= λ < math.inf):
+                raise ValueError(f"{name} is {λ!r}: give a finite number, 0 or more")
+        R.check_settings(self.svd_k, self.temperature)
+        R.check_settings(self.top_k or 1)
 
     @property
     def needs_teacher(self) -> bool:
@@ -75,15 +78,18 @@ def lambdas(objective: Objective, step: int, steps: int, teacher_share: float | 
     iclr2026 for generation: λ1 falls along a cosine from 1 to 0.1 of its value; λ2 and λ3 are 0 for the first 20 % of
     the steps and rise linearly over the next 5 %. Otherwise all are constant. Adaptive λ1 replaces the cosine by
     λ1_min + (λ1_max − λ1_min)·(1 − H̄/ln V), λ1_max = λ1, λ1_min = 0.1·λ1; teacher_share is H̄/ln V of this step.
+    Beyond the last step, the weights stay. Raises ValueError for steps < 1 and a share outside [0, 1].
     """
+    if steps < 1:
+        raise ValueError(f"a run of {steps} steps: give 1 or more")
     falling = rising = 1.0
     if objective.moving_lambdas:
-        progress = step / steps
+        progress = min(max(step / steps, 0.0), 1.0)
         falling = 0.1 + 0.9 * (1 + math.cos(math.pi * progress)) / 2
         rising = min(max((progress - 0.2) / 0.05, 0.0), 1.0)
     if objective.adaptive_lambda1:
-        if teacher_share is None:
-            raise ValueError("adaptive_lambda1 needs teacher_share, the mean of entropy_share: give it")
+        if teacher_share is None or teacher_share < -1e-3 or teacher_share > 1 + 1e-3:  # 0 and 1 may be rounded
+            raise ValueError(f"adaptive_lambda1 needs teacher_share, the mean of entropy_share, not {teacher_share}")
         falling = 0.1 + 0.9 * (1 - teacher_share)
     return {
         "consistency": objective.lambda1 * falling,
@@ -104,17 +110,21 @@ def nlg_loss(
     computed for each micro-batch and averaged over the step, weighted by rows. Cutting a step into other micro-batches
     changes no other term. Raises ValueError for a row without a target, or for a consistency of unit rows.
     """
-    if objective.consistency != "kl":
-        raise ValueError(f"consistency {objective.consistency!r} is for classes: give kl")
+    _check_kl(objective)
     R.check_targets(student, targets)
     λ1, λ2, λ3, λ = (weights[name] for name in ("consistency", "diversity", "svd", "non_target_kl"))
     task = F.cross_entropy(student.to(torch.promote_types(student.dtype, torch.float32)), targets)
     consistency = R.consistency_kl(student, teacher, objective.temperature) if λ1 else 0.0
-    diversity = R.diversity_entropy(student, objective.top_k) if λ2 else 0.0
+    diversity = R.diversity_entropy(student, objective.top_k or None) if λ2 else 0.0
     svd = svd_share(student, objective.svd_k, objective.svd_norm) if λ3 else 0.0
     non_target_kl = R.non_target_kl(student, teacher, targets) if λ else 0.0
     loss = task + λ1 * consistency + λ2 * diversity + λ3 * svd + λ * non_target_kl
     return loss, _present(task, consistency, diversity, svd, non_target_kl)
+
+
+def _check_kl(objective: Objective) -> None:
+    if objective.consistency != "kl":
+        raise ValueError(f"consistency {objective.consistency!r} is for classes: give kl")
 
 
 def nlu_loss(
@@ -178,7 +188,7 @@ def _present(*terms: Tensor | float) -> dict[str, Tensor]:
 def lean_svd_share(logits: Tensor, k: int, norm: str) -> Tensor:
     """Return `regularizers.svd_share` of logits Z (M, V) from Z Zᵀ. An SVD of Z takes 7 times as long, for
     M = 100 and V = 64,000."""
-    Z = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    Z = R.rows(logits.detach(), may_mask=False)
     with torch.no_grad(), torch.autocast(Z.device.type, enabled=False):
         parts = (part.to(*fused.spectral_place(Z.device)) for part in Z.split(fused.ROOT_ROWS, dim=1))
         S = sum(part @ part.T for part in parts)
@@ -216,20 +226,12 @@ class LogitsInBlocks(FrozenHead):
     def loss(
         self, student: Tensor, teacher: Tensor | None, targets: Tensor, objective: Objective, weights: dict[str, float]
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        _check_kl(objective)
         return fused_objective(
-            student,
-            teacher,
-            targets,
-            self,
-            lambda1=weights["consistency"],
-            temperature=objective.temperature,
-            lambda2=weights["diversity"],
-            top_k=objective.top_k,
-            lambda3=weights["svd"],
-            svd_k=objective.svd_k,
-            svd_norm=objective.svd_norm,
-            non_target_kl=weights["non_target_kl"],
-        )
+            student, teacher, targets, self, lambda1=weights["consistency"], temperature=objective.temperature,
+            lambda2=weights["diversity"], top_k=objective.top_k or None, lambda3=weights["svd"], svd_k=objective.svd_k,
+            svd_norm=objective.svd_norm, non_target_kl=weights["non_target_kl"],
+        )  # fmt: skip
 
     def entropy_share(self, teacher: Tensor, temperature: float) -> Tensor:
         return mean_entropy(teacher, self, temperature) / math.log(len(self.weight))
@@ -245,5 +247,6 @@ def head_of(model: nn.Module, is_plain: bool = False) -> WholeLogits | LogitsInB
 
 def entropy_share(logits: Tensor, temperature: float) -> Tensor:
     """Return H(softmax(z/T)) / ln V of each row, in [0, 1]: how uncertain the teacher is. (M, V) -> (M,)."""
+    R.check_settings(temperature=temperature)
     log_p = F.log_softmax(logits.float() / temperature, dim=-1)
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1) / math.log(logits.shape[-1])

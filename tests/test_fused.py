@@ -1,6 +1,8 @@
 """Tests that the fused objective equals the plain formulas in value and gradient, for all sizes."""
 
 import dataclasses
+import math
+import re
 
 import pytest
 import torch
@@ -420,6 +422,26 @@ def test_rows_that_do_not_fit_together_are_refused(states, teacher, targets, mes
 def test_an_unknown_setting_is_refused_by_name():
     with pytest.raises(TypeError, match="lambda4"):
         fused_objective(torch.randn(4, 16), None, torch.arange(4), FrozenHead(torch.randn(50, 16)), lambda4=1.0)
+
+
+@pytest.mark.parametrize("wrong, message", [
+    *[({name: k}, f"k is {k}, ") for name in ("svd_k", "top_k") for k in (0, -1, 2.0)],
+    *[({"temperature": T}, f"temperature is {T}") for T in (0.0, -1.0, math.inf, math.nan)],
+    ({"svd_k": None}, "k is None, "), ({"svd_norm": None}, "unknown norm None"),
+])  # fmt: skip
+def test_settings_that_the_plain_formulas_refuse_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        fused_objective(torch.randn(4, 16), None, torch.arange(4), FrozenHead(torch.randn(50, 16)), **wrong)
+
+
+@pytest.mark.parametrize("k, norm", [(0, "nuclear"), (-1, "frobenius"), (None, "nuclear"), (2, "fro"), (2, None)])
+@pytest.mark.parametrize("by_eigh", FORMS.values(), ids=FORMS)
+def test_the_spectral_share_refuses_what_the_plain_one_refuses(k, norm, by_eigh):
+    Z = torch.randn(4, 9, dtype=torch.float64)
+    with pytest.raises(ValueError) as plain:
+        R.svd_share(Z, k, norm)
+    with pytest.raises(ValueError, match=re.escape(str(plain.value))):
+        fused.spectral_share(Z @ Z.T, Z, k, norm, by_eigh)
 
 
 def test_a_second_derivative_is_refused():

@@ -90,6 +90,15 @@ def test_krylov_factors_do_not_use_the_global_seed():
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("init", ["pissa_krylov_0", "pissa_krylov_4", "pissa_niter_2"])
+def test_a_weight_that_is_not_finite_is_refused(init, bad):
+    weight = torch.randn(90, 200)
+    weight[3, 5] = bad
+    with pytest.raises(ValueError, match="not finite"):
+        factors_of(init)(weight, 3, 1.0)
+
+
 @pytest.mark.parametrize("name", ["gaussian", "pissa_niter", "pissa_krylov_x", "pissa_krylov_1000", "PISSA"])
 def test_an_unknown_init_is_refused_by_name(name):
     with pytest.raises(ValueError, match=f"unknown init '{name}': give lora, olora, pissa, pissa_krylov_N"):

@@ -147,8 +147,16 @@ def test_a_second_derivative_is_refused():
         torch.autograd.grad(lean(x).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("leaf", ["W", "bias"])
-def test_a_weight_or_bias_that_is_made_trainable_gets_a_gradient(leaf):
+def test_a_scaling_that_changes_before_the_backward_pass_is_refused():
+    _, lean = both("pissa")
+    y = lean(torch.randn(3, 30)).sum()
+    lean.scaling *= 2
+    with pytest.raises(RuntimeError, match="scaling changed from 1.6 to 3.2"):
+        y.backward()
+
+
+@pytest.mark.parametrize("leaf", ["W", "bias", "A0", "B0"])
+def test_a_frozen_tensor_that_is_made_trainable_gets_a_gradient(leaf):
     _, lean = both("pissa")
     parameter = getattr(lean, leaf).requires_grad_()
     lean(torch.randn(4, 30)).square().sum().backward()

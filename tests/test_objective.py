@@ -1,6 +1,7 @@
 """Tests of the objective: published recipes, λ schedules, the formulas of each recipe, and degenerate batches."""
 
 import dataclasses
+import itertools
 import math
 from types import SimpleNamespace
 
@@ -13,10 +14,13 @@ from minibalora import regularizers as R
 from minibalora.objective import (
     NLG_RECIPES,
     NLU_RECIPES,
+    LogitsInBlocks,
     Objective,
+    WholeLogits,
     entropy_share,
     head_of,
     lambdas,
+    lean_svd_share,
     nlg_loss,
     nlu_loss,
 )
@@ -181,11 +185,63 @@ def test_capped_logits_take_the_lean_spectral_term_unless_plain(recipe, monkeypa
 @pytest.mark.parametrize(("wrong", "message"), [
     ({"consistency": "KL"}, "consistency 'KL' is kl or mse"),
     ({"svd_norm": "fro"}, "svd_norm 'fro' is nuclear"),
-    ({"temperature": 0.0}, "temperature is 0.0"),
+    *[({"temperature": T}, f"temperature is {T}") for T in (0.0, -1.0, math.inf, math.nan)],
+    *[({name: k}, f"k is {k}, ") for name in ("svd_k", "top_k") for k in (-1, 2.0)],
+    *[({"svd_k": k}, f"k is {k}, ") for k in (0, None)],
+    *[({name: λ}, f"{name} is {λ!r}") for name in ("lambda1", "lambda2", "lambda3", "non_target_kl", "router_aux")
+      for λ in (-0.1, math.nan, "1")],
 ])  # fmt: skip
 def test_settings_that_do_not_exist_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         Objective(**wrong)
+
+
+def test_top_k_0_means_the_whole_vocabulary_in_both_forms():
+    W, states, targets = torch.randn(9, 5), torch.randn(4, 5), torch.arange(4)
+    weights = {"consistency": 0.0, "diversity": 1.0, "svd": 0.0, "non_target_kl": 0.0}
+    for head in (WholeLogits(lambda states: states @ W.T), LogitsInBlocks(W)):
+        terms = [head.loss(states, None, targets, Objective(top_k=k), weights)[1]["diversity"] for k in (0, None)]
+        assert terms[0] == terms[1]
+
+
+def test_forms_refuse_the_settings_that_the_plain_one_refuses():
+    W, states, targets = torch.randn(9, 5), torch.randn(4, 5), torch.arange(4)
+    weights = {"consistency": 0.1, "diversity": 0.0, "svd": 0.1, "non_target_kl": 0.0}
+    heads = [WholeLogits(lambda states: states @ W.T, is_plain) for is_plain in (True, False)] + [LogitsInBlocks(W)]
+    wrong = [(Objective(svd_norm=None), "unknown norm None"), (Objective(consistency="mse"), "'mse' is for classes")]
+    for head, (objective, message) in itertools.product(heads, wrong):
+        with pytest.raises(ValueError, match=message):
+            head.loss(states, states, targets, objective, weights)
+
+
+def test_masked_logits_are_refused_by_the_lean_spectral_term_too():
+    logits = torch.randn(4, 9)
+    logits[:, 7:] = torch.finfo(torch.float32).min
+    with pytest.raises(ValueError, match="cannot be compared as numbers"):
+        lean_svd_share(logits, 2, "nuclear")
+
+
+def test_weights_stay_beyond_the_last_step_and_a_run_has_a_step():
+    objective = NLG_RECIPES["iclr2026"]
+    assert lambdas(objective, 150, 100) == lambdas(objective, 200, 100) == lambdas(objective, 100, 100)
+    assert lambdas(objective, -10, 100) == lambdas(objective, 0, 100)
+    for steps in (0, -1):
+        with pytest.raises(ValueError, match=f"a run of {steps} steps"):
+            lambdas(objective, 0, steps)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, math.inf])
+def test_a_share_outside_0_and_1_is_refused_but_a_rounded_1_is_not(share):
+    objective = Objective(lambda1=1.0, adaptive_lambda1=True)
+    with pytest.raises(ValueError, match=f"not {share}"):
+        lambdas(objective, 0, 1, share)
+    assert lambdas(objective, 0, 1, 1 + 1e-6)["consistency"] == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_entropy_share_refuses_a_temperature_of_0():
+    for share in (entropy_share, LogitsInBlocks(torch.randn(9, 5)).entropy_share):
+        with pytest.raises(ValueError, match="temperature is 0"):
+            share(torch.randn(4, 5), 0.0)
 
 
 def test_rows_without_a_target_and_a_consistency_of_classes_are_refused():

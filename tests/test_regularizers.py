@@ -231,21 +231,57 @@ def test_targets_that_are_not_a_class_for_each_row_are_refused(targets):
         R.non_target_kl(torch.randn(4, 20), torch.randn(4, 20), targets)
 
 
+@pytest.mark.parametrize("mask", [-torch.inf, torch.finfo(torch.float32).min, -1e30])
 @pytest.mark.parametrize("name", TERMS)
-def test_a_masked_column_is_left_out_or_refused(name):
-    """A mask replaces logits by −∞. Terms of softmax then use 0 log 0 = 0, in value and gradient; others refuse."""
+def test_a_masked_column_is_left_out_or_refused(name, mask):
+    """A mask replaces logits by −∞ or nearly. Terms of softmax then use 0 log 0 = 0, in value and gradient; others
+    refuse."""
     torch.manual_seed(0)
     student, teacher = torch.randn(4, 20), torch.randn(4, 20)
     expected = TERMS[name](student[:, :15], teacher[:, :15])
-    student[:, 15:] = teacher[:, 15:] = -torch.inf
+    student[:, 15:] = teacher[:, 15:] = mask
     student.requires_grad_()
     if name in ("consistency_mse", "diversity_covariance", "svd_sum", "svd_share"):
-        with pytest.raises(ValueError, match="inf cannot be compared"):
+        with pytest.raises(ValueError, match="cannot be compared as numbers"):
             TERMS[name](student, teacher)
         return
     value = TERMS[name](student, teacher)
     value.backward()
     assert torch.allclose(value, expected) and student.grad.isfinite().all() and (student.grad[:, 15:] == 0).all()
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_terms_can_be_compiled_whole_mapped_and_computed_without_numbers(name):
+    """The checks of values then see nothing, and are left out."""
+    Z, P = torch.randn(2, 4, 20), torch.randn(2, 4, 20)
+    expected = torch.stack([TERMS[name](z, p) for z, p in zip(Z, P, strict=True)])
+    compiled = torch.compile(TERMS[name], fullgraph=True, backend="eager")(Z[0], P[0])
+    assert torch.allclose(compiled, expected[0]) and torch.allclose(torch.vmap(TERMS[name])(Z, P), expected)
+    assert TERMS[name](Z[0].to("meta"), P[0].to("meta")).shape == ()
+
+
+def test_targets_can_be_mapped_and_compiled():
+    Z, P, targets = torch.randn(2, 4, 20), torch.randn(2, 4, 20), torch.tensor([[0, 1, 2, 3], [9, 8, 19, 7]])
+    expected = torch.stack(list(map(R.non_target_kl, Z, P, targets)))
+    compiled = torch.compile(R.non_target_kl, fullgraph=True, backend="eager")(Z[0], P[0], targets[0])
+    assert torch.allclose(compiled, expected[0])
+    assert torch.allclose(torch.vmap(R.non_target_kl)(Z, P, targets), expected)
+
+
+@pytest.mark.parametrize("k", [0, -1, 2.0])
+@pytest.mark.parametrize("term", [R.svd_sum, R.svd_share, R.diversity_entropy])
+def test_a_k_that_is_no_integer_from_1_up_is_refused(term, k):
+    with pytest.raises(ValueError, match=f"k is {k}, "):
+        term(torch.randn(4, 20), k)
+    if term is not R.diversity_entropy:
+        with pytest.raises(ValueError, match="k is None, "):
+            term(torch.randn(4, 20), None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.inf, math.nan])
+def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+        R.consistency_kl(torch.randn(4, 20), torch.randn(4, 20), temperature)
 
 
 @pytest.mark.parametrize("name", TERMS)

@@ -43,6 +43,15 @@ def test_truncate_returns_its_relative_error_and_keeps_the_teacher(rank, init):
         assert torch.equal(model(x), teacher)
 
 
+@pytest.mark.parametrize("rank", [0, -1, 2.0, None])
+def test_a_rank_that_is_no_integer_from_1_up_is_refused(rank):
+    model = adapt(net(), rank=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"rank is {rank}: give an integer"):
+        truncate(model, rank)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_truncating_an_untrained_model_has_no_error():
     model = adapt(net(), rank=2)
     assert truncate(model, 1) == 0
