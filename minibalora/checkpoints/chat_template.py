@@ -125,21 +125,44 @@ def read_chat_template(folder: Path, model: Path) -> ChatTemplate | None:
             raise InputError(f"{source}: a chat template is named {name!r}: rename it to {expected}")
     if "default" not in texts:
         raise InputError(f"{source}: no chat template is named default, only {', '.join(texts)}: rename one to default")
-    tokenizer = model / "tokenizer.json"
-    added = read_json_object(tokenizer).get("added_tokens") if tokenizer.exists() else None
-    contents = [token.get("content") for token in added or [] if isinstance(token, dict)]
-    return ChatTemplate(source, texts, special_tokens(model), [text for text in contents if isinstance(text, str)])
+    if empty := [name for name, text in texts.items() if not text.strip()]:
+        raise InputError(f"{source}: the chat template {empty[0]!r} is empty: fill it, or give --template alpaca")
+    special = special_tokens(model)
+    return ChatTemplate(source, texts, special, [*special.values(), *_added_tokens(model)])
 
 
 def special_tokens(folder: Path) -> dict[str, str]:
-    """Return special tokens by name ("eos_token", ...) from tokenizer_config.json, or else special_tokens_map.json."""
+    """Return special tokens by name ("eos_token", ...) from tokenizer_config.json, or else special_tokens_map.json.
+
+    Raises InputError if the two contradict each other: which one counts depends on the program and the files.
+    """
     tokens = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (folder / name).exists():
-            settings = read_json_object(folder / name)
-            texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
-            tokens |= {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
+        settings = read_if_there(folder / name)
+        texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in settings.items()}
+        texts = {key: text for key, text in texts.items() if key.endswith("_token") and isinstance(text, str)}
+        differ = [key for key in texts.keys() & tokens.keys() - {"pad_token"} if texts[key] != tokens[key]]
+        if differ and "added_tokens_decoder" not in settings:  # beside it, transformers does not read the map
+            key, other = min(differ), "special_tokens_map.json"
+            both = f"{key} is {texts[key]!r}, but {tokens[key]!r} in {other}"
+            raise InputError(f"{folder / name}: {both}, which transformers reads: make the two the same")
+        tokens |= texts
     return tokens
+
+
+def _added_tokens(folder: Path) -> list[str]:
+    """Return the texts of the tokens that a model's files add to its tokenizer. `load_tokenizer` checks the files."""
+    names = ("tokenizer.json", "tokenizer_config.json", "added_tokens.json")
+    tokenizer, settings, old = (read_if_there(folder / name) for name in names)
+    by_id = settings.get("added_tokens_decoder", {text: {"content": text} for text in old})
+    tokens = [*(tokenizer.get("added_tokens") or []), *(by_id.values() if isinstance(by_id, dict) else [])]
+    contents = [token.get("content") for token in tokens if isinstance(token, dict)]
+    return [text for text in contents if isinstance(text, str)]
+
+
+def read_if_there(file: Path) -> dict:
+    """Return the JSON object in a file, {} if there is no such file. Raises InputError as `read_json_object` does."""
+    return read_json_object(file) if file.exists() else {}
 
 
 def _read(path: Path) -> str:

@@ -9,6 +9,7 @@ from torch import nn
 from minibalora.base.errors import InputError
 
 LARGEST = {int: 1 << 20, float: 1e30}  # for any number in config.json, so that a product of three sizes fits 64 bits
+LONGEST = 1 << 30  # a context may be longer: where positions are rotary, nothing has its size
 INITIALIZER_RANGE = 0.02  # every family's default
 
 
@@ -45,10 +46,10 @@ class Fields:
     def __init__(self, raw: dict, path: Path):
         self.path, self.raw = path, {key: value for key, value in raw.items() if value is not None}
 
-    def integer(self, key: str, default: int | None = None, least: int = 1) -> int:
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = LARGEST[int]) -> int:
         value = self._present(key, default)
-        fits = type(value) is int and least <= value <= LARGEST[int]
-        return self._checked(key, value, fits, f"an integer from {least} to {LARGEST[int]}")
+        fits = type(value) is int and least <= value <= most
+        return self._checked(key, value, fits, f"an integer from {least} to {most}")
 
     def integers(self, *keys: str) -> dict[str, int]:
         """Return the integers whose keys are also the names of a configuration's fields."""
@@ -96,6 +97,17 @@ class Fields:
         if not fits:
             raise InputError(f"{self.path}: {key} is {value!r}: it must be {expected}")
         return value
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raise InputError if a model's folder holds an adapter: the model alone would be another than the folder's."""
+    if not (folder / "adapter_config.json").exists():
+        return
+    if (folder / "config.json").exists():
+        cure = "move adapter_config.json and its weights to a folder of their own, and merge them with export"
+        raise InputError(f"{folder}: holds an adapter, which would be left out: {cure}, or remove adapter_config.json")
+    cure = "give the model it was trained on, with this folder as --adapter, or merge the two with export"
+    raise InputError(f"{folder}: holds an adapter, not a model: {cure}")
 
 
 def is_positive(value: object) -> bool:

@@ -99,7 +99,7 @@ def save_template(template: Template, folder: Path) -> None:
 def copy_template(source: Path, folder: Path) -> None:
     """Copy the name and the chat template that the adapter in `source` was trained with, if recorded."""
     name = recorded_name(source)
-    if name is not None and not (folder / "run.json").exists():
+    if name is not None:
         write_json(folder / RECORD, {"template": name})
     for file in (source / FILE, *(source / MORE).glob("*.jinja")):
         if file.exists():

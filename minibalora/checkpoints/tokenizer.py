@@ -1,26 +1,34 @@
 """Load the tokenizer of a checkpoint, with the special tokens that its files add."""
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken, Encoding, normalizers, processors
 from tokenizers import Tokenizer as Backend
 
 from minibalora.base.errors import InputError
-from minibalora.base.files import read_json_object, refuse_pointer
-from minibalora.checkpoints.chat_template import ChatTemplate, special_tokens
+from minibalora.base.files import refuse_pointer
+from minibalora.checkpoints.chat_template import ChatTemplate, read_if_there, special_tokens
+from minibalora.checkpoints.config import refuse_adapter
 from minibalora.checkpoints.sentencepiece import read_sentencepiece
 
 CHUNK = 1000  # texts that are tokenised at a time
+OLD_FILES = ("added_tokens.json", "special_tokens_map.json")
+# Tokenizer classes, without "Fast", that take all from tokenizer.json; and those that set add_prefix_space themselves,
+# with the model types that have one of these if no class is named.
+GENERAL = {"PreTrainedTokenizer", "TokenizersBackend"}
+WITH_PREFIX = {"GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer", "gpt2", "qwen2", "qwen3", "roberta"}
 
 
 class Tokenizer:
     """encode(str) -> ids, with the BOS, EOS, CLS and SEP that tokenizer.json's post-processor adds; decode(ids) -> str.
 
-    As in transformers 5, only that file decides, with one exception (see `_with_bos`): `add_bos_token` in
-    tokenizer_config.json is for slow tokenizers.
+    As in transformers 5, only that file adds them, with one exception (see `_with_bos`): `add_bos_token` in
+    tokenizer_config.json is for slow tokenizers. Its settings that transformers would put in place of tokenizer.json's
+    are refused where they differ (see `_refuse_other_settings`).
     bos_id, eos_id: None if the model has none. pad_id: the model's, or EOS, or 0.
     eos_ids: all tokens that end a text. A response is trained to end with eos_id.
     is_encoder_decoder: the model reads a prompt as a complete text, with EOS, and writes its response as another text.
@@ -67,11 +75,16 @@ class Tokenizer:
         return [(encoding.ids, encoding.type_ids) for encoding in encoded], cut
 
     def encode_prompts(self, texts: list[str]) -> list[list[int]]:
-        """Return the ids of each prompt. A final EOS, which some tokenizers add, is removed if a response follows."""
-        encoded = [ids.ids for ids in self.backend.encode_batch_fast(texts, add_special_tokens=not self.is_chat)]
+        """Return the ids of each prompt. A final EOS, which some tokenizers add, is removed if a response follows; one
+        that the text itself ends with is kept."""
+        encoded = self.backend.encode_batch_fast(texts, add_special_tokens=not self.is_chat)
         if self.is_encoder_decoder or self.is_chat:
-            return encoded
-        return [ids[:-1] if self.eos_id is not None and ids[-1:] == [self.eos_id] else ids for ids in encoded]
+            return [encoding.ids for encoding in encoded]
+        return [self._without_added_eos(encoding) for encoding in encoded]
+
+    def _without_added_eos(self, encoding: Encoding) -> list[int]:
+        ids, is_added = encoding.ids, encoding.special_tokens_mask[-1:] == [1]  # [0] if the text itself ends with it
+        return ids[:-1] if is_added and ids[-1:] == [self.eos_id] else ids
 
     def encode_responses(self, texts: list[str]) -> list[list[int]]:
         """Return the ids of texts that continue a sequence, without special tokens."""
@@ -121,21 +134,23 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds tokenizer.json")
     special = special_tokens(folder)
-    settings = (read_json_object(settings_file) if settings_file.exists() else {}) | special
-    config = read_json_object(config_file) if config_file.exists() else {}
+    settings = read_if_there(settings_file) | special
+    config = read_if_there(config_file)
     if file.exists():
         backend = _read_tokenizer_json(file)
+        _refuse_other_settings(backend, settings, settings_file, config.get("model_type"))
         _add_tokens(backend, settings, set(special.values()), folder)
         backend = _with_bos(backend, settings)
     elif spm_file.exists() and config.get("model_type") == "deberta-v2":  # DeBERTa-v3's model_type is v2, too
         backend = read_sentencepiece(spm_file, settings)
     else:
+        refuse_adapter(folder)
         raise InputError(
             f"{file}: no such file: download it, or make it with transformers, "
             'AutoTokenizer.from_pretrained(folder, use_fast=True).save_pretrained("new folder")'
         )
     generation_file = folder / "generation_config.json"
-    generation = read_json_object(generation_file) if generation_file.exists() else {}
+    generation = read_if_there(generation_file)
     for source, file_of_ids in ((generation, generation_file), (config, config_file)):
         for name in ("bos_token", "eos_token", "pad_token"):
             ids = _ids(source, f"{name}_id", file_of_ids)
@@ -148,7 +163,11 @@ def load_tokenizer(path: str | Path, chat: ChatTemplate | None = None) -> Tokeni
         if tok.is_encoder_decoder:
             raise InputError(f"{folder}: a T5 takes no conversations: leave --template chat out")
         tok.is_chat = True
-        tok.eos_ids |= {backend.token_to_id(chat.end_of_turn or "")} - {None}
+        end_id = backend.token_to_id(chat.end_of_turn or "")
+        if chat.end_of_turn is not None and end_id is None:
+            reason = f"ends a reply with {chat.end_of_turn!r}, which is not in the tokenizer"
+            raise InputError(f"{chat.source}: {reason}: download both again")
+        tok.eos_ids |= {end_id} - {None}
     if tok.is_encoder_decoder and (tok.eos_id is None or tok.encode("")[-1:] != [tok.eos_id]):
         raise InputError(f"{file}: does not end a text with EOS, as the model expects: download it again")
     return tok
@@ -171,11 +190,13 @@ def _content(settings: dict, name: str) -> object:
 def _add_tokens(backend: Backend, settings: dict, special: set[str], folder: Path) -> None:
     """Add the tokens that other files name and tokenizer.json lacks: it would cut them into pieces.
 
-    Raises InputError if the files give such a token no id, or another one than it would get.
+    As in transformers, added_tokens_decoder takes precedence over tokenizer.json, and the files that it replaced are
+    not read beside it. Raises InputError if the files give such a token no id, or another one than it would get.
     """
-    file = folder / "added_tokens.json"
-    old = read_json_object(file) if file.exists() else {}
-    lists = [settings.get(key) or [] for key in ("additional_special_tokens", "extra_special_tokens")]
+    is_new = "added_tokens_decoder" in settings
+    old, mapped = ({} if is_new else read_if_there(folder / name) for name in OLD_FILES)
+    keys = ("additional_special_tokens", "extra_special_tokens")
+    lists = [source.get(key) or [] for source in (settings, mapped) for key in keys]
     try:
         extra = [token for tokens in lists for token in (tokens.values() if isinstance(tokens, dict) else tokens)]
         extra = [AddedToken(token["content"] if isinstance(token, dict) else token).content for token in extra]
@@ -187,14 +208,43 @@ def _add_tokens(backend: Backend, settings: dict, special: set[str], folder: Pat
     except (AttributeError, KeyError, TypeError, ValueError):
         files = "tokenizer_config.json and added_tokens.json"
         raise InputError(f"{folder}: the added tokens in {files} can't be read: download both again") from None
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    missing = {by_id[index].content: index for index in sorted(by_id) if by_id[index].content not in known}
+    for token in by_id.values():
+        token.special = token.special or token.content in special
+    form = repr if is_new else str  # repr has what tells two tokens of the same text apart, such as lstrip
+    known = {form(token) for token in backend.get_added_tokens_decoder().values()}
+    missing = {by_id[index].content: index for index in sorted(by_id) if form(by_id[index]) not in known}
     backend.add_tokens([by_id[index] for index in missing.values()])
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    backend.add_special_tokens([text for text in sorted(special - known) if backend.token_to_id(text) is not None])
     for text, index in (dict.fromkeys(extra) | missing).items():
         if (actual := backend.token_to_id(text)) is None or index not in (None, actual):
             place = "without an id" if index is None else f"with id {index}"
             reason = f"lacks {text!r}, which another file names {place}: add it to added_tokens with its id"
             raise InputError(f"{folder / 'tokenizer.json'}: {reason}")
+
+
+def _refuse_other_settings(backend: Backend, settings: dict, file: Path, model_type: object) -> None:
+    """Raise InputError if transformers would read a text otherwise than tokenizer.json, by a setting in `file`.
+
+    For BERT, GPT-2, RoBERTa and Qwen it builds normalizer and pre-tokenizer anew, unless the class is a general one.
+    """
+    if settings.get("split_special_tokens"):
+        raise InputError(f"{file}: split_special_tokens is true, which is not implemented: set it to false")
+    kind = str(settings.get("tokenizer_class") or model_type).removesuffix("Fast")
+    stored, null, normalizer = {}, False, backend.normalizer
+    if isinstance(normalizer, normalizers.BertNormalizer) and kind not in GENERAL:
+        null = normalizer.lowercase  # what null means for strip_accents
+        stored |= {"do_lower_case": normalizer.lowercase, "strip_accents": normalizer.strip_accents}
+        stored["tokenize_chinese_chars"] = normalizer.handle_chinese_chars
+    if backend.pre_tokenizer is not None and kind in WITH_PREFIX:
+        state = json.loads(backend.pre_tokenizer.__getstate__())
+        for step in state.get("pretokenizers", [state]):
+            if step["type"] == "ByteLevel":
+                stored["add_prefix_space"] = step["add_prefix_space"]
+    for key, value in stored.items():
+        asked, value = (null if flag is None else flag for flag in (settings.get(key, value), value))
+        if asked != value:
+            raise InputError(f"{file}: {key} is {settings[key]!r}, but {value} in tokenizer.json: make them agree")
 
 
 def _with_bos(backend: Backend, settings: dict) -> Backend:

@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object, refuse_pointer
-from minibalora.checkpoints.config import Family
+from minibalora.checkpoints.config import Family, refuse_adapter
 from minibalora.checkpoints.families import read_family
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # by safetensors' names
 MIB = 1 << 20
+DIGESTED = ("config.json", "tokenizer.json", "tokenizer_config.json", "spm.model")  # beside the weights
+DIGESTED += ("special_tokens_map.json", "added_tokens.json", "generation_config.json", "chat_template.jinja")
 NEW_LAYER_NORM = {"gamma": "weight", "beta": "bias"}
 
 
@@ -108,11 +110,15 @@ def _check_amount(folder: Path, config: object, tensors: int) -> None:
 
 
 def _refuse_wrapper(folder: Path, stored: dict[str, "StoredTensor"]) -> None:
-    """Raise InputError if the weights were saved from inside a wrapper, which puts its name before all others."""
+    """Raise InputError if the weights were saved from inside a wrapper, which puts its name before all others, or with
+    PEFT's layers in place of the model's."""
     for prefix, wrapper in (("_orig_mod.", "torch.compile"), ("module.", "DistributedDataParallel")):
         if stored and all(name.startswith(prefix) for name in stored):
             raise InputError(f"{folder}: all names of weights begin with {prefix}: save the model without the wrapper "
                              f"of {wrapper}")  # fmt: skip
+    if any(re.search(r"^base_model\.model\.|\.base_layer\.|\.lora_[AB]\.", name) for name in stored):
+        raise InputError(f"{folder}: the weights were saved from inside PEFT: call merge_and_unload() first, and save "
+                         "what it returns")  # fmt: skip
 
 
 def layers_and_experts(config: object) -> tuple[int, int]:
@@ -193,6 +199,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str]]:
     if single.exists():
         return {single: set()}
     if not index.exists():
+        refuse_adapter(folder)
         if list(folder.glob("pytorch_model*.bin")):
             raise InputError(
                 f"{folder}: has only pytorch_model.bin, a pickle, never read here: convert it with transformers, "
@@ -347,7 +354,7 @@ def _some(names: set[str]) -> str:
 
 
 def weights_digest(folder: str | Path, every_byte: bool = False) -> str:
-    """Return a SHA-256 that identifies a checkpoint: of config, tokenizer, and each weight file's size and ends.
+    """Return a SHA-256 that identifies a checkpoint: of config, tokenizer files, and each weight file's size and ends.
 
     The first and last MiB of each file take no time; every byte takes about a second per gigabyte. The short form may
     miss a change in the middle of a file: pass every_byte where that matters. Raises InputError as `load_model` does if
@@ -355,7 +362,7 @@ def weights_digest(folder: str | Path, every_byte: bool = False) -> str:
     """
     folder = Path(folder)
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "spm.model"):
+    for name in DIGESTED:
         digest.update((folder / name).read_bytes() if (folder / name).exists() else b"")
     for path in sorted({tensor.file for tensor in stored_tensors(folder).values()}):
         with open(path, "rb") as file:

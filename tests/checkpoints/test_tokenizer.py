@@ -104,6 +104,12 @@ def test_a_length_without_room_for_text_is_refused(make, refuses, texts, special
         )
 
 
+@pytest.mark.parametrize("template", [None, "<s> $A", "<s> $A </s>"])
+def test_a_prompt_keeps_an_eos_of_its_own(make, template):
+    bos = [1] if template else []
+    assert make(NAMES, template).encode_prompts(["one </s>", "one"]) == [[*bos, 4, 2], [*bos, 4]]
+
+
 def test_a_continuation_gets_no_special_token(make):
     tok = make(NAMES, "<s> $A </s>")
     assert tok.encode_responses(["one two", ""]) == [[4, 5], []]
@@ -212,7 +218,14 @@ def test_without_tokenizer_config_the_ids_of_config_json_count(make, tmp_path):
             2,
             {2, 4},
         ),
-        ({"tokenizer_config.json": {"eos_token": "</s>"}, "special_tokens_map.json": {"eos_token": "<pad>"}}, 2, {2}),
+        (
+            {
+                "tokenizer_config.json": {"eos_token": "</s>", "added_tokens_decoder": {}},
+                "special_tokens_map.json": {"eos_token": "<pad>"},
+            },
+            2,
+            {2},
+        ),
         ({"tokenizer_config.json": {"eos_token": None}, "special_tokens_map.json": {"eos_token": "</s>"}}, 2, {2}),
         ({"generation_config.json": {"eos_token_id": [4, 5]}, "config.json": {"eos_token_id": 2}}, 4, {2, 4, 5}),
         ({"tokenizer_config.json": NAMES, "generation_config.json": {"eos_token_id": 5}}, 2, {2, 5}),
@@ -225,6 +238,13 @@ def test_every_end_of_text_that_a_file_names_counts(make, tmp_path, files, eos_i
         (tmp_path / name).write_text(json.dumps(content))
     tok = make(None)
     assert tok.eos_id == eos_id and tok.eos_ids == eos_ids
+
+
+def test_a_special_token_of_which_two_files_disagree_is_refused(make, tmp_path, refuses):
+    """Transformers takes the map's, unless there is an added_tokens_decoder."""
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": {"content": "two"}, "pad_token": "three"}')
+    refuses(lambda: make(NAMES), tmp_path / "tokenizer_config.json", "eos_token is '</s>'", "'two' in special_tokens")
+    assert make({"eos_token": "two", "pad_token": "<pad>"}).eos_id == 5  # no result depends on the padding token
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -258,6 +278,35 @@ def test_a_chat_template_may_have_any_plain_name(tmp_path):
     (tmp_path / "saved").mkdir()
     save_template(choose_template(None, tmp_path), tmp_path / "saved")
     assert choose_template(None, tmp_path / "saved").chat.texts.keys() == set(names)
+
+
+@pytest.mark.parametrize("text", ["", " \n", [{"name": "default", "template": ""}]])
+def test_an_empty_chat_template_is_refused(tmp_path, refuses, text):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": text}))
+    refuses(lambda: choose_template(None, tmp_path), tmp_path / "tokenizer_config.json", "is empty", "--template")
+
+
+CHATML = "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+LLAMA2 = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
+ADDED = {"7": {"content": "<|im_end|>", "special": True}}
+
+
+@pytest.mark.parametrize(
+    "template, settings, end", [(CHATML, {"added_tokens_decoder": ADDED}, 7), (LLAMA2, {"eos_token": "three"}, 6)]
+)
+def test_a_token_that_only_tokenizer_config_json_makes_special_ends_a_reply(make, tmp_path, template, settings, end):
+    """Transformers adds both: the second one is in the vocabulary, but not among tokenizer.json's added_tokens."""
+    make(NAMES | {"chat_template": template} | settings)
+    chat = choose_template("chat", tmp_path).chat
+    tok = mb.load_tokenizer(tmp_path, chat)
+    assert end in tok.eos_ids and tok.encode(f"one{chat.end_of_turn}") == [4, end]
+
+
+def test_an_end_of_turn_that_the_tokenizer_lacks_is_refused(make, tmp_path, refuses):
+    template = "{% for m in messages %}{{ m.content }}{{ pad_token }}{% endfor %}"
+    make(NAMES | {"pad_token": "<end>", "chat_template": template})
+    chat = choose_template("chat", tmp_path).chat
+    refuses(lambda: mb.load_tokenizer(tmp_path, chat), tmp_path, "ends a reply with '<end>'", "not in the tokenizer")
 
 
 CHAT, CALL = ({"content": name, "special": True, "normalized": False} for name in ("<|im_end|>", "<call>"))
@@ -309,3 +358,57 @@ def test_an_added_token_without_its_place_in_tokenizer_json_is_refused(make, tmp
 )
 def test_added_tokens_of_another_form_are_refused(make, tmp_path, refuses, settings):
     refuses(lambda: make(settings), tmp_path, "added tokens", "tokenizer_config.json")
+
+
+def test_a_special_token_that_only_the_map_names_is_not_cut(make, tmp_path, refuses):
+    """As if tokenizer_config.json named it."""
+    (tmp_path / "special_tokens_map.json").write_text('{"additional_special_tokens": ["<|im_end|>"]}')
+    refuses(lambda: make(NAMES), tmp_path / "tokenizer.json", "<|im_end|>", "added_tokens")
+    assert make(NAMES | {"added_tokens_decoder": {}})  # beside this key, transformers does not read the map
+
+
+def test_tokenizer_config_json_decides_how_a_known_token_is_found(make):
+    """As in transformers 5.24: added_tokens_decoder takes precedence over tokenizer.json."""
+    backend = make(NAMES | {"added_tokens_decoder": {"2": {"content": "</s>", "single_word": True}}}).backend
+    assert backend.encode("one </s> one</s>two").ids[:3] == [4, 2, 4]
+    assert 2 not in backend.encode("one</s>two").ids
+    assert backend.decode([4, 2]) == "one"  # eos_token is special, whatever the entry says
+
+
+BERT = json.loads((MODEL.parent / "bert" / "tokenizer_config.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["BertTokenizer", "BertTokenizerFast", None])
+@pytest.mark.parametrize(
+    "settings", [{"do_lower_case": False}, {"strip_accents": False}, {"tokenize_chinese_chars": False}]
+)
+def test_a_setting_that_contradicts_bert_s_tokenizer_json_is_refused(tmp_path, refuses, kind, settings):
+    """Transformers takes the setting, except for a general class of tokenizer."""
+    (tmp_path / "tokenizer.json").write_bytes((MODEL.parent / "bert" / "tokenizer.json").read_bytes())
+
+    def load(**changes):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(BERT | {"tokenizer_class": kind} | changes))
+        return mb.load_tokenizer(tmp_path)
+
+    refuses(lambda: load(**settings), tmp_path / "tokenizer_config.json", *settings, "False", "True in tokenizer.json")
+    load(strip_accents=None, tokenize_chinese_chars=True)
+    load(strip_accents=True)  # what null means for a tokenizer that lower-cases
+    load(**settings, tokenizer_class="PreTrainedTokenizerFast")
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "GPT2TokenizerFast", "Qwen2Tokenizer", "RobertaTokenizer"])
+def test_a_space_in_front_that_tokenizer_json_does_not_add_is_refused(tmp_path, refuses, kind):
+    (tmp_path / "tokenizer.json").write_bytes((MODEL / "tokenizer.json").read_bytes())
+
+    def load(**settings):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+        return mb.load_tokenizer(tmp_path)
+
+    refuses(lambda: load(tokenizer_class=kind, add_prefix_space=True), tmp_path, "add_prefix_space", "tokenizer.json")
+    load(tokenizer_class=kind, add_prefix_space=False)
+    load(tokenizer_class="LlamaTokenizerFast", add_prefix_space=True)  # transformers ignores it, too
+
+
+def test_splitting_special_tokens_is_refused(make, tmp_path, refuses):
+    refuses(lambda: make({"split_special_tokens": True}), tmp_path / "tokenizer_config.json", "split_special_tokens")
+    make({"split_special_tokens": False})

@@ -327,6 +327,33 @@ def test_weights_saved_inside_a_wrapper_are_refused(copy, refuses, prefix, wrapp
     refuses(lambda: mb.load_model(folder), folder, f"begin with {prefix.partition('.')[0]}", wrapper)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda name, tensor: {f"base_model.model.{name}": tensor},
+        lambda name, tensor: {name.replace("q_proj.", "q_proj.base_layer."): tensor},
+        lambda name, tensor: {name: tensor, QUERY.replace("weight", "lora_A.default.weight"): torch.zeros(2, 24)},
+    ],
+)
+def test_weights_saved_inside_peft_are_refused(copy, refuses, shape):
+    folder = copy("llama2")
+    tensors = {}
+    for name, tensor in read(folder / "model.safetensors").items():
+        tensors |= shape(name, tensor)
+    save_file(tensors, folder / "model.safetensors")
+    refuses(lambda: mb.load_model(folder), folder, "inside PEFT", "merge_and_unload()")
+
+
+def test_an_adapter_in_a_model_s_folder_is_refused(copy, refuses, tmp_path):
+    """Transformers would apply it."""
+    folder = copy("llama2")
+    mb.save_adapter(mb.adapt(mb.load_model(folder), rank=2), tmp_path / "adapter")
+    for call in (mb.load_model, mb.load_tokenizer, weights_digest):
+        refuses(lambda call=call: call(tmp_path / "adapter"), "holds an adapter, not a model", "--adapter", "export")
+    (tmp_path / "adapter" / "adapter_config.json").rename(folder / "adapter_config.json")
+    refuses(lambda: mb.load_model(folder), folder, "holds an adapter", "export", "remove adapter_config.json")
+
+
 def test_an_untied_model_needs_its_head(copy, refuses):
     folder = copy("llama2")
     edit_tensors(folder, {"lm_head.weight": ABSENT})
@@ -352,7 +379,7 @@ def test_a_config_that_is_not_a_json_object_is_refused(copy, refuses, content):
     refuses(lambda: mb.load_model(path.parent), path)
 
 
-NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+NEEDED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @pytest.mark.parametrize("name", ["llama2", "mistral", "gemma"])
@@ -365,11 +392,30 @@ def test_a_config_without_a_needed_key_is_refused(copy, refuses, name, key):
 
 
 @pytest.mark.parametrize("value", ["4", True, 0, -4, 4.0, float("nan"), [4], {}, 2**20 + 1, 2**40, 10**400])
-@pytest.mark.parametrize("key", [*NEEDED[:-1], "num_key_value_heads", "head_dim", "max_position_embeddings"])
+@pytest.mark.parametrize("key", [*NEEDED, "num_key_value_heads", "head_dim", "max_position_embeddings"])
 def test_an_invalid_size_is_refused(copy, refuses, key, value):
     path = copy("llama2") / "config.json"
+    value = 2**30 + 1 if (key, value) == ("max_position_embeddings", 2**20 + 1) else value
     edit_json(path, **{key: value})
     refuses(lambda: mb.load_model(path.parent), path, key, "integer from 1 to")
+
+
+def test_a_context_of_millions_of_tokens_is_accepted(copy):
+    """Llama-3-8B-Instruct-Gradient-4194k has one."""
+    path = copy("llama3") / "config.json"
+    edit_json(path, max_position_embeddings=4194304)
+    model = mb.load_model(path.parent)
+    assert model.config.max_position_embeddings == 4194304
+    assert max(buffer.numel() for buffer in [*model.parameters(), *model.buffers()]) < 10_000
+
+
+@pytest.mark.parametrize("name, eps", [("llama2", 1e-6), ("mistral", 1e-6), ("mixtral", 1e-5), ("gemma", 1e-6)])
+def test_a_missing_rms_norm_eps_is_that_of_transformers(copy, refuses, name, eps):
+    path = copy(name) / "config.json"
+    edit_json(path, rms_norm_eps=ABSENT)
+    assert read_config(path.parent).rms_norm_eps == eps
+    edit_json(path, rms_norm_eps=None)
+    refuses(lambda: mb.load_model(path.parent), path, "rms_norm_eps")
 
 
 def test_a_context_of_null_is_refused(copy, refuses):
@@ -460,6 +506,7 @@ def test_attention_dropout_matters_in_training_only(copy, name):
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor"]),
         ({"rope_scaling": {"rope_type": "llama3"} | ROPE | {"low_freq_factor": 4.0}}, ["low_freq_factor"]),
+        ({"is_causal": False}, ["is_causal", "only True"]),
         ({"hidden_act": "relu"}, ["activation", "relu"]),
         ({"hidden_act": "gelu"}, ["activation", "gelu"]),
         ({"hidden_act": 5}, ["activation"]),
@@ -495,6 +542,20 @@ def test_the_digest_distinguishes_checkpoints(copy):
     edit_tensors(folder, {NORM: torch.ones(24, dtype=torch.bfloat16)})
     assert weights_digest(folder) != digest
     assert len({weights_digest(GOLDEN / name) for name in ("llama2", "llama3", "gemma")}) == 3
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json"]
+    + ["chat_template.jinja"],
+)
+def test_the_digest_notices_every_file_that_decides_tokens(copy, name):
+    folder = copy("llama2")
+    digests = {weights_digest(folder)}
+    for content in ("{}", '{"eos_token": "</s>"}'):
+        (folder / name).write_text(content)
+        digests.add(weights_digest(folder))
+    assert len(digests) == 3
 
 
 LOADED = {"llama2": 4, "mixtral": 1}  # layers
@@ -582,6 +643,7 @@ def test_an_invalid_size_is_refused_in_every_family(copy, refuses, name, key, va
     ("deberta", {"max_relative_positions": 0}, ("max_relative_positions",)),
     ("gpt2_classifier", {"scale_attn_by_inverse_layer_idx": True}, ("scale_attn_by_inverse_layer_idx",)),
     ("gpt2_classifier", {"scale_attn_weights": False}, ("scale_attn_weights",)),
+    ("gpt2_classifier", {"is_causal": False}, ("is_causal",)),
     ("gpt2_classifier", {"add_cross_attention": True}, ("add_cross_attention",)),
     ("gpt2_classifier", {"activation_function": "relu"}, ("relu", "gelu_new")),
     ("gpt2_classifier", {"n_head": 5}, ("5 heads",)),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import read_json_object
-from minibalora.checkpoints.config import Family, Fields
+from minibalora.checkpoints.config import Family, Fields, refuse_adapter
 from minibalora.checkpoints.families import encoders, gpt2, llama, mixture, t5
 
 MODULES = (llama, mixture, gpt2, t5, encoders)
@@ -24,14 +24,17 @@ def read_family(folder: Path) -> tuple[Family, object]:
     path = folder / "config.json"
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder: give the folder that holds config.json")
+    refuse_adapter(folder)
     raw = read_json_object(path)
     name = raw.get("model_type") or _type_of_old_file(raw)
     if name is None:
         raise InputError(f"{path}: has no model_type: add it, one of {', '.join(FAMILIES)}")
     if not isinstance(name, str) or name not in FAMILIES:
         raise InputError(f"{path}: model_type {name!r} is not implemented: there are {', '.join(FAMILIES)}")
-    fields = Fields(FAMILIES[name].defaults | raw, path)
+    fields = Fields({"is_causal": True} | FAMILIES[name].defaults | raw, path)
     fields.refuse("quantization_config", "quantised weights are")
+    if FAMILIES[name].has_language_model:
+        fields.expect(is_causal=True)  # LLM2Vec's models say false
     return FAMILIES[name], FAMILIES[name].read(fields)
 
 

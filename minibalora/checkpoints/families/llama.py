@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from minibalora.base.errors import InputError
-from minibalora.checkpoints.config import INITIALIZER_RANGE, Family, Fields, Names, is_positive
+from minibalora.checkpoints.config import INITIALIZER_RANGE, LONGEST, Family, Fields, Names, is_positive
 from minibalora.models.llama import LlamaConfig, llama
 
 GATED = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -96,7 +96,7 @@ def llama_settings(fields: Fields) -> dict:
         raise InputError(f"{fields.path}: {shape} of size {head_dim} do not fit together: download it again")
     return {
         **fields.integers("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        **fields.integers("max_position_embeddings"),
+        "max_position_embeddings": fields.integer("max_position_embeddings", most=LONGEST),
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "rms_norm_eps": fields.number("rms_norm_eps"),
@@ -161,7 +161,7 @@ def _rope_scaling(settings: dict, path: Path) -> dict | None:
     return scaling
 
 
-LLAMA = {"tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048}
+LLAMA = {"tie_word_embeddings": False, "hidden_act": "silu", "max_position_embeddings": 2048, "rms_norm_eps": 1e-6}
 MISTRAL = LLAMA | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072}
 GEMMA = {
     "tie_word_embeddings": True,
@@ -169,6 +169,7 @@ GEMMA = {
     "num_key_value_heads": 16,
     "head_dim": 256,
     "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-6,
 }
 GEMMA2 = GEMMA | {
     "num_key_value_heads": 4,
@@ -180,7 +181,6 @@ GEMMA2 = GEMMA | {
 QWEN = LLAMA | {
     "num_key_value_heads": 32,
     "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 28,

@@ -50,6 +50,7 @@ MIXTRAL = LLAMA | {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
     "rope_theta": 1e6,
 }
 DEEPSEEK = LLAMA | {
