@@ -43,7 +43,8 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
     examples: `prompts.Example`s, or other objects with prompt, response, line and rendered (a chat template's text,
     which all examples have or none). Prompt and response are tokenised separately, so that no token
     crosses the boundary and a prompt has the same ids in training and generation. A tokenizer that marks the start of
-    a word puts a space before the response. A row is dropped if its prompt leaves no room for a response token.
+    a word puts a space before the response. EOS is added to a response that lacks it. A row is dropped if its prompt
+    leaves no room for a response token.
     """
     if examples and examples[0].rendered is not None:
         return encode_rendered(examples, tok, max_length)
@@ -51,7 +52,8 @@ def encode_examples(examples: list, tok: Tokenizer, max_length: int) -> tuple[li
     responses = tok.encode_responses([example.response for example in examples])
     rows, truncated, dropped = [], 0, 0
     for example, prompt, response in zip(examples, prompts, responses, strict=True):
-        ids = prompt + response + ([] if tok.eos_id is None else [tok.eos_id])
+        has_end = tok.eos_id is None or response[-1:] == [tok.eos_id]
+        ids = prompt + response + ([] if has_end else [tok.eos_id])
         if len(prompt) >= min(max_length, len(ids)):
             dropped += 1
             continue

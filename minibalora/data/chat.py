@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from reprlib import repr as short  # for values from a file in messages
 
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.chat_template import REPLY, ChatTemplate
 from minibalora.data.files import text_of
-from minibalora.data.pairs import SYSTEMS, refuse_media
+from minibalora.data.pairs import BESIDE, EMPTY, FIELDS, HISTORIES, INPUTS, SYSTEMS, lacking, refuse_media
 
 CONVERSATIONS = ("conversations", "messages", "conversation")  # the names in ShareGPT, OpenAI and LMSYS
 SYNONYMS = {
@@ -24,9 +25,15 @@ SYNONYMS = {
 ROLES = {synonym: role for role, synonyms in SYNONYMS.items() for synonym in synonyms.split()}
 EARLY, LATE = "turns before the first question", "turns after the last reply"
 BLANK, WEIGHTLESS = "replies without a text, not learned", "replies of weight 0, not learned"
-WEIGHTS = ("weight", "loss", "train", "training")  # 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
+# 0 or false: a reply is not learned; OpenAI's, ms-swift's, Axolotl's
+WEIGHTS = ("weight", "loss", "train", "training", "loss_mask")
+WORDS = {word: False for word in ("0", "0.0", "false", "no")} | {word: True for word in ("1", "1.0", "true", "yes")}
+TAGS = ("label", "kto_tag")  # false: the answer of a row is a bad one, in KTO's data
+MARKED = "rows marked as not to be learned"
 UNSEEN, CURTAILED = "turns that the template leaves out", "replies that the template writes without a part"
 LOST = "replies that the template leaves out, not learned"
+UNUSED = "texts beside a conversation or a turn (context, documents, ...), not used"
+OTHERS = {*INPUTS, *BESIDE, *HISTORIES, "instruction"}
 PROMPTED = "conversations whose prompt ends with text that no reply begins with, for instance <think>"
 SPECIAL = {"tool_calls", "tool_call_id", "name", "reasoning_content"}  # keys of turns that are not joined to others
 TOOLS = "lists of tools that the template leaves out"
@@ -76,8 +83,11 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise InputError(f"{place} is not a list of turns, each an object with role and content: mend the row")
-    refuse_media(row, where)
     messages = [_message(turn, place) for turn in turns]
+    if not asks and messages and messages[-1]["role"] == "user":
+        _refuse_reply_beside(row, place)
+    unused = _unused(row, where, messages)
+    tools = _all_tools(row, where, messages)
     own = messages.pop(0)["content"] if messages and messages[0]["role"] == "system" else ""
     systems = [_text(row[name], f"{where}: {name}") for name in SYSTEMS if row.get(name)]
     systems = [*(text for text in systems if text.strip() and text.strip() not in own), *([own] if own.strip() else [])]
@@ -86,18 +96,57 @@ def read_conversation(row: dict, where: str, asks: bool = False) -> Conversation
     start = next((i for i, message in enumerate(messages) if message["role"] == "user"), len(messages))
     early = [message for message in messages[:start] if message["role"] != "system"]
     messages = [message for message in messages[:start] if message["role"] == "system"] + messages[start:]
-    silent = {i: why for i, message in enumerate(messages) if (why := _why_not_learned(message))}
+    silent = {i: why for i, message in enumerate(messages) if (why := _why_not_learned(message, place))}
     learned = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i not in silent]
     if asks:
+        if unused:
+            raise InputError(f"{where}: no turn has the text in {unused[0]!r}: write it into one, or remove it")
         if not messages or messages[-1]["role"] == "assistant":
             raise InputError(f"{place} does not end with a question: remove its last reply")
-        return Conversation(messages, [], tools_of(row, where))
+        return Conversation(messages, [], tools)
     if not learned:
         return None
     end = learned[-1] + 1
-    notes = [SETTINGS] if row.get("chat_template_kwargs") else []
+    notes = [UNUSED] * len(unused) + [SETTINGS] * bool(row.get("chat_template_kwargs"))
     notes += [EARLY] * len(early) + [LATE] * len(messages[end:]) + [why for i, why in silent.items() if i < end]
-    return Conversation(messages[:end], learned, tools_of(row, where), tuple(notes))
+    return Conversation(messages[:end], learned, tools, tuple(notes))
+
+
+def is_marked(row: object) -> bool:
+    """Return whether a row as a whole is marked as one not to learn from: by a weight of 0, or as KTO's bad answers."""
+    if not isinstance(row, dict) or row.keys().isdisjoint((*TAGS, *WEIGHTS)):
+        return False
+    return any(row.get(name) is False for name in TAGS) or any(_learns(row.get(name)) is False for name in WEIGHTS)
+
+
+def _learns(weight: object) -> bool | None:
+    """Return whether a weight says that a reply is learned. None: it says neither."""
+    return WORDS.get(str(weight).strip().lower())
+
+
+def _refuse_reply_beside(row: dict, place: str) -> None:
+    """Raise InputError if the reply to a conversation stands in a field of its own, which would not be learned."""
+    if names := [name for _, name in FIELDS if isinstance(row.get(name), str) and row[name].strip()]:
+        raise InputError(f"{place} ends with a question, and {names[0]!r} may be its reply: write it as the last turn")
+
+
+def _unused(row: dict, where: str, messages: list[dict]) -> list[str]:
+    """Return the fields beside a conversation, or beside a turn's content, with a text that no turn repeats.
+
+    Raises InputError for a row with images and the like.
+    """
+    said = "\n".join(message.get("content", "") for message in messages)
+    refuse_media(row, where, said)
+    question = next((message["content"] for message in messages if message["role"] == "user"), "")
+    return [name for part in (row, *messages) for name in lacking(part, OTHERS, said, question)]
+
+
+def _all_tools(row: dict, where: str, messages: list[dict]) -> list | None:
+    """Return the tools that a row or its system turn offers. None without tools."""
+    tools = tools_of(row, where) or []
+    if messages and messages[0]["role"] == "system":
+        tools += [tool for tool in tools_of(messages[0], where) or [] if tool not in tools]
+    return tools or None
 
 
 def conversation_of(question: str, reply: str) -> Conversation:
@@ -117,12 +166,15 @@ def _message(turn: dict, place: str) -> dict:
     turn = {key: value for key, value in turn.items() if value is not None}
     refuse_media(turn, place)
     names = turn.pop("role", None), turn.pop("from", None)
-    name = next((name for name in names if name is not None), None)
+    name = next((name for name in names if name not in EMPTY), None)
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         raise InputError(f"{place} has a turn with the role {name!r}, none of {', '.join(ROLES)}: rename it")
     texts = [turn.pop(name) for name in ("content", "value", "text") if name in turn]
+    texts = [text for text in texts if text not in EMPTY] or texts[:1]
     message = {"role": role} | ({"content": _text(texts[0], place)} if texts else {})
+    if texts[1:] != texts[:1] * len(texts[1:]):
+        turn["text"] = texts[1:]  # counted as not used
     if call := turn.pop("function_call", None):  # OpenAI's older name
         turn.setdefault("tool_calls", [{"type": "function", "function": call}])
     if "tool_calls" in turn and not turn["tool_calls"]:
@@ -149,27 +201,38 @@ def _text(content: object, place: str) -> str:
     return "".join(texts)
 
 
-def _why_not_learned(message: dict) -> str | None:
-    """Return why a reply is not learned; None if it is learned or is not a reply."""
-    weights = [message.pop(name, 1) for name in WEIGHTS]
+def _why_not_learned(message: dict, place: str) -> str | None:
+    """Return why a reply is not learned; None if it is learned or is not a reply. Raises InputError for a weight that
+    is neither 0 nor 1."""
+    weights = [message.pop(name) for name in WEIGHTS if name in message]
     if message["role"] != "assistant":
         return None
+    if unknown := [weight for weight in weights if _learns(weight) is None]:
+        raise InputError(f"{place} has a reply of the weight {short(unknown[0])}: give 0, not to learn it, or 1")
     is_blank = not (message.get("content") or "").strip() and "tool_calls" not in message
-    return BLANK if is_blank else WEIGHTLESS if any(weight in (0, "0", "false") for weight in weights) else None
+    return BLANK if is_blank else WEIGHTLESS if not all(map(_learns, weights)) else None
 
 
 def tools_of(row: dict, where: str) -> list | None:
-    """Return the tools that a row offers as a list or as JSON text. None without tools."""
-    tools = row.get("tools")
-    if not tools and isinstance(row.get("functions"), list):  # OpenAI's older name
-        tools = [{"type": "function", "function": function} for function in row["functions"]]
+    """Return the tools that a row offers: a list of objects, or JSON text in place of the list or of an object.
+
+    None: no tools. Raises InputError, which begins with `where`, for anything else.
+    """
+    name = "tools" if row.get("tools") else "functions"  # OpenAI's older name
     try:
-        tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools or []
-    except ValueError:
+        tools = _from_json(row.get(name) or [])
+        tools = [_from_json(tool) for tool in tools] if isinstance(tools, list) else tools
+    except (ValueError, RecursionError):
         tools = None
-    if not isinstance(tools, list):
-        raise InputError(f"{where}: tools is not a list: mend the row")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{where}: {name} is not a list of objects: mend the row")
+    if name == "functions":
+        tools = [{"type": "function", "function": function} for function in tools]
     return tools or None
+
+
+def _from_json(value: object) -> object:
+    return json.loads(value) if isinstance(value, str) else value
 
 
 def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str, str, tuple[str, ...]]:
@@ -189,7 +252,7 @@ def pair_of(conversation: Conversation, where: str, template: str) -> tuple[str,
 
 def render_prompt(conversation: Conversation, chat: ChatTemplate, where: str) -> str:
     """Return the text of a conversation up to the start of its next reply. Raises InputError as `render` does."""
-    for messages, _ in _versions(conversation):
+    for messages, _ in _versions(_without_ends(conversation, chat.end_of_turn)):
         try:
             text, _ = chat.render(messages, where, conversation.tools, asks=True)
         except InputError as error:
@@ -207,6 +270,7 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     Raises InputError, which begins with `where`, if the template refuses the conversation, or if it is not certain
     where a reply stands in the text.
     """
+    conversation = _without_ends(conversation, chat.end_of_turn)
     results, refusal = [], None
     write = partial(chat.render, where=where, tools=conversation.tools)
     for messages, learned in _versions(conversation):
@@ -242,6 +306,17 @@ def render(conversation: Conversation, chat: ChatTemplate, where: str) -> Render
     if conversation.tools and not any("tools" in program for program in chat.texts.values()):
         notes.append(TOOLS)
     return Rendered(prompt, text, tuple(written), tuple(notes))
+
+
+def _without_ends(conversation: Conversation, end: str | None) -> Conversation:
+    """Return the conversation without the end of turn, which the template adds, in replies that have it already."""
+    messages = []
+    for message in conversation.messages:
+        content = (message.get("content") or "").rstrip()
+        if end and message["role"] == "assistant" and content.endswith(end):
+            message = message | {"content": content.removesuffix(end)}
+        messages.append(message)
+    return replace(conversation, messages=messages)
 
 
 def _versions(conversation: Conversation) -> list[tuple[list[dict], list[int]]]:

@@ -10,19 +10,25 @@ import math
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date
 from pathlib import Path
+from reprlib import repr as short  # for values from a file in messages
 from typing import BinaryIO
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import entered, refuse_pointer
 
 Row = tuple[int, str, object]  # line or row number, from 1; the place, as errors name it; the value
-SUFFIXES = (".jsonl", ".json", ".parquet", ".tsv")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".tsv")
+UNREAD = (".csv", ".txt", ".arrow", ".zip", ".zst", ".bz2", ".xz")  # forms of data that are not read
+ENDING = f"({'|'.join(map(re.escape, (*SUFFIXES, *UNREAD, '.gz')))})+$"
 # JSON files that the `datasets` library writes beside the data.
 DESCRIPTIONS = {"dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 SHARD = r"\d+(-of-\d+)?(-[0-9a-f]{16})?(?=\.)"  # the part of a file name that numbers a shard
+TIMES = ("DATE", "TIME", "TIMESTAMP")  # Parquet's names for types that are not read
 BOM = b"\xef\xbb\xbf"
 # First bytes of formats that are not read here, and the cure.
 FOREIGN = {
@@ -73,19 +79,35 @@ def shards(source: str | Path) -> list[Path]:
 
 def _shards_of_folder(folder: Path) -> list[Path]:
     sets: dict[str, list[Path]] = {}
+    unread, runs = [], {path.parent for path in folder.rglob("run.json")} - {folder}  # runs of ours may be in it
     for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        is_data = path.name.removesuffix(".gz").endswith(SUFFIXES) and path.name not in DESCRIPTIONS
-        if is_data and not name.startswith(".") and path.is_file():
+        name, plain = str(path.relative_to(folder)), path.name.removesuffix(".gz")
+        if name.startswith(".") or path.name in DESCRIPTIONS or runs & {*path.parents} or not path.is_file():
+            continue
+        if plain.endswith(SUFFIXES):
             sets.setdefault(re.sub(SHARD, "*", name), []).append(path)
+        elif plain.endswith(UNREAD):
+            unread.append(name)
     chosen = list(sets) if len(sets) == 1 else [name for name in sets if Path(name).name.startswith("train")]
     if not sets:
-        raise InputError(f"{folder}: a folder without data files: give a JSON Lines, Parquet or TSV file")
+        only = f" ({unread[0]} can't be read)" if unread else ""
+        raise InputError(f"{folder}: a folder without data files{only}: give a JSON Lines, Parquet or TSV file")
     if len(chosen) != 1:
         choices = ", ".join(list(sets)[:6]) + (" ..." if len(sets) > 6 else "")
         raise InputError(f"{folder}: a folder with {len(sets)} sets of files ({choices}): give one, as '{folder}/NAME'")
     check_complete(sets[chosen[0]], folder)
+    _refuse_unread(folder, {str(path.relative_to(folder)) for path in sets[chosen[0]]}, unread)
     return sets[chosen[0]]
+
+
+def _refuse_unread(folder: Path, read: set[str], unread: list[str]) -> None:
+    """Raise InputError for a shard of the set `read` in a form that is not read, unless it is there in both forms."""
+    stems = {re.sub(ENDING, "", name) for name in read}
+    patterns = {re.sub(SHARD, "*", f"{stem}.") for stem in stems}
+    for stem, name in [(re.sub(ENDING, "", name), name) for name in unread]:
+        if stem not in stems and re.sub(SHARD, "*", f"{stem}.") in patterns:
+            raise InputError(f"{folder}: has the shard {name}, which can't be read: convert or unpack it, or give a "
+                             "pattern of the files to read")  # fmt: skip
 
 
 def check_complete(paths: list[Path], source: str | Path) -> None:
@@ -156,6 +178,9 @@ def rows_of_file(path: Path) -> Iterator[Row]:
         elif start.startswith(b"["):
             for number, value in enumerate(_parse(file.read(), path, 1), start=1):
                 yield number, f"{path}, item {number}", value
+        elif path.name.removesuffix(".gz").endswith((".csv", ".tsv")) and not start.startswith(b"{"):
+            raise InputError(f"{path}: CSV and TSV are not read here: convert it to JSON Lines, for instance with "
+                             "pandas.read_csv(...).to_json(name, orient='records', lines=True)")  # fmt: skip
         else:
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -189,17 +214,57 @@ def _parquet_rows(file: BinaryIO, path: Path) -> Iterator[Row]:
     number = 0
     try:
         content = parquet.ParquetFile(file)
-        # No text is a time, and Python has no value for some of Arrow's.
-        columns = [field.name for field in content.schema_arrow if not types.is_temporal(field.type)]
-        for batch in content.iter_batches(batch_size=1024, columns=columns):
-            for value in batch.to_pylist():
+        counts = Counter(content.schema_arrow.names)
+        if twice := [name for name, count in counts.items() if count > 1]:
+            raise InputError(f"{path}: has two columns {twice[0]!r}: rename one of the two")
+        floats = [field.name for field in content.schema_arrow if types.is_floating(field.type)]
+        whole = {name for name in floats if _is_whole(content, name)}
+        for batch in content.iter_batches(batch_size=1024, columns=_columns_to_read(content)):
+            names = batch.schema.names
+            columns = [_cells(batch.column(name), name in whole) for name in names]
+            for cells in zip(*columns, strict=True):
                 number += 1
-                yield number, f"{path}, row {number}", {name: _without_nulls(cell) for name, cell in value.items()}
+                row = dict(zip(names, map(_without_nulls, cells), strict=True))
+                yield number, f"{path}, row {number}", row
+    except InputError:
+        raise
     except (OSError, ValueError, OverflowError, NotImplementedError) as error:  # pyarrow's errors are their subclasses
         reason = str(error).partition("\n")[0][:200]
         raise InputError(
             f"{path}: a Parquet file that is damaged after row {number} ({reason}): download it again"
         ) from None
+
+
+def _columns_to_read(content: object) -> list[str]:
+    """Return a Parquet file's columns, as the paths of the fields inside them, without times inside an object or list:
+    no text is a time, and Python has no value for some of Arrow's."""
+    fields = [content.schema.column(index) for index in range(len(content.schema))]
+    top = set(content.schema_arrow.names)
+    return [field.path for field in fields if field.path in top or field.logical_type.type not in TIMES]
+
+
+def _is_whole(content: object, name: str) -> bool:
+    """Return whether a column of floats has empty cells and otherwise only whole numbers: integers, which pandas turned
+    into floats to make room for the empty cells."""
+    column = content.read(columns=[name]).column(0)
+    try:
+        return column.null_count > 0 and column.cast("int64") is not None
+    except (ValueError, NotImplementedError):  # a fraction, or a float of 16 bits
+        return False
+
+
+def _cells(column: object, is_whole: bool) -> list:
+    """Return a column as Python values, with numbers as they were written. A date or time, which is not read, becomes a
+    fixed date, so that a field that needs it is refused."""
+    from pyarrow import types
+
+    if types.is_temporal(column.type):
+        return [date.min if is_given else None for is_given in column.is_valid().to_pylist()]
+    if is_whole:
+        column = column.cast("int64")
+    elif types.is_float32(column.type):
+        column = column.cast("string").cast("float64")  # 0.1, and not the 0.10000000149011612 nearest to it
+    return column.to_pylist()
 
 
 def _without_nulls(cell: object) -> object:
@@ -209,9 +274,41 @@ def _without_nulls(cell: object) -> object:
     return [_without_nulls(value) for value in cell] if isinstance(cell, list) else cell
 
 
+class Written(float):
+    """A number in JSON whose text is not the one that Python gives it, such as 2.10."""
+
+    __slots__ = ("text",)
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def _float(text: str) -> float:
+    value = float(text)
+    if str(value) != text and math.isfinite(value):
+        value = Written(value)
+        value.text = text
+    return value
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict:
+    """Return an object's fields. Raises KeyError for a name that is there twice: the last would win in silence."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise KeyError(next(name for name in names if names.count(name) > 1))
+    return fields
+
+
+JSON = json.JSONDecoder(object_pairs_hook=_object, parse_float=_float)
+
+
 def _parse(raw: bytes, path: Path, line: int) -> object:
     try:
-        return json.loads(raw.rstrip().decode("utf-8-sig"))
+        return JSON.decode(raw.rstrip().decode("utf-8-sig"))
+    except KeyError as error:
+        where = f"{path}, line {line}" if raw.count(b"\n") < 2 else path
+        raise InputError(f"{where}: has an object with two fields {short(error.args[0])}: remove one") from None
     except UnicodeDecodeError as error:
         line += raw.count(b"\n", 0, error.start)
         raise InputError(f"{path}, line {line}: not valid UTF-8: convert the file to UTF-8") from None
@@ -225,12 +322,20 @@ def _parse(raw: bytes, path: Path, line: int) -> object:
         raise InputError(f"{path}, line {line}: JSON with a number of thousands of digits: correct the line") from None
 
 
+def in_short(names: Iterable[object]) -> str:
+    """List the names of fields or columns in a message, the first twenty of many."""
+    texts = [f"{name:.80}" for name in map(str, names)]
+    more = f" and {len(texts) - 20:,} more" if len(texts) > 20 else ""
+    return ", ".join(texts[:20]) + more or "none"
+
+
 def text_of(value: object, name: str, where: str, cure: str = "make it a text") -> str:
     """Return a text, or a number as text. Raises InputError, which names the value `name`, for anything else."""
-    if type(value) is int or (type(value) is float and math.isfinite(value)):
+    if type(value) is int or (isinstance(value, float) and math.isfinite(value)):
         return str(value)
     if not isinstance(value, str):
-        raise InputError(f"{where}: {name} is {type(value).__name__}, not a string: {cure}")
+        kind = "a date or time, which is not read" if isinstance(value, date) else type(value).__name__
+        raise InputError(f"{where}: {name} is {kind}, not a string: {cure}")
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -6,6 +6,7 @@ Column names, classes and metrics are those of gluebenchmark.com and of the `glu
 import glob
 import math
 import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -17,7 +18,16 @@ import numpy as np
 
 from minibalora.base.errors import InputError
 from minibalora.base.files import entered
-from minibalora.data.files import check_complete, counted_on, has_objects, rows_of_file, rows_of_tsv, shards, text_of
+from minibalora.data.files import (
+    check_complete,
+    counted_on,
+    has_objects,
+    in_short,
+    rows_of_file,
+    rows_of_tsv,
+    shards,
+    text_of,
+)
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,10 @@ def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> T
     text_fields: one or two columns of a TSV file or fields of objects. Labels are strings, integers or booleans;
     integers are ordered by value. Raises InputError for other labels and for scores (numbers with a fraction).
     """
-    task, names = Task("custom", ((*text_fields, label_field),), (), ("accuracy",)), set()
+    fields = [*text_fields, label_field]
+    if len(set(fields)) < len(fields):  # a label that is also the text would be learned from itself
+        raise InputError(f"--text-field and --label-field name {max(fields, key=fields.count)!r} twice: name each once")
+    task, names = Task("custom", (tuple(fields),), (), ("accuracy",)), set()
     for _, where, (*_, label) in _rows(path, task):
         if not isinstance(label, str | int):
             kind = f"the label {short(label)} is a {type(label).__name__}, but a class is a string or an integer"
@@ -109,8 +122,8 @@ def custom_task(path: str | Path, text_fields: list[str], label_field: str) -> T
                          "classes: give --task stsb with columns sentence1, sentence2, score")  # fmt: skip
     twins = {}
     for name in names:
-        if (other := twins.setdefault(name.strip().lower(), name)) != name:
-            differ = "differ in spaces or upper and lower case only"
+        if (other := twins.setdefault(unicodedata.normalize("NFC", name).strip().lower(), name)) != name:
+            differ = "differ only in spaces, in upper and lower case, or in how Unicode composes a letter"
             raise InputError(f"{path}: the labels {other!r} and {name!r} {differ}: rename one of the two")
     if len(names) < 2:
         raise InputError(f"{path}: {label_field!r} has {len(names)} different labels: give a file with two or more")
@@ -232,7 +245,7 @@ def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
         cure = "name the labels' column as there, or, if this is a test file, give a training or dev file"
     else:
         cure = "rename them; in TSV, tabs stand between columns"
-    listed = ", ".join(map(short, present)) or "none"
+    listed = in_short(map(short, present))
     expected = " or ".join(", ".join(columns) for columns in task.columns)
     if task.header:
         expected += f" or, without a header, {', '.join(task.header)}"
@@ -240,6 +253,10 @@ def _columns(task: Task, present: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def _class(label: object, task: Task, where: str) -> int:
+    # pandas writes 1.0 for 1 in a column with an empty cell.
+    is_name = isinstance(label, str) and label in task.spellings
+    if not is_name and FRACTION.fullmatch(str(label)) and float(label).is_integer():
+        label = int(float(label))
     # An integer is a class's index in GLUE, but its name in a custom task; true and false are always names.
     if isinstance(label, bool) or (isinstance(label, int) and label not in task.spellings):
         label = str(label)

@@ -11,10 +11,12 @@ from pathlib import Path
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.template import ALPACA, Template
 from minibalora.data.chat import (
+    MARKED,
     TOOLS,
     Conversation,
     conversation_key,
     conversation_of,
+    is_marked,
     pair_of,
     read_conversation,
     render,
@@ -23,7 +25,7 @@ from minibalora.data.chat import (
     with_ending,
 )
 from minibalora.data.files import read_rows
-from minibalora.data.pairs import pair_fields, read_pair, refuse_missing_choices
+from minibalora.data.pairs import pair_fields, read_pair, read_question
 
 # Alpaca's two prompts (github.com/tatsu-lab/stanford_alpaca); the first is the one that PiSSA and BA-LoRA train with.
 PROMPT = (
@@ -63,11 +65,15 @@ def read_examples(
     """Read the first `limit` rows of a data file, or of a set of files (see `files.shards`).
 
     Returns the examples, and the number of things left out for each reason: published collections have conversations
-    in which no user turn is answered, and empty responses, which would teach the model to answer nothing. Raises
-    InputError, which names the line, at the first row that cannot be read.
+    in which no user turn is answered, empty responses, which would teach the model to answer nothing, and rows marked
+    as not to be learned, such as KTO's bad answers. Raises InputError, which names the line, at the first row that
+    cannot be read.
     """
     examples, left_out = [], Counter({NO_REPLY: 0, EMPTY: 0})
     for line, where, row in islice(read_rows(path), limit):
+        if is_marked(row):
+            left_out[MARKED] += 1
+            continue
         example = example_from(row, line, where, prompt_field, response_field, input_field, template)
         if example is None or not (example.response.strip() or example.rendered):
             left_out[NO_REPLY if example is None else EMPTY] += 1
@@ -75,7 +81,7 @@ def read_examples(
             examples.append(example)
             left_out.update(example.notes)
     if not examples:
-        raise InputError(f"{path}: has no rows with a response: give a data file with prompts and responses")
+        raise InputError(f"{path}: has no rows with a response to learn: give a data file with prompts and responses")
     return examples, left_out
 
 
@@ -139,8 +145,7 @@ def prompt_from(row: dict, where: str, field: str, template: Template) -> str:
     if conversation_key(row):
         conversation = read_conversation(row, where, asks=True)
         return ask(template, conversation.messages, where, conversation.tools)
-    question, context, _ = read_pair(row, where, field, field)
-    refuse_missing_choices(row, f"{question}\n{context}", where)
+    question, context = read_question(row, where, field)
     if template.chat is not None:
         question = [{"role": "user", "content": _with_context(question, context)}]
         return ask(template, question, where, tools_of(row, where))

@@ -11,6 +11,7 @@ from minibalora.data.files import (
     Row,
     counted_on,
     has_objects,
+    in_short,
     line_of,
     rows_of_file,
     rows_of_tsv,
@@ -79,9 +80,9 @@ def read_texts(rows: Iterator[Row], columns: list[tuple[str, ...]], source: str)
     for line, where, row in rows:
         fields = next((names for names in columns if isinstance(row, dict) and set(names) <= set(row)), None)
         if fields is None:
-            present = ", ".join(map(repr, row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
+            present = in_short(map(repr, row)) if isinstance(row, dict) else f"a JSON {type(row).__name__}"
             needed = " or ".join(", ".join(names) for names in columns)
-            raise InputError(f"{where}: has the columns {present or 'none'}, not {needed}: name them with --text-field")
+            raise InputError(f"{where}: has the columns {present}, not {needed}: name them with --text-field")
         values = tuple(text_of(row[name], f"the field {name!r}", where) for name in fields)
         index = next((row[name] for name in INDICES if name in row), len(texts))
         texts.append((LabelledText(values, 0, line), index))

@@ -29,6 +29,7 @@ from minibalora.data.prompts import (
     ask,
     example_from,
     examples_digest,
+    prompt_from,
     read_examples,
 )
 from minibalora.run.teacher import row_digest
@@ -503,6 +504,71 @@ def test_the_template_is_saved_beside_the_adapter(chat_of, tmp_path, refuses):
     assert trained_template(tmp_path / "alpaca", None) == "raw"
     (tmp_path / "minibalora.json").write_text('{"template": "x"}')
     refuses(lambda: trained_template(tmp_path, None), tmp_path, "'x'", "--template")
+
+
+@pytest.mark.parametrize(
+    "mark", [{"train": "False"}, {"train": "no"}, {"weight": "0.0"}, {"loss_mask": 0}, {"loss": 0.0}]
+)
+def test_weights_may_be_texts(read, mark):
+    turns = chat("q", "bad", "r", "good")
+    turns[1] |= mark
+    assert learned_texts(read(turns)) == [f"good{END}"] and read(turns).notes == (chat_module.WEIGHTLESS,)
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0.5}, {"train": "maybe"}, {"loss": [0]}])
+def test_a_weight_that_is_neither_0_nor_1_is_refused(read, refuses, mark):
+    refuses(lambda: read([*chat("q"), chat("q", "a")[1] | mark]), "file, line 3", "weight", str(*mark.values()))
+
+
+def test_the_first_name_with_a_text_counts_in_concatenated_chats(read):
+    turns = [{"role": "user", "from": "", "content": "", "value": "q"}, {"role": "", "from": "gpt", "value": "a"}]
+    assert read(turns) == read(chat("q", "a"))
+
+
+@pytest.mark.parametrize("form", ["functions", "texts", "a system turn"])
+def test_tools_are_read_whatever_their_form(read, form):
+    tool = {"name": "w", "description": "weather"}
+    whole = {"type": "function", "function": tool}
+    turns = chat("q", "a", system="s")
+    expected = read(turns, "qwen2_5", tools=[whole])
+    if form == "functions":
+        assert read(turns, "qwen2_5", functions=json.dumps([tool])) == expected
+    elif form == "texts":
+        assert read(turns, "qwen2_5", tools=[json.dumps(whole)]) == expected
+    else:
+        assert read([turns[0] | {"tools": [whole]}, *turns[1:]], "qwen2_5", tools=[whole]) == expected
+        assert read([turns[0] | {"tools": [whole]}, *turns[1:]], "qwen2_5") == expected
+        assert read([turns[0] | {"tools": json.dumps([whole])}, *turns[1:]]).notes == (chat_module.TOOLS,)
+
+
+def test_tools_that_are_names_are_refused(read, refuses):
+    refuses(lambda: read(chat("q", "a"), tools=["search"]), "file, line 3: tools is not a list of objects")
+
+
+@pytest.mark.parametrize("beside", [{"context": "DOC"}, {"documents": [{"text": "DOC"}]}, {"chat_history": ["DOC"]}])
+def test_a_text_beside_a_conversation_or_a_turn_is_counted(read, refuses, beside):
+    assert read(chat("q", "a"), **beside).notes == (chat_module.UNUSED,)
+    assert read(chat("DOC q", "a"), **beside).notes == ()
+    turns = chat("q", "a")
+    for name in ("attachments", "text"):
+        assert read([turns[0] | {name: "DOC"}, turns[1]]).notes == (chat_module.UNUSED,)
+    row = {"messages": chat("q")} | beside
+    refuses(lambda: prompt_from(row, "here", "messages", ALPACA), "here: no turn has the text", next(iter(beside)))
+
+
+def test_a_conversation_in_a_template_beside_its_turns_is_not_another_text(read):
+    assert read(chat("q", "a"), text="<user>q<bot>a", prompt="q").notes == ()
+
+
+def test_a_reply_beside_its_conversation_is_refused(read, refuses):
+    refuses(lambda: read(chat("q"), response="a"), "file, line 3: messages ends with a question", "'response'")
+    assert read(chat("q", "a", "r"), response="").notes == (chat_module.LATE,)
+
+
+def test_a_reply_that_ends_with_its_end_of_turn_learns_it_once(read):
+    turns = chat("q1", f"a1{END}", "q2", f"a2{END}\n")
+    assert read(turns).rendered == read(chat("q1", "a1", "q2", "a2")).rendered
+    assert learned_texts(read(turns)) == [f"a1{END}", f"a2{END}"]
 
 
 def test_settings_for_the_template_are_counted_as_not_used(read):

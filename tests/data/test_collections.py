@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import minibalora as mb
 from minibalora.checkpoints.template import ALPACA
 from minibalora.data.prompts import PROMPT, PROMPT_WITH_INPUT, example_from, prompt_from, read_examples
 
@@ -15,7 +16,7 @@ import train_nlg  # noqa: E402
 # name -> a row of the collection, and the instruction, the input and the response that are read from it
 COLLECTIONS = {
     "Alpaca": (
-        {"instruction": "Sort.", "input": "b, a", "output": "a, b", "text": "Below is an instruction ..."},
+        {"instruction": "Sort.", "input": "b, a", "output": "a, b", "text": "... Instruction:\nSort."},
         ("Sort.", "b, a", "a, b"),
     ),
     "Aya": ({"inputs": "Habari?", "targets": "Nzuri.", "language": "Swahili"}, ("Habari?", "", "Nzuri.")),
@@ -28,6 +29,26 @@ COLLECTIONS = {
     "an instruction and a question": (
         {"instruction": "Be brief.", "question": "When?", "context": "It opened in 1990.", "response": "1990"},
         ("Be brief.", "It opened in 1990.\nWhen?", "1990"),
+    ),
+    "an instruction, a question and an answer": (
+        {"instruction": "In French.", "question": "Peru's capital?", "answer": "Lima"},
+        ("In French.", "Peru's capital?", "Lima"),
+    ),
+    "an instruction, a query and a response": (
+        {"instruction": "In French.", "query": "Peru's capital?", "response": "Lima"},
+        ("In French.", "Peru's capital?", "Lima"),
+    ),
+    "an instruction, a problem and an output": (
+        {"instruction": "In French.", "problem": "1 + 1?", "output": "deux"},
+        ("In French.", "1 + 1?", "deux"),
+    ),
+    "an instruction inside the prompt": (
+        {"instruction": "Sort.", "prompt": "### Sort. b, a", "completion": "a, b"},
+        ("### Sort. b, a", "", "a, b"),
+    ),
+    "Mix-Instruct": (
+        {"instruction": "Say.", "input": "hi", "output": "hi", "candidates": [{"text": "ho", "model": "m"}]},
+        ("Say.", "hi", "hi"),
     ),
     "a question twice": ({"instruction": "When?", "question": "When?", "response": "1990"}, ("When?", "", "1990")),
     "Dolly": (
@@ -196,3 +217,80 @@ def test_a_prompt_without_the_answers_to_choose_from_is_refused(refuses):
     row = {"question": "Which?", "choices": ["x1", "y1"]}
     refuses(lambda: prompt_from(row, "row", "question", ALPACA), "row: the prompt lacks the answers to choose from")
     assert "x1" in prompt_from(row | {"question": "Which, x1 or y1?"}, "row", "question", ALPACA)
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"A": "x1", "B": "y1"},
+        {"opa": "x1", "opb": "y1"},
+        {"option_a": "x1", "option_b": "y1"},
+        {"option1": "x1", "option2": "y1"},
+        {"distractor1": "x1", "distractor2": "y1"},
+        {"endings": ["x1", "y1"]},
+        {"candidates": ["x1", "y1"]},
+    ],
+)
+def test_answers_to_choose_from_may_stand_in_columns_of_their_own(refuses, columns):
+    row = {"question": "Which?", "answer": "B"} | columns
+    refuses(
+        lambda: example_from(row, 1, "row"), "row: the prompt lacks the answers to choose from", next(iter(columns))
+    )
+    assert example_from(row | {"question": "x1 or y1?"}, 1).response == "B"
+    assert example_from(dict.fromkeys(columns) | {"question": "Which?", "answer": "B"}, 1).response == "B"
+
+
+@pytest.mark.parametrize("value", ["Open since 1990.", ["Open since 1990."], [{"title": "t", "text": "Open"}]])
+@pytest.mark.parametrize("name", ["text", "table", "paragraph", "passages", "documents", "contexts", "schema"])
+def test_a_text_of_many_meanings_that_the_prompt_lacks_is_refused(refuses, name, value):
+    row = {"question": "When?", "answer": "1990", name: value}
+    refuses(lambda: example_from(row, 1, "row"), f"row: the prompt lacks the text in {name!r}", "--input-field ''")
+    assert example_from(row, 1, input_field="").prompt == prompt_of("When?", "")
+    assert example_from(row, 1, "", "question", "answer").prompt == prompt_of("When?", "")
+    assert example_from(row | {"context": f"{value} t Open since 1990."}, 1).response == "1990"
+    if isinstance(value, str):
+        assert example_from(row, 1, input_field=name).prompt == prompt_of("When?", value)
+
+
+def test_earlier_turns_beside_a_pair_are_refused(refuses):
+    row = {"question": "q", "answer": "a", "chat_history": ["q0", "a0"]}
+    refuses(lambda: example_from(row, 1, "row"), "'chat_history'", "'messages'")
+
+
+@pytest.mark.parametrize("fields", [("query", "query"), (None, "query"), ("response", None), (None, None, "response")])
+def test_a_response_that_is_also_the_prompt_is_refused(refuses, fields):
+    refuses(
+        lambda: example_from({"query": "q", "response": "r"}, 1, "row", *fields), "row: the field", "is the response"
+    )
+
+
+@pytest.mark.parametrize(
+    "mark", [{"label": False}, {"kto_tag": False}, {"train": False}, {"weight": 0}, {"loss": "no"}]
+)
+@pytest.mark.parametrize("row", [{"prompt": "hi", "completion": "BAD"}, {"conversations": ["hi", "BAD"]}])
+def test_rows_marked_as_not_to_be_learned_are_left_out_and_counted(tmp_path, row, mark):
+    rows = [row | mark, row | dict.fromkeys(mark, True), row | {"label": 0}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    examples, left_out = read_examples(tmp_path / "data.jsonl")
+    assert [example.line for example in examples] == [2, 3] and left_out["rows marked as not to be learned"] == 1
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [{"image_path": "a"}, {"img": "a"}, {"pixel_values": [[0.5]]}, {"file_name": "7.JPG", "question": "<image>\nq"}],
+)
+def test_rows_about_a_picture_are_refused_whatever_its_column(refuses, columns):
+    refuses(lambda: example_from({"question": "q", "answer": "a"} | columns, 1, "row"), "row: has", "only texts")
+    turns = [{"role": "user", "content": columns.get("question", "q")}, {"role": "assistant", "content": "a"}]
+    refuses(lambda: example_from({"messages": turns} | columns, 1, "row"), "row: has", "only texts")
+
+
+def test_a_tag_of_html_and_the_name_of_a_file_are_texts():
+    assert example_from({"question": "What is <video>?", "answer": "a", "file_name": "a.html"}, 1).response == "a"
+    assert example_from({"question": "q", "answer": "a", "file_name": "a.jpg", "image": None}, 1).response == "a"
+
+
+def test_a_row_of_many_fields_is_refused_in_a_short_line():
+    with pytest.raises(mb.InputError) as caught:
+        example_from({f"field{index}": "x" * index for index in range(50_000)} | {"y" * 9999: 1}, 1)
+    assert len(str(caught.value)) < 1000 and "field19 and 49,981 more" in str(caught.value)

@@ -274,6 +274,14 @@ def test_a_model_without_eos_learns_the_response_alone(tok, tmp_path):
     assert rows[0].ids[rows[0].prompt_length :].tolist() == bare.encode_responses([ROW["response"]])[0]
 
 
+def test_a_response_that_ends_with_eos_learns_it_once(tok):
+    eos = tok.backend.id_to_token(tok.eos_id)
+    rows, _, _ = encode_examples(
+        [example_from(ROW, 1), example_from(ROW | {"response": ROW["response"] + eos}, 2)], tok, 512
+    )
+    assert rows[0].ids.tolist() == rows[1].ids.tolist()
+
+
 # Batches.
 
 

@@ -261,11 +261,109 @@ def test_a_pattern_chooses_some_shards_of_one_version(tmp_path, refuses):
     refuses(lambda: shards(tmp_path / "train-*.jsonl"), "has shards of 1 and of 3")
 
 
-def test_times_in_parquet_are_left_out(tmp_path):
+def test_times_in_parquet_are_not_read_and_a_field_that_needs_one_is_refused(tmp_path, refuses):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
     times = pyarrow.array([10**17, 1], pyarrow.timestamp("ms")), pyarrow.array([1, 2], pyarrow.time64("ns"))
     table = pyarrow.table({"query": ["q0", "q1"], "response": ["r0", "r1"], "day": times[0], "hour": times[1]})
     parquet.write_table(table, tmp_path / "rows.parquet")
-    assert [row for _, _, row in read_rows(tmp_path / "rows.parquet")] == ROWS[:2]
+    assert texts(tmp_path / "rows.parquet") == ["r0", "r1"]
+    refuses(lambda: read_examples(tmp_path / "rows.parquet", input_field="day"), "row 1", "'day' is a date or time")
+    parquet.write_table(table.rename_columns(["query", "response", "input", "hour"]), tmp_path / "rows.parquet")
+    refuses(lambda: read_examples(tmp_path / "rows.parquet"), "row 1", "'input' is a date or time")
+
+
+def test_a_time_inside_an_object_is_left_out_and_the_rest_is_read(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    turn = pyarrow.struct({"from": pyarrow.string(), "value": pyarrow.string(), "at": pyarrow.timestamp("ns")})
+    turns = [{"from": "human", "value": "q", "at": 1}, {"from": "gpt", "value": "a", "at": 2}]
+    column = pyarrow.array([turns], pyarrow.list_(turn))
+    parquet.write_table(pyarrow.table({"conversations": column}), tmp_path / "rows.parquet")
+    assert texts(tmp_path / "rows.parquet") == ["a"]
+    assert "at" not in next(read_rows(tmp_path / "rows.parquet"))[2]["conversations"][0]
+
+
+def test_numbers_are_texts_as_they_were_written(tmp_path):
+    numbers = ["2.10", "0.00001", "1E3", "0.1", "7", "-0.0"]
+    rows = "".join(f'{{"query": {number}, "response": {number}, "tools": [{{"a": 2.10}}]}}\n' for number in numbers)
+    (tmp_path / "rows.jsonl").write_text(rows)
+    assert texts(tmp_path / "rows.jsonl") == numbers
+    row = next(read_rows(tmp_path / "rows.jsonl"))[2]
+    assert row["query"] == 2.1 and json.dumps(row["tools"]) == '[{"a": 2.1}]'
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "written"),
+    [
+        ([0.1, 2.5], "float32", ["0.1", "2.5"]),
+        ([2.0, None, 30.0], "float64", ["2", "30"]),  # what pandas makes of 2, nothing and 30
+        ([2.0, 30.0], "float64", ["2.0", "30.0"]),
+        ([2.0, None, 2.5], "float64", ["2.0", "2.5"]),
+    ],
+)
+def test_numbers_in_parquet_are_texts_as_they_were_written(tmp_path, values, kind, written):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"query": ["q"] * len(values), "response": pyarrow.array(values, kind)}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "rows.parquet")
+    assert texts(tmp_path / "rows.parquet") == written
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ('{"query": "q", "input": "a", "input": "b", "response": "r"}', ["line 2", "two fields 'input'"]),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', ["line 2", "two fields 'content'"]),
+        ('[{"query": "q",\n"query": "p",\n"response": "r"}]', ["two fields 'query'"]),
+    ],
+)
+def test_a_field_that_is_there_twice_is_refused(tmp_path, refuses, content, parts):
+    (tmp_path / "rows.jsonl").write_text(content if content[0] == "[" else json_lines(ROWS[0]) + content)
+    refuses(lambda: read_examples(tmp_path / "rows.jsonl"), tmp_path / "rows.jsonl", *parts)
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path, refuses):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = pyarrow.table([["q"], ["a"], ["r"]], names=["query", "input", "input"])
+    parquet.write_table(table, tmp_path / "rows.parquet")
+    refuses(lambda: read_examples(tmp_path / "rows.parquet"), "rows.parquet: has two columns 'input'")
+
+
+@pytest.mark.parametrize("name", ["a-00001.jsonl.zst", "a-00001.csv", "a-00001.csv.gz", "a-00001.arrow", "a-00001.zip"])
+def test_a_shard_in_a_form_that_is_not_read_is_refused(tmp_path, refuses, name):
+    (tmp_path / "a-00000.jsonl").write_text(json_lines(ROWS[0]))
+    for other in ("a-00000.csv", "notes.txt", "b-00001.zip"):  # the same shard in another form, and other files
+        (tmp_path / other).touch()
+    assert texts(tmp_path) == ["r0"]
+    (tmp_path / name).touch()
+    refuses(lambda: shards(tmp_path), tmp_path, f"has the shard {name}, which can't be read")
+
+
+def test_our_own_runs_inside_a_folder_of_data_are_no_data(tmp_path):
+    (tmp_path / "alpaca.jsonl").write_text('{"prompt": "q", "response": "r"}\n')
+    (tmp_path / "runs" / "a" / "checkpoint").mkdir(parents=True)
+    for name in ("run.json", "log.jsonl", "checkpoint/state.json"):
+        (tmp_path / "runs" / "a" / name).write_text("{}")
+    assert shards(tmp_path) == [tmp_path / "alpaca.jsonl"]
+
+
+def test_a_folder_of_ndjson_is_read_and_one_of_csv_is_named(tmp_path, refuses):
+    (tmp_path / "train.csv").write_text("query,response\nq,r\n")
+    refuses(lambda: shards(tmp_path), tmp_path, "without data files (train.csv can't be read)")
+    (tmp_path / "train.ndjson").write_text(json_lines(ROWS[0]))
+    assert texts(tmp_path) == ["r0"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.csv.gz"])
+def test_csv_is_refused_by_its_name_unless_it_holds_json(tmp_path, refuses, name):
+    zipped = gzip.compress if name.endswith(".gz") else bytes
+    (tmp_path / name).write_bytes(zipped(b"query,response\nq,r\n"))
+    refuses(lambda: read_examples(tmp_path / name), name, "CSV and TSV are not read here", "to_json")
+    (tmp_path / name).write_bytes(zipped(json_lines(ROWS[0]).encode()))
+    assert texts(tmp_path / name) == ["r0"]

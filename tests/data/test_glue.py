@@ -287,6 +287,14 @@ def test_scores_in_a_custom_task_are_refused_in_tsv_as_in_json(write, refuses, l
     refuses(lambda: custom_task(path, ["t"], "y"), path, "line 1", "float", "--task stsb")
 
 
+@pytest.mark.parametrize("label", [1.0, "1.0"])
+def test_a_class_may_be_written_as_a_whole_float(write, label):
+    """As pandas writes it if its column had an empty cell."""
+    contents = json_lines({"sentence": "a", "label": label}), f"sentence\tlabel\na\t{label}\n"
+    for content in contents:
+        assert rows(read_labelled(write(content), TASKS["sst2"])[0]) == [(("a",), 1)]
+
+
 # Custom data.
 
 
@@ -323,6 +331,7 @@ def test_custom_pairs_and_a_dev_file_with_fewer_classes(write):
         ("t\ty\n", ["'y'", "0 different"]),
         ("t\ty\na\tpos\nb\tneg\nc\tpos \n", ["'pos'", "'pos '", "spaces"]),
         ('{"t": "a", "y": true}\n{"t": "a", "y": "true"}\n{"t": "a", "y": "no"}', ["'True'", "'true'", "case"]),
+        ("t\ty\na\tcaf\u00e9\nb\tcafe\u0301\n", ["caf", "Unicode"]),
         ("t\ty\ty\na\tx\tz\n", ["line 1", "two columns 'y'"]),
         ("t\tz\na\tx\n", ["line 1", "'t', 'z'", "custom's t, y", "test file"]),
         ('{"t": "a", "y": 1.5}', ["line 1", "1.5", "float", "stsb"]),
@@ -334,6 +343,11 @@ def test_custom_pairs_and_a_dev_file_with_fewer_classes(write):
 def test_custom_data_without_classes_is_refused(write, refuses, content, parts):
     path = write(content)
     refuses(lambda: custom_task(path, ["t"], "y"), path, *parts)
+
+
+@pytest.mark.parametrize("fields", [(["y"], "y"), (["t", "t"], "y")])
+def test_a_field_that_is_named_twice_is_refused(write, refuses, fields):
+    refuses(lambda: custom_task(write("t\ty\na\tx\nb\tz\n"), *fields), "--text-field", fields[0][0], "twice")
 
 
 @pytest.mark.parametrize("label", ["", 1.5, None, ["a"], "other", True, 0])
