@@ -70,7 +70,7 @@ def write_tables(out: Path, runs: list[dict]) -> str:
     parts.append(
         f"`*`: the 95 % interval of the difference from {BASELINE} does not contain 0. This is so for "
         f"{sum(excluded.values())} of {len(excluded)} differences; by chance alone, it would be so for about "
-        f"{0.05 * len(excluded):.0f}. They are not independent: scores share runs, and arms share those of {BASELINE}."
+        f"{0.05 * len(excluded):.1f}. They are not independent: scores share runs, and arms share those of {BASELINE}."
     )
     text = "\n\n".join(parts) + "\n"
     with replacing(out / "tables.md") as temporary:
