@@ -71,6 +71,9 @@ UNIT = re.compile(rf"(?<![A-Za-z\\])(?:(?:{'|'.join(UNITS)})(?![A-Za-z])(?: *\^\
 
 QUANTITY = re.compile(r"(?=.*(?:[0-9]|\\pi))(?:[-0-9.,+/^{}() ]|\\(?:frac|sqrt|pi|cdot|pm)(?![A-Za-z]))+")
 LABEL = re.compile(r" *((?:[A-Za-z]|\\[A-Za-z]+)(?:_\{\w\})?(?: *\( *[A-Za-z] *\))?) *(?:=|\\in(?![A-Za-z]))([^=<>]+)")
+SPACED = re.compile(r"(?<![0-9.,/])[1-9][0-9]{0,2}(?:[ '’][0-9]{3})+(?![0-9]| */)")  # 1 234 and 1'234
+BY_METER = re.compile(r"(?<=[0-9]) *[kcm]?m(?:\^\{[23]\}|/(?:s|h|min))(?![A-Za-z])")  # m^2, km/h; m is a variable
+BOLD = re.compile(r"<(b|i|u|em|strong)>([^<>]*)</\1>", re.IGNORECASE)
 THOUSANDS = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 SPACE = re.compile(r"(\\[A-Za-z]+ (?=[A-Za-z])|[0-9.] (?=[0-9.]))| ")  # the first two need their space
 OPENING, CLOSING = ("(", "[", "{", r"\{"), (")", "]", "}", r"\}")
@@ -109,6 +112,9 @@ def final_answer(text: str) -> str | None:
         line = _boxed(tail[start:])
     if line is None:
         return None
+    line = BOLD.sub(r"\2", line)
+    parts = {part.strip() for part in line.split(HASHES) if re.search("[0-9]", part)}
+    line = parts.pop() if len(parts) == 1 else line  # the model wrote 18 #### 18
     line = re.sub(r"(?<!\\)(?:(?:\bUS)?\$|\\[()\[\]])", "", line).strip(FRAME)
     return line if line.endswith("..") else line.removesuffix(".").strip(FRAME)
 
@@ -145,7 +151,8 @@ def number(answer: str) -> Fraction | None:
     text = _rewritten(answer)
     if text is None:
         return None
-    text = UNIT.sub("", _joined(re.sub("[€£] ?", "", text))).rpartition("=")[2]
+    text = SPACED.sub(lambda match: re.sub("[ '’]", "", match[0]), BY_METER.sub("", re.sub("[€£] ?", "", text)))
+    text = UNIT.sub("", _joined(text)).rpartition("=")[2]
     numeral = NUMERAL.search(text)
     if numeral is None:
         return None

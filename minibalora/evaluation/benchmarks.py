@@ -14,7 +14,17 @@ from minibalora.data.files import read_rows
 from minibalora.data.prompts import Example, ask, example_from
 from minibalora.evaluation.answers import final_answer, number, same_answer, same_number
 from minibalora.evaluation.decoding import before_stop
-from minibalora.evaluation.programs import END_MARKS, code_of, defined_names, program_of, without_thoughts
+from minibalora.evaluation.programs import (
+    END_MARKS,
+    FENCE,
+    FIRST_MARKS,
+    before_marks,
+    code_of,
+    continues,
+    defined_names,
+    program_of,
+    without_thoughts,
+)
 from minibalora.evaluation.sandbox import Limits, run_program
 
 THINK = " Let's think step by step."  # appended to the training prompt
@@ -22,6 +32,7 @@ RIGHT = ("right", "passed")  # verdicts
 HUMAN_EVAL = ("task_id", "prompt", "entry_point", "canonical_solution", "test")
 # The published stop strings (arXiv 2107.03374) for a text that continues the prompt.
 HUMAN_EVAL_ENDS = ("\nclass ", "\ndef ", "\n#", "\nif ", "\nprint(")
+CHAT = re.compile(r"\s*(?:[A-Z<]|(?:from|import|async def|def|class)\b|@)")  # begins prose or a whole function
 MBPP_PROMPT = (
     "You are an expert Python programmer, and here is your task: {text} Your code should pass these tests:\n\n"
 )
@@ -102,6 +113,9 @@ def _gsm8k_item(row: object, line: int, where: str, template: Template, ending: 
 def _human_eval_item(row: object, line: int, where: str, template: Template) -> Item:
     """Read a row of HumanEval or HumanEval+, which have the same columns."""
     task_id, prompt, entry_point, solution, test = _texts(row, HUMAN_EVAL, where)
+    if row.get("plus_input") and max(map(repr, row["plus_input"]), key=len) not in test:
+        mend = "give the converted file, evalplus/humanevalplus on the Hub, whose `test` has all of them"
+        raise InputError(f"{where}: its plus_input is not in its test, so HumanEval+ would not be run: {mend}")
     request = f"Complete this Python function. Give the whole of it, in a code block.\n\n{prompt}"
     asked = prompt if template == RAW else ask(template, [{"role": "user", "content": request}], where)
     after = f"\n{test}\ncheck({entry_point})\n"
@@ -175,13 +189,25 @@ def judge_program(item: Item, completion: str, limits: Limits) -> tuple[str, str
     return code, outcome.verdict, outcome.output[-2000:]
 
 
-def as_generated(completion: str, benchmark: Benchmark) -> str:
+def as_generated(completion: str, benchmark: Benchmark, before: str = "") -> str:
     """Cut another program's completion where `evaluate` would have ended it: at a stop string or an end-of-text mark.
 
-    The stop strings for a text that continues the prompt apply if the completion begins with indented code.
+    Marks in front are left out. Those in thoughts, and in strings of programs, are text. The stop strings for a text
+    that continues the prompt apply if the completion begins with indented code, which goes on from the item's `before`.
     """
-    continues = completion.lstrip("\r\n")[:1] in (" ", "\t")
-    return before_stop(completion, benchmark.stop + END_MARKS + (benchmark.raw_stop if continues else ()))
+    text = without_first_marks(completion)
+    text = before_marks(text, benchmark.stop + END_MARKS, benchmark.runs_code)
+    if text.lstrip("\r\n")[:1] not in (" ", "\t"):
+        return text
+    body = before_stop(text, benchmark.raw_stop)
+    is_chat = CHAT.match(text) or FENCE.search(text)  # a chat model's text may begin with a space, too
+    return text if is_chat and not continues(body, before) else body
+
+
+def without_first_marks(completion: str) -> str:
+    """Leave out the marks of a tokenizer, such as <s>, in front of a completion."""
+    marks = FIRST_MARKS.match(completion)
+    return completion[marks.end() :] if marks else completion
 
 
 NEXT = ("### Instruction",)  # a base model that does not stop begins the next problem so

@@ -20,9 +20,20 @@ from minibalora.checkpoints.template import (
     trained_template,
 )
 from minibalora.checkpoints.weights import weights_digest
+from minibalora.data.chat import CONVERSATIONS
 from minibalora.data.files import read_rows, shards
 from minibalora.evaluation import mt_bench, perplexity, records
-from minibalora.evaluation.benchmarks import BENCHMARKS, NEXT, PROTOCOLS, Benchmark, Item, as_generated, read_items
+from minibalora.evaluation.benchmarks import (
+    BENCHMARKS,
+    NEXT,
+    PROTOCOLS,
+    Benchmark,
+    Item,
+    as_generated,
+    judge_rounded,
+    read_items,
+    without_first_marks,
+)
 from minibalora.evaluation.decoding import Decoding, encode_prompts
 from minibalora.evaluation.generate import DEFAULT, add_decoding_flags, add_model_flags, load, parse
 from minibalora.evaluation.sandbox import Limits, check_sandbox
@@ -32,7 +43,8 @@ from minibalora.run.run_folder import check_out, check_settings, plain_settings,
 # flags change no verdict.
 MAY_CHANGE = {"model", "adapter", "data", "completions", "out", "device", "batch_size", "allow_code_execution", "k"}
 MAY_CHANGE |= {"judge", "judge_prompts", "references"}  # each judgment is stored with its prompt and its judge's digest
-NUMBERS = ("idx", "index", "id", "doc_id")  # fields of completions that often number the problems
+IDS = ("question_id", "problem_id")  # fields of completions that name the problems or number them
+NUMBERS = ("idx", "index", "id", "doc_id", *IDS)  # fields of completions that often number the problems
 QUESTIONS = ("question", "prompt", "query", "problem", "instruction")  # fields of completions that tell their problem
 
 
@@ -86,8 +98,9 @@ def measure_benchmark(
     elif args.completions is not None:
         limit = "" if args.max_rows is None else f" (up to --max-rows {args.max_rows})"
         texts = read_completions(args.completions, f"{args.data}{limit}", items, args.samples)
-        ended = [as_generated(text, benchmark) for text in texts]
-        cut = sum(len(end) < len(text) for end, text in zip(ended, texts, strict=True))
+        pairs = zip(texts, items * args.samples, strict=True)
+        ended = [as_generated(text, benchmark, item.before) for text, item in pairs]
+        cut = sum(len(end) < len(without_first_marks(text)) for end, text in zip(ended, texts, strict=True))
         print(f"{cut:,} of {len(texts):,} completions cut at a stop string or an end-of-text mark")
         complete = records.by_list(ended)
     else:
@@ -101,6 +114,10 @@ def measure_benchmark(
     limits, file = Limits(seconds=args.timeout), args.out / "records.jsonl"
     judged = records.answer(items, args.samples, benchmark.judge, file, args.task, complete, limits)
     summary = records.summarize(judged, args.k)
+    missing = summary["verdicts"].get("no answer", 0)
+    if missing >= 0.9 * len(judged):
+        forms = '"The answer is: 18"' + ("" if benchmark.judge is judge_rounded else r', "#### 18" or "\boxed{18}"')
+        print(f"{missing:,} of {len(judged):,} texts have no answer: only {forms} is one", file=sys.stderr)
     return summary, records.in_words(summary)
 
 
@@ -187,6 +204,7 @@ def parse_flags() -> argparse.Namespace:
     benchmark = benchmark_of(args.task, args.protocol)
     args = parse(
         parser,
+        draws=args.task == "mt-bench",
         samples=1,
         k=[1],
         timeout=10.0,
@@ -242,12 +260,12 @@ def read_completions(path: Path, data: str, items: list[Item], samples: int) -> 
     """
     completions, offsets = {item.name: [] for item in items}, {}
     for index, (_, where, row) in enumerate(read_rows(path)):
-        if not isinstance(row, dict) or not isinstance(row.get("completion"), str):
-            raise InputError(f"{where}: has no text in the field completion: correct the row")
+        _check_completion(row, where)
         item = items[index % len(items)]
         given = next((row[field] for field in ("item", "task_id") if row.get(field) is not None), None)
-        name = item.name if given is None else str(given)
-        asked = [row[field].strip() for field in QUESTIONS if isinstance(row.get(field), str)]
+        if given is None:
+            given = next((row[field] for field in IDS if _is_name(row.get(field)) and row[field] in completions), None)
+        name, asked = item.name if given is None else str(given), _asked(row)
         if name == item.name and any(_asks_another(text, item, items) for text in asked):
             raise InputError(f"{where}: asks another question than problem {name}: name its own problem in item")
         if given is None and not any(_tells(text, item, items) for text in asked):
@@ -255,15 +273,42 @@ def read_completions(path: Path, data: str, items: list[Item], samples: int) -> 
                 raise InputError(f"{where}: names no problem, which --samples {samples} needs: name it in item")
             if index >= len(items):
                 raise InputError(f"{where}: is one row more than {data} has problems: remove the row")
-            _check_order(row, index, offsets, where)
+            _check_order(row, item, index, offsets, where)
         if name not in completions:
-            raise InputError(f"{where}: is for problem {name}, which {data} does not have: remove the row")
+            named = f"it has {items[0].name} to {items[-1].name}"
+            raise InputError(f"{where}: is for problem {name}, which {data} does not have: {named}: name one of these")
         completions[name].append(row["completion"])
     for name, texts in completions.items():
         if len(texts) != samples:
             counts = f"{len(texts)} completions of problem {name}, not {samples}"
             raise InputError(f"{path}: has {counts}: give as many as --samples for each problem")
     return [completions[item.name][sample] for sample in range(samples) for item in items]
+
+
+def _check_completion(row: object, where: str) -> None:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a JSON {type(row).__name__}: give an object with completion for each sample")
+    if not isinstance(row.get("completion"), str):
+        fields = f"{', '.join(row):.200}"
+        mend = f"rename the one of its fields ({fields}) that has it, as a text, and give each sample its own row"
+        raise InputError(f"{where}: has no text in the field completion: {mend}")
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and not value.isdigit()
+
+
+def _asked(row: dict) -> list[str]:
+    """Return the texts with which a row may tell its problem; of a conversation, the last question."""
+    texts = []
+    for field in (*QUESTIONS, *CONVERSATIONS, "input"):
+        value = row.get(field)
+        turns = [turn for turn in value if isinstance(turn, dict)] if isinstance(value, list) else []
+        turns = [turn for turn in turns if turn.get("role", turn.get("from")) in ("user", "human")]
+        text = turns[-1].get("content", turns[-1].get("value")) if turns else value
+        if isinstance(text, str) and not (field == "input" and texts):  # beside another, it is no question
+            texts.append(text.strip())
+    return texts
 
 
 def _asks_another(text: str, item: Item, items: list[Item]) -> bool:
@@ -276,10 +321,14 @@ def _tells(text: str, item: Item, items: list[Item]) -> bool:
     return text in item.prompt and (len(items) == 1 or any(text not in other.prompt for other in items))
 
 
-def _check_order(row: dict, index: int, offsets: dict[str, int], where: str) -> None:
-    """Check that the fields NUMBERS count up with the rows, from 0 or 1. offsets: the first number of each field."""
+def _check_order(row: dict, item: Item, index: int, offsets: dict[str, int], where: str) -> None:
+    """Check that the fields NUMBERS count up with the rows, from 0 or 1. offsets: the first number of each field.
+
+    IDS may also hold something else, or the name of the row's item.
+    """
     for field in NUMBERS:
-        if row.get(field) is not None:
+        is_id = field in IDS and (_is_name(row.get(field)) or str(row.get(field)) == item.name != str(item.line))
+        if row.get(field) is not None and not is_id:
             offset = next((start for start in (0, 1) if str(row[field]) == str(index + start)), None)
             if offset is None or offsets.setdefault(field, offset) != offset:
                 raise InputError(f"{where}: {field} is {row[field]!r:.40}, out of order: name the problem in item")

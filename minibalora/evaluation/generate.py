@@ -18,7 +18,7 @@ from minibalora.checkpoints.template import ALPACA, Template, add_template_flags
 from minibalora.checkpoints.tokenizer import Tokenizer, load_tokenizer
 from minibalora.checkpoints.weights import load_model
 from minibalora.data.chat import conversation_key
-from minibalora.data.files import opened, read_rows
+from minibalora.data.files import in_short, opened, read_rows
 from minibalora.data.pairs import FIELDS
 from minibalora.data.prompts import prompt_from
 from minibalora.evaluation.decoding import Decoding, encode_prompts, generate_each
@@ -102,12 +102,17 @@ def add_decoding_flags(parser: ArgumentParser) -> None:
     add("--seed", type=cli.natural, help="seed of the random tokens of --temperature (default: 42)")
 
 
-def parse(parser: ArgumentParser, **defaults: object) -> Namespace:
-    """Parse a command line with the model and decoding flags, and fill in their defaults."""
-    parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=42, **defaults)
+def parse(parser: ArgumentParser, draws: bool = False, **defaults: object) -> Namespace:
+    """Parse a command line with the model and decoding flags, and fill in their defaults.
+
+    draws: whether tokens are drawn even without --temperature. Raises InputError for a flag that would have no effect.
+    """
+    parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=None, **defaults)
     args = parser.parse_args()
-    if args.top_p < 1 and args.temperature == 0:
-        raise InputError("--top-p has no meaning without --temperature: add it")
+    unused = {"--top-p": args.top_p < 1, "--seed": args.seed is not None}
+    for name in [name for name, is_given in unused.items() if is_given and args.temperature == 0 and not draws]:
+        raise InputError(f"{name} has no meaning without --temperature: add it")
+    args.seed = 42 if args.seed is None else args.seed
     cli.settle_hardware(args)
     return args
 
@@ -179,7 +184,7 @@ def prompt_of(row: dict, where: str, template: Template) -> tuple[str, object, s
     fields = conversation_key(row), *PROMPT_FIELDS
     field = next((field for field in fields if row.get(field) is not None), None)
     if field is None:
-        raise InputError(f"{where}: has fields {', '.join(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
+        raise InputError(f"{where}: has fields {in_short(row)}, none of {', '.join(PROMPT_FIELDS)}: rename one")
     asked = row[field] if field == fields[0] else str(row[field])
     return where, asked, prompt_from(row, where, field, template)
 

@@ -8,6 +8,7 @@ from minibalora.sweep.grid import PlannedRun, in_name
 from minibalora.sweep.results import DEV, Result
 
 UNGROUPED = ("lr", "seed")  # a rate is chosen, and seeds are averaged
+LOSS, KL = "loss on ", "KL("  # how these measurements begin; a file's name, in front of others, may begin with KL
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def label_of(method: str, others: dict) -> str:
 
 
 def is_lower_better(measurement: str) -> bool:
-    return measurement.startswith(("loss", "KL"))
+    return measurement.startswith((LOSS, KL))
 
 
 def scores_of(results: list[Result], measurement: str) -> dict[int, float]:
@@ -87,8 +88,8 @@ def choose_measurements(results: list[Result], score: str | None, tune: str | No
     if score is None and not scores:
         raise InputError(f"the runs have no score of their own: give --score, one of {'; '.join(names) or 'none'}")
     score = score or scores[0]
-    kept = [name for name in names if name.startswith("KL")]
-    kept += [name for name in names if name.startswith("loss on") and name != "loss on held-out responses"]
+    kept = [name for name in names if name.startswith(KL)]
+    kept += [name for name in names if name.startswith(LOSS) and name != "loss on held-out responses"]
     return Measurements(score, tune or (DEV if DEV in names else score), forgotten or next(iter(kept), None))
 
 

@@ -107,9 +107,15 @@ def differing_flags(runs: list[PlannedRun], out: Path) -> list[str]:
 
 def read_record(out: Path) -> dict:
     """Return what is known of the sweeps in `out`: the script, the tune seeds, and the flags of each run by the name of
-    its folder."""
+    its folder. Raises InputError for a damaged file."""
     path = out / "sweep.json"
-    return {"script": None, "tune_seeds": [], "runs": {}} | (read_json_object(path) if path.exists() else {})
+    record = {"script": None, "tune_seeds": [], "runs": {}} | (read_json_object(path) if path.exists() else {})
+    runs, seeds = record["runs"], record["tune_seeds"]
+    if not isinstance(runs, dict) or not all(isinstance(given, dict) for given in runs.values()):
+        raise InputError(f"{path}: its runs are not objects by the names of folders: mend it, or give another --out")
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise InputError(f"{path}: its tune_seeds are not a list of numbers: mend it, or give another --out")
+    return record
 
 
 def split_alternatives(action: argparse.Action, lists: list[list[str]]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from minibalora.base.files import read_json_object, recorded_settings, write_jso
 from minibalora.sweep.grid import CHANGE_NO_RESULT, PlannedRun, read_record
 from minibalora.sweep.processes import is_finished
 
+AGAIN = "remove the folder, and give the sweep's command again"
 DEV = "dev"  # the score that chooses a classifier's best epoch
 
 
@@ -42,7 +43,10 @@ def recorded_runs(out: Path) -> dict[str, dict]:
     """Return the flags of every run of the sweeps in `out`, by the name of its folder."""
     if not (out / "sweep.json").is_file():
         raise InputError(f"{out}: holds no sweep: give the --out of one")
-    return read_record(out)["runs"]
+    runs = read_record(out)["runs"]
+    if not runs:
+        raise InputError(f"{out / 'sweep.json'}: names no runs: give the sweep's command again")
+    return runs
 
 
 def varied_flags(runs: dict[str, dict]) -> list[str]:
@@ -57,12 +61,22 @@ def read_results(out: Path, runs: dict[str, dict]) -> list[Result]:
 
 
 def read_result(folder: Path, given: dict) -> Result:
-    report = read_json_object(folder / "report.json")
-    before, after = (flat(report.get(column, {})) for column in ("before", "after"))
-    if report.get("epochs"):
-        scores = [epoch["dev"] for epoch in report["epochs"] if epoch["dev"] is not None]
-        after[DEV] = max(scores, default=None)
-    return Result(folder.name, given, recorded_settings(folder), report.get("dev_metric", []), before, after)
+    """Read a run's report.json and run.json. Raises InputError for what no training script has written."""
+    report, settings = read_json_object(folder / "report.json"), recorded_settings(folder)
+    try:
+        before, after = (flat(report.get(column, {})) for column in ("before", "after"))
+        scores = [epoch["dev"] for epoch in report.get("epochs") or [] if epoch["dev"] is not None]
+        if report.get("epochs"):
+            after[DEV] = max(scores, default=None)
+        measured = [*before.items(), *after.items()]
+        wrong = [name for name, value in measured if not isinstance(value, int | float | None)]
+    except (AttributeError, KeyError, TypeError):
+        wrong = ["before, after or epochs"]
+    if wrong:
+        raise InputError(f"{folder / 'report.json'}: {wrong[0]} is damaged: {AGAIN}")
+    if not isinstance(settings.get("objective"), dict) or not {"method", "lr", "seed"} <= settings.keys():
+        raise InputError(f"{folder / 'run.json'}: the run's settings are missing: {AGAIN}")
+    return Result(folder.name, given, settings, report.get("dev_metric", []), before, after)
 
 
 def flat(column: dict) -> dict[str, float | None]:

@@ -86,6 +86,9 @@ def test_same_answer_does_not_depend_on_the_order(pair):
             "\\begin{pmatrix} 1 \\\\\n2 \\end{pmatrix}",
         ),
         ("The answer is: US$5.", "5"),
+        ("The answer is: 18 #### 18", "18"),
+        ("The answer is: 18 #### 20", "18 #### 20"),
+        ("The answer is: <b>18</b>", "18"),
         ("The answer is 5", None),  # as in the paper: without the colon, the sentence may be anywhere
         ("the answer is: 5", None),
         ("twelve", None),
@@ -149,6 +152,12 @@ def test_thousands_of_math_may_have_a_space_after_the_comma(reference):
         ("１２", "12"),
         ("(5)", "5"),
         (r"\text{5 apples}", "5"),
+        ("1 234", "1234"),
+        ("1\u00a0234\u202f567 eggs", "1234567"),
+        ("1'000", "1000"),
+        ("18 m^2", "18"),
+        ("18 m/s", "18"),
+        ("18km/h", "18"),
     ],
 )
 def test_number_is_exact(answer, value):
@@ -188,6 +197,9 @@ def test_number_is_exact(answer, value):
         "x/5",
         "5/x",
         "> 5",
+        "5 m^4",
+        "1 2345",
+        "12'34",
     ]
     + ["1e999999999", "9" * 10**5, "1 2", "10^6", "5!6", "1/2/3", "½½", "007"],
 )

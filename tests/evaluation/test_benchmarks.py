@@ -74,7 +74,7 @@ def items(tmp_path):
 
 
 def verdict(task: str, item, completion: str) -> str:
-    return BENCHMARKS[task].judge(item, completion, Limits(seconds=5))[1]
+    return BENCHMARKS[task].judge(item, completion, Limits(seconds=20))[1]  # a limit for a busy machine
 
 
 def test_mathematical_prompts_are_training_prompts_with_the_papers_ending(items):
@@ -160,9 +160,42 @@ def test_rounded_protocols_read_as_the_published_scripts(items, answer, verdict)
     ("humaneval", "\n    return 1\n# Test\n", "\n    return 1"),
     ("humaneval", "import re\n\ndef root(x):\n    return 1\n", "import re\n\ndef root(x):\n    return 1\n"),
     ("humaneval", "def root(x):\n    return 1\n<|endoftext|>import", "def root(x):\n    return 1\n"),
+    ("humaneval", "    return 1\nThis is it.\n\n# Use\n```python\nroot(1)\n```", "    return 1\nThis is it.\n"),
+    ("gsm8k", "4<|im_end|>\n<think>5</think>The answer is: 5", "4"),
+    ("mbpp", "```python\nx = 1<|im_end|>\n<|im_start|>user\nWrong:\n```\nx = 1\n```", "```python\nx = 1"),
+    ("mbpp", "x = 1\n### Instruction:\n[DONE]", "x = 1\n"),
 ])  # fmt: skip
 def test_completions_from_a_file_end_where_a_generated_one_would(task, completion, kept):
-    assert as_generated(completion, BENCHMARKS[task]) == kept
+    assert as_generated(completion, BENCHMARKS[task], "def root(x):\n") == kept
+
+
+@pytest.mark.parametrize("task, completion, end", [
+    ("gsm8k", "<think>The ### Instruction asks.</think>The answer is: 4", ""),
+    ("gsm8k", "It ends with </s>.</think>The answer is: 4", "</s>"),
+    ("humaneval", "<think>After <|im_end|>.</think>\n```python\nx = 1\n```", "<|im_end|>"),
+    ("humaneval", "```python\ndef root(x):\n    end = '</s>'\n    return 1\n```", "</s>"),
+    ("humaneval", "def root(x):\n    \"\"\"### Instruction\"\"\"\n    return 1\n", "<|eot_id|>"),
+    ("humaneval", "    '''</s>\n    '''\n    return 1\n", "</s>"),
+    ("mbpp", "Sure:\n```python\ndef root(x):\n    '''[DONE]'''\n    return 1\n```\n", "[DONE]\nmore"),
+])  # fmt: skip
+def test_marks_in_thoughts_and_strings_are_text(task, completion, end):
+    assert as_generated(completion + end, BENCHMARKS[task]) == completion
+
+
+@pytest.mark.parametrize("task, mark", [
+    ("humaneval", "<|endoftext|>"), ("mbpp", "<s>"), ("mbpp", "[DONE]\n"), ("gsm8k", "</s>\n<|begin_of_text|>"),
+])  # fmt: skip
+def test_marks_in_front_end_nothing(task, mark):
+    assert as_generated(f"{mark}x = 1</s>", BENCHMARKS[task]).strip() == "x = 1"
+
+
+@pytest.mark.parametrize("completion", [
+    " Sure! Here it is:\n\n```python\nimport re\n\ndef root(x):\n    return 1\n```\n", "\tSo:\n```\ndef root(x):\n",
+    " <think>No.\n# Yes.</think>\n\n```python\n\ndef root(x):\n    return 1\n```", " import re\n\ndef root(x):\n",
+    " Here it is:\n\ndef root(x):\n    return 1\n",
+])  # fmt: skip
+def test_a_space_in_front_of_a_chat_answer_does_not_make_it_code(completion):
+    assert as_generated(completion, BENCHMARKS["humaneval"], "def root(x):\n    '''Root.'''\n") == completion
 
 
 # Programs.
@@ -232,6 +265,12 @@ def test_large_tests_of_human_eval_plus_are_run(items, sandbox):
     (item,) = items("humaneval", [HUMAN_EVAL[0] | {"test": test}])
     assert verdict("humaneval", item, WHOLE) == "passed"
     assert verdict("humaneval", item, "    return x") == "failed"
+
+
+def test_tests_of_human_eval_plus_that_would_not_be_run_are_refused(items, refuses):
+    row = HUMAN_EVAL[0] | {"base_input": [[16]], "plus_input": [[1], [-400]]}
+    refuses(lambda: items("humaneval", [row]), "line 1", "plus_input", "evalplus/humanevalplus")
+    assert items("humaneval", [row | {"test": "inputs = [[16], [1], [-400]]\n" + row["test"]}])
 
 
 def test_setup_and_imports_of_mbpp_are_run(items, sandbox):

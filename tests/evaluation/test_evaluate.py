@@ -10,6 +10,7 @@ from helpers import stretch
 import minibalora as mb
 from minibalora.data.prompts import example_from
 from minibalora.evaluation import evaluate, records
+from minibalora.evaluation.benchmarks import Item
 from minibalora.evaluation.sandbox import check_sandbox
 from minibalora.toy import MODEL
 from minibalora.toy.problems import clean_problems
@@ -202,7 +203,61 @@ def completions(*changes: dict) -> list[str]:
     return [json.dumps(row | change) + "\n" for row, change in zip(rows, changes, strict=True)]
 
 
-@pytest.mark.parametrize("field", ["idx", "index", "id", "doc_id"])
+@pytest.mark.parametrize("fields", [
+    lambda text: {"input": text}, lambda text: {"prompt": [{"role": "user", "content": text}]},
+    lambda text: {"messages": [{"from": "human", "value": text}, {"from": "gpt", "value": "7"}], "input": "7"},
+])  # fmt: skip
+def test_a_conversation_tells_its_problem_by_its_last_question(run, problems, tmp_path, fields):
+    path = tmp_path / "completions.jsonl"
+    lines = completions(*(fields(row["query"]) for row in PROBLEMS))
+    path.write_text("".join(lines))
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path)
+    status, out, error = run(*flags, "--out", tmp_path / "right")
+    assert status == 0 and "12 right" in out, error
+    path.write_text("".join(lines[::-1]))
+    status, _, error = run(*flags, "--out", tmp_path / "wrong")
+    assert status == 2 and "line 1: asks another question than problem 1" in error
+
+
+@pytest.mark.parametrize("field", ["question_id", "problem_id"])
+def test_ids_name_problems_that_have_a_name(tmp_path, field, refuses):
+    items = [Item(f"HumanEval/{index}", index + 1, "", "") for index in range(2)]
+    path = tmp_path / "completions.jsonl"
+
+    def read(ids: list) -> list[str]:
+        path.write_text("".join(json.dumps({field: given, "completion": str(given)}) + "\n" for given in ids))
+        return evaluate.read_completions(path, "data", items, 1)
+
+    assert read(["HumanEval/1", "HumanEval/0"]) == ["HumanEval/0", "HumanEval/1"]
+    assert read(["9f", "3a"]) == ["9f", "3a"]
+    refuses(lambda: read([1, 0]), "line 2", f"{field} is 0, out of order")
+
+
+@pytest.mark.parametrize("row, words", [
+    ({"task_id": 1, "solution": "x"}, "rename the one of its fields (task_id, solution)"),
+    ({"doc_id": 0, "resps": [["x"]]}, "(doc_id, resps) that has it"),
+    ({"completion": ["x", "y"]}, "give each sample its own row"), ([["x"]], "a JSON list: give an object"),
+    ({"task_id": 0, "completion": "x"}, "problems.jsonl does not have: it has 1 to 12"),
+])  # fmt: skip
+def test_rows_of_other_programs_are_refused_with_what_to_rename(run, problems, tmp_path, row, words):
+    path = tmp_path / "completions.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path, "--out", tmp_path / "out")
+    status, _, error = run(*flags)
+    assert status == 2 and "completions.jsonl, " in error and words in error and len(error.splitlines()) == 1, error
+
+
+@pytest.mark.parametrize("protocol, forms", [("steps-exact", "boxed"), ("plain-rounded", '18" is one')])
+def test_answers_without_the_mark_are_pointed_out(run, problems, tmp_path, protocol, forms):
+    path = tmp_path / "completions.jsonl"
+    path.write_text("".join(completions(*[{"completion": "The answer is 18."}] * 12)))
+    flags = ("--task", "gsm8k", "--data", problems, "--completions", path, "--protocol", protocol)
+    status, out, error = run(*flags, "--out", tmp_path / "out")
+    assert status == 0 and "12 no answer" in out
+    assert "12 of 12 texts have no answer" in error and forms in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["idx", "index", "id", "doc_id", "question_id", "problem_id"])
 @pytest.mark.parametrize("start", [0, 1, "0"])
 def test_rows_that_number_their_problems_are_taken_in_order_only(run, problems, tmp_path, field, start):
     path, form = tmp_path / "completions.jsonl", type(start)
@@ -389,6 +444,7 @@ def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problem
         (("--task", "text", "--batch-size", "2"), "--batch-size has no meaning"),
         (("--task", "text", "--k", "1"), "--k has no meaning"),
         (("--task", "gsm8k", "--top-p", "0.5"), "--temperature"),
+        (("--task", "gsm8k", "--seed", "7"), "--seed has no meaning without --temperature"),
         (("--task", "gsm8k", "--data", "nowhere"), "nowhere"),
         (("--task", "gsm8k", "--model", "nowhere"), "nowhere"),
         (("--task", "gsm8k", "--adapter", "nowhere"), "nowhere"),

@@ -526,6 +526,7 @@ def test_an_adapter_answers(toy, command, tmp_path):
         (["--file", "."], None, ["directory"]),
         (["--prompt", "a", "--file", "b"], None, ["--prompt and --file"]),
         (["--prompt", "a", "--top-p", "0.5"], None, ["--top-p", "--temperature"]),
+        (["--prompt", "a", "--seed", "7"], None, ["--seed has no meaning without --temperature"]),
         (["--prompt", "a", "--temperature", "1", "--top-p", "0"], None, ["--top-p", "'0'", "above 0"]),
         (["--prompt", "a", "--temperature", "1", "--top-p", "1.5"], None, ["--top-p", "1.5"]),
         *[

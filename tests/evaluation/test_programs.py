@@ -86,6 +86,13 @@ WRAPPED = {
     "prose around it": f"Here is the function:\n\n{WHOLE}\nIt takes 1 list.\n\nIt returns another.\n",
     "a future import": f"{PY}from __future__ import annotations\n\n{WHOLE}{F}",
     "a future import in brackets": f"{PY}from __future__ import (\n    annotations,\n)\n{WHOLE}{F}",
+    "a stub after it": f"{PY}{WHOLE}{F}\nThe template:\n{PY}def twice(xs):\n    '''Double.'''\n    ...\n{F}",
+    "a stub with imports": f"{PY}from typing import List\ndef twice(xs):\n    pass\n{F}\n{PY}{TYPED}{F}",
+    "a space before it": f" {TYPED}\nThis doubles each.\n",
+    "a language without its fence": f"python\n{WHOLE}",
+    "a question before it": f"{PY}n, m = map(int, input().split())\nk = n + m\n{WHOLE}print(twice([k]))\n{F}",
+    "its own input": f"{PY}input = lambda: 2\nn = input()\ndef twice(xs):\n    return [n * x for x in xs]\n{F}",
+    "an attribute": f"{PY}def twice(xs):\n    return [twice.n * x for x in xs]\n\ntwice.n = 2\ntwice.m = twice(3)\n{F}",
     "a draft in thoughts": f"<think>\n{PY}def twice(xs):\n    return xs * 2\n{F}\nNo.\n</think>\n\n{PY}{WHOLE}{F}",
     "thoughts that the prompt began": f"Try {PY}def twice(xs): return xs\n{F}</think>\n{PY}{WHOLE}{F}",
 }
@@ -108,7 +115,8 @@ def test_a_body_continues_the_prompt(completion):
 @pytest.mark.parametrize("completion", [
     "", f"<think>{PY}{WHOLE}{F}", f"{PY}{WHOLE}    (\n{F}", f"{PY}def other(xs):\n{BODY}{F}",
     f"{PY}class Solution:\n{indented(WHOLE, '    ')}{F}",
-    f"{PY}{WHOLE}{F}\n{PY}def twice(xs):\n    pass\n{F}", f"{PY}{WHOLE}\ntwice = None\n{F}",
+    f"{PY}{WHOLE}{F}\n{PY}def twice(xs):\n    return xs\n{F}", f"{PY}def twice(xs):\n    pass\n{F}",
+    f"{PY}{WHOLE}\ntwice = None\n{F}",
     "def twice(xs):\n    return [2 * x for x in xs\n",
 ])  # fmt: skip
 def test_wrong_code_does_not_become_right(completion):

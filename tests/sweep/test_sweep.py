@@ -500,6 +500,31 @@ def test_a_classifier_is_tuned_on_its_dev_set_and_scored_on_the_last_set(compare
     assert rows[0].scores == {1: 0.7, 2: 0.7} and rows[0].rates[rows[0].lr][0].after["dev"] == 0.5
 
 
+def test_a_set_whose_file_is_named_like_a_loss_is_better_if_it_is_higher(compared, tmp_path):
+    def after(settings):
+        return {name: {"accuracy": settings["lr"]} for name in ("loss.tsv", "KLUE.tsv")}
+
+    finish(tmp_path, NLU, "--lr 1e-3 2e-3", after, {"before": {}, "dev_metric": ["accuracy"]})
+    rows, measurements = compared([], None)
+    assert (measurements.score, measurements.forgotten, rows[0].lr) == ("KLUE.tsv: accuracy", None, 2e-3)
+
+
+@pytest.mark.parametrize("name, content", [
+    ("run.json", None), ("run.json", {}), ("report.json", {"before": []}), ("report.json", {"epochs": [{"step": 1}]}),
+    ("report.json", {"before": {"dev.tsv": {"f1": "0.5"}}, "after": {"dev.tsv": {"f1": 0.5}}}),
+    ("../sweep.json", {"runs": []}), ("../sweep.json", {}), ("../sweep.json", {"runs": {"a": 1}}),
+    ("../sweep.json", {"tune_seeds": 3}),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_by_its_name(tmp_path, refuses, name, content):
+    finish(tmp_path, NLU, "--seed 1 2")
+    path = tmp_path / "method=ba-lora,seed=2" / name
+    path.unlink()
+    if content is not None:
+        write_json(path, content)
+    refuses(lambda: main(["--out", str(tmp_path), "--report"]), path.name)
+    assert not (tmp_path / "table.csv").exists()
+
+
 def test_points_and_lines_of_the_pictures(compared):
     def after(settings):
         return exact_match(settings) | {"loss on pre-training text": 0.5 + settings["lr"]}
