@@ -73,8 +73,8 @@ def items(tmp_path):
     return read
 
 
-def verdict(task: str, item, completion: str) -> str:
-    return BENCHMARKS[task].judge(item, completion, Limits(seconds=20))[1]  # a limit for a busy machine
+def verdict(task: str, item, completion: str, seconds: float = 5) -> str:
+    return BENCHMARKS[task].judge(item, completion, Limits(seconds=seconds))[1]
 
 
 def test_mathematical_prompts_are_training_prompts_with_the_papers_ending(items):
@@ -263,8 +263,8 @@ def test_large_tests_of_human_eval_plus_are_run(items, sandbox):
     inputs = "inputs = " + repr([[16.0]] * 150_000)  # 1.3 MB
     test = f"def check(candidate):\n    {inputs}\n    for x in inputs[:9]:\n        assert candidate(*x) == 2\n"
     (item,) = items("humaneval", [HUMAN_EVAL[0] | {"test": test}])
-    assert verdict("humaneval", item, WHOLE) == "passed"
-    assert verdict("humaneval", item, "    return x") == "failed"
+    assert verdict("humaneval", item, WHOLE, seconds=60) == "passed"  # 5 are too few on a busy machine
+    assert verdict("humaneval", item, "    return x", seconds=60) == "failed"
 
 
 def test_tests_of_human_eval_plus_that_would_not_be_run_are_refused(items, refuses):
