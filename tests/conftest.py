@@ -13,7 +13,7 @@ if "OMP_NUM_THREADS" not in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
     torch.set_num_threads(1)
 
-# On a processor with AMX, attention in bfloat16 asks oneDNN for a packing that ATen's plain kernels lack. They stop with
+# On a processor with AMX, attention in bfloat16 asks oneDNN for a packing that plain ATen kernels lack. They stop with
 # "pack_vnni2 is only supported when avx512 is supported", so plain kernels get a oneDNN without AMX.
 if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
     os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
