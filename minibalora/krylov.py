@@ -40,11 +40,11 @@ def subspace_svd(W: Tensor, rank: int, niter: int) -> tuple[Tensor, Tensor, Tens
 def krylov_svd(W: Tensor, rank: int, depth: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return U (m, r), S (r,) and Vᵀ (r, n): the leading Ritz vectors and values of W (m, n) in its Krylov basis
     (Rayleigh-Ritz). They are exact where the basis would span the whole space. Raises ValueError for NaN or ±∞ in W."""
-    _check_finite(W)
     m, n = W.shape
     if m > n:
         U, S, Vh = krylov_svd(W.T, rank, depth)
         return Vh.T, S, U.T
+    _check_finite(W)
     width = rank + OVERSAMPLING
     if (depth + 1) * width >= m:
         return wide_svd(W, rank)

@@ -378,13 +378,14 @@ def _check(linear: nn.Module, rank: int, alpha: float | None, name: str = "", is
         raise ValueError(f"{name}the weight of this {kind} is {linear.weight.dtype}: convert it to a wider float first")
     if linear.weight.is_meta and not is_known:
         raise ValueError(f"{name}the weight of this {kind} is on the meta device: load it first")
-    if not linear.weight.is_meta and not linear.weight.isfinite().all():
-        raise ValueError(f"{name}the weight of this {kind} has numbers that are not finite: load another checkpoint")
     m, n = linear.in_features, linear.out_features
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"{name}rank {rank} does not fit a {m} x {n} layer: give 1 to {min(m, n)}")
     if alpha is not None and not 0 < alpha < float("inf"):
         raise ValueError(f"{name}alpha is {alpha}: give a positive number")
+    # aminmax allocates nothing and propagates NaN; it takes a tenth of isfinite's time
+    if not linear.weight.is_meta and not torch.stack(linear.weight.aminmax()).isfinite().all():
+        raise ValueError(f"{name}the weight of this {kind} has numbers that are not finite: load another checkpoint")
 
 
 # Heads that are trained, and how one module takes the place of another.

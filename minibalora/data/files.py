@@ -79,8 +79,9 @@ def shards(source: str | Path) -> list[Path]:
 
 def _shards_of_folder(folder: Path) -> list[Path]:
     sets: dict[str, list[Path]] = {}
-    unread, runs = [], {path.parent for path in folder.rglob("run.json")} - {folder}  # runs of ours may be in it
-    for path in sorted(folder.rglob("*")):
+    unread, paths = [], sorted(folder.rglob("*"))
+    runs = {path.parent for path in paths if path.name == "run.json"} - {folder}  # runs of ours may be in it
+    for path in paths:
         name, plain = str(path.relative_to(folder)), path.name.removesuffix(".gz")
         if name.startswith(".") or path.name in DESCRIPTIONS or runs & {*path.parents} or not path.is_file():
             continue

@@ -21,7 +21,7 @@ from minibalora.checkpoints.template import (
 )
 from minibalora.checkpoints.weights import weights_digest
 from minibalora.data.chat import CONVERSATIONS
-from minibalora.data.files import read_rows, shards
+from minibalora.data.files import in_short, read_rows, shards
 from minibalora.evaluation import mt_bench, perplexity, records
 from minibalora.evaluation.benchmarks import (
     BENCHMARKS,
@@ -289,7 +289,7 @@ def _check_completion(row: object, where: str) -> None:
     if not isinstance(row, dict):
         raise InputError(f"{where}: a JSON {type(row).__name__}: give an object with completion for each sample")
     if not isinstance(row.get("completion"), str):
-        fields = f"{', '.join(row):.200}"
+        fields = in_short(row)
         mend = f"rename the one of its fields ({fields}) that has it, as a text, and give each sample its own row"
         raise InputError(f"{where}: has no text in the field completion: {mend}")
 

@@ -109,9 +109,9 @@ def parse(parser: ArgumentParser, draws: bool = False, **defaults: object) -> Na
     """
     parser.set_defaults(batch_size=8, temperature=0.0, top_p=1.0, seed=None, **defaults)
     args = parser.parse_args()
-    unused = {"--top-p": args.top_p < 1, "--seed": args.seed is not None}
-    for name in [name for name, is_given in unused.items() if is_given and args.temperature == 0 and not draws]:
-        raise InputError(f"{name} has no meaning without --temperature: add it")
+    for name, is_given in (("--top-p", args.top_p < 1), ("--seed", args.seed is not None)):
+        if is_given and args.temperature == 0 and not draws:
+            raise InputError(f"{name} has no meaning without --temperature: add it")
     args.seed = 42 if args.seed is None else args.seed
     cli.settle_hardware(args)
     return args
