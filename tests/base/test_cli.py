@@ -46,7 +46,7 @@ def test_a_failed_write_ends_with_status_1_and_a_line_that_says_why(number, is_r
 @pytest.mark.parametrize("streams", ["PYTHONIOENCODING=latin-1", "2>&-", ">&-"])
 def test_a_stream_that_is_closed_or_lacks_a_letter_stops_no_command(streams):
     code = "import sys; from minibalora.base import cli; cli.run_script(lambda: sys.stderr.isatty() or print('‖') or 0)"
-    command = f'{sys.executable} -c "{code}"'
+    command = f'"{sys.executable}" -c "{code}"'  # a folder's name may have a space
     command = f"{streams} {command}" if "=" in streams else f"{command} {streams}"
     done = subprocess.run(command, shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr
