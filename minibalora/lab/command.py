@@ -43,7 +43,8 @@ def main() -> int:
     if args.report and not runs:
         raise InputError(f"--out {out}: holds no finished runs of these models: run the same command without --report")
     write_json(out / "results.json", runs)
-    print(f"{len(runs):,} runs count; failed: {', '.join(failed) or 'none'}\n\n{write_tables(out, runs)}")
+    count = sum(run["counts"] for run in runs)
+    print(f"{count:,} runs count; failed: {', '.join(failed) or 'none'}\n\n{write_tables(out, runs)}")
     for line in save_pictures(out, runs):
         print(line)
     return 1 if failed else 0

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from minibalora.base.files import replacing
+from minibalora.lab.rates import choices_in_words, table_at_same_rates
+from minibalora.lab.results import grouped
 from minibalora.sweep.intervals import mean_interval
 
 BASELINE = "pissa"
@@ -52,30 +54,40 @@ def write_tables(out: Path, runs: list[dict]) -> str:
     runs: as `results.read_runs` returns them; may be incomplete.
     """
     parts, excluded = [], {}
-    for task in dict.fromkeys(run["task"] for run in runs):
-        titles, of_task = TITLES[task], [run for run in runs if run["task"] == task]
-        for finetuning in dict.fromkeys(run["finetuning"] for run in of_task):
-            here = [run for run in of_task if run["finetuning"] == finetuning]
-            published = [run for run in here if run["factor"] == 1]
-            for score, title in titles.items():
-                is_measured = any(value_of(run["scores"], score) is not None for run in published)
-                if is_measured and (score != RARE or finetuning == "imbalanced"):
-                    heading = f"{task}, fine-tuned on {finetuning} data: {title}"
-                    parts.append(f"### {heading}\n\n{table(published, 'pretraining', score, excluded)}")
-            main = main_score(finetuning)
-            for pretraining, part in with_weights(here).items():
-                heading = f"{task}, {pretraining}, fine-tuned on {finetuning} data, weights times: {titles[main]}"
-                parts.append(f"### {heading}\n\n{table(part, 'factor', main, excluded)}")
-    parts += undefined_in_words(runs)
+    for (task,), here in grouped(runs, ("task",)).items():
+        parts += tables_of(task, [run for run in here if run["counts"]], excluded)
+        published = [run for run in here if run["factor"] == 1]
+        title = TITLES[task]["test"]
+        if same := table_at_same_rates(published, BASELINE, digits_of(title)):
+            parts.append(f"### {task}, {title}: minus {BASELINE} at the same rate, with the seed that chose the rates; "
+                         f"the mean over the rates (lowest to highest)\n\n{same}")  # fmt: skip
+    parts += undefined_in_words([run for run in runs if run["counts"]])
     parts.append(
         f"`*`: the 95 % interval of the difference from {BASELINE} does not contain 0. This is so for "
         f"{sum(excluded.values())} of {len(excluded)} differences; by chance alone, it would be so for about "
         f"{0.05 * len(excluded):.1f}. They are not independent: scores share runs, and arms share those of {BASELINE}."
     )
-    text = "\n\n".join(parts) + "\n"
+    text = "\n\n".join([*parts, *choices_in_words(runs)]) + "\n"
     with replacing(out / "tables.md") as temporary:
         temporary.write_text(text, encoding="utf-8")
     return text
+
+
+def tables_of(task: str, runs: list[dict], excluded: dict[tuple, bool]) -> list[str]:
+    """Return the tables of a task's runs that count; see `table` for `excluded`."""
+    titles, parts = TITLES[task], []
+    for (finetuning,), here in grouped(runs, ("finetuning",)).items():
+        published = [run for run in here if run["factor"] == 1]
+        for score, title in titles.items():
+            is_measured = any(value_of(run["scores"], score) is not None for run in published)
+            if is_measured and (score != RARE or finetuning == "imbalanced"):
+                heading = f"{task}, fine-tuned on {finetuning} data: {title}"
+                parts.append(f"### {heading}\n\n{table(published, 'pretraining', score, excluded)}")
+        main = main_score(finetuning)
+        for pretraining, part in with_weights(here).items():
+            heading = f"{task}, {pretraining}, fine-tuned on {finetuning} data, weights times: {titles[main]}"
+            parts.append(f"### {heading}\n\n{table(part, 'factor', main, excluded)}")
+    return parts
 
 
 def undefined_in_words(runs: list[dict]) -> list[str]:
@@ -94,7 +106,7 @@ def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]
     columns = list(dict.fromkeys(run[column] for run in runs))
     lines = ["| | " + " | ".join(f"{value}: mean | minus {BASELINE} | runs" for value in columns) + " |"]
     lines.append("|---" * (1 + 3 * len(columns)) + "|")
-    digits = 1 if "percent" in TITLES[runs[0]["task"]][score] else 3
+    digits = digits_of(TITLES[runs[0]["task"]][score])
     for arm in dict.fromkeys(run["arm"] for run in runs):
         cells = []
         for value in columns:
@@ -108,6 +120,10 @@ def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]
             cells += [in_words(list(own.values()), digits), in_words(pairs, digits, "+") + mark, str(len(own))]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def digits_of(title: str) -> int:
+    return 1 if "percent" in title else 3
 
 
 def main_score(finetuning: str) -> str:

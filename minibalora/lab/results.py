@@ -12,14 +12,16 @@ from minibalora.toy.problems import CROWDING_KIND
 
 
 def read_runs(sweeps: list[Sweep], out: Path) -> list[dict]:
-    """Return every finished run that counts: its cell, arm, factor, rate, seed and scores."""
+    """Return every finished run: its cell, arm, factor, rate and seed, whether it counts, the dev score by which the
+    rate is chosen, and its scores."""
     runs = []
     for sweep in sweeps:
-        for result in counted(sweep, out):
+        row = row_of(sweep, out)
+        for result in finished(sweep, out):
             about = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
             about |= {"arm": sweep.arm.name, "factor": sweep.factor}
-            about |= {name: result.settings[name] for name in ("lr", "seed")}
-            scores = scores_of_run(result, sweep, out)
+            about |= {name: result.settings[name] for name in ("lr", "seed")} | {"counts": result in row.chosen}
+            scores = {"dev": result.after.get(row.measurements.tune)} | scores_of_run(result, sweep, out)
             rounded = {name: None if value is None else round(value, 4) for name, value in scores.items()}
             runs.append(about | {"scores": rounded})
     return runs
@@ -42,12 +44,6 @@ def row_of(sweep: Sweep, out: Path) -> Row | None:
         return None
     (row,) = rows_of(results, [], choose_measurements(results, None, sweep.task.tune, None), TUNE_SEEDS)
     return row
-
-
-def counted(sweep: Sweep, out: Path) -> list[Result]:
-    """Return the finished runs with the seeds that count, at the rate that the tuning runs choose."""
-    row = row_of(sweep, out)
-    return [] if row is None else row.chosen
 
 
 def is_complete(sweep: Sweep, out: Path) -> bool:
@@ -95,3 +91,11 @@ def typical_error(path: Path) -> float:
         if record["kind"] not in (CROWDING_KIND, DEV_KIND, *OTHERS) and total != right:
             answers.append(record["answer"] == total)
     return sum(answers) / len(answers)
+
+
+def grouped(runs: list[dict], names: tuple[str, ...]) -> dict[tuple, list[dict]]:
+    """Return the runs by the values of these fields, in the order of the first runs."""
+    groups = {}
+    for run in runs:
+        groups.setdefault(tuple(run[name] for name in names), []).append(run)
+    return groups

@@ -103,9 +103,9 @@ def test_only_runs_at_the_chosen_rate_count(tmp_path, monkeypatch):
     runs = [result(sweep.rates[1], seed, 0.8) for seed in sweep.seeds]
     other_rate = result(sweep.rates[2], 8, 1.0)  # from before a tuning run was done again
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs[:-1], other_rate])
-    assert results.counted(sweep, tmp_path) == runs[:-1] and not results.is_complete(sweep, tmp_path)
+    assert results.row_of(sweep, tmp_path).chosen == runs[:-1] and not results.is_complete(sweep, tmp_path)
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs, other_rate])
-    assert results.counted(sweep, tmp_path) == runs and results.is_complete(sweep, tmp_path)
+    assert results.row_of(sweep, tmp_path).chosen == runs and results.is_complete(sweep, tmp_path)
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning[:-1], *runs])
     assert not results.is_complete(sweep, tmp_path)
 
@@ -141,8 +141,13 @@ def test_the_command_repeats_nothing_and_refuses_runs_of_another_command(tmp_pat
     assert "0 models to pre-train, 2 of 2 sweeps with up to 8 runs: about" in said
     assert "4 runs count; failed: none" in said and re.search(r"\| lora \| 0\.\d+ \(", said)
     runs = json.loads((tmp_path / "lab" / "results.json").read_text())
-    assert [(run["arm"], run["seed"]) for run in runs] == [("lora", 1), ("lora", 2), ("pissa", 1), ("pissa", 2)]
-    assert all(run["lr"] in (5e-4, 1e-3, 2e-3) and 0 <= run["scores"]["test"] <= 1 for run in runs)
+    counting = [(run["arm"], run["seed"]) for run in runs if run["counts"]]
+    assert counting == [("lora", 1), ("lora", 2), ("pissa", 1), ("pissa", 2)]
+    assert [run["seed"] for run in runs if not run["counts"]] == 4 * [*grid.TUNE_SEEDS]
+    rates = {rate for two in two_rates.values() for rate in two}
+    assert all(
+        run["lr"] in rates and 0 <= run["scores"]["dev"] <= 1 and 0 <= run["scores"]["test"] <= 1 for run in runs
+    )
     assert json.loads((tmp_path / "lab" / "inherited.json").read_text())["bert-built-in"]["accuracy"] > 0.9
     assert command.main() == 0 and "0 of 2 sweeps with up to 0 runs" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*words, "--report"])

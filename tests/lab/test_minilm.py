@@ -142,7 +142,7 @@ def test_the_command_reports_the_chosen_tasks_and_repeats_nothing(glue, tmp_path
     assert {(run["task"], run["arm"]) for run in runs} == {
         (task, arm) for task in ("stsb-scores", "cola") for arm in one
     }
-    assert all(run["scores"].keys() == {"test", "other"} for run in runs)
+    assert all(run["scores"].keys() == {"dev", "test", "other"} for run in runs)
     assert command.main() == 0 and "0 of 4 sweeps with up to 0 runs" in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*words, "--report"])
     assert command.main() == 0 and "4 runs count" in capsys.readouterr().out

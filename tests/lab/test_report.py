@@ -26,13 +26,12 @@ def made_up_runs() -> list[dict]:
                 scores |= {"forgotten": 0.01, "KL": None if sweep.arm.name == "full" else 0.01 + test**2 / 10}
                 scores |= {"loss on wrong answers": 0.5, "typical error": 0.3 - test / 5}
             run = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
-            runs.append(
-                run | {"arm": sweep.arm.name, "factor": sweep.factor, "lr": 1e-3, "seed": seed, "scores": scores}
-            )
+            run |= {"arm": sweep.arm.name, "factor": sweep.factor, "lr": 1e-3, "seed": seed}
+            runs.append(run | {"counts": True, "scores": scores})
     return runs
 
 
-CELL = {"task": "bert", "pretraining": "clean", "finetuning": "clean", "factor": 1}
+CELL = {"task": "bert", "pretraining": "clean", "finetuning": "clean", "factor": 1, "lr": 1e-3, "counts": True}
 
 
 def test_the_table_has_means_paired_differences_and_counts():
