@@ -10,17 +10,18 @@ gradient of h is needed, and the chain rule gives it as soon as z is computed:
 
     ∂ℓ/∂h = Wᵀ ∂ℓ/∂z          So a block of rows multiplies by W twice, and its logits can be dropped at once.
 
-With f = softmax(z), f_T = softmax(z/T), p_T = softmax(z_P/T) and ∂ log f_j / ∂z_i = [i = j] − f_i, by hand:
+With f = softmax(z), E its entropy, f_T = softmax(z/T), p_T = softmax(z_P/T), ∂ log f_j / ∂z_i = [i = j] − f_i, by hand:
 
     cross-entropy     ℓ = −log f_y                             ∂ℓ/∂z = f − e_y
     consistency       ℓ = T² Σ_i p_T,i (log p_T,i − log f_T,i)  ∂ℓ/∂z = T (f_T − p_T)
-    diversity         ℓ = Σ_i f_i log f_i = −H                  ∂ℓ/∂z = f ⊙ (log f + H)
+    diversity         ℓ = Σ_i f_i log f_i = −E                  ∂ℓ/∂z = f ⊙ (log f + E)
     ... of the top K  the same over the K largest z_i           the same, 0 elsewhere
     non-target KL     consistency at T = 1, entry y left out    f̃ − p̃, exactly 0 at y
 
-The spectral term φ = −s/t, s = Σ_{i≤k} σ_i, t = ‖Z‖, is of all rows together: Z = H Wᵀ = U Σ Vᵀ. With G = WᵀW (d, d),
-computed once, S = Z Zᵀ = H G Hᵀ = U Σ² Uᵀ is only (M, M). By hand ∂σ_i/∂Z = u_i v_iᵀ, so ∂σ_i/∂H = u_i v_iᵀ W; and
-H G = Z W = U Σ Vᵀ W, so u_iᵀ H G = σ_i v_iᵀ W. Together ∂σ_i/∂H = (u_i u_iᵀ / σ_i) H G, and
+The spectral term φ = −s/t, s = Σ_{i≤k} σ_i, t = ‖Z‖, is of all rows together. Their states are H (M, d), so
+Z = H Wᵀ = U Σ Vᵀ. With G = WᵀW (d, d), computed once, S = Z Zᵀ = H G Hᵀ = U Σ² Uᵀ is only (M, M). By hand
+∂σ_i/∂Z = u_i v_iᵀ, so ∂σ_i/∂H = u_i v_iᵀ W; and H G = Z W = U Σ Vᵀ W, so u_iᵀ H G = σ_i v_iᵀ W. Together
+∂σ_i/∂H = (u_i u_iᵀ / σ_i) H G, and
 
     ∂s/∂H = C H G, C = Σ_{i≤k} u_i u_iᵀ / σ_i                ∂φ/∂H = −(∂s/∂H + φ ∂t/∂H) / t
     ∂t/∂H = S^(−½) H G for t = Σ σ_i = tr S^½ (nuclear), H G / t for t² = Σ σ_i² = tr S (Frobenius)

@@ -189,7 +189,7 @@ def adapt(
     targets: last parts of names ("q_proj") or dotted suffixes ("mlp.up_proj"); None means every linear but the heads.
     progress wraps the list of names, for instance `tqdm`, because the SVDs of a large model take minutes.
     factors(name, weight (n, m)) returns A (m, r) and B (r, n) of that layer; None means those of `init`.
-    Queries, keys and values of nn.MultiheadAttention are no linears of their own, so they stay as they are.
+    Queries, keys and values of nn.MultiheadAttention are not linears of their own, so they stay as they are.
     Raises ValueError, with the model unchanged, if the model is adapted already, if a target matches no linear, if two
     linears share a weight, if factors have other shapes, or if `LowRankLinear.from_linear` refuses a layer.
     """

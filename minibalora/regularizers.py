@@ -7,7 +7,7 @@ returns the scalar that is *minimised*, sign included. The teacher is the pre-tr
 
 A logit of −∞ is a masked entry: KL and entropy leave it out (0 log 0 = 0). The functions raise ValueError for settings
 out of range and for logits that are not two-dimensional, have no row, or differ in shape from the teacher's. On a CPU,
-outside torch.compile and vmap, they also refuse targets that are no columns, and masked entries in other terms.
+outside torch.compile and vmap, they also refuse targets that no column has, and masked entries in other terms.
 
 BA-LoRA: arXiv 2408.04556; "2024" means versions 1 to 5, "iclr2026" the ICLR 2026 version.
 Non-target KL: arXiv 2605.29498.

@@ -14,8 +14,8 @@ def truncate(model: nn.Module, rank: int) -> float:
     """Replace every ΔW in place by its best approximation of at most this rank (Eckart and Young).
 
     Returns the loss over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius norm); 0 if nothing was learned. The teacher
-    stays the pre-trained model. Raises ValueError if the rank is no integer of at least 1, if nothing is adapted, or if
-    the model is quantised, because A₀ and B₀ are then a part of the pre-trained model.
+    stays the pre-trained model. Raises ValueError if the rank is not an integer of at least 1, if nothing is adapted,
+    or if the model is quantised, because A₀ and B₀ are then a part of the pre-trained model.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:
@@ -38,7 +38,7 @@ def best_factors(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor
 
     Returns factors (m, r) and (r, n) in float32, r = min(rank, R, m, n), and all singular values of the product; those
     after the first r are lost. After a QR of both factors, the SVD is one of an R x R matrix. Raises ValueError if the
-    rank is no integer of at least 1.
+    rank is not an integer of at least 1.
     """
     if not (hasattr(rank, "__index__") and rank >= 1):
         raise ValueError(f"rank is {rank!r}: give an integer from 1 up")

@@ -14,7 +14,7 @@ A training loop calls three functions in every step, whatever the model; they do
     after_step(model, step + 1, steps)     # AdaLoRA's importance and budget, DeltaLoRA's snapshot
     optimizer.zero_grad()
 
-To resume, restore the trained parameters and `untrained_state(model)`. Three variants are no layers: rsLoRA
+To resume, restore the trained parameters and `untrained_state(model)`. Three variants are not layers: rsLoRA
 (`rslora_alpha`), LoRA+ (`lora_plus`), and OLoRA, which is `adapt(..., init="olora")`.
 """
 
@@ -333,7 +333,7 @@ def fold(model: nn.Module) -> nn.Module:
     Raises ValueError for DoRA, whose change has full rank.
     """
     if _layers(model, DoRALinear):
-        raise ValueError("DoRA's change in the weights has full rank, so it is no LoRA: merge it, or save it as DoRA")
+        raise ValueError("DoRA's change has full rank, so it is not a LoRA: merge it, or save it as DoRA")
     for _, layer in adapted_layers(model):
         if hasattr(layer, "extras"):
             _make_plain(layer, *layer.update(), layer.scaling)

@@ -84,8 +84,8 @@ def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
     if ".lora_embedding_" in name:
         raise InputError(f"{file}: {name}: a LoRA of an embedding is not implemented: merge the adapter in PEFT")
     if (".lora_" in name or ".hada_" in name) and not FACTOR.fullmatch(name):
-        raise InputError(f"{file}: {name} is no factor of LoRA, DoRA, AdaLoRA or LoHa of a linear layer, and nothing "
-                         "else is implemented: merge the adapter in PEFT")  # fmt: skip
+        raise InputError(f"{file}: {name} is not a factor of LoRA, DoRA, AdaLoRA or LoHa of a linear layer, and "
+                         "nothing else is implemented: merge the adapter in PEFT")  # fmt: skip
     if tensor.numel() == 0 and tensor.ndim < 2:  # AdaLoRA may leave a layer rank 0
         raise InputError(f"{file}: {name} is empty, as DeepSpeed ZeRO-3 saves weights that it has not gathered: save "
                          "the adapter again with stage3_gather_16bit_weights_on_model_save, or run zero_to_fp32.py on "

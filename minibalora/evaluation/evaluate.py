@@ -188,7 +188,7 @@ def parse_flags() -> argparse.Namespace:
         "exact compares numbers exactly, rounded as BA-LoRA's published scripts do (default: steps-exact)")  # fmt: skip
     add("--gold", action="store_true", help="judge the file's own solutions, without a model: all should be right")
     add("--completions", metavar="FILE", type=cli.path, help="judge the completions in this JSON Lines file, without "
-        "a model; rows have completion and, unless they are one per problem and in order, task_id")  # fmt: skip
+        "a model; rows have completion and, unless they are one per problem and in order, item or task_id")  # fmt: skip
     add_template_flags(parser.add_argument_group("template"), f"{DEFAULT}; raw: humaneval's and mbpp's as published")
     add_decoding_flags(parser)
     add = parser.add_argument_group("samples and programs").add_argument

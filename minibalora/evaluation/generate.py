@@ -94,7 +94,7 @@ def add_model_flags(parser: ArgumentParser) -> None:
 def add_decoding_flags(parser: ArgumentParser) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--max-new-tokens", type=cli.positive_int, metavar="N", help="most tokens of an answer (default: 512; "
-        "1024 with --task math)")  # fmt: skip
+        "evaluate: 1024 with --task math or mt-bench, or a rounded --protocol)")  # fmt: skip
     add("--temperature", type=cli.rate, metavar="T", help="divide the logits by T; 0: always take the most "
         "likely token (default: 0)")  # fmt: skip
     add("--top-p", type=cli.number("a number above 0, up to 1", lambda value: 0 < value <= 1), metavar="P",

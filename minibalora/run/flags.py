@@ -78,16 +78,15 @@ def nlg_parser() -> argparse.ArgumentParser:
     add("--model", metavar="DIR", type=folder, help="checkpoint folder: config.json, tokenizer.json, *.safetensors")
     add("--data", metavar="PATH", type=path_text, help="rows to train on: JSON Lines, a JSON array, Parquet, or .gz; a "
         "file, a folder, or a pattern of shards in quotes; the fields are recognised (see README)")  # fmt: skip
-    add(
-        "--eval", metavar="FILE", type=path_text, help="held-out rows, scored before and after training (default: none)"
-    )
+    add("--eval", metavar="FILE", type=path_text, help="held-out rows: the loss on their responses and, where they "
+        "have a final answer, the exact match, before and after training (default: none)")  # fmt: skip
     add("--eval-task", choices=("gsm8k", "math"), help="ask and judge the rows of --eval as `evaluate --task` does")
     add("--retain", metavar="FILE", type=path_text, nargs="+", help="texts, or prompts and responses, to measure "
         "forgetting: the loss before and after training and, of an adapter, KL(pre-trained ‖ tuned)")  # fmt: skip
     add("--retain-every", type=positive_int, metavar="N", help="measure --retain also every N steps, for log.jsonl")
     add("--prompt-field", metavar="NAME", help="field of the prompt (default: recognised)")
-    add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input and context; "
-        "'': none)")  # fmt: skip
+    add("--input-field", metavar="NAME", help="field of the text that the prompt is about (default: input, context, "
+        "article, passage, document, story, question; '': none)")  # fmt: skip
     add("--response-field", metavar="NAME", help="field of the response (default: recognised)")
     add_template_flags(group, "chat if the first row of --data is a conversation and the model has a chat template, "
                        "else alpaca")  # fmt: skip
@@ -135,8 +134,8 @@ def nlu_parser() -> argparse.ArgumentParser:
         "train-*.parquet and validation-*.parquet); or a TSV, JSON Lines or Parquet file, or a pattern of shards in "
         "quotes")  # fmt: skip
     add("--task", choices=(*TASKS, "custom"), help="GLUE task, which names columns and labels; needed with --model")
-    add("--eval", metavar="FILE", type=path_text, nargs="+", help="more rows to score before and after training; where "
-        "--data is a file, the first one selects the best epoch")  # fmt: skip
+    add("--eval", metavar="FILE", type=path_text, nargs="+", help="rows to score before and after training, besides "
+        "a GLUE folder's dev set; needed where --data is a file: the first one selects the best epoch")  # fmt: skip
     add("--as-text", action="store_true", help='T5 only: ask in words, "sst2 sentence: ...", and score the words of '
         'the classes, "positive", with the model\'s own head instead of a new one')  # fmt: skip
     add("--text-field", metavar="NAME", nargs="+", help="with --task custom: field of the text; two for a pair")
@@ -202,8 +201,8 @@ def _add_method_flags(
     add("--temperature", type=positive_rate, metavar="T", help=f"T of the consistency term {published['temperature']}")
     add("--adaptive-lambda1", action="store_true", default=None, help="let the teacher's entropy scale lambda1 "
         "(iclr2026's option)")  # fmt: skip
-    add("--non-target-kl", type=rate, metavar="WEIGHT", default=0.0, help='weight of "Mask the Target", arXiv '
-        "2605.29498 (default: 0)")  # fmt: skip
+    add("--non-target-kl", type=rate, metavar="WEIGHT", default=0.0, help="weight of the KL to the teacher "
+        'with the right answer left out ("Mask the Target", arXiv 2605.29498; default: 0)')  # fmt: skip
     return add
 
 

@@ -31,8 +31,9 @@ WITHOUT = {  # method -> flags that it can't have, and why
 
 def add_method_flags(add: Callable, recipes: dict[str, Objective]) -> None:
     """Add --method, its settings, and --recipe. add: a group's add_argument."""
-    add("--method", choices=METHODS, default="ba-lora", help="adapter and its start. full: none, all weights train; "
-        "ba-lora: pissa with a recipe; the others are in minibalora/variants.py (default: ba-lora)")  # fmt: skip
+    add("--method", choices=METHODS, default="ba-lora", help="adapter and its start. full: none, all weights train "
+        "but a mixture's routers; ba-lora: pissa with a recipe; lora, pissa, olora: minibalora/lowrank.py; the others: "
+        "minibalora/variants.py (default: ba-lora)")  # fmt: skip
     add("--method-settings", nargs="+", metavar="NAME=VALUE", help="adalora: target (average rank at the end; default: "
         "2/3 of --rank), warm and final (shares of the steps before and after the ranks fall; 0.1, 0.5), every (steps "
         "between two cuts; 10), orthogonality (weight of its penalty; 0.5). dylora: frozen (true: of the drawn rank, "
