@@ -96,7 +96,8 @@ def main() -> int:
     if not output.resume:
         distributed.on_main(run_folder.start_run, out, recorded)
     left_out = {"responses cut": truncated, "rows too long": dropped} | left_out
-    data = [batches.in_words(rows, source.data and files.named(source.data)), prompts.counts_in_words(left_out)]
+    data = [batches.in_words(rows, source.data and files.named(source.data))]
+    data.append(f"{prompts.counts_in_words(left_out)}, of at most {source.max_rows:,} rows (--max-rows)")
     data.append(f"template {template}")
     data += [f"retain {batches.in_words(texts, name)}" for name, texts in retained.items()]
     if any(held_out.left_out.values()):

@@ -44,24 +44,30 @@ class LowRankLinear(nn.Module):
         self.B0 = _frozen(B.clone()) if keep_initial else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int, alpha: float | None = None, init: str = "pissa"):
+    def from_linear(
+        cls, linear: nn.Linear, rank: int, alpha: float | None = None, init: str = "pissa"
+    ) -> "LowRankLinear":
         """Wrap `linear` on its device. alpha=None means alpha = rank; init: see `factors_of`. Raises ValueError for
-        a rank outside 1..min(m, n), an alpha that is not positive, an unknown init, or a layer that is not a plain
-        nn.Linear."""
+        a rank outside 1..min(m, n), an alpha that is not positive, an unknown init, a layer that is not a plain
+        nn.Linear, and a weight that is not of a common float type, is on the meta device, or has infinite numbers."""
         _check(linear, rank, alpha)
         scaling = (rank if alpha is None else alpha) / rank
         return cls(linear, *factors_of(init)(linear.weight, rank, scaling), scaling, keep_initial=init != "lora")
 
     def forward(self, x: Tensor) -> Tensor:
         A, B, A0, B0, s = self.A, self.B, self.A0, self.B0, self.scaling
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        y = F.linear(x, self.pretrained_weight(x.dtype), bias)  # X W
+        y = self.pretrained_output(x)
         if self.is_teacher:
             return y
         if A0 is None:
             return y + s * (x @ A.to(x.dtype)) @ B.to(x.dtype)
         dA, dB = (A - A0).to(x.dtype), (B - B0).to(x.dtype)  # subtract in float32, then cast
         return y + s * ((x @ dA) @ B.to(x.dtype) + (x @ A0.to(x.dtype)) @ dB)
+
+    def pretrained_output(self, x: Tensor) -> Tensor:
+        """Return X W + bias (..., n), the teacher's output."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.pretrained_weight(x.dtype), bias)
 
     def pretrained_weight(self, dtype: torch.dtype) -> Tensor:
         """Return W (n, m) in `dtype`. `nf4.quantize` replaces W by a module that holds W_res in four bits.

@@ -108,7 +108,8 @@ def nlg_loss(
     student, teacher: (M, V) logits of predicted response tokens; targets: (M,) these tokens. teacher may be None if
     `objective.needs_teacher` is false. The spectral term is not additive over rows: as in the paper's code, it is
     computed for each micro-batch and averaged over the step, weighted by rows. Cutting a step into other micro-batches
-    changes no other term. Raises ValueError for a row without a target, or for a consistency of unit rows.
+    changes no other term. Raises ValueError for a row without a target, for a teacher that is missing or of another
+    shape, or for a consistency of unit rows.
     """
     _check_kl(objective)
     R.check_targets(student, targets)
@@ -140,7 +141,8 @@ def nlu_loss(
     projection of the pre-trained features. Consistency then keeps the student near these features as seen through the
     projection, not near a prediction: drawn with std 0.02, these logits are small (softmax of the built-in BERT's has
     0.999 of the largest entropy), so the KL mostly asks for even answers. The paper does the same; `--teacher folder`
-    takes a fine-tuned model instead. `run/term_warnings.py` has the warnings of a run's plan.
+    takes a fine-tuned model instead. `run/term_warnings.py` has the warnings of a run's plan. Raises ValueError for a
+    label that is not a column, and for a teacher that is missing or of another shape.
     """
     if student.shape[1] == 1:
         return _regression_loss(student, teacher, labels, weights["consistency"])

@@ -15,7 +15,7 @@ def truncate(model: nn.Module, rank: int) -> float:
 
     Returns the loss over all layers, ‖ΔW − ΔW_rank‖ / ‖ΔW‖ (Frobenius norm); 0 if nothing was learned. The teacher
     stays the pre-trained model. Raises ValueError if the rank is not an integer of at least 1, if nothing is adapted,
-    or if the model is quantised, because A₀ and B₀ are then a part of the pre-trained model.
+    if the model is quantised, because A₀ and B₀ are then a part of the pre-trained model, or for a variant of LoRA.
     """
     layers = [layer for _, layer in adapted_layers(model)]
     if not layers:

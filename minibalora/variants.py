@@ -21,7 +21,6 @@ To resume, restore the trained parameters and `untrained_state(model)`. Three va
 import random
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 if __package__:
@@ -173,7 +172,7 @@ class LoHaLinear(LowRankLinear):
         if self.is_teacher:
             return super().forward(x)
         change = self.scaling * (self.A @ self.B) * (self.A2 @ self.B2)
-        return F.linear(x, self.pretrained_weight(x.dtype), self.bias) + x @ change.to(x.dtype)
+        return self.pretrained_output(x) + x @ change.to(x.dtype)
 
     def update(self) -> tuple[Tensor, Tensor]:
         left = self.A[:, :, None] * self.A2[:, None, :]  # (m, r, r)
@@ -375,8 +374,7 @@ def lora_plus(model: nn.Module, lr: float, ratio: float = 16.0) -> list[dict]:
 def _added(layer: LowRankLinear, x: Tensor) -> Tensor:
     """Return X W + s (X L) R + bias with L and R of `trained_update`."""
     left, right = layer.trained_update()
-    y = F.linear(x, layer.pretrained_weight(x.dtype), layer.bias)
-    return y + layer.scaling * (x @ left.to(x.dtype)) @ right.to(x.dtype)
+    return layer.pretrained_output(x) + layer.scaling * (x @ left.to(x.dtype)) @ right.to(x.dtype)
 
 
 def _layers(model: nn.Module, kind: type) -> list:

@@ -82,6 +82,7 @@ FLAGS = [
     (["--teacher-cache", ""], ["--teacher-cache", "empty"]),
     (["--teacher-cache", "data.jsonl/cache"], ["--teacher-cache", "data.jsonl/cache"]),
     (["--teacher-cache", "cache", "--method", "pissa"], ["--teacher-cache", "--method pissa", "--non-target-kl"]),
+    (["--teacher-cache", "cache", "--lambda1", "0"], ["--teacher-cache", "--lambda1 0"]),
     (["--quantize", "nf4", "--compile"], ["--compile", "--quantize"]),
     (["--quantize", "int8"], ["--quantize", "int8", "nf4"]),
     (["--quantize", "nf4", "--method", "full"], ["--quantize", "--method full"]),

@@ -8,6 +8,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import GOLDEN, distance, golden_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -112,6 +113,14 @@ def test_weight_delta_and_merge_agree_with_the_forward_pass(variant, init):
     assert distance(model(x), expected) < 1e-5
     assert {name for name, _ in model.named_parameters()} == plain
     assert not vars(model.up_proj).keys() - vars(nn.Linear(1, 1)).keys()  # nothing of the variant is left
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_input_may_have_another_dtype_than_the_base_with_its_bias(variant):
+    base = nn.Sequential(nn.Linear(9, 7)).bfloat16()
+    layer, x = use(adapt(copy.deepcopy(base), 3, init="lora", targets="0"), variant), torch.randn(5, 9)
+    exact = F.linear(x, base[0].weight.float(), base[0].bias.float())
+    assert distance(layer(x), exact) < 1e-5  # as it starts from the base; DoRA rounds when it divides by norms
 
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "dora"])

@@ -155,7 +155,7 @@ def add_hardware_flags(add: Callable) -> None:
     """Add --device and --dtype with a group's `add_argument`; `settle_hardware` fills in their defaults."""
     add("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     add("--dtype", choices=("float32", "bfloat16"), help="dtype of weights and activations (default: bfloat16 on GPUs, "
-        "float32 on CPUs)")  # fmt: skip
+        "float32 on CPUs); what an adapter trains is always float32")  # fmt: skip
 
 
 def settle_hardware(args: argparse.Namespace) -> None:

@@ -36,13 +36,15 @@ def save_model(
     `weights.skeleton`, each tensor is read just before it is written, so little more than a shard is ever in memory.
     Config and tokenizer files are copied from `model.checkpoint.folder`. label_names: the names of a classifier's
     columns for its config (None: the source's). progress wraps the list of shards, for instance `tqdm`.
-    Raises InputError if `folder` holds other weight files or is the source.
+    Raises InputError if `folder` holds other weight files or is the source, or if adapted weights are quantised.
     """
     folder, source = Path(folder), model.checkpoint.folder
     if folder.resolve() == source.resolve():
         raise InputError(
             f"{folder}: is the model's own folder, whose weights would be overwritten: give another folder"
         )
+    if any(isinstance(layer.W, nn.Module) for _, layer in adapted_layers(model)):
+        raise InputError("the model is quantised: save its adapter, or call merge first")
     tensors = _checkpoint_tensors(model)
     shards = _shards(tensors)
     files = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]

@@ -42,7 +42,7 @@ def answers(
             parts.append((part or model)(*inputs).float().cpu())
     logits = torch.cat(parts)[torch.tensor(order).argsort()]
     if not logits.isfinite().all():
-        raise InputError("the model's answers are not finite: lower --lr, or use --dtype float32")
+        raise InputError("the model's answers are not finite: use --dtype float32, or train with a lower --lr")
     return logits
 
 

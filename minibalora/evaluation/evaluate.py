@@ -200,6 +200,7 @@ def parse_flags() -> argparse.Namespace:
     add_judge_flags(parser)
     args = parser.parse_args()
     flags = {name for name, value in vars(args).items() if value is not None and value is not False}
+    flags -= {"model"} if args.model == parser.get_default("model") else set()
     refuse_contradictions(args.task, flags)
     benchmark = benchmark_of(args.task, args.protocol)
     args = parse(
@@ -245,7 +246,8 @@ def refuse_contradictions(task: str, flags: set[str]) -> None:
     unused |= set() if task == "gsm8k" else {"protocol"}
     where = f"--task {task}"
     if "gold" in flags or "completions" in flags:
-        unused, where = unused | decoding | {"adapter", "template"}, "--gold" if "gold" in flags else "--completions"
+        unused |= {"model", "adapter", "template", "device", "dtype", *decoding}
+        where = "--gold" if "gold" in flags else "--completions"
     if "gold" in flags:
         unused |= {"samples", "k", "protocol"}  # solutions end in "####", which the rounded protocols do not read
     for name in sorted(unused & flags):

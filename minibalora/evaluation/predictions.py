@@ -62,10 +62,15 @@ def main() -> int:
     recorded = recorded_settings(args.adapter or args.model)
     if adapter is None and args.model.name == "model":  # where train_nlu.py --method full saves
         recorded = recorded or recorded_settings(args.model.parent)
+    if args.task and recorded.get("task") in TASKS.keys() - {args.task}:
+        raise InputError(f"--task {args.task}: run.json names the task {recorded['task']}: leave --task out")
     if args.task:
         recorded |= {"task": args.task}
     classifier = load_classifier(args.model, adapter, recorded, args.dtype, args.device)
     columns = [tuple(args.text_field)] if args.text_field else columns_of(classifier.task)
+    if args.text_field and classifier.task and len(args.text_field) != len(columns_of(classifier.task)[0]):
+        raise InputError(f"--text-field names {len(args.text_field)} columns, but {classifier.task.name} has "
+                         f"{len(columns_of(classifier.task)[0])} texts: give as many")  # fmt: skip
     longest = classifier.model.config.max_position_embeddings or 128
     length = args.max_length or recorded.get("max_length") or min(128, longest)
     if args.glue_submission is not None:

@@ -246,9 +246,7 @@ def _add_optimisation_flags(
 def _add_hardware_flags(parser: argparse.ArgumentParser) -> Callable:
     """Add the group. Returns its add_argument."""
     add = parser.add_argument_group("hardware").add_argument
-    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
-    add("--dtype", choices=("float32", "bfloat16"), help="type of weights and activations (default: bfloat16 on a GPU, "
-        "float32 on a CPU); A and B are always float32")  # fmt: skip
+    cli.add_hardware_flags(add)
     add("--tf32", action="store_true", help="on a GPU, multiply float32 matrices in TF32: several times faster, with "
         "10 bits of mantissa instead of 23")  # fmt: skip
     add("--grad-checkpoint", action="store_true", help="recompute blocks in the backward pass: less memory, slower")
@@ -360,9 +358,9 @@ def _refuse_text_contradictions(flags: dict) -> None:
     if flags["quantize"] and flags["adapter_rank"]:
         raise InputError("--adapter-rank does not go with --quantize: leave it out, and give it to python -m "
                          "minibalora export after training")  # fmt: skip
-    if flags["teacher_cache"] and not flags["recipe"] and flags["non_target_kl"] == 0:
-        raise InputError(f"--teacher-cache has no meaning with --method {flags['method']} without --recipe or "
-                         "--non-target-kl, which has no teacher: leave it out")  # fmt: skip
+    if flags["teacher_cache"] and flags["non_target_kl"] == 0 and (not flags["recipe"] or flags["lambda1"] == 0):
+        raise InputError("--teacher-cache has no meaning where no term has a teacher, as with --method "
+                         f"{flags['method']} without --recipe or --non-target-kl, or with --lambda1 0: leave it out")  # fmt: skip
 
 
 def _refuse_without_shards(flags: dict) -> None:

@@ -71,7 +71,7 @@ class Run:
         self.model, self.optimizer, self.last_step = model, optimizer, steps
         self.resumed, self.step = resumed, resumed or 0
         self.parameters = list(trained_parameters(model).values())
-        self.is_mixed = not adapted_layers(model) and hardware.dtype != torch.float32
+        self.is_mixed = is_mixed(model, hardware)
         self.signal = self._received = 0
         self.entry = {}  # the line for log.jsonl, to which a script may add after `update`
 
@@ -218,6 +218,12 @@ def optimizer_of(model: nn.Module, rate_of_b: float = 1.0) -> torch.optim.AdamW:
     trained = trained_parameters(model).values()
     groups = trained if rate_of_b == 1 else variants.lora_plus(model, 0.0, rate_of_b)
     return torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+
+
+def is_mixed(model: nn.Module, hardware: Hardware) -> bool:
+    """Return whether the weights are in float32 and products are not: where all weights train, AdamW's small steps
+    would be lost in bfloat16."""
+    return not adapted_layers(model) and hardware.dtype != torch.float32
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:

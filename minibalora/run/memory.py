@@ -19,12 +19,12 @@ from torch.utils.checkpoint import checkpoint
 
 from minibalora.data.batches import Packed
 from minibalora.lean_product import factors_kept
-from minibalora.lowrank import adapted_layers, pretrained
+from minibalora.lowrank import pretrained
 from minibalora.models import blocks_of
 from minibalora.models.mixture import keep_router_outputs, load_balance
 from minibalora.objective import Objective, head_of, lambdas, nlu_loss
 from minibalora.run.empty_tensors import DEVICE, backward, empty_copy, without_numbers
-from minibalora.run.loop import optimizer_of
+from minibalora.run.loop import is_mixed, optimizer_of
 from minibalora.run.settings import Hardware
 
 GATHERED = 3  # blocks that FSDP2 holds whole: the current one, the next one, and the buffer that receives it
@@ -110,10 +110,9 @@ def empty_run(
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()  # allocates the moments
     optimizer.zero_grad()
-    is_mixed = not adapted_layers(model) and hardware.dtype != torch.float32
 
     def mixed_loss() -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", hardware.dtype, is_mixed):
+        with torch.autocast("cpu", hardware.dtype, is_mixed(model, hardware)):
             return loss()
 
     return twin, optimizer, mixed_loss

@@ -23,7 +23,7 @@ from minibalora.objective import NLG_RECIPES, Objective, head_of, lambdas
 from minibalora.run.adapting import empty_factors
 from minibalora.run.cache import Cache
 from minibalora.run.hardware import fit_hardware
-from minibalora.run.loop import optimizer_of
+from minibalora.run.loop import is_mixed, optimizer_of
 from minibalora.run.methods import SETTINGS, STARTS
 from minibalora.run.settings import Hardware
 from minibalora.run.teacher import open_cache, teacher_states
@@ -181,8 +181,7 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     head, objective = head_of(model, is_plain=contender.form == "plain"), contender.objective
     weights, steps = lambdas(objective, STEPS // 2, STEPS), load.warmup + load.rounds
-    device, dtype = load.hardware.device, load.hardware.dtype
-    is_mixed = contender.method == "full" and dtype != torch.float32
+    device = load.hardware.device
 
     def inputs(index: int) -> tuple[Packed, torch.Tensor | None]:
         rows = rows_of_step(load.config.vocab_size, index, load.rows)
@@ -193,7 +192,7 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
         variants.before_step(model, index, seed=0)
         with factors_kept(model):
             batch, teacher = inputs(index)
-            with torch.autocast(device.type, dtype, is_mixed):
+            with torch.autocast(device.type, load.hardware.dtype, is_mixed(model, load.hardware)):
                 loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
             loss.backward()
         variants.add_penalty(model)

@@ -74,8 +74,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 def pretraining_loss(model: Decoder, rows: list[Row]) -> torch.Tensor:
     """Return the mean cross-entropy of all tokens except each row's first, prompts included."""
     batch = pack(whole_text(rows), model.embedding.weight.device)
-    states = model.packed(batch.input_ids, batch.lengths, batch.wanted, batch.shared)
-    return F.cross_entropy(model.head(states), batch.targets)
+    return F.cross_entropy(model.head(batch.states(model)), batch.targets)
 
 
 def train(model: nn.Module, loss_of: Callable, rows: list, steps: int, peak: float, out: Path) -> None:

@@ -18,6 +18,7 @@ from minibalora.checkpoints import merged as checkpoint_io
 from minibalora.checkpoints.families import read_family
 from minibalora.checkpoints.weights import skeleton
 from minibalora.lowrank import adapted_layers
+from minibalora.nf4 import quantize
 
 EXPECTED = load_file(GOLDEN / "llama3" / "expected.safetensors")
 IDS, REAL = EXPECTED["input_ids"], EXPECTED["attention_mask"].bool()
@@ -75,6 +76,15 @@ def test_a_saved_classifier_says_so_in_its_config_and_loads_again(name, tmp_path
     assert config["label2id"] == {label: index for index, label in enumerate(names)}
     mb.save_model(mb.load_model(tmp_path, head="classifier"), tmp_path / "again")
     assert json.loads((tmp_path / "again" / "config.json").read_text()) == config
+
+
+def test_a_quantised_model_is_not_saved_before_it_is_merged(tmp_path, refuses):
+    model = adapted("pissa")
+    for _, layer in adapted_layers(model):
+        quantize(layer)
+    refuses(lambda: mb.save_model(model, tmp_path / "out"), "is quantised: save its adapter, or call merge first")
+    assert not (tmp_path / "out").exists()
+    mb.save_model(mb.merge(model), tmp_path / "out")
 
 
 def test_saving_gpt2_gives_its_transposed_bits_back(tmp_path):

@@ -440,6 +440,8 @@ def test_a_problem_beyond_the_models_context_is_refused_by_its_line(run, problem
         (("--task", "gsm8k", "--gold", "--completions", "x"), "leave one out"),
         (("--task", "gsm8k", "--gold", "--adapter", "x"), "--adapter has no meaning with --gold"),
         (("--task", "gsm8k", "--gold", "--temperature", "1"), "--temperature has no meaning with --gold"),
+        (("--task", "gsm8k", "--gold", "--dtype", "float32"), "--dtype has no meaning with --gold"),
+        (("--task", "gsm8k", "--completions", "x", "--model", "."), "--model has no meaning with"),
         (("--task", "gsm8k", "--timeout", "1"), "--timeout has no meaning"),
         (("--task", "text", "--batch-size", "2"), "--batch-size has no meaning"),
         (("--task", "text", "--k", "1"), "--k has no meaning"),

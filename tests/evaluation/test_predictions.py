@@ -271,6 +271,16 @@ def test_bad_input_is_one_line(run, adapters, tmp_path, monkeypatch, flags, stdi
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
+@pytest.mark.parametrize("flags, words", [
+    (("--text-field", "a"), "--text-field names 1 columns, but mnli has 2 texts"),
+    (("--task", "rte"), "--task rte: run.json names the task mnli: leave --task out"),
+])  # fmt: skip
+def test_the_task_of_a_run_decides_what_a_row_has(run, adapters, flags, words):
+    folder = adapters(3, labels=["entailment", "neutral", "contradiction"], task="mnli")
+    status, out, error = run("--adapter", folder, *flags, stdin='{"a": "x"}\n')
+    assert status == 2 and out == "" and len(error.splitlines()) == 1 and words in error, error
+
+
 def test_a_language_models_adapter_is_refused(run, tmp_path):
     llama = BUILT_IN / "llama"
     model = mb.adapt(mb.load_model(llama), rank=2)
