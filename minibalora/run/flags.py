@@ -359,8 +359,9 @@ def _refuse_text_contradictions(flags: dict) -> None:
         raise InputError("--adapter-rank does not go with --quantize: leave it out, and give it to python -m "
                          "minibalora export after training")  # fmt: skip
     if flags["teacher_cache"] and flags["non_target_kl"] == 0 and (not flags["recipe"] or flags["lambda1"] == 0):
-        raise InputError("--teacher-cache has no meaning where no term has a teacher, as with --method "
-                         f"{flags['method']} without --recipe or --non-target-kl, or with --lambda1 0: leave it out")  # fmt: skip
+        raise InputError("--teacher-cache has no meaning where no term has a teacher, as with "
+                         f"--method {flags['method']} without --recipe or --non-target-kl, or with --lambda1 0: leave "
+                         "it out")  # fmt: skip
 
 
 def _refuse_without_shards(flags: dict) -> None:
