@@ -13,8 +13,7 @@ from minibalora.lab.grid import ROOT, Size, Sweep, Task, sweeps_of
 from minibalora.objective import NLU_RECIPES
 
 NAME = "MiniLM"
-BOTH = ((NAME, "clean"), (NAME, "wrong"))
-CELLS = {"stsb-scores": BOTH, "stsb-classes": ((NAME, "wrong"),), "mrpc": BOTH, "cola": BOTH, "rte": BOTH}
+CELLS = dict.fromkeys(("stsb-scores", "stsb-classes", "mrpc", "cola", "rte"), ((NAME, "clean"), (NAME, "wrong")))
 SIZE = Size(CELLS, ("lora", "pissa", "ba-lora iclr2026"), (1, 2, 3, 4))
 PISSA = (2.5e-4, 5e-4, 1e-3, 2e-3)
 FOUR_RATES = {"lora": (5e-4, 1e-3, 2e-3, 4e-3), "pissa": PISSA, "ba-lora": PISSA}
