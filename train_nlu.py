@@ -20,7 +20,7 @@ from minibalora.base.files import check_writable
 from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.weights import arrange_head, weights_digest
 from minibalora.data import as_text, batches, files, glue, labelled, prompts, sets
-from minibalora.evaluation import classify, records
+from minibalora.evaluation import class_scoring, records
 from minibalora.models.decoder import to_device
 from minibalora.models.mixture import MixtureConfig
 from minibalora.models.t5 import AsText
@@ -77,7 +77,7 @@ def main() -> int:
     stored = sets.stored_order(order, classes)
     recorded = settings.recorded | {
         "labels": [task.labels[index] for index in stored] if task.labels else [],  # in the order of the saved head
-        "teacher_digest": classify.teacher_digest(source.teacher),
+        "teacher_digest": class_scoring.teacher_digest(source.teacher),
         "data_digest": prompts.examples_digest(examples),
         "eval_digest": prompts.examples_digest(dev.examples),  # they choose the best epoch
         "model_digest": weights_digest(source.model),
@@ -87,7 +87,7 @@ def main() -> int:
     asked_at_once = 4 * optimisation.batch_size
     teacher = None  # logits (N, D) of all rows, from a fine-tuned model or, below, from the pre-trained one
     if objective.needs_teacher and source.teacher != "pretrained":
-        teacher = classify.fine_tuned_logits(source, task, examples, hardware, asked_at_once)
+        teacher = class_scoring.fine_tuned_logits(source, task, examples, hardware, asked_at_once)
     torch.manual_seed(seed)
     kind = ("lm", None) if source.as_text else ("classifier", classes)
     base = mb.load_model(source.model, *kind, torch.float32 if is_full else hardware.dtype, device)
@@ -116,7 +116,7 @@ def main() -> int:
     lines += [f"measured on {eval_set.in_words()}" for eval_set in eval_sets]
     lines += sets.head_in_words(base.checkpoint, order, task, seed)
     if teacher is not None:
-        lines.append(classify.teacher_in_words(source.teacher, teacher, rows, task))
+        lines.append(class_scoring.teacher_in_words(source.teacher, teacher, rows, task))
     terms, at_once = [nlu_formula(objective, classes)], min(optimisation.micro_batch_size, len(rows))
     has_random_teacher = teacher is None and len(base.checkpoint.new_modules) > 0
     terms += nlu_warnings(objective, classes, at_once, has_random_teacher)
@@ -124,8 +124,8 @@ def main() -> int:
 
     # Before the first step, the student is the pre-trained model, whatever the init.
     torch.backends.cuda.matmul.allow_tf32 = hardware.tf32  # only now: PiSSA's SVDs need every bit
-    answer = partial(classify.answers, model, batch_size=asked_at_once, device=device)
-    judge = partial(classify.scores_of_sets, answer, task, optimisation.batch_size)
+    answer = partial(class_scoring.answers, model, batch_size=asked_at_once, device=device)
+    judge = partial(class_scoring.scores_of_sets, answer, task, optimisation.batch_size)
     before = judge(eval_sets)
     features = [answer(dev.rows, part=model.features)] if output.features else []
     if objective.needs_teacher and teacher is None:
@@ -153,10 +153,10 @@ def main() -> int:
                 run.note(part, loss, terms)
             run.update()
             if run.step % batches.steps_per_epoch(len(rows), optimisation.batch_size) == 0 or run.step == steps:
-                score = classify.dev_metric(judge([dev])[dev.name], task)
+                score = class_scoring.dev_metric(judge([dev])[dev.name], task)
                 checkpoint.keep_best(out, base, run.step, score)
                 progress.say(f"step {run.step}: {' + '.join(task.metrics)} of {dev.name} {score:.4f}")
-                run.entry["dev"] = classify.finite(score)
+                run.entry["dev"] = class_scoring.finite(score)
     if run.signal:
         return run.say_end()
 
@@ -173,12 +173,12 @@ def main() -> int:
         mb.save_model(base, out / "model", recorded["labels"])
     else:
         mb.save_adapter(base, out)
-    classify.write_report(out, task, best_step, before, after)
+    class_scoring.write_report(out, task, best_step, before, after)
     if output.features:
         features.append(answer(dev.rows, part=model.features))
-        classify.save_features(output.features, *features, [row.label for row in dev.rows], task.labels or ())
+        class_scoring.save_features(output.features, *features, [row.label for row in dev.rows], task.labels or ())
     status = run.say_end()
-    table = records.side_by_side(classify.flat(before), classify.flat(after))
+    table = records.side_by_side(class_scoring.flat(before), class_scoring.flat(after))
     print(f"best on {dev.name}: step {best_step}\n\n{table}")
     return status
 

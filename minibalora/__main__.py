@@ -9,7 +9,7 @@ from minibalora.base.errors import InputError
 COMMANDS = {  # the module whose `main` reads sys.argv, and the purpose
     "generate": ("evaluation.generate", "answer prompts with a model"),
     "evaluate": ("evaluation.evaluate", "score a model on GSM8K, MATH, HumanEval, MBPP, MT-Bench or a text"),
-    "classify": ("evaluation.predictions", "label new texts with a classifier; write files for GLUE's server"),
+    "classify": ("evaluation.classify", "label new texts with a classifier; write files for GLUE's server"),
     "export": ("checkpoints.export", "merge an adapter into its base, or reduce its rank"),
     "plan": ("run.plan", "estimate the memory that training needs, from config.json"),
     "plot": ("evaluation.plot", "draw the logs of runs, or t-SNE of features"),

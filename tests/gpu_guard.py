@@ -31,7 +31,7 @@ import train_nlg
 import train_nlu
 from minibalora.data.batches import Row
 from minibalora.data.labelled import ClassRow
-from minibalora.evaluation.classify import answers
+from minibalora.evaluation.class_scoring import answers
 from minibalora.evaluation.decoding import Decoding, generate_ids
 from minibalora.evaluation.perplexity import mean_loss
 from minibalora.run.loop import Run

@@ -32,7 +32,7 @@ STEPS = {
     "deberta": NLU,
 }
 # File -> waits in the evaluation of two batches: for the loss of each, or for its logits.
-LOSS, LOGITS = {"minibalora/evaluation/perplexity.py": 2}, {"minibalora/evaluation/classify.py": 2}
+LOSS, LOGITS = {"minibalora/evaluation/perplexity.py": 2}, {"minibalora/evaluation/class_scoring.py": 2}
 EVALUATIONS = dict.fromkeys(STEPS, LOSS) | {
     "mixtral": LOSS | {"minibalora/models/mixture.py": 4},
     "bert": LOGITS,

@@ -23,7 +23,7 @@ from minibalora.data import labelled
 from minibalora.data.batches import micro_batches
 from minibalora.data.glue import TASKS, read_labelled
 from minibalora.data.labelled import ClassRow
-from minibalora.evaluation import classify
+from minibalora.evaluation import class_scoring
 from minibalora.objective import NLU_RECIPES, entropy_share, lambdas, nlu_loss
 from minibalora.run import checkpoint
 
@@ -163,7 +163,7 @@ def trained_bert(dtype: torch.dtype = torch.float32):
 
 def gradients_of_a_step(model, rows, size, objective):
     with mb.pretrained(model):
-        teacher = classify.answers(model, rows, 4, "cpu")
+        teacher = class_scoring.answers(model, rows, 4, "cpu")
     model.zero_grad()
     unsure = float(entropy_share(teacher, objective.temperature).mean()) if objective.adaptive_lambda1 else None
     weights, total, sums = lambdas(objective, 5, 10, unsure), 0.0, {}
@@ -271,8 +271,8 @@ def tuned(base: Path, out: Path):
 
 def accuracy_of(model, folder: Path, data: Path) -> float:
     rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(folder), 16)
-    logits = classify.answers(model, rows, 4, "cpu")
-    return classify.class_scores(logits, rows, TASKS["sst2"], False, 4)["accuracy"]
+    logits = class_scoring.answers(model, rows, 4, "cpu")
+    return class_scoring.class_scores(logits, rows, TASKS["sst2"], False, 4)["accuracy"]
 
 
 def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_path, train, monkeypatch):
@@ -289,7 +289,7 @@ def test_full_writes_a_model_with_the_classes_names_that_loads_again(bert, tmp_p
     again = mb.load_model(tmp_path / "out" / "model", head="classifier")
     tok = mb.load_tokenizer(tmp_path / "out" / "model")
     encoded, _ = labelled.encode(read_labelled(file, TASKS["mnli"])[0], tok, 16)
-    expected, got = (classify.answers(model, encoded, 5, "cpu") for model in (kept[0], again))
+    expected, got = (class_scoring.answers(model, encoded, 5, "cpu") for model in (kept[0], again))
     assert torch.equal(got, expected) and got.shape == (12, 3)
 
 
@@ -352,7 +352,7 @@ def falling(monkeypatch, values: list[float]) -> dict[int, torch.Tensor]:
         heads[step] = model.classifier.weight.detach().clone()
         real(out, model, step, score)
 
-    monkeypatch.setattr(classify, "dev_metric", lambda *_: next(scores))
+    monkeypatch.setattr(class_scoring, "dev_metric", lambda *_: next(scores))
     monkeypatch.setattr(checkpoint, "keep_best", keep_best)
     return heads
 
@@ -495,10 +495,14 @@ def test_features_are_the_states_before_and_after_of_the_dev_set_in_its_order(be
     torch.manual_seed(42)
     base = mb.load_model(bert, head="classifier", num_labels=2)
     rows, _ = labelled.encode(read_labelled(data / "dev.tsv", TASKS["sst2"])[0], mb.load_tokenizer(bert), 16)
-    assert torch.allclose(features["before"], classify.answers(base, rows, 3, "cpu", part=base.features), atol=1e-5)
+    assert torch.allclose(
+        features["before"], class_scoring.answers(base, rows, 3, "cpu", part=base.features), atol=1e-5
+    )
     after = tuned(bert, tmp_path / "out")
     # the saved rank-2r adapter adds up in another order than the residual
-    assert torch.allclose(features["after"], classify.answers(after, rows, 3, "cpu", part=after.features), atol=1e-4)
+    assert torch.allclose(
+        features["after"], class_scoring.answers(after, rows, 3, "cpu", part=after.features), atol=1e-4
+    )
     assert not torch.allclose(features["before"], features["after"], atol=1e-3)
     with safe_open(tmp_path / "features.safetensors", "pt") as file:
         assert json.loads(file.metadata()["classes"]) == list(TASKS["sst2"].labels)
@@ -543,7 +547,7 @@ def test_the_plan_warns_once_of_each_term_that_cannot_show_anything(flags, expec
 
 def spied_teachers(monkeypatch) -> list[tuple]:
     """Record each model that is asked for the training rows, and its answers: the teacher, once."""
-    seen, real = [], classify.answers
+    seen, real = [], class_scoring.answers
 
     def answers(model, rows, *rest, **named):
         logits = real(model, rows, *rest, **named)
@@ -551,7 +555,7 @@ def spied_teachers(monkeypatch) -> list[tuple]:
             seen.append((model, logits))
         return logits
 
-    monkeypatch.setattr(classify, "answers", answers)
+    monkeypatch.setattr(class_scoring, "answers", answers)
     return seen
 
 
@@ -564,8 +568,8 @@ def test_consistency_starts_at_zero_and_the_teacher_stays_while_the_student_trai
     ((student, expected),) = teachers
     rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(model), 16)
     with mb.pretrained(student):
-        assert torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-6)
-    assert not torch.allclose(classify.answers(student, rows, 16, "cpu"), expected, atol=1e-2)
+        assert torch.allclose(class_scoring.answers(student, rows, 16, "cpu"), expected, atol=1e-6)
+    assert not torch.allclose(class_scoring.answers(student, rows, 16, "cpu"), expected, atol=1e-2)
 
 
 @pytest.mark.parametrize("recipe", ["2024", "iclr2026"])
@@ -580,7 +584,7 @@ def test_a_fine_tuned_teacher_is_asked_in_its_own_tokens(family, recipe, bert, d
     status, printed, _ = train(flags_of(bert, data, tmp_path / "out", "--teacher", teacher, "--recipe", recipe))
     assert status == 0 and "consistency" not in warnings_in(printed)
     rows, _ = labelled.encode(read_labelled(data / "train.tsv", TASKS["sst2"])[0], mb.load_tokenizer(teacher), 16)
-    expected = classify.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
+    expected = class_scoring.answers(mb.load_model(teacher, head="classifier"), rows, 5, "cpu")
     assert torch.allclose(teachers[0][1], expected, atol=1e-5)
     assert entries_of(tmp_path / "out")[0]["consistency"] > 1e-6
 
@@ -612,9 +616,9 @@ def test_a_full_run_saves_the_model_that_it_reports_on(bert, data, tmp_path, tra
     task = TASKS["sst2"]
     rows, _ = labelled.encode(read_labelled(data / "dev.tsv", task)[0], mb.load_tokenizer(bert), 16)
     saved = mb.load_model(tmp_path / "out" / "model", head="classifier", dtype=torch.bfloat16)
-    logits = classify.answers(saved, rows, 16, "cpu")
+    logits = class_scoring.answers(saved, rows, 16, "cpu")
     assert report_of(tmp_path / "out")["after"]["dev.tsv"] == pytest.approx(
-        classify.class_scores(logits, rows, task, False, 4)
+        class_scoring.class_scores(logits, rows, task, False, 4)
     )
 
 

@@ -17,7 +17,7 @@ from minibalora.checkpoints import export
 from minibalora.data import labelled
 from minibalora.data.glue import TASKS, LabelledText
 from minibalora.data.sets import EvalSet, class_order
-from minibalora.evaluation import classify, predictions
+from minibalora.evaluation import class_scoring, classify
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train_nlu  # noqa: E402
@@ -154,12 +154,12 @@ def test_all_that_is_saved_of_a_head_in_another_order_names_the_same_class(form,
         "smaller adapter": ["--model", base, "--adapter", out],
     }.get(form, ["--model", base, "--adapter", run])
     flags = ["--data", tmp_path / "new.jsonl", "--text-field", "premise", "hypothesis", "--max-length", "16"]
-    status, printed, error = in_command(predictions.main, *source, *flags)
+    status, printed, error = in_command(classify.main, *source, *flags)
     assert status == 0, error
     found = json.loads(printed)
     tok = mb.load_tokenizer(base)
     rows, _ = labelled.encode([LabelledText((row["premise"], row["hypothesis"]), 0, 1)], tok, 16)
-    logits = classify.answers(mb.load_model(base, "classifier"), rows, 1, "cpu")[0]
+    logits = class_scoring.answers(mb.load_model(base, "classifier"), rows, 1, "cpu")[0]
     assert found["label"].lower() == ["contradiction", "neutral", "entailment"][int(logits.argmax())]
     assert sorted(found["probabilities"].values()) == pytest.approx(logits.softmax(0).sort().values.tolist(), abs=1e-3)
 

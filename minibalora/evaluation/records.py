@@ -29,7 +29,7 @@ from minibalora.evaluation.benchmarks import (
     judge_answer,
     read_items,
 )
-from minibalora.evaluation.classify import finite
+from minibalora.evaluation.class_scoring import finite
 from minibalora.evaluation.decoding import Decoding, generate_each
 from minibalora.evaluation.forgetting import measure_retained
 from minibalora.evaluation.metrics import pass_at_k, wilson

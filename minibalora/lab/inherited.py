@@ -17,7 +17,7 @@ from minibalora.data.glue import LabelledText
 from minibalora.data.labelled import encode
 from minibalora.evaluation import metrics
 from minibalora.evaluation.benchmarks import as_items
-from minibalora.evaluation.classify import answers
+from minibalora.evaluation.class_scoring import answers
 from minibalora.evaluation.records import HeldOut, measure
 from minibalora.lab.results import typical_error
 from minibalora.models.decoder import Decoder

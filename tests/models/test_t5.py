@@ -15,7 +15,7 @@ from minibalora.checkpoints.families import read_config
 from minibalora.checkpoints.tokenizer import load_tokenizer
 from minibalora.data.batches import Row, encode_examples, pack
 from minibalora.data.prompts import example_from
-from minibalora.evaluation import evaluate, generate, predictions
+from minibalora.evaluation import classify, evaluate, generate
 from minibalora.models.t5 import bucket, t5
 from minibalora.run.hardware import checkpoint_blocks
 from minibalora.toy.problems import clean_problems
@@ -362,7 +362,7 @@ def test_nf4_and_full_training_run_on_a_t5(run, flags):
 def check_labels(run, method):
     """Check that the command classify labels texts.jsonl as well as report.json says."""
     saved = ["--model", "tuned/model"] if method == "full" else ["--adapter", "tuned"]
-    status, out, error = run(predictions.main, *saved, "--data", "texts.jsonl", "--device", "cpu")
+    status, out, error = run(classify.main, *saved, "--data", "texts.jsonl", "--device", "cpu")
     assert status == 0, error
     gold = [json.loads(line)["label"] for line in Path("texts.jsonl").read_text().splitlines()]
     labels = [json.loads(line)["label"] for line in out.splitlines()]
