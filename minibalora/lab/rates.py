@@ -17,13 +17,13 @@ def choices_in_words(runs: list[dict]) -> list[str]:
     """
     lowest = highest = tied = complete = 0
     for sweep in grouped(runs, SWEEP).values():
-        rates = {run["lr"]: run["scores"]["dev"] for run in sweep if not run["counts"]}
-        chosen = {run["lr"] for run in sweep if run["counts"]}
+        rates = grouped([run for run in sweep if run["tunes"]], ("lr",))
+        chosen = {(run["lr"],) for run in sweep if run["counts"]}
         if len(rates) > 1 and chosen:
             complete += 1
             lowest += chosen == {min(rates)}
             highest += chosen == {max(rates)}
-            tied += len(set(rates.values())) == 1
+            tied += len({tuple(run["scores"]["dev"] for run in runs) for runs in rates.values()}) == 1
     words = (
         f"Of {complete} sweeps, {highest} chose the highest of their rates and {lowest} the lowest. In {tied} of them, "
         "all rates had the same dev score, so that the lowest was taken."
@@ -34,7 +34,7 @@ def choices_in_words(runs: list[dict]) -> list[str]:
 def table_at_same_rates(runs: list[dict], baseline: str, digits: int) -> str:
     """Return a Markdown table of the test scores minus the baseline's at the same rate and seed, of the arms that have
     its rates: the mean, and the lowest and highest difference; "" without such runs. runs: of one task and factor."""
-    cells = grouped([run for run in runs if not run["counts"]], ("pretraining", "finetuning"))
+    cells = grouped([run for run in runs if run["tunes"]], ("pretraining", "finetuning"))
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] != baseline):
         differences = [differences_at_same_rates(cell, arm, baseline) for cell in cells.values()]

@@ -59,8 +59,8 @@ def write_tables(out: Path, runs: list[dict]) -> str:
         published = [run for run in here if run["factor"] == 1]
         title = TITLES[task]["test"]
         if same := table_at_same_rates(published, BASELINE, digits_of(title)):
-            parts.append(f"### {task}, {title}: minus {BASELINE} at the same rate, with the seed that chose the rates; "
-                         f"the mean over the rates (lowest to highest)\n\n{same}")  # fmt: skip
+            parts.append(f"### {task}, {title}: minus {BASELINE} at the same rate, with the seeds that choose it; the "
+                         f"mean over rates and seeds (lowest to highest)\n\n{same}")  # fmt: skip
     parts += undefined_in_words([run for run in runs if run["counts"]])
     parts.append(
         f"`*`: the 95 % interval of the difference from {BASELINE} does not contain 0. This is so for "

@@ -5,22 +5,23 @@ import re
 from pathlib import Path
 
 from minibalora.lab.data import DEV_KIND, OTHERS
-from minibalora.lab.grid import TUNE_SEEDS, Sweep
+from minibalora.lab.grid import Sweep
 from minibalora.sweep.comparison import Row, choose_measurements, rows_of
 from minibalora.sweep.results import Result, read_results, recorded_runs
 from minibalora.toy.problems import CROWDING_KIND
 
 
 def read_runs(sweeps: list[Sweep], out: Path) -> list[dict]:
-    """Return every finished run: its cell, arm, factor, rate and seed, whether it counts, the dev score by which the
-    rate is chosen, and its scores."""
+    """Return every finished run: its cell, arm, factor, rate and seed, whether it counts or tunes, that is, chooses the
+    rate by its dev score, and its scores. One may do neither, if the choice has changed."""
     runs = []
     for sweep in sweeps:
         row = row_of(sweep, out)
         for result in finished(sweep, out):
             about = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
             about |= {"arm": sweep.arm.name, "factor": sweep.factor}
-            about |= {name: result.settings[name] for name in ("lr", "seed")} | {"counts": result in row.chosen}
+            about |= {name: result.settings[name] for name in ("lr", "seed")}
+            about |= {"counts": result in row.chosen, "tunes": result.settings["seed"] in sweep.tune_seeds}
             scores = {"dev": result.after.get(row.measurements.tune)} | scores_of_run(result, sweep, out)
             rounded = {name: None if value is None else round(value, 4) for name, value in scores.items()}
             runs.append(about | {"scores": rounded})
@@ -32,7 +33,7 @@ def finished(sweep: Sweep, out: Path) -> list[Result]:
     folder = sweep.folder(out)
     if not (folder / "sweep.json").is_file():
         return []
-    seeds = {*TUNE_SEEDS, *sweep.seeds}
+    seeds = {*sweep.tune_seeds, *sweep.seeds}
     return [result for result in read_results(folder, recorded_runs(folder))
             if result.settings["lr"] in sweep.rates and result.settings["seed"] in seeds]  # fmt: skip
 
@@ -42,7 +43,7 @@ def row_of(sweep: Sweep, out: Path) -> Row | None:
     results = finished(sweep, out)
     if not results:
         return None
-    (row,) = rows_of(results, [], choose_measurements(results, None, sweep.task.tune, None), TUNE_SEEDS)
+    (row,) = rows_of(results, [], choose_measurements(results, None, sweep.task.tune, None), sweep.tune_seeds)
     return row
 
 
@@ -52,7 +53,7 @@ def is_complete(sweep: Sweep, out: Path) -> bool:
     if row is None or not row.has_tune_seeds:
         return False
     tuning = sum(len(results) for results in row.tuning.values())
-    return tuning == len(sweep.rates) * len(TUNE_SEEDS) and len(row.chosen) == len(sweep.seeds)
+    return tuning == len(sweep.rates) * len(sweep.tune_seeds) and len(row.chosen) == len(sweep.seeds)
 
 
 def scores_of_run(result: Result, sweep: Sweep, out: Path) -> dict[str, float | None]:

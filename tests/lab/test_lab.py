@@ -34,8 +34,8 @@ def test_every_sweep_is_accepted_by_its_script_and_has_a_folder_of_its_own(folde
         if "--tune" in training:
             place = training.index("--tune")
             del training[place : place + 2]
-        runs = plan_runs(script, training, sweep.folder(folder), list(grid.TUNE_SEEDS))
-        assert len(runs) == len(sweep.rates) * (len(grid.TUNE_SEEDS) + len(sweep.seeds))
+        runs = plan_runs(script, training, sweep.folder(folder), list(sweep.tune_seeds))
+        assert len(runs) == len(sweep.rates) * (len(sweep.tune_seeds) + len(sweep.seeds))
         assert {run.settings["method"] for run in runs} == {sweep.arm.method}
 
 
@@ -56,7 +56,8 @@ def test_the_whole_experiment_has_the_arms_cells_and_seeds_that_it_promises():
     sweeps = sweeps_of(FULL)
     first = [sweep for sweep in sweeps if sweep.factor == 1]
     assert sweeps[: len(first)] == first and len(first) == 11 * (7 + 2) and len(ARMS) == 11
-    assert all(len(sweep.seeds) == 8 and not set(sweep.seeds) & set(grid.TUNE_SEEDS) for sweep in sweeps)
+    assert all(len(sweep.seeds) == 8 and not set(sweep.seeds) & set(sweep.tune_seeds) for sweep in sweeps)
+    assert {len(sweep.tune_seeds) for sweep in first if sweep.finetuning == "imbalanced"} == {3}
     cells = {(sweep.task.name, sweep.pretraining, sweep.finetuning) for sweep in first}
     assert {("bert", name, ft) for name in ("clean", "noisy", "imbalanced") for ft in ("clean", "wrong")} <= cells
 
@@ -99,7 +100,8 @@ def test_only_runs_at_the_chosen_rate_count(tmp_path, monkeypatch):
         return Result(f"{lr} {seed}", {}, settings, ["accuracy"], {}, {"dev": dev, "test.jsonl: accuracy": dev})
 
     sweep = next(sweep for sweep in sweeps_of(FULL) if sweep.arm.name == "pissa")
-    tuning = [result(rate, grid.TUNE_SEEDS[0], dev) for rate, dev in zip(sweep.rates, (0.5, 0.9, 0.7), strict=True)]
+    tuning = [result(rate, seed, dev) for rate, dev in zip(sweep.rates, (0.5, 0.9, 0.7, 0.6), strict=True)
+              for seed in sweep.tune_seeds]  # fmt: skip
     runs = [result(sweep.rates[1], seed, 0.8) for seed in sweep.seeds]
     other_rate = result(sweep.rates[2], 8, 1.0)  # from before a tuning run was done again
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs[:-1], other_rate])
@@ -143,7 +145,7 @@ def test_the_command_repeats_nothing_and_refuses_runs_of_another_command(tmp_pat
     runs = json.loads((tmp_path / "lab" / "results.json").read_text())
     counting = [(run["arm"], run["seed"]) for run in runs if run["counts"]]
     assert counting == [("lora", 1), ("lora", 2), ("pissa", 1), ("pissa", 2)]
-    assert [run["seed"] for run in runs if not run["counts"]] == 4 * [*grid.TUNE_SEEDS]
+    assert [run["seed"] for run in runs if run["tunes"]] == 4 * [grid.TUNE_SEEDS[0]]
     rates = {rate for two in two_rates.values() for rate in two}
     assert all(
         run["lr"] in rates and 0 <= run["scores"]["dev"] <= 1 and 0 <= run["scores"]["test"] <= 1 for run in runs

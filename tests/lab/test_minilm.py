@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import GOLDEN, rows_of
 
-from minibalora.lab import command, glue_data, grid, minilm
+from minibalora.lab import command, glue_data, minilm
 from minibalora.lab.grid import words_of
 from minibalora.sweep.grid import plan_runs
 from minibalora.toy import BERT
@@ -112,8 +112,8 @@ def test_every_sweep_is_accepted_by_its_script(glue, tmp_path):
     for sweep in sweeps:
         words = words_of(sweep, tmp_path)
         training = words[words.index("--model") :]
-        runs = plan_runs(Path(words[1]), training, sweep.folder(tmp_path), list(grid.TUNE_SEEDS))
-        assert len(runs) == len(sweep.rates) * (len(grid.TUNE_SEEDS) + 1)
+        runs = plan_runs(Path(words[1]), training, sweep.folder(tmp_path), list(sweep.tune_seeds))
+        assert len(runs) == len(sweep.rates) * (len(sweep.tune_seeds) + 1)
         is_wrong, has_classes = sweep.finetuning == "wrong", sweep.task.name != "stsb-scores"
         for run in runs:
             assert Path(run.settings["data"]).stem == ("wrong" if is_wrong and not has_classes else "train")

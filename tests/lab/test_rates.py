@@ -9,9 +9,11 @@ CELL = {"task": "bert", "pretraining": "noisy", "finetuning": "clean", "factor":
 def sweep(arm: str, dev: dict[float, float], chosen: float, test: dict[float, float | None]) -> list[dict]:
     """Return a tuning run for each rate, and a run that counts at the chosen one."""
     here = CELL | {"arm": arm}
-    tuning = [here | {"lr": rate, "seed": 101, "counts": False, "scores": {"dev": dev[rate], "test": test[rate]}}
-              for rate in dev]  # fmt: skip
-    return [*tuning, here | {"lr": chosen, "seed": 1, "counts": True, "scores": {"dev": 0.5, "test": 0.5}}]
+    tuning = here | {"seed": 101, "counts": False, "tunes": True}
+    runs = [tuning | {"lr": rate, "scores": {"dev": dev[rate], "test": test[rate]}} for rate in dev]
+    others = here | {"seed": 1, "tunes": False, "scores": {"dev": 0.5, "test": 0.5}}
+    before = others | {"lr": min(dev), "counts": False}  # from before the choice changed
+    return [*runs, before, others | {"lr": chosen, "counts": True}]
 
 
 PISSA = sweep("pissa", {1e-3: 0.1, 2e-3: 0.3, 4e-3: 0.2}, 2e-3, {1e-3: 0.5, 2e-3: 0.6, 4e-3: 0.7})
@@ -25,7 +27,7 @@ def test_it_counts_the_sweeps_that_chose_the_rate_at_an_end():
         "Of 3 sweeps, 1 chose the highest of their rates and 1 the lowest. In 1 of them, all rates had"
     )
     assert choices_in_words([run for run in PISSA if run["counts"]]) == []
-    assert choices_in_words(PISSA[:2]) == []  # no run counts yet
+    assert choices_in_words(PISSA[:-1]) == []  # no run counts yet
 
 
 def test_arms_are_compared_at_the_same_rates_or_not_at_all():
@@ -38,5 +40,5 @@ def test_arms_are_compared_at_the_same_rates_or_not_at_all():
 
 def test_the_tables_end_with_both(tmp_path):
     text = write_tables(tmp_path, PISSA + BA_LORA + LORA)
-    assert "minus pissa at the same rate, with the seed that chose the rates; the mean over the rates" in text
+    assert "minus pissa at the same rate, with the seeds that choose it; the mean over rates and seeds" in text
     assert "| ba-lora 2024 | -0.033 (-0.200 to +0.100) |" in text and "Of 3 sweeps, 1 chose the highest" in text

@@ -27,11 +27,19 @@ def made_up_runs() -> list[dict]:
                 scores |= {"loss on wrong answers": 0.5, "typical error": 0.3 - test / 5}
             run = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
             run |= {"arm": sweep.arm.name, "factor": sweep.factor, "lr": 1e-3, "seed": seed}
-            runs.append(run | {"counts": True, "scores": scores})
+            runs.append(run | {"counts": True, "tunes": False, "scores": scores})
     return runs
 
 
-CELL = {"task": "bert", "pretraining": "clean", "finetuning": "clean", "factor": 1, "lr": 1e-3, "counts": True}
+CELL = {
+    "task": "bert",
+    "pretraining": "clean",
+    "finetuning": "clean",
+    "factor": 1,
+    "lr": 1e-3,
+    "counts": True,
+    "tunes": False,
+}
 
 
 def test_the_table_has_means_paired_differences_and_counts():
