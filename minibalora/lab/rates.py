@@ -6,6 +6,7 @@ Two arms may differ because they got different rates. These runs, which do not c
 from statistics import fmean
 
 from minibalora.lab.results import grouped
+from minibalora.sweep.intervals import interval_in_words
 
 SWEEP = ("task", "pretraining", "finetuning", "arm", "factor")
 
@@ -33,14 +34,17 @@ def choices_in_words(runs: list[dict]) -> list[str]:
 
 def table_at_same_rates(runs: list[dict], baseline: str, digits: int) -> str:
     """Return a Markdown table of the test scores minus the baseline's at the same rate and seed, of the arms that have
-    its rates: the mean, and the lowest and highest difference; "" without such runs. runs: of one task and factor."""
+    its rates, and the mean of the cells with its 95 % interval; "" without such runs. runs: of one task and factor."""
     cells = grouped([run for run in runs if run["tunes"]], ("pretraining", "finetuning"))
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] != baseline):
         differences = [differences_at_same_rates(cell, arm, baseline) for cell in cells.values()]
         if any(differences):
-            lines.append(f"| {arm} | " + " | ".join(range_in_words(values, digits) for values in differences) + " |")
-    heading = ["| | " + " | ".join(map(", ".join, cells)) + " |", "|---" * (1 + len(cells)) + "|"]
+            words = [range_in_words(values, digits) for values in differences]
+            words.append(interval_in_words([fmean(values) for values in differences if values], digits, "+"))
+            lines.append(f"| {arm} | " + " | ".join(words) + " |")
+    names = [*map(", ".join, cells), "all cells, 95 % interval"]
+    heading = ["| | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
     return "\n".join(heading + lines) if lines else ""
 
 

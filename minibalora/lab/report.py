@@ -5,7 +5,7 @@ from pathlib import Path
 from minibalora.base.files import replacing
 from minibalora.lab.rates import choices_in_words, table_at_same_rates
 from minibalora.lab.results import grouped
-from minibalora.sweep.intervals import mean_interval
+from minibalora.sweep.intervals import interval_in_words, mean_interval
 
 BASELINE = "pissa"
 RARE = "recall of the rare classes"
@@ -59,8 +59,8 @@ def write_tables(out: Path, runs: list[dict]) -> str:
         published = [run for run in here if run["factor"] == 1]
         title = TITLES[task]["test"]
         if same := table_at_same_rates(published, BASELINE, digits_of(title)):
-            parts.append(f"### {task}, {title}: minus {BASELINE} at the same rate, with the seeds that choose it; the "
-                         f"mean over rates and seeds (lowest to highest)\n\n{same}")  # fmt: skip
+            parts.append(f"### {task}, {title}: minus {BASELINE} at the same rate, with the seeds that choose it; a "
+                         f"cell's mean (lowest to highest)\n\n{same}")  # fmt: skip
     parts += undefined_in_words([run for run in runs if run["counts"]])
     parts.append(
         f"`*`: the 95 % interval of the difference from {BASELINE} does not contain 0. This is so for "
@@ -117,7 +117,11 @@ def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]
                 cell = next(run for run in here if run["arm"] == arm)
                 excluded[(*(cell[name] for name in CELL), arm, score)] = is_excluded
             mark = "*" if is_excluded else ""
-            cells += [in_words(list(own.values()), digits), in_words(pairs, digits, "+") + mark, str(len(own))]
+            cells += [
+                interval_in_words(list(own.values()), digits),
+                interval_in_words(pairs, digits, "+") + mark,
+                str(len(own)),
+            ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -169,12 +173,3 @@ def excludes_zero(values: list[float]) -> bool:
         return False
     mean, half = mean_interval(values)
     return abs(mean) > half
-
-
-def in_words(values: list[float], digits: int, sign: str = "") -> str:
-    """Return the mean and its 95 % interval, such as 0.912 (0.880 to 0.944)."""
-    if not values:
-        return "-"
-    mean, half = mean_interval(values)
-    bounds = "" if len(values) == 1 else f" ({mean - half:{sign}.{digits}f} to {mean + half:{sign}.{digits}f})"
-    return f"{mean:{sign}.{digits}f}{bounds}"

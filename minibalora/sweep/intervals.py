@@ -14,6 +14,15 @@ def mean_interval(values: list[float]) -> tuple[float, float]:
     return mean, t_quantile(count - 1) * deviation / math.sqrt(count)
 
 
+def interval_in_words(values: list[float], digits: int, sign: str = "") -> str:
+    """Return the mean and its 95 % interval, such as 0.912 (0.880 to 0.944)."""
+    if not values:
+        return "-"
+    mean, half = mean_interval(values)
+    bounds = "" if len(values) == 1 else f" ({mean - half:{sign}.{digits}f} to {mean + half:{sign}.{digits}f})"
+    return f"{mean:{sign}.{digits}f}{bounds}"
+
+
 def t_quantile(freedom: int) -> float:
     """Return t with P(|T| <= t) = LEVEL for Student's t, by bisection."""
     low, high = 0.0, 20.0  # with 1 degree of freedom, t is 12.7

@@ -32,13 +32,21 @@ def test_it_counts_the_sweeps_that_chose_the_rate_at_an_end():
 
 def test_arms_are_compared_at_the_same_rates_or_not_at_all():
     lines = table_at_same_rates(PISSA + BA_LORA + LORA, "pissa", 2).splitlines()
-    assert lines == ["| | noisy, clean |", "|---|---|", "| ba-lora 2024 | -0.03 (-0.20 to +0.10) |"]
+    row = "| ba-lora 2024 | -0.03 (-0.20 to +0.10) | -0.03 |"
+    assert lines == ["| | noisy, clean | all cells, 95 % interval |", "|---|---|---|", row]
     assert table_at_same_rates(PISSA + LORA, "pissa", 2) == ""
     undefined = sweep("ba-lora 2024", {1e-3: 0.1, 2e-3: 0.3, 4e-3: 0.4}, 4e-3, {1e-3: None, 2e-3: 0.6, 4e-3: 0.5})
-    assert table_at_same_rates(PISSA + undefined, "pissa", 2).endswith("| ba-lora 2024 | -0.10 (-0.20 to +0.00) |")
+    assert table_at_same_rates(PISSA + undefined, "pissa", 2).endswith(
+        "| ba-lora 2024 | -0.10 (-0.20 to +0.00) | -0.10 |"
+    )
+    other = [run | {"pretraining": "clean"} for run in PISSA + BA_LORA]
+    (row,) = table_at_same_rates(PISSA + BA_LORA + other, "pissa", 2).splitlines()[2:]
+    assert row.count("-0.03 (-0.20 to +0.10)") == 2 and row.endswith(" | -0.03 (-0.03 to -0.03) |")
 
 
 def test_the_tables_end_with_both(tmp_path):
     text = write_tables(tmp_path, PISSA + BA_LORA + LORA)
-    assert "minus pissa at the same rate, with the seeds that choose it; the mean over rates and seeds" in text
-    assert "| ba-lora 2024 | -0.033 (-0.200 to +0.100) |" in text and "Of 3 sweeps, 1 chose the highest" in text
+    assert "minus pissa at the same rate, with the seeds that choose it; a cell's mean (lowest to highest)" in text
+    assert (
+        "| ba-lora 2024 | -0.033 (-0.200 to +0.100) | -0.033 |" in text and "Of 3 sweeps, 1 chose the highest" in text
+    )

@@ -8,7 +8,8 @@ from minibalora.evaluation.plot_style import COLOURS
 from minibalora.lab import minilm
 from minibalora.lab.grid import FULL, TASKS, sweeps_of
 from minibalora.lab.pictures import save_pictures, with_palette
-from minibalora.lab.report import TITLES, in_words, table, write_tables
+from minibalora.lab.report import TITLES, table, write_tables
+from minibalora.sweep.intervals import interval_in_words
 
 
 def made_up_runs() -> list[dict]:
@@ -58,8 +59,8 @@ def test_the_table_has_means_paired_differences_and_counts():
 
 
 def test_intervals_with_one_or_no_run():
-    assert in_words([50.0, 50.0], 1) == "50.0 (50.0 to 50.0)"
-    assert in_words([], 1) == "-" and in_words([0.25], 3, "+") == "+0.250"
+    assert interval_in_words([50.0, 50.0], 1) == "50.0 (50.0 to 50.0)"
+    assert interval_in_words([], 1) == "-" and interval_in_words([0.25], 3, "+") == "+0.250"
 
 
 def test_tables_tell_the_arm_that_differs_from_chance(tmp_path):
