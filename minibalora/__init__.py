@@ -4,6 +4,7 @@ from minibalora.base import interrupts  # before the imports that take seconds
 
 # isort: split
 from minibalora import fused, objective, regularizers
+from minibalora.base import errors
 from minibalora.base.errors import InputError
 from minibalora.checkpoints.adapters import load_adapter, save_adapter
 from minibalora.checkpoints.merged import save_model
