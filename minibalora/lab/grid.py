@@ -75,7 +75,6 @@ class Sweep:
     arm: Arm
     factor: int
     seeds: tuple[int, ...]
-    tune_seeds: tuple[int, ...]  # of the runs that choose a rate; they do not count
 
     def folder(self, out: Path) -> Path:
         arm = f"{self.arm.name} x {self.factor}" if self.arm.has_weights else self.arm.name
@@ -84,6 +83,12 @@ class Sweep:
     @property
     def rates(self) -> tuple[float, ...]:
         return self.task.rates[self.arm.method]
+
+    @property
+    def tune_seeds(self) -> tuple[int, ...]:
+        """The seeds of the runs that choose a rate, which do not count: several where the paper's strongest claim is
+        tested, elsewhere one, to save time."""
+        return TUNE_SEEDS if self.finetuning == "imbalanced" and self.factor == 1 else TUNE_SEEDS[:1]
 
     @property
     def run_count(self) -> int:
@@ -130,7 +135,7 @@ ARMS = (
     Arm("lora + iclr2026", "lora", "iclr2026"),
     Arm("lora + non-target KL", "lora", non_target_kl=NON_TARGET_KL),
 )
-TUNE_SEEDS = (101, 102, 103)  # all where the paper's strongest claim is tested, elsewhere the first, to save time
+TUNE_SEEDS = (101, 102, 103)
 PRETRAININGS = ("clean", "noisy", "imbalanced")
 BERT_CELLS = tuple((pretraining, data) for data in ("wrong", "clean") for pretraining in PRETRAININGS)
 LLAMA_CELLS = (("noisy", "wrong"), ("noisy", "clean"))  # all would take more than three hours
@@ -148,7 +153,7 @@ QUICK = Size({"bert": QUICK_CELLS, "llama": QUICK_CELLS}, ("lora", "pissa", "ba-
 def sweeps_of(size: Size, tasks: dict[str, Task] = TASKS) -> list[Sweep]:
     """Return the sweeps of a size, the published weights first, so that a stopped experiment has the main tables."""
     return [
-        Sweep(tasks[task], pretraining, finetuning, arm, factor, size.seeds, tune_seeds_of(finetuning, factor))
+        Sweep(tasks[task], pretraining, finetuning, arm, factor, size.seeds)
         for factor in size.factors
         for task, cells in size.cells.items()
         for pretraining, finetuning in cells
@@ -156,10 +161,6 @@ def sweeps_of(size: Size, tasks: dict[str, Task] = TASKS) -> list[Sweep]:
         if arm.name in size.arms
         and (factor == 1 or (arm.has_weights and (task, pretraining, finetuning) in size.factor_cells))
     ]
-
-
-def tune_seeds_of(finetuning: str, factor: int) -> tuple[int, ...]:
-    return TUNE_SEEDS if finetuning == "imbalanced" and factor == 1 else TUNE_SEEDS[:1]
 
 
 def pretraining_of(task: Task, name: str, folder: Path) -> list[str]:

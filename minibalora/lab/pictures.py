@@ -20,14 +20,13 @@ from minibalora.lab.report import (
     value_of,
     with_weights,
 )
-from minibalora.lab.results import grouped
+from minibalora.lab.results import CELL, grouped
 from minibalora.sweep.intervals import mean_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-PANEL = ("pretraining", "finetuning")
 DPI = 100  # small, because pictures are committed
 SMALLER = FIGURE | {"dpi": DPI}
 
@@ -42,13 +41,13 @@ def save_pictures(out: Path, runs: list[dict]) -> list[str]:
     for task in TITLES:
         part = [run for run in runs if run["task"] == task and run["counts"]]
         published = [run for run in part if run["factor"] == 1]
-        if any(differences_of(cell, run["arm"], "test") for cell in grouped(published, PANEL).values() for run in cell):
+        if any(differences_of(cell, run["arm"], "test") for cell in grouped(published, CELL).values() for run in cell):
             pictures[f"{task}-differences"] = lambda runs=published, task=task: differences(runs, TITLES[task]["test"])
         if rare := [run for run in published if run["finetuning"] == "imbalanced"]:
             pictures["rare-recall"] = lambda runs=rare: recalls(runs)
         if any(run["factor"] != 1 for run in part):
             pictures[f"{task}-over-weights"] = lambda runs=part: over_weights(runs)
-        for cell, here in grouped(published, PANEL).items():
+        for cell, here in grouped(published, CELL).items():
             own = [run for run in here if value_of(run["scores"], "KL") is not None]
             if own:
                 pictures[f"{task}-{'-'.join(cell)}-frontier"] = lambda runs=own: forgetting(runs)
@@ -107,7 +106,7 @@ def differences(runs: list[dict], title: str) -> "Figure":
     """Draw each arm's difference from PiSSA with its 95 % interval, a panel for each pre-training and fine-tuning."""
     from matplotlib.ticker import MaxNLocator
 
-    cells = grouped(runs, PANEL)
+    cells = grouped(runs, CELL)
     arms = [arm for arm in dict.fromkeys(run["arm"] for run in runs) if arm != BASELINE]
     figure, panels = panels_for(len(cells), 4, 0.6, 0.9 + 0.19 * len(arms), is_shared=True)
     for axes, (cell, here) in zip(panels, cells.items(), strict=True):
@@ -129,7 +128,7 @@ def differences(runs: list[dict], title: str) -> "Figure":
 
 def recalls(runs: list[dict]) -> "Figure":
     """Draw the recall of the rare classes of every run, a line for each arm, with the mean and its 95 % interval."""
-    cells, arms = grouped(runs, PANEL), list(dict.fromkeys(run["arm"] for run in runs))
+    cells, arms = grouped(runs, CELL), list(dict.fromkeys(run["arm"] for run in runs))
     figure, panels = panels_for(len(cells), len(cells), 1.1, 0.26 * len(arms), is_shared=True)
     for axes, (cell, here) in zip(panels, cells.items(), strict=True):
         for place, arm in enumerate(reversed(arms)):

@@ -5,10 +5,10 @@ Two arms may differ because they got different rates. These runs, which do not c
 
 from statistics import fmean
 
-from minibalora.lab.results import grouped
+from minibalora.lab.results import CELL, grouped
 from minibalora.sweep.intervals import interval_in_words
 
-SWEEP = ("task", "pretraining", "finetuning", "arm", "factor")
+SWEEP = ("task", *CELL, "arm", "factor")
 
 
 def choices_in_words(runs: list[dict]) -> list[str]:
@@ -35,7 +35,7 @@ def choices_in_words(runs: list[dict]) -> list[str]:
 def table_at_same_rates(runs: list[dict], baseline: str, digits: int) -> str:
     """Return a Markdown table of the test scores minus the baseline's at the same rate and seed, of the arms that have
     its rates, and the mean of the cells with its 95 % interval; "" without such runs. runs: of one task and factor."""
-    cells = grouped([run for run in runs if run["tunes"]], ("pretraining", "finetuning"))
+    cells = grouped([run for run in runs if run["tunes"]], CELL)
     lines = []
     for arm in dict.fromkeys(run["arm"] for run in runs if run["arm"] != baseline):
         differences = [differences_at_same_rates(cell, arm, baseline) for cell in cells.values()]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from minibalora.base.files import replacing
 from minibalora.lab.rates import choices_in_words, table_at_same_rates
-from minibalora.lab.results import grouped
+from minibalora.lab.results import CELL, grouped
 from minibalora.sweep.intervals import interval_in_words, mean_interval
 
 BASELINE = "pissa"
 RARE = "recall of the rare classes"
-CELL = ("task", "pretraining", "finetuning", "factor")
+COLUMN = ("task", *CELL, "factor")
 TITLES = {  # task -> score -> what it says; scores without a title have no table
     "bert": {
         "test": "accuracy on reviews like the training data",
@@ -115,7 +115,7 @@ def table(runs: list[dict], column: str, score: str, excluded: dict[tuple, bool]
             is_excluded = excludes_zero(pairs)
             if len(pairs) > 1:
                 cell = next(run for run in here if run["arm"] == arm)
-                excluded[(*(cell[name] for name in CELL), arm, score)] = is_excluded
+                excluded[(*(cell[name] for name in COLUMN), arm, score)] = is_excluded
             mark = "*" if is_excluded else ""
             cells += [
                 interval_in_words(list(own.values()), digits),

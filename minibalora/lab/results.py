@@ -10,14 +10,17 @@ from minibalora.sweep.comparison import Row, choose_measurements, rows_of
 from minibalora.sweep.results import Result, read_results, recorded_runs
 from minibalora.toy.problems import CROWDING_KIND
 
+CELL = ("pretraining", "finetuning")
+
 
 def read_runs(sweeps: list[Sweep], out: Path) -> list[dict]:
     """Return every finished run: its cell, arm, factor, rate and seed, whether it counts or tunes, that is, chooses the
     rate by its dev score, and its scores. One may do neither, if the choice has changed."""
     runs = []
     for sweep in sweeps:
-        row = row_of(sweep, out)
-        for result in finished(sweep, out):
+        results = finished(sweep, out)
+        row = row_of(results, sweep)
+        for result in results:
             about = {"task": sweep.task.name, "pretraining": sweep.pretraining, "finetuning": sweep.finetuning}
             about |= {"arm": sweep.arm.name, "factor": sweep.factor}
             about |= {name: result.settings[name] for name in ("lr", "seed")}
@@ -38,9 +41,8 @@ def finished(sweep: Sweep, out: Path) -> list[Result]:
             if result.settings["lr"] in sweep.rates and result.settings["seed"] in seeds]  # fmt: skip
 
 
-def row_of(sweep: Sweep, out: Path) -> Row | None:
+def row_of(results: list[Result], sweep: Sweep) -> Row | None:
     """Return the finished runs of a sweep and the rate that its tuning runs choose; None if no run is finished."""
-    results = finished(sweep, out)
     if not results:
         return None
     (row,) = rows_of(results, [], choose_measurements(results, None, sweep.task.tune, None), sweep.tune_seeds)
@@ -49,7 +51,7 @@ def row_of(sweep: Sweep, out: Path) -> Row | None:
 
 def is_complete(sweep: Sweep, out: Path) -> bool:
     """Return whether all runs that choose the rate are finished, and all that count at this rate."""
-    row = row_of(sweep, out)
+    row = row_of(finished(sweep, out), sweep)
     if row is None or not row.has_tune_seeds:
         return False
     tuning = sum(len(results) for results in row.tuning.values())

@@ -110,9 +110,10 @@ def empty_run(
         parameter.grad = torch.empty_like(parameter)
     optimizer.step()  # allocates the moments
     optimizer.zero_grad()
+    mixed = is_mixed(model, hardware)
 
     def mixed_loss() -> tuple[Tensor, ...]:
-        with torch.autocast("cpu", hardware.dtype, is_mixed(model, hardware)):
+        with torch.autocast("cpu", hardware.dtype, mixed):
             return loss()
 
     return twin, optimizer, mixed_loss

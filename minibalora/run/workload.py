@@ -181,7 +181,7 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     head, objective = head_of(model, is_plain=contender.form == "plain"), contender.objective
     weights, steps = lambdas(objective, STEPS // 2, STEPS), load.warmup + load.rounds
-    device = load.hardware.device
+    device, mixed = load.hardware.device, is_mixed(model, load.hardware)
 
     def inputs(index: int) -> tuple[Packed, torch.Tensor | None]:
         rows = rows_of_step(load.config.vocab_size, index, load.rows)
@@ -192,7 +192,7 @@ def step_of(model: Decoder, optimizer: AdamW, load: Load, contender: Contender, 
         variants.before_step(model, index, seed=0)
         with factors_kept(model):
             batch, teacher = inputs(index)
-            with torch.autocast(device.type, load.hardware.dtype, is_mixed(model, load.hardware)):
+            with torch.autocast(device.type, load.hardware.dtype, mixed):
                 loss, _ = head.loss(batch.states(model), teacher, batch.targets, objective, weights)
             loss.backward()
         variants.add_penalty(model)

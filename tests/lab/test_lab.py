@@ -105,9 +105,13 @@ def test_only_runs_at_the_chosen_rate_count(tmp_path, monkeypatch):
     runs = [result(sweep.rates[1], seed, 0.8) for seed in sweep.seeds]
     other_rate = result(sweep.rates[2], 8, 1.0)  # from before a tuning run was done again
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs[:-1], other_rate])
-    assert results.row_of(sweep, tmp_path).chosen == runs[:-1] and not results.is_complete(sweep, tmp_path)
+    assert results.row_of(results.finished(sweep, tmp_path), sweep).chosen == runs[:-1] and not results.is_complete(
+        sweep, tmp_path
+    )
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning, *runs, other_rate])
-    assert results.row_of(sweep, tmp_path).chosen == runs and results.is_complete(sweep, tmp_path)
+    assert results.row_of(results.finished(sweep, tmp_path), sweep).chosen == runs and results.is_complete(
+        sweep, tmp_path
+    )
     monkeypatch.setattr(results, "finished", lambda sweep, out: [*tuning[:-1], *runs])
     assert not results.is_complete(sweep, tmp_path)
 
